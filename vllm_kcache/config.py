@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of the split cache: what a user may set, and what it means for one model."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from vllm_kcache.types import HeadCombine, Selection, Tail
+
+KEY_PREFIX = "kcache_config"
+DEFAULT_COVERAGE = 0.95
+
+# A V block of 2 KiB is the smallest row that reads mapped host memory at the full speed of the link.
+V_BLOCK_BYTES = 2048
+V_BLOCK_TOKENS_AUTO_RANGE = (4, 32)
+V_BLOCK_TOKENS_ACCEPTED = (1, 2, 4, 8, 16, 32)
+
+ACCEPTED_VALUES = {
+    "top_n": 'an integer of at least 1, "all" or null',
+    "coverage": 'greater than 0 and at most 1, null or "auto"',
+    "v_block_tokens": '1, 2, 4, 8, 16, 32 or "auto"',
+    "sink_tokens": "an integer of at least 0",
+    "recent_tokens": "an integer of at least 1",
+    "dense_layers": "an integer of at least 0 (count from the bottom) or a list of layer numbers",
+    "tail": '"renormalize", "drop" or "mean"',
+    "head_combine": '"sum" or "max"',
+    "host_memory_gib": 'a finite number greater than 0 or "auto"',
+    "hot_cache_gib": 'a finite number of at least 0 or "auto"',
+    "prefill": '"auto", "flash_attn", "xformers" or "torch"',
+}
+
+PositiveInt = Annotated[int, Field(strict=True, ge=1)]
+NonNegativeInt = Annotated[int, Field(strict=True, ge=0)]
+Fraction = Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+
+
+class KCacheConfigError(ValueError):
+    """A key or value of the configuration that is not accepted. The message names all three."""
+
+
+class KCacheConfig(BaseModel):
+    """What a user may set, as JSON in `--kcache-config` or as a dict. Everything has a default.
+
+    Which V blocks a decode step attends follows from `top_n` and `coverage` together:
+
+    | top_n | coverage | selected, per request and KV head |
+    |---|---|---|
+    | not given | not given | the fewest blocks that reach coverage .95 |
+    | "all" | not given | every block: equal to full attention |
+    | N | not given | the N blocks of most mass (the paper's mode, arXiv 2404.18057) |
+    | not given or "all" | c | the fewest blocks that reach coverage c |
+    | N | c | the fewest blocks that reach coverage c, at most N |
+    | not given or "all" | null | every block |
+    | N | null | the N blocks of most mass |
+
+    Fields:
+        top_n: most V blocks kept per KV head. `None` is "not given", `"all"` is every block.
+        coverage: share of the softmax mass that the selected blocks hold. `"auto"` is "not given".
+        v_block_tokens: tokens of a V block. `"auto"`: 2 KiB a block at 2 bytes a value.
+        sink_tokens: first tokens of a request, always attended; rounded up to V blocks.
+        recent_tokens: last tokens of a request, always attended; rounded out to V blocks.
+        dense_layers: layers that keep K and V in GPU memory: a count from the bottom, or a list.
+        tail: what happens to the mass that was not selected (see `ops.attend_blocks`).
+        head_combine: how the query heads of a KV head choose together (see `types.Selection`).
+        host_memory_gib: host memory for V, of all ranks on this machine together.
+        hot_cache_gib: GPU memory for copies of V blocks, per rank. 0 switches the cache off.
+        prefill: the kernel of exact prefill.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    top_n: PositiveInt | Literal["all"] | None = None
+    coverage: Fraction | Literal["auto"] | None = "auto"
+    v_block_tokens: PositiveInt | Literal["auto"] = "auto"
+    sink_tokens: NonNegativeInt = 8
+    recent_tokens: PositiveInt = 32
+    dense_layers: NonNegativeInt | tuple[NonNegativeInt, ...] = 0
+    tail: Tail = "renormalize"
+    head_combine: HeadCombine = "sum"
+    host_memory_gib: PositiveFloat | Literal["auto"] = "auto"
+    hot_cache_gib: NonNegativeFloat | Literal["auto"] = "auto"
+    prefill: Literal["auto", "flash_attn", "xformers", "torch"] = "auto"
+
+    @field_validator("v_block_tokens")
+    @classmethod
+    def _power_of_two(cls, value: int | str) -> int | str:
+        if value != "auto" and value not in V_BLOCK_TOKENS_ACCEPTED:
+            raise ValueError(f"must be {ACCEPTED_VALUES['v_block_tokens']}")
+        return value
+
+    @classmethod
+    def from_user(cls, value: KCacheConfig | dict[str, Any] | str | None) -> KCacheConfig:
+        """Read what a user gave: a dict, a JSON object as text, or None for the defaults.
+
+        Raises:
+            KCacheConfigError: one message for everything that is wrong, naming each key, its value
+                and the accepted values.
+        """
+        if isinstance(value, cls):
+            return value
+        given = {} if value is None else value
+        if isinstance(given, str):
+            try:
+                given = json.loads(given)
+            except json.JSONDecodeError as error:
+                raise KCacheConfigError(f"{KEY_PREFIX}={value!r}: not valid JSON ({error})") from None
+        if not isinstance(given, dict):
+            raise KCacheConfigError(
+                f"{KEY_PREFIX}={value!r}: must be a JSON object (or a dict) of settings; "
+                f"accepted keys: {', '.join(cls.model_fields)}"
+            )
+        for key in given:
+            if key not in cls.model_fields:
+                raise KCacheConfigError(_unknown_key_message(key, given[key]))
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            # A union reports one error per member; the user made one mistake per field.
+            fields = dict.fromkeys(str(item["loc"][0]) for item in error.errors())
+            messages = [_bad_value(field, given[field]) for field in fields]
+            raise KCacheConfigError("; ".join(messages)) from None
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """The settings that were given, JSON-serialisable. `from_user` of it gives this back."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+    @property
+    def resolved_top_n(self) -> int | None:
+        """The cap in V blocks, or None for no cap."""
+        return self.top_n if isinstance(self.top_n, int) else None
+
+    @property
+    def resolved_coverage(self) -> float | None:
+        """The coverage to reach, or None where `top_n` alone decides (see the class's table)."""
+        if self.coverage != "auto":
+            return self.coverage
+        return DEFAULT_COVERAGE if self.top_n is None else None
+
+    def resolved_v_block_tokens(self, head_size: int, itemsize: int, page_tokens: int) -> int:
+        """Tokens of a V block for one model.
+
+        Args:
+            head_size: values per token and KV head.
+            itemsize: bytes of a value in the cache. Above 2 the token count of 2 bytes is kept, so
+                that a float32 run selects what the bf16 run selects.
+            page_tokens: tokens of a K page (vLLM's block size); a V block divides it.
+        Raises:
+            KCacheConfigError: the V block that was asked for does not divide `page_tokens`.
+            ValueError: a size below 1.
+        """
+        for name, value in (
+            ("head_size", head_size),
+            ("itemsize", itemsize),
+            ("page_tokens", page_tokens),
+        ):
+            if value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
+        if self.v_block_tokens != "auto":
+            if page_tokens % self.v_block_tokens:
+                accepted = [str(t) for t in V_BLOCK_TOKENS_ACCEPTED if page_tokens % t == 0]
+                raise KCacheConfigError(
+                    f"{KEY_PREFIX}.v_block_tokens={self.v_block_tokens}: must divide the KV block "
+                    f"size of {page_tokens} tokens; accepted here: {', '.join(accepted)}"
+                )
+            return self.v_block_tokens
+        least, most = V_BLOCK_TOKENS_AUTO_RANGE
+        tokens = most
+        while tokens > least and tokens * head_size * min(itemsize, 2) > V_BLOCK_BYTES:
+            tokens //= 2
+        while page_tokens % tokens:
+            tokens //= 2
+        return tokens
+
+    def selection(self, v_block_tokens: int) -> Selection:
+        """The selection rule in V blocks of `v_block_tokens` tokens.
+
+        Raises:
+            KCacheConfigError: `top_n` is below the blocks that sink and recent force in.
+        """
+        selection = Selection(
+            top_n=self.resolved_top_n,
+            coverage=self.resolved_coverage,
+            sink_blocks=-(-self.sink_tokens // v_block_tokens),
+            recent_tokens=self.recent_tokens,
+            combine=self.head_combine,
+        )
+        forced = selection.most_forced_blocks(v_block_tokens)
+        if selection.top_n is not None and selection.top_n < forced:
+            recent = selection.most_recent_blocks(v_block_tokens)
+            raise KCacheConfigError(
+                f"{KEY_PREFIX}.top_n={self.top_n}: must be at least {forced}, since sink_tokens="
+                f"{self.sink_tokens} and recent_tokens={self.recent_tokens} always keep up to "
+                f"{selection.sink_blocks} + {recent} V blocks of {v_block_tokens} tokens"
+            )
+        return selection
+
+    def resolved_dense_layers(self, num_layers: int) -> frozenset[int]:
+        """Layer numbers, counted from 0 at the bottom, that keep K and V in GPU memory.
+
+        Raises:
+            KCacheConfigError: a layer the model does not have, or no layer left to split.
+        """
+        listed = self.dense_layers
+        layers = frozenset(range(listed) if isinstance(listed, int) else listed)
+        shown = listed if isinstance(listed, int) else list(listed)
+        if layers and max(layers) >= num_layers:
+            most = "at most" if isinstance(listed, int) else "layer numbers from 0 to"
+            raise KCacheConfigError(
+                f"{KEY_PREFIX}.dense_layers={shown}: must be {most} {num_layers - 1}, "
+                f"since the model has {num_layers} layers"
+            )
+        if len(layers) == num_layers:
+            raise KCacheConfigError(
+                f"{KEY_PREFIX}.dense_layers={shown}: must leave at least one of the model's "
+                f"{num_layers} layers to the split cache"
+            )
+        return layers
+
+
+def _bad_value(field: str, value: Any) -> str:
+    return f"{KEY_PREFIX}.{field}={value!r}: must be {ACCEPTED_VALUES[field]}"
+
+
+def _unknown_key_message(key: Any, value: Any) -> str:
+    close = difflib.get_close_matches(str(key), KCacheConfig.model_fields, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    accepted = ", ".join(KCacheConfig.model_fields)
+    return f"{KEY_PREFIX}.{key}={value!r}: unknown key{hint}; accepted keys: {accepted}"

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the steps of a decode hand to each other. Shapes and words: docs/design.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+HeadCombine = Literal["sum", "max"]
+Tail = Literal["renormalize", "drop", "mean"]
+
+# Values of `Fetched.rows` that are not a row of `v_rows`.
+PADDING_ROW = -1
+FIRST_HOST_ROW = -2
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rule by which V blocks are chosen, in the units of one model.
+
+    Attributes:
+        top_n: most V blocks kept per (request, KV head); None for no cap.
+        coverage: softmax mass to reach, in (0, 1]; None keeps `top_n` blocks whatever they cover.
+        sink_blocks: first V blocks of a request that are always kept.
+        recent_tokens: every V block that overlaps the last so many tokens is always kept; at least 1.
+        combine: how the query heads of a KV head speak as one. "sum": the mean of their masses;
+            "max": the largest mass ranks a block, and coverage must hold for every head.
+
+    With `top_n` and `coverage` both None, everything is selected.
+    """
+
+    top_n: int | None
+    coverage: float | None
+    sink_blocks: int
+    recent_tokens: int
+    combine: HeadCombine
+
+    @property
+    def selects_everything(self) -> bool:
+        """True when the rule keeps every V block of every request, whatever the scores are."""
+        return self.top_n is None and self.coverage is None
+
+    def most_recent_blocks(self, v_block_tokens: int) -> int:
+        """Most V blocks that the last `recent_tokens` tokens can overlap.
+
+        One more than their whole blocks when the newest block is only partly filled.
+        """
+        return (self.recent_tokens + v_block_tokens - 2) // v_block_tokens + 1
+
+    def most_forced_blocks(self, v_block_tokens: int) -> int:
+        """Most V blocks that sink and recent can force into one list."""
+        return self.sink_blocks + self.most_recent_blocks(v_block_tokens)
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The V blocks chosen for each request and KV head.
+
+    Attributes:
+        blocks: [B, Hkv, N] int32. Logical V blocks, ascending, padded with -1.
+        counts: [B, Hkv] int32. Blocks of each list.
+        mass: [B, Hkv] float32. Covered mass: mean over the group's query heads (combine "sum") or
+            least (combine "max"). 1 for a padded row.
+
+    All three lie on the device of the query.
+    """
+
+    blocks: torch.Tensor
+    counts: torch.Tensor
+    mass: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """Where the V of each selected block lies.
+
+    Attributes:
+        rows: [B, Hkv, N] int32, beside `Selected.blocks`. `r >= 0`: row r of `v_rows`. -1: padding.
+            `r <= -2`: row `-2 - r` of the host V pool seen as `[M * Hkv * S / T, T * D]`.
+        v_rows: [R, T, D] model dtype. Staging rows, or the slots of the hot V cache.
+    """
+
+    rows: torch.Tensor
+    v_rows: torch.Tensor

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much host memory this process may take: the machine, its control group and the lock limit."""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class HostMemoryError(RuntimeError):
+    """The host V pool cannot be had; the message names the limit and what to change."""
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Host memory this process can still take, in bytes.
+
+    Attributes:
+        machine_bytes: MemAvailable of the machine.
+        cgroup_bytes: what the tightest control group above the process leaves, None without a limit.
+    """
+
+    machine_bytes: int
+    cgroup_bytes: int | None
+
+    @property
+    def available_bytes(self) -> int:
+        if self.cgroup_bytes is None:
+            return self.machine_bytes
+        return min(self.machine_bytes, self.cgroup_bytes)
+
+
+def host_memory(root: Path = Path("/")) -> HostMemory:
+    """Read the limits. `root` is the file system's root, another one in tests."""
+    machine = None
+    for line in (root / "proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            machine = int(line.split()[1]) * 1024
+    if machine is None:
+        raise HostMemoryError(
+            "/proc/meminfo has no MemAvailable line: Linux 3.14 or newer is needed"
+        )
+    limits = [left for left in (_cgroup_v2(root), _cgroup_v1(root)) if left is not None]
+    return HostMemory(machine, min(limits) if limits else None)
+
+
+def check_host_memory(needed_bytes: int, root: Path = Path("/")) -> None:
+    """Raise HostMemoryError unless `needed_bytes` more host memory can be taken."""
+    memory = host_memory(root)
+    if needed_bytes <= memory.available_bytes:
+        return
+    gib = 2**30
+    if memory.cgroup_bytes is not None and memory.cgroup_bytes < memory.machine_bytes:
+        limit = f"the memory limit of this control group leaves {memory.cgroup_bytes / gib:.2f} GiB"
+        remedy = "raise that limit (docker --memory, MemoryMax=)"
+    else:
+        limit = f"this machine has {memory.machine_bytes / gib:.2f} GiB available (MemAvailable)"
+        remedy = "free host memory"
+    raise HostMemoryError(
+        f"the host V pool needs {needed_bytes / gib:.2f} GiB, but {limit}: {remedy}, "
+        "or set kcache_config.host_memory_gib lower"
+    )
+
+
+def memlock_limit_bytes() -> int | None:
+    """RLIMIT_MEMLOCK of this process, None when unlimited.
+
+    NVIDIA's driver locks pages without charging them to this limit on the systems seen, so a low value is no
+    reason to refuse beforehand; it is named when the driver does refuse.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def _membership(root: Path) -> dict[str, str]:
+    """Control-group path by controller; the unified hierarchy (v2) has the key ''."""
+    groups: dict[str, str] = {}
+    path = root / "proc/self/cgroup"
+    if path.exists():
+        for line in path.read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            for controller in controllers.split(","):
+                groups[controller] = group
+    return groups
+
+
+def _cgroup_v2(root: Path) -> int | None:
+    group = _membership(root).get("")
+    if group is None:
+        return None
+    return _tightest(root / "sys/fs/cgroup", group, "memory.max", "memory.current", "inactive_file")
+
+
+def _cgroup_v1(root: Path) -> int | None:
+    group = _membership(root).get("memory")
+    if group is None:
+        return None
+    return _tightest(
+        root / "sys/fs/cgroup/memory",
+        group,
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    )
+
+
+def _tightest(mount: Path, group: str, limit: str, usage: str, cache: str) -> int | None:
+    """Least memory left over the group and its ancestors. Inside a container the group's own path may not be
+    mounted: then the mount itself is the group."""
+    parts = [part for part in group.split("/") if part not in ("", "..")]
+    tightest = None
+    for depth in range(len(parts), -1, -1):
+        folder = mount.joinpath(*parts[:depth])
+        if not (folder / limit).exists():
+            continue
+        text = (folder / limit).read_text().strip()
+        if text == "max" or int(text) >= 1 << 60:
+            continue
+        used = int((folder / usage).read_text())
+        reclaimable = 0
+        for line in (folder / "memory.stat").read_text().splitlines():
+            if line.split()[0] == cache:
+                reclaimable = int(line.split()[1])
+        left = max(0, int(text) - used + reclaimable)
+        tightest = left if tightest is None else min(tightest, left)
+    return tightest

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The host V pool: V of every KV-cache block, in host memory, always complete.
+
+Layer i is a `[M, Hkv, S, D]` tensor in host memory. Seen as rows of `v_block_tokens * head_size` values it
+is addressed by physical V block, so a V block is one contiguous row. With `pinned=True` the memory is
+page-locked and mapped: GPU kernels read and write it at the same address as the host does.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import ctypes
+import logging
+import mmap
+import os
+import time
+import weakref
+
+import torch
+
+from vllm_kcache.cache.host_memory import HostMemoryError, check_host_memory, memlock_limit_bytes
+
+logger = logging.getLogger(__name__)
+
+_PAGE_BYTES = mmap.PAGESIZE
+_TOUCH_BYTES = 256 << 20
+_REGISTER_PORTABLE, _REGISTER_MAPPED = 1, 2
+_MADV_POPULATE_WRITE = 23  # Linux 5.14
+
+
+class HostPool:
+    """Host memory for V of all pages of all layers, zeroed, of the exact size.
+
+    Args:
+        num_layers: layers whose V lives in the pool.
+        num_pages: M, pages of one layer (the KV-cache blocks of vLLM).
+        num_kv_heads, page_tokens, head_size: Hkv, S, D of one page.
+        dtype: model dtype of V.
+        pinned: page-lock and map the memory for the current CUDA device. Without it the pool is pageable
+            memory for the CPU implementation.
+
+    Raises HostMemoryError when the host or its control group has not enough memory, or when the driver refuses
+    to lock it; the message names the limit and what to change. Memory is returned by `close()`, when the pool
+    is collected and at interpreter exit; the mapping is private and anonymous, so the kernel also takes it back
+    from a process that dies by a signal.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_pages: int,
+        num_kv_heads: int,
+        page_tokens: int,
+        head_size: int,
+        dtype: torch.dtype,
+        pinned: bool,
+    ) -> None:
+        shape = {
+            "num_layers": num_layers,
+            "num_pages": num_pages,
+            "num_kv_heads": num_kv_heads,
+            "page_tokens": page_tokens,
+            "head_size": head_size,
+        }
+        for name, value in shape.items():
+            if value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
+        if pinned and not torch.cuda.is_available():
+            raise HostMemoryError("pinned=True: needs a CUDA device; use pinned=False on the CPU")
+        self.num_layers = num_layers
+        self.layer_shape = (num_pages, num_kv_heads, page_tokens, head_size)
+        self.dtype = dtype
+        self.pinned = pinned
+        self.layer_bytes = num_pages * num_kv_heads * page_tokens * head_size * dtype.itemsize
+        # Each layer starts on a memory page: page-locking works on whole pages, and a copy must not cross
+        # two registrations.
+        self._layer_stride = -(-self.layer_bytes // _PAGE_BYTES) * _PAGE_BYTES
+        self.bytes = num_layers * self._layer_stride
+        check_host_memory(self.bytes)
+
+        self._mapping = _map_zeroed(self.bytes)
+        self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
+        registered: list[int] = []
+        # Also runs at interpreter exit.
+        self._finalizer = weakref.finalize(self, _release, registered)
+        if pinned:
+            try:
+                self._pin(registered)
+            except BaseException:
+                self.close()
+                raise
+        flat = torch.frombuffer(self._mapping, dtype=torch.uint8)
+        self._layers = [
+            flat[i * self._layer_stride : i * self._layer_stride + self.layer_bytes]
+            .view(dtype)
+            .view(self.layer_shape)
+            for i in range(num_layers)
+        ]
+
+    def layer(self, index: int) -> torch.Tensor:
+        """V of one layer: [M, Hkv, S, D], host. Its `data_ptr()` is valid on the GPU when `pinned`."""
+        if not self._layers:
+            raise RuntimeError("the host V pool is closed")
+        return self._layers[index]
+
+    def close(self) -> None:
+        """Give the memory back. No kernel or copy that uses it may still be running."""
+        self._layers = []
+        self._finalizer()
+        # Tensors handed out keep the mapping alive; without any it is unmapped here and now.
+        self._mapping = None
+
+    def _pin(self, registered: list[int]) -> None:
+        """Touch the memory from several threads and page-lock it, one registration for each layer."""
+        start = last = time.monotonic()
+        limit = memlock_limit_bytes()
+        if limit is not None and limit < self.bytes:
+            logger.warning(
+                "RLIMIT_MEMLOCK is %d bytes, the host V pool %d bytes; the driver may refuse to lock it",
+                limit,
+                self.bytes,
+            )
+        torch.cuda.current_stream()  # makes the context of this device current
+        threads = min(16, len(os.sched_getaffinity(0)))
+        with concurrent.futures.ThreadPoolExecutor(threads) as executor:
+            touched = [
+                [
+                    executor.submit(_touch, self._base + offset, length)
+                    for offset, length in self._pieces(i)
+                ]
+                for i in range(self.num_layers)
+            ]
+            for i, pieces in enumerate(touched):
+                for piece in pieces:
+                    piece.result()
+                _register(self._base + i * self._layer_stride, self._layer_stride)
+                registered.append(self._base + i * self._layer_stride)
+                now = time.monotonic()
+                if i + 1 == self.num_layers or now - last > 5.0:
+                    last = now
+                    done = (i + 1) * self._layer_stride
+                    logger.info(
+                        "host V pool: %.1f of %.1f GiB page-locked in %.1f s (%.1f GB/s)",
+                        done / 2**30,
+                        self.bytes / 2**30,
+                        now - start,
+                        done / 1e9 / max(now - start, 1e-9),
+                    )
+
+    def _pieces(self, layer: int) -> list[tuple[int, int]]:
+        begin, end = layer * self._layer_stride, (layer + 1) * self._layer_stride
+        return [(o, min(_TOUCH_BYTES, end - o)) for o in range(begin, end, _TOUCH_BYTES)]
+
+
+def _map_zeroed(size: int) -> mmap.mmap:
+    """Private anonymous memory: zero, and not yet backed by pages."""
+    mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+        # Huge pages make touching and locking quicker. Locked pages must not become copy-on-write by a fork.
+        try:
+            mapping.madvise(getattr(mmap, advice))
+        except (AttributeError, OSError):
+            logger.debug("madvise %s is not available", advice)
+    return mapping
+
+
+def _touch(address: int, length: int) -> None:
+    """Back the range with zeroed pages. ctypes gives up the GIL, so pieces run in parallel."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    if libc.madvise(address, length, _MADV_POPULATE_WRITE) != 0:
+        ctypes.memset(address, 0, length)
+
+
+def _register(address: int, length: int) -> None:
+    cudart = torch.cuda.cudart()
+    result = int(cudart.cudaHostRegister(address, length, _REGISTER_PORTABLE | _REGISTER_MAPPED))
+    if result != 0:
+        limit = memlock_limit_bytes()
+        raise HostMemoryError(
+            f"the CUDA driver could not page-lock {length} bytes (error {result}; RLIMIT_MEMLOCK is "
+            f"{'unlimited' if limit is None else f'{limit} bytes'}): raise the limit (ulimit -l unlimited, "
+            "docker --ulimit memlock=-1), or set kcache_config.host_memory_gib lower"
+        )
+    mapped = ctypes.c_uint64()
+    driver = ctypes.CDLL("libcuda.so.1")
+    error = driver.cuMemHostGetDevicePointer_v2(
+        ctypes.byref(mapped), ctypes.c_void_p(address), ctypes.c_uint(0)
+    )
+    if error != 0 or mapped.value != address:
+        cudart.cudaHostUnregister(address)
+        raise HostMemoryError(
+            f"this GPU maps host memory {address:#x} at {mapped.value:#x} (driver error {error}): kernels need "
+            "the same address on both sides (unified addressing, a 64-bit Linux host)"
+        )
+
+
+def _release(registered: list[int]) -> None:
+    if registered:
+        cudart = torch.cuda.cudart()
+        while registered:
+            cudart.cudaHostUnregister(registered.pop())

@@ -191,9 +191,7 @@ def check(result: Path) -> None:
     if "quantization_config" in json.loads((result / "config.json").read_text()):
         raise ModelError("config.json still has a quantization_config")
     tokenizer = AutoTokenizer.from_pretrained(result, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        result, dtype=torch.float32, local_files_only=True
-    )
+    model = AutoModelForCausalLM.from_pretrained(result, dtype=torch.float32, local_files_only=True)
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     text = generate(model, tokenizer, prompt)
     if "Paris" not in text:

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+# Two commands do everything on a fresh machine: make serve, make test.
+
+PYTHON ?= python3
+VENV ?= .venv
+MODEL ?= models/SmolLM2-135M-Instruct
+PORT ?= 8000
+# More flags for vllm serve: make serve ARGS="--max-model-len 4096"
+ARGS ?=
+# More arguments for pytest: make test TESTS="tests/ops -k select"
+TESTS ?= tests
+# auto, cpu or cuda
+FLAVOR ?= auto
+
+BIN = $(VENV)/bin
+CSRC = $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
+OFFLINE = HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup model serve test test-gpu bench-gpu lint format docs clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+setup: ## Make .venv: vLLM for this machine (GPU or CPU), the tools, this project
+	@$(PYTHON) tools/setup_env.py --venv $(VENV) --flavor $(FLAVOR)
+
+model: setup ## Get SmolLM2-135M-Instruct into models/
+	@$(BIN)/python tools/get_model.py --folder models/SmolLM2-135M-Instruct
+
+serve: model ## Serve the model with --kv-backend kcache (PORT=, MODEL=, ARGS=)
+	@exec $(BIN)/python tools/serve.py $(MODEL) --port $(PORT) -- $(ARGS)
+
+test: model ## Run all tests that need no GPU (TESTS= chooses)
+	@$(OFFLINE) $(BIN)/python -m pytest -m "not gpu" $(TESTS)
+
+test-gpu: setup ## Run the tests of the kernels on this machine's GPU
+	@$(OFFLINE) $(BIN)/python -m pytest -m gpu tests/gpu
+
+bench-gpu: setup ## Time every operation on this machine's GPU; rows go to benchmarks/results/
+	@set -e; for bench in write score select fetch attend overlap; do \
+	  $(BIN)/python -m benchmarks.bench_$$bench; done
+
+lint: setup ## ruff, mypy, clang-format and the house rules; changes nothing
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(if $(CSRC),$(BIN)/clang-format --dry-run --Werror $(CSRC))
+	@$(BIN)/python tools/check_sources.py
+
+format: setup ## Let ruff and clang-format rewrite the sources
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+	@$(if $(CSRC),$(BIN)/clang-format -i $(CSRC))
+
+docs: ## Build the documentation into site/
+	@$(PYTHON) tools/setup_env.py --venv $(VENV) --flavor $(FLAVOR) --extras dev,docs
+	@$(BIN)/mkdocs build --strict
+
+clean: ## Remove what was built; .venv and models/ stay
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serve a model with --kv-backend kcache and say how to try it once the server answers.
+
+    python tools/serve.py MODEL [--port 8000] [-- FLAGS OF vllm serve]
+
+Ctrl-C or SIGTERM ends the server and waits for it. The exit code is the server's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import FrameType
+
+HOST = "127.0.0.1"
+CPU_KV_CACHE_GIB = 1  # of K; the host pool takes as much for V
+TRY_IT = """
+The server is ready. Try it from another terminal:
+
+    curl http://{host}:{port}/v1/chat/completions -H 'Content-Type: application/json' \\
+      -d '{{"model": "{name}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+
+Counters: curl -s http://{host}:{port}/metrics | grep vllm_kcache
+Ctrl-C stops it.
+"""  # noqa: E501 (a command to copy is one line)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, help="Hugging Face folder")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("flags", nargs="*", help="after --: flags for vllm serve")
+    arguments = parser.parse_args()
+    model = arguments.model.resolve()
+    if not (model / "config.json").is_file():
+        print(f"serve: {model} has no config.json; make model gets it", file=sys.stderr)
+        return 1
+    command = serve_command(model, arguments.port, arguments.flags)
+    print(f"serve: {' '.join(command)}", flush=True)
+    server = subprocess.Popen(command, env=server_environment())
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        # A terminal sends Ctrl-C to the server too; vLLM stops at the first one.
+        server.send_signal(signal.SIGTERM)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    announce = threading.Thread(
+        target=announce_when_ready, args=(server, arguments.port, model.name), daemon=True
+    )
+    announce.start()
+    return server.wait()
+
+
+def serve_command(model: Path, port: int, flags: list[str]) -> list[str]:
+    """`vllm serve` of this environment; later flags win over those set here."""
+    vllm = Path(sys.executable).with_name("vllm")
+    command = [str(vllm), "serve", str(model), "--served-model-name", model.name]
+    command += ["--host", HOST, "--port", str(port), "--kv-backend", "kcache"]
+    if not has_gpu() and not has_fast_bfloat16():
+        # Without the instructions bfloat16 is emulated, and slower than float32.
+        command += ["--dtype", "float32"]
+    return command + flags
+
+
+def server_environment() -> dict[str, str]:
+    environment = dict(os.environ)
+    environment.setdefault("HF_HUB_OFFLINE", "1")
+    environment.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if not has_gpu():
+        environment.setdefault("VLLM_CPU_KVCACHE_SPACE", str(CPU_KV_CACHE_GIB))
+    return environment
+
+
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def has_fast_bfloat16() -> bool:
+    cpu_information = Path("/proc/cpuinfo")
+    if not cpu_information.is_file():
+        return False
+    return any(flag in cpu_information.read_text() for flag in ("avx512_bf16", "amx_bf16"))
+
+
+def announce_when_ready(server: subprocess.Popen[bytes], port: int, name: str) -> None:
+    while server.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=2) as answer:
+                if answer.status == 200:
+                    print(TRY_IT.format(host=HOST, port=port, name=name), flush=True)
+                    return
+        except (urllib.error.URLError, OSError):
+            pass
+        time.sleep(0.5)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

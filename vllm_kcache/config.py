@@ -109,7 +109,9 @@ class KCacheConfig(BaseModel):
             try:
                 given = json.loads(given)
             except json.JSONDecodeError as error:
-                raise KCacheConfigError(f"{KEY_PREFIX}={value!r}: not valid JSON ({error})") from None
+                raise KCacheConfigError(
+                    f"{KEY_PREFIX}={value!r}: not valid JSON ({error})"
+                ) from None
         if not isinstance(given, dict):
             raise KCacheConfigError(
                 f"{KEY_PREFIX}={value!r}: must be a JSON object (or a dict) of settings; "

@@ -1,0 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The definition of each step in plain torch. On a machine without a GPU it also runs the engine.
+
+Nothing here checks its arguments: `vllm_kcache.ops` does, and then calls this on CPU tensors.
+"""

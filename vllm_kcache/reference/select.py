@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choose the V blocks to attend. Definition of `ops.select_blocks`."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_kcache.types import Selected, Selection
+
+
+def select_blocks(
+    block_lse: torch.Tensor,
+    seq_lens: torch.Tensor,
+    num_kv_heads: int,
+    v_block_tokens: int,
+    selection: Selection,
+    out: Selected | None = None,
+) -> Selected:
+    """Choose V blocks by their exact softmax mass. See `ops.select_blocks`."""
+    block_ids = torch.arange(block_lse.shape[-1], device=block_lse.device)
+    num_blocks = torch.div(seq_lens + v_block_tokens - 1, v_block_tokens, rounding_mode="floor")
+    exists = block_ids < num_blocks[:, None]
+    if selection.selects_everything:
+        chosen = torch.where(exists, block_ids, -1)[:, None].expand(-1, num_kv_heads, -1)
+        counts = num_blocks[:, None].expand(-1, num_kv_heads)
+        return _into(chosen, counts, torch.ones_like(counts, dtype=torch.float32), out)
+
+    masses = block_masses(block_lse, exists).unflatten(1, (num_kv_heads, -1))
+    combined = masses.mean(2) if selection.combine == "sum" else masses.amax(2)
+    # A forced block ranks before every other, a block that does not exist after every other.
+    forced = exists & forced_blocks(block_ids, seq_lens, v_block_tokens, selection)
+    rank_key = combined.masked_fill(forced[:, None], torch.inf)
+    rank_key = rank_key.masked_fill(~exists[:, None], -torch.inf)
+    # A stable sort leaves equal keys in ascending order of block: the lower block wins a tie.
+    order = rank_key.sort(dim=-1, descending=True, stable=True).indices
+
+    covered = masses.gather(-1, order[:, :, None].expand_as(masses)).cumsum(-1, dtype=torch.float64)
+    covered = covered.mean(2) if selection.combine == "sum" else covered.amin(2)
+    counts = num_blocks[:, None].expand(-1, num_kv_heads)
+    if selection.coverage is not None:
+        reaching = (~(covered >= selection.coverage)).sum(-1) + 1
+        counts = torch.minimum(counts, torch.maximum(reaching, forced.sum(-1)[:, None]))
+    if selection.top_n is not None:
+        counts = counts.clamp_max(selection.top_n)
+
+    width = int(counts.max()) if counts.numel() else 0
+    ranks = torch.arange(width, device=block_lse.device)
+    beyond = ranks >= counts[..., None]
+    past_last = block_lse.shape[-1]
+    chosen = order[..., :width].masked_fill(beyond, past_last).sort(-1).values
+    chosen = chosen.masked_fill(chosen == past_last, -1)
+    mass = (
+        covered.gather(-1, (counts[..., None] - 1).clamp_min(0).long())[..., 0]
+        if width
+        else covered.new_zeros(counts.shape)
+    )
+    mass = torch.where(counts > 0, mass.clamp_max(1.0), 1.0)
+    return _into(chosen, counts, mass, out)
+
+
+def block_masses(block_lse: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
+    """Softmax mass of each V block of each query head: [B, Hq, P], each row summing to 1.
+
+    Args:
+        block_lse: [B, Hq, P].
+        exists: [B, P] bool. A padded row has no block and gets masses of 0.
+    """
+    lse = block_lse.masked_fill(~exists[:, None], -torch.inf)
+    return torch.where(exists[:, None], lse.softmax(-1), 0.0)
+
+
+def forced_blocks(
+    block_ids: torch.Tensor, seq_lens: torch.Tensor, v_block_tokens: int, selection: Selection
+) -> torch.Tensor:
+    """[B, P] bool: the sink blocks, and those that overlap the last `recent_tokens` tokens."""
+    first_recent_token = (seq_lens - selection.recent_tokens).clamp_min(0)
+    first_recent = torch.div(first_recent_token, v_block_tokens, rounding_mode="floor")
+    return (block_ids < selection.sink_blocks) | (block_ids >= first_recent[:, None])
+
+
+def _into(
+    blocks: torch.Tensor, counts: torch.Tensor, mass: torch.Tensor, out: Selected | None
+) -> Selected:
+    """Copy into `out`, padded with -1 to its width, or make tensors of just the width needed."""
+    if out is None:
+        width = int(counts.max()) if counts.numel() else 0
+        blocks = blocks[..., :width].to(torch.int32).contiguous()
+        return Selected(blocks, counts.to(torch.int32).contiguous(), mass.to(torch.float32))
+    out.blocks.fill_(-1)
+    width = min(blocks.shape[-1], out.blocks.shape[-1])
+    out.blocks[..., :width] = blocks[..., :width]
+    out.counts.copy_(counts)
+    out.mass.copy_(mass)
+    return out

@@ -125,3 +125,27 @@ def _tightest(mount: Path, group: str, limit: str, usage: str, cache: str) -> in
         left = max(0, int(text) - used + reclaimable)
         tightest = left if tightest is None else min(tightest, left)
     return tightest
+
+
+# Left to the operating system, to page tables and to the rest of the server when the budget is "auto".
+AUTO_SHARE = 0.85
+
+
+def host_budget_bytes(host_memory_gib: float | str, ranks: int, root: Path = Path("/")) -> int:
+    """Host memory that one rank may take for its V pool.
+
+    Args:
+        host_memory_gib: `kcache_config.host_memory_gib`: GiB for all ranks of this host together, or "auto"
+            for 85% of what is available now.
+        ranks: ranks of this host that share the budget.
+        root: the file system's root, another one in tests.
+
+    Returns bytes. Raises HostMemoryError when more is asked for than the host can give.
+    """
+    if ranks < 1:
+        raise ValueError(f"ranks={ranks}: must be at least 1")
+    if host_memory_gib == "auto":
+        return int(host_memory(root).available_bytes * AUTO_SHARE) // ranks
+    budget = int(float(host_memory_gib) * 2**30)
+    check_host_memory(budget, root)
+    return budget // ranks

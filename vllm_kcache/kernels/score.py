@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Score every V block in one streaming pass over the K pages (Triton). Definition: reference/score.py.
+
+Bound by memory: K is read once, the output is 4 bytes for every `T * D` values read. A program takes
+chunks of one (request, KV head) in strides, so a fixed grid serves any length: what a program does is
+decided by `seq_lens` on the device, and a graph captured for the longest context costs a short one
+nothing but idle programs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_kcache.cache.hot_cache import EPOCH, FIRST_MISS_COUNT, MAX_WAVES, HotCache
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+_EPOCH = tl.constexpr(EPOCH)
+_FIRST_MISS_COUNT = tl.constexpr(FIRST_MISS_COUNT)
+_MAX_WAVES = tl.constexpr(MAX_WAVES)
+
+
+@triton.jit
+def score_kernel(
+    query,
+    k_pages,
+    block_table,
+    seq_lens,
+    block_lse,
+    state,
+    scale,
+    query_stride,
+    page_stride,
+    table_stride,
+    max_blocks,
+    first_head,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    IEEE: tl.constexpr,
+    PAD: tl.constexpr,
+    NEW_EPOCH: tl.constexpr,
+):
+    split = tl.program_id(0)
+    head = first_head + tl.program_id(1)
+    request = tl.program_id(2).to(tl.int64)
+    if NEW_EPOCH:
+        # Nothing else of this layer runs yet, and all of the layer before has ended.
+        if (split == 0) & (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
+            tl.store(state + _EPOCH, tl.load(state + _EPOCH) + 1)
+            tl.store(
+                state + _FIRST_MISS_COUNT + tl.arange(0, _MAX_WAVES),
+                tl.zeros((_MAX_WAVES,), tl.int32),
+            )
+    num_tokens = tl.load(seq_lens + request)
+    in_group = tl.arange(0, GROUP_PADDED)
+    in_head = tl.arange(0, HEAD_PADDED)
+    in_chunk = tl.arange(0, CHUNK)
+    chunk_blocks: tl.constexpr = CHUNK // BLOCK_TOKENS
+    group_mask = in_group < GROUP
+    head_mask = in_head < HEAD_SIZE
+    q = tl.load(
+        query
+        + request * query_stride
+        + (head * GROUP + in_group)[:, None] * HEAD_SIZE
+        + in_head[None, :],
+        mask=group_mask[:, None] & head_mask[None, :],
+        other=0.0,
+    )
+    table_row = block_table + request * table_stride
+    head_base = head.to(tl.int64) * (PAGE_TOKENS * HEAD_SIZE)
+    out_rows = block_lse + (request * NUM_HEADS + head * GROUP + in_group) * max_blocks
+    num_chunks = tl.cdiv(num_tokens, CHUNK)
+    for chunk in range(split, num_chunks, SPLITS):
+        tokens = chunk * CHUNK + in_chunk
+        exists = tokens < num_tokens
+        pages = tl.load(table_row + tokens // PAGE_TOKENS, mask=exists, other=0)
+        offsets = (
+            pages.to(tl.int64) * page_stride + head_base + (tokens % PAGE_TOKENS) * HEAD_SIZE
+        )
+        if HEAD_SIZE == HEAD_PADDED:
+            k = tl.load(
+                k_pages + offsets[:, None] + in_head[None, :], mask=exists[:, None], other=0.0
+            )
+        else:
+            k = tl.load(
+                k_pages + offsets[:, None] + in_head[None, :],
+                mask=exists[:, None] & head_mask[None, :],
+                other=0.0,
+            )
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee" if IEEE else "tf32")
+        scores = tl.where(exists[None, :], scores * (scale * LOG2_E), float("-inf"))
+        by_block = tl.reshape(scores, (GROUP_PADDED, chunk_blocks, BLOCK_TOKENS))
+        largest = tl.max(by_block, 2)
+        # A block past the length has only -inf; subtracting 0 there gives log(0) = -inf, not NaN.
+        shift = tl.where(largest == float("-inf"), 0.0, largest)
+        total = tl.sum(tl.exp2(by_block - shift[:, :, None]), 2)
+        lse = (tl.log2(total) + shift) * LN_2
+        blocks = chunk * chunk_blocks + tl.arange(0, chunk_blocks)
+        tl.store(
+            out_rows[:, None] + blocks[None, :],
+            lse,
+            mask=group_mask[:, None] & (blocks < max_blocks)[None, :],
+        )
+    if PAD:
+        # Chunks wholly past the length, in the same strides.
+        for chunk in range(split, tl.cdiv(max_blocks, chunk_blocks), SPLITS):
+            if chunk >= num_chunks:
+                blocks = chunk * chunk_blocks + tl.arange(0, chunk_blocks)
+                tl.store(
+                    out_rows[:, None] + blocks[None, :],
+                    tl.full((GROUP_PADDED, chunk_blocks), float("-inf"), tl.float32),
+                    mask=group_mask[:, None] & (blocks < max_blocks)[None, :],
+                )
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Launch shape: tokens a program loads at once, programs for each (request, head), warps, stages."""
+
+    chunk_tokens: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+
+def score_config(
+    num_lists: int, group: int, head_size: int, itemsize: int, v_block_tokens: int, max_blocks: int
+) -> ScoreConfig:
+    """Launch shape for `num_lists` pairs of (request, KV head)."""
+    padded_bytes = triton.next_power_of_2(head_size) * itemsize
+    # Three stages of one chunk must leave room for two or more programs on a multiprocessor.
+    chunk_bytes = 65536 if group > 1 and padded_bytes <= 256 else 32768
+    chunk = max(16, v_block_tokens, chunk_bytes // padded_bytes)
+    chunks = max(1, -(-max_blocks * v_block_tokens // chunk))
+    # Many more programs than fit at once even out the tail; more than one chunk each hides latency.
+    splits = max(1, min(chunks, -(-8192 // max(1, num_lists))))
+    return ScoreConfig(chunk, splits, 8 if chunk_bytes == 65536 else 4, 3)
+
+
+def score_blocks(
+    query: torch.Tensor,
+    k_pages: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    v_block_tokens: int,
+    max_blocks: int,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Log-sum-exp of each V block. See `ops.score_blocks`. Graph-safe when `out` is given."""
+    if out is None:
+        out = query.new_empty((*query.shape[:2], max_blocks), dtype=torch.float32)
+    launch_score(query, k_pages, block_table, seq_lens, scale, v_block_tokens, out, pad=True)
+    return out
+
+
+def launch_score(
+    query: torch.Tensor,
+    k_pages: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    v_block_tokens: int,
+    block_lse: torch.Tensor,
+    *,
+    first_head: int = 0,
+    num_heads: int | None = None,
+    new_epoch: HotCache | None = None,
+    pad: bool = False,
+    config: ScoreConfig | None = None,
+) -> None:
+    """Score a range of KV heads on the current stream.
+
+    Args:
+        block_lse: [B, Hq, P] float32, GPU, contiguous; rows of the heads in range are written.
+        first_head, num_heads: range of KV heads; None means up to the last.
+        new_epoch: begin a new epoch of this hot cache and zero its miss counts.
+        pad: write -inf past `seq_lens`. The other kernels stop at `seq_lens` and need no padding.
+        config: launch shape, chosen by `score_config` unless given.
+    """
+    num_requests, num_query_heads, head_size = query.shape
+    _, num_kv_heads, page_tokens, _ = k_pages.shape
+    num_heads = num_kv_heads - first_head if num_heads is None else num_heads
+    if num_requests == 0 or num_heads == 0:
+        return
+    max_blocks = block_lse.shape[2]
+    group = num_query_heads // num_kv_heads
+    if config is None:
+        config = score_config(
+            num_requests * num_heads,
+            group,
+            head_size,
+            k_pages.element_size(),
+            v_block_tokens,
+            max_blocks,
+        )
+    score_kernel[(config.splits, num_heads, num_requests)](
+        query,
+        k_pages,
+        block_table,
+        seq_lens,
+        block_lse,
+        new_epoch.state if new_epoch is not None else seq_lens,
+        scale,
+        query.stride(0),
+        k_pages.stride(0),
+        block_table.stride(0),
+        max_blocks,
+        first_head,
+        NUM_HEADS=num_query_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP=group,
+        GROUP_PADDED=16,
+        HEAD_SIZE=head_size,
+        HEAD_PADDED=triton.next_power_of_2(head_size),
+        PAGE_TOKENS=page_tokens,
+        BLOCK_TOKENS=v_block_tokens,
+        CHUNK=config.chunk_tokens,
+        SPLITS=config.splits,
+        IEEE=query.dtype == torch.float32,
+        PAD=pad,
+        NEW_EPOCH=new_epoch is not None,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )

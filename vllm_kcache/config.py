@@ -14,7 +14,7 @@ from vllm_kcache.types import HeadCombine, Selection, Tail
 KEY_PREFIX = "kcache_config"
 DEFAULT_COVERAGE = 0.95
 
-# A V block of 2 KiB is the smallest row that reads mapped host memory at the full speed of the link.
+# The smallest row that reads mapped host memory at the full speed of the link.
 V_BLOCK_BYTES = 2048
 V_BLOCK_TOKENS_AUTO_RANGE = (4, 32)
 V_BLOCK_TOKENS_ACCEPTED = (1, 2, 4, 8, 16, 32)

@@ -24,7 +24,8 @@ class Selection:
         top_n: most V blocks kept per (request, KV head); None for no cap.
         coverage: softmax mass to reach, in (0, 1]; None keeps `top_n` blocks whatever they cover.
         sink_blocks: first V blocks of a request that are always kept.
-        recent_tokens: every V block that overlaps the last so many tokens is always kept; at least 1.
+        recent_tokens: every V block that overlaps the last so many tokens is always kept. At
+            least 1.
         combine: how the query heads of a KV head speak as one. "sum": the mean of their masses;
             "max": the largest mass ranks a block, and coverage must hold for every head.
 

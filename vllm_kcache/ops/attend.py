@@ -34,7 +34,7 @@ def attend_blocks(
     - "renormalize": the selected tokens. The error of a head is then at most 2 x its dropped mass x
       the largest |v|.
     - "drop": all tokens of the request, from `block_lse`; the dropped mass adds nothing.
-    - "mean": all tokens of the request; the dropped mass of each K page is given that page's mean V.
+    - "mean": all tokens of the request; the dropped mass of each K page is given the page's mean V.
 
     With everything selected, all three equal full attention.
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -15,7 +15,7 @@ MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 def check_tensor(
     name: str,
     tensor: torch.Tensor,
-    shape: dict[str, int | None],
+    shape: Mapping[str, int | None],
     dtypes: Collection[torch.dtype],
     device: torch.device | None,
 ) -> None:
@@ -48,9 +48,9 @@ def check_tensor(
 
 def check_pages(name: str, pages: torch.Tensor, device: torch.device | None) -> None:
     """Check K pages, [M, Hkv, S, D]: they may be strided over M only."""
-    shape: dict[str, int | None] = {"M": None, "Hkv": None, "S": None, "D": None}
+    shape: Mapping[str, int | None] = {"M": None, "Hkv": None, "S": None, "D": None}
     check_tensor(name, pages, shape, MODEL_DTYPES, device)
-    _, num_kv_heads, page_tokens, head_size = pages.shape
+    _, _, page_tokens, head_size = pages.shape
     if 0 in pages.shape[1:]:
         raise ValueError(f"{name}: has shape {list(pages.shape)}; Hkv, S and D must be at least 1")
     inner = (page_tokens * head_size, head_size, 1)
@@ -66,7 +66,8 @@ def check_v_pool(v_pool: torch.Tensor, k_pages: torch.Tensor) -> None:
     check_host_pool(v_pool)
     if v_pool.shape != k_pages.shape:
         raise ValueError(
-            f"v_pool: has shape {list(v_pool.shape)}; must be that of k_pages, {list(k_pages.shape)}"
+            f"v_pool: has shape {list(v_pool.shape)}; must be that of k_pages, "
+            f"{list(k_pages.shape)}"
         )
     if v_pool.dtype != k_pages.dtype:
         raise TypeError(
@@ -145,7 +146,8 @@ def check_selection(selection: Selection, v_block_tokens: int) -> None:
         raise ValueError(f'selection.combine={selection.combine!r}: must be "sum" or "max"')
     if selection.coverage is not None and not 0 < selection.coverage <= 1:
         raise ValueError(
-            f"selection.coverage={selection.coverage}: must be greater than 0 and at most 1, or None"
+            f"selection.coverage={selection.coverage}: must be greater than 0 and at most 1, "
+            "or None"
         )
     if selection.sink_blocks < 0:
         raise ValueError(f"selection.sink_blocks={selection.sink_blocks}: must be at least 0")
@@ -168,7 +170,7 @@ def check_selected(
     least_columns: int = 0,
 ) -> None:
     """Check a selection, [B, Hkv, N] with at least `least_columns` columns."""
-    rows: dict[str, int | None] = {"B": num_requests, "Hkv": num_kv_heads}
+    rows: Mapping[str, int | None] = {"B": num_requests, "Hkv": num_kv_heads}
     check_tensor(f"{name}.blocks", selected.blocks, {**rows, "N": None}, (torch.int32,), device)
     check_tensor(f"{name}.counts", selected.counts, rows, (torch.int32,), device)
     check_tensor(f"{name}.mass", selected.mass, rows, (torch.float32,), device)
@@ -189,7 +191,7 @@ def check_fetched(
 ) -> None:
     """Check rows, [B, Hkv, N] beside the selected `blocks`, and v_rows, [R, T, D]."""
     num_requests, num_kv_heads, columns = blocks.shape
-    shape: dict[str, int | None] = {"B": num_requests, "Hkv": num_kv_heads, "N": columns}
+    shape: Mapping[str, int | None] = {"B": num_requests, "Hkv": num_kv_heads, "N": columns}
     check_tensor(f"{name}.rows", fetched.rows, shape, (torch.int32,), blocks.device)
     shape = {"R": None, "T": v_block_tokens, "D": head_size}
     check_tensor(f"{name}.v_rows", fetched.v_rows, shape, (dtype,), blocks.device)

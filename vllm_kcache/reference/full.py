@@ -76,7 +76,9 @@ def _attend_request(
     # The G heads that share a KV head become the batch: K and V are expanded, never repeated.
     heads_first = query.unflatten(1, (num_kv_heads, -1)).permute(2, 1, 0, 3)
 
-    def attend(first_token: int, past_token: int, causal: bool):
+    def attend(
+        first_token: int, past_token: int, causal: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         keys = _gather_tokens(k_pages, page_ids, first_token, past_token)
         values = _gather_tokens(v_pages, page_ids, first_token, past_token)
         return _attend_piece(heads_first, keys, values, causal, scale)

@@ -39,7 +39,9 @@ def request_groups(sizes: list[int], element_cost: int) -> Iterator[tuple[int, i
         yield first, len(sizes), largest
 
 
-def physical_pages(block_table: torch.Tensor, logical_pages: torch.Tensor, valid: torch.Tensor):
+def physical_pages(
+    block_table: torch.Tensor, logical_pages: torch.Tensor, valid: torch.Tensor
+) -> torch.Tensor:
     """Page ids of logical pages: [g, ...] int64. Where not `valid`, page 0.
 
     Columns of `block_table` past a row's length hold anything, so they must not be used as ids.
@@ -56,7 +58,7 @@ def physical_pages(block_table: torch.Tensor, logical_pages: torch.Tensor, valid
 def physical_v_blocks(
     blocks: torch.Tensor, block_table: torch.Tensor, num_kv_heads: int, blocks_per_page: int
 ) -> torch.Tensor:
-    """Physical V blocks of selected logical V blocks: [g, Hkv, N] int64, padding as physical page 0.
+    """Physical V blocks of selected logical V blocks: [g, Hkv, N] int64; padding is page 0.
 
     Args:
         blocks: [g, Hkv, N] int32, padded with -1.

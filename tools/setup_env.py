@@ -114,7 +114,7 @@ def install_packages(python: Path, flavor: str, extras: list[str]) -> None:
     minutes = "2 minutes" if flavor == "cpu" else "10 minutes"
     print(f"setup: installing {', '.join(extras)} (about {minutes})", flush=True)
     start = time.monotonic()
-    quiet = [] if sys.stdout.isatty() else ["--quiet"]
+    quiet = [] if sys.stdout.isatty() else ["--quiet", "--quiet"]
     try:
         subprocess.run([python, "-m", "pip", "install", *quiet, *requirements], check=True)
     except subprocess.CalledProcessError:
@@ -160,8 +160,8 @@ def install_project(python: Path) -> None:
     # fmt: off
     subprocess.run(
         [
-            python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation",
-            "--editable", REPOSITORY,
+            python, "-m", "pip", "install", "--quiet", "--quiet", "--no-deps",
+            "--no-build-isolation", "--editable", REPOSITORY,
         ],
         check=True,
     )

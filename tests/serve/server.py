@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real `vllm serve` process for tests: start, ask, read its metrics, stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+MODEL = REPOSITORY / "models" / "SmolLM2-135M-Instruct"
+MODEL_NAME = "smollm2"
+VLLM = Path(sys.executable).with_name("vllm")
+START_SECONDS = 240
+STOP_SECONDS = 60
+
+
+def environment() -> dict[str, str]:
+    """The caller's environment, offline."""
+    result = dict(os.environ, HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1")
+    result.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would win over --kv-cache-memory-bytes
+    return result
+
+
+class Server:
+    """`vllm serve` with a small float32 cache, its output in a file.
+
+    Args:
+        log_path: Where standard output and error go.
+        flags: Flags for `vllm serve` after the common ones.
+    """
+
+    def __init__(self, log_path: Path, flags: list[str]) -> None:
+        self.log_path = log_path
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        # fmt: off
+        command = [
+            str(VLLM), "serve", str(MODEL), "--served-model-name", MODEL_NAME,
+            "--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32",
+            "--max-model-len", "2048", "--enforce-eager", *flags,
+        ]
+        # fmt: on
+        with log_path.open("wb") as log:
+            # A session of its own: whatever happens, the whole group can be ended.
+            self.process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment(),
+                start_new_session=True,
+            )
+
+    def wait_until_ready(self) -> None:
+        """Return when the server answers.
+
+        Raises:
+            RuntimeError: It ended, or did not answer within START_SECONDS; with the end of its log.
+        """
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise RuntimeError(
+                    f"vllm serve ended with code {self.process.returncode}:\n{self.log_tail()}"
+                )
+            try:
+                if httpx.get(f"{self.url}/health", timeout=2).status_code == 200:
+                    return
+            except httpx.HTTPError:
+                pass
+            time.sleep(0.25)
+        raise RuntimeError(f"vllm serve did not answer in {START_SECONDS} s:\n{self.log_tail()}")
+
+    def log_tail(self, lines: int = 60) -> str:
+        return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-lines:])
+
+    def metric(self, name: str, **labels: str) -> float:
+        """One sample of /metrics, summed over the labels that are not named.
+
+        Raises:
+            KeyError: There is no such sample.
+        """
+        text = httpx.get(f"{self.url}/metrics", timeout=10).text
+        found = [
+            sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        ]
+        if not found:
+            raise KeyError(f"/metrics has no sample {name} with {labels}")
+        return sum(found)
+
+    def wait_until_idle(self, seconds: float = 20) -> None:
+        """Return when no request runs and every block is free.
+
+        Raises:
+            AssertionError: Something is still held after that many seconds.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            held = {
+                "running requests": self.metric("vllm:num_requests_running"),
+                "waiting requests": self.metric("vllm:num_requests_waiting"),
+                "cache usage": self.metric("vllm:kv_cache_usage_perc"),
+                "host pool blocks": self.metric("vllm_kcache_host_pool_blocks", state="used"),
+            }
+            if not any(held.values()):
+                return
+            assert time.monotonic() < deadline, f"still held after {seconds} s: {held}"
+            time.sleep(0.2)
+
+    def processes(self) -> list[psutil.Process]:
+        """The server and every process under it."""
+        main = psutil.Process(self.process.pid)
+        return [main, *main.children(recursive=True)]
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal, wait for the end, return the exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(timeout=STOP_SECONDS)
+
+    def kill(self) -> None:
+        """End whatever is left. For clean-up only."""
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait(timeout=STOP_SECONDS)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real server process with --kv-backend kcache, its default settings, and real clients."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+
+from tests.serve.server import MODEL_NAME, Server
+
+pytestmark = pytest.mark.slow
+
+KV_CACHE_BYTES = 128 * 2**20
+NUM_LAYERS, NUM_KV_HEADS, HEAD_SIZE, FLOAT32_BYTES = 30, 3, 64, 4
+PARALLEL_CLIENTS = 16
+FRUITS = (
+    "apple banana cherry damson elderberry fig grape hazelnut "
+    "imbe jackfruit kiwi lemon mango nectarine orange papaya"
+).split()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log_path = tmp_path_factory.mktemp("serve") / "server.log"
+    flags = ["--kv-backend", "kcache", "--kv-cache-memory-bytes", str(KV_CACHE_BYTES)]
+    running = Server(log_path, flags)
+    try:
+        running.wait_until_ready()
+        yield running
+    finally:
+        running.kill()
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120) as made:
+        yield made
+    server.wait_until_idle()
+
+
+def complete(client: openai.OpenAI, prompt: str, tokens: int = 16) -> str:
+    answer = client.completions.create(
+        model=MODEL_NAME, prompt=prompt, max_tokens=tokens, temperature=0
+    )
+    return answer.choices[0].text
+
+
+def test_completion(client: openai.OpenAI) -> None:
+    assert "Paris" in complete(client, "The capital of France is", tokens=8)
+
+
+def test_chat(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=MODEL_NAME,
+        messages=[{"role": "user", "content": "What is the capital of France?"}],
+        max_tokens=24,
+        temperature=0,
+    )
+    assert "Paris" in answer.choices[0].message.content
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.completion_tokens <= 24
+
+
+def test_streamed_text_is_the_text(client: openai.OpenAI) -> None:
+    prompt = "Water boils when"
+    chunks = client.completions.create(
+        model=MODEL_NAME, prompt=prompt, max_tokens=32, temperature=0, stream=True
+    )
+    pieces = [chunk.choices[0].text for chunk in chunks if chunk.choices]
+    assert len(pieces) > 8
+    assert "".join(pieces) == complete(client, prompt, tokens=32)
+
+
+def test_a_long_prompt_decodes_from_a_selection(server: Server, client: openai.OpenAI) -> None:
+    """1500 tokens: decode steps leave blocks out, and the figures say so."""
+    sentence = "The lighthouse keeper wrote down the wind, the tide and the ships that passed. "
+    before = server.metric("vllm_kcache_selected_blocks_count")
+    mass_before = server.metric("vllm_kcache_dropped_mass_sum")
+    bytes_before = server.metric("vllm_kcache_fetched_bytes_total")
+    selected_before = server.metric("vllm_kcache_selected_blocks_sum")
+    answer = client.completions.create(
+        model=MODEL_NAME,
+        prompt=sentence * 90,
+        max_tokens=8,
+        temperature=0,
+        extra_body={"ignore_eos": True},
+    )
+    assert answer.usage.prompt_tokens > 1400
+    assert answer.usage.completion_tokens == 8
+    # The first token comes from the prefill; each later one is a decode step of every layer.
+    lists = server.metric("vllm_kcache_selected_blocks_count") - before
+    assert lists == 7 * NUM_LAYERS * NUM_KV_HEADS
+    selected = server.metric("vllm_kcache_selected_blocks_sum") - selected_before
+    v_block_tokens = 16  # 2 KiB at head size 64 and 2 bytes
+    all_blocks = answer.usage.prompt_tokens // v_block_tokens
+    assert 0 < selected < 0.9 * lists * all_blocks
+    fetched_bytes = server.metric("vllm_kcache_fetched_bytes_total") - bytes_before
+    assert fetched_bytes == selected * v_block_tokens * HEAD_SIZE * FLOAT32_BYTES
+    dropped_mass = (server.metric("vllm_kcache_dropped_mass_sum") - mass_before) / lists
+    assert 0 < dropped_mass <= 0.05  # coverage .95
+
+
+def test_host_pool_mirrors_the_device_cache(server: Server) -> None:
+    blocks = server.metric("vllm_kcache_host_pool_blocks", state="total")
+    block_tokens = 128
+    k_block_bytes = NUM_LAYERS * NUM_KV_HEADS * block_tokens * HEAD_SIZE * FLOAT32_BYTES
+    assert blocks == KV_CACHE_BYTES // k_block_bytes
+
+
+def test_sixteen_clients_get_their_own_answers(server: Server, client: openai.OpenAI) -> None:
+    """Each of 16 at once gets, word for word, what it gets alone."""
+    prompts = [f"A short poem about the {fruit}:\n" for fruit in FRUITS]
+    assert len(prompts) == PARALLEL_CLIENTS
+    alone = [complete(client, prompt) for prompt in prompts]
+    assert len(set(alone)) > PARALLEL_CLIENTS // 2  # a mix-up would show
+    with ThreadPoolExecutor(PARALLEL_CLIENTS) as pool:
+        together = list(pool.map(lambda prompt: complete(client, prompt), prompts))
+    assert together == alone
+
+
+def test_a_client_that_leaves_frees_its_blocks(server: Server, client: openai.OpenAI) -> None:
+    aborted = server.metric("vllm:request_success_total", finished_reason="abort")
+    generated = server.metric("vllm:generation_tokens_total")
+    body = {
+        "model": MODEL_NAME,
+        "prompt": "Once upon a time",
+        "max_tokens": 2000,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    lines = 0
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+        assert answer.status_code == 200
+        for line in answer.iter_lines():
+            if line.startswith("data: "):
+                json.loads(line.removeprefix("data: "))
+                lines += 1
+            if lines == 5:
+                assert server.metric("vllm_kcache_host_pool_blocks", state="used") > 0
+                break
+    left = time.monotonic()
+    server.wait_until_idle(seconds=15)
+    assert time.monotonic() - left < 15
+    assert server.metric("vllm:request_success_total", finished_reason="abort") == aborted + 1
+    assert server.metric("vllm:generation_tokens_total") - generated < 1000
+    assert "Paris" in complete(client, "The capital of France is", tokens=8)
+
+
+def test_clients_leaving_a_full_server_free_everything(server: Server) -> None:
+    """Sixteen streams of 300 tokens, every other one left after three chunks."""
+
+    def run(number: int) -> int:
+        body = {
+            "model": MODEL_NAME,
+            "prompt": f"Chapter {number}. ",
+            "max_tokens": 48,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        chunks = 0
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as answer:
+            for line in answer.iter_lines():
+                chunks += line.startswith("data: {")
+                if number % 2 and chunks == 3:
+                    break
+        return chunks
+
+    with ThreadPoolExecutor(PARALLEL_CLIENTS) as pool:
+        chunks = list(pool.map(run, range(PARALLEL_CLIENTS)))
+    assert all(count == 3 for count in chunks[1::2])
+    assert all(count > 3 for count in chunks[::2])
+    server.wait_until_idle()
+    assert server.process.poll() is None

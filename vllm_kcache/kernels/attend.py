@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attend over the selected V blocks (Triton). Definition: reference/attend.py.
+
+A list of selected blocks is dealt to `splits` programs in strides, by its length on the device. Each
+leaves an unnormalised sum with its maximum and weight; the last of a list to finish adds them up, so
+there is one launch whatever the split. Rows at `r >= 0` are read from GPU memory, rows at `r <= -2`
+through mapped host memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_kcache.types import Fetched, Selected, Tail
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def attend_kernel(
+    query,
+    k_pages,
+    v_rows,
+    rows,
+    blocks,
+    counts,
+    block_table,
+    seq_lens,
+    block_lse,
+    partial_sums,
+    partial_weights,
+    arrivals,
+    out,
+    scale,
+    host_delta,
+    query_stride,
+    page_stride,
+    table_stride,
+    out_stride,
+    columns,
+    max_blocks,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    CHUNK_BLOCKS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    DROP: tl.constexpr,
+    LSE_CHUNK: tl.constexpr,
+    IEEE: tl.constexpr,
+):
+    split = tl.program_id(0)
+    head = tl.program_id(1)
+    request = tl.program_id(2).to(tl.int64)
+    list_id = request * NUM_KV_HEADS + head
+    num_tokens = tl.load(seq_lens + request)
+    count = tl.load(counts + list_id)
+    chunk_tokens: tl.constexpr = CHUNK_BLOCKS * BLOCK_TOKENS
+    precision: tl.constexpr = "ieee" if IEEE else "tf32"
+    in_group = tl.arange(0, GROUP_PADDED)
+    in_head = tl.arange(0, HEAD_PADDED)
+    in_chunk = tl.arange(0, chunk_tokens)
+    group_mask = in_group < GROUP
+    head_mask = in_head < HEAD_SIZE
+    heads = head * GROUP + in_group
+    q = tl.load(
+        query + request * query_stride + heads[:, None] * HEAD_SIZE + in_head[None, :],
+        mask=group_mask[:, None] & head_mask[None, :],
+        other=0.0,
+    )
+    table_row = block_table + request * table_stride
+    head_base = head.to(tl.int64) * (PAGE_TOKENS * HEAD_SIZE)
+    row_values: tl.constexpr = BLOCK_TOKENS * HEAD_SIZE
+    largest = tl.full((GROUP_PADDED,), float("-inf"), tl.float32)
+    weight = tl.zeros((GROUP_PADDED,), tl.float32)
+    sums = tl.zeros((GROUP_PADDED, HEAD_PADDED), tl.float32)
+    for first in range(split * CHUNK_BLOCKS, count, SPLITS * CHUNK_BLOCKS):
+        column = first + in_chunk // BLOCK_TOKENS
+        listed = column < count
+        block = tl.load(blocks + list_id * columns + column, mask=listed, other=0)
+        row = tl.load(rows + list_id * columns + column, mask=listed, other=0)
+        in_block = in_chunk % BLOCK_TOKENS
+        token = block * BLOCK_TOKENS + in_block
+        exists = listed & (token < num_tokens)
+        page = tl.load(table_row + token // PAGE_TOKENS, mask=exists, other=0).to(tl.int64)
+        k_offset = page * page_stride + head_base + (token % PAGE_TOKENS) * HEAD_SIZE
+        mask = exists[:, None]
+        if HEAD_SIZE != HEAD_PADDED:
+            mask = mask & head_mask[None, :]
+        k = tl.load(k_pages + k_offset[:, None] + in_head[None, :], mask=mask, other=0.0)
+        # One base pointer and a distance reach both memories, and keep the loads 16 bytes wide.
+        here = row.to(tl.int64) * row_values
+        host = host_delta + (-2 - row).to(tl.int64) * row_values
+        v_offset = tl.where(row >= 0, here, host) + in_block * HEAD_SIZE
+        v = tl.load(v_rows + v_offset[:, None] + in_head[None, :], mask=mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision=precision) * (scale * LOG2_E)
+        scores = tl.where(exists[None, :], scores, float("-inf"))
+        # The first block of a chunk has at least one token, so the maximum is finite.
+        new_largest = tl.maximum(largest, tl.max(scores, 1))
+        rescale = tl.exp2(largest - new_largest)
+        weights = tl.exp2(scores - new_largest[:, None])
+        weight = weight * rescale + tl.sum(weights, 1)
+        sums = sums * rescale[:, None] + tl.dot(
+            weights.to(v.dtype), v, input_precision=precision
+        )
+        largest = new_largest
+
+    last = True
+    if SPLITS > 1:
+        part = (list_id * SPLITS + split) * GROUP_PADDED + in_group
+        tl.store(partial_weights + part * 2, largest)
+        tl.store(partial_weights + part * 2 + 1, weight)
+        tl.store(partial_sums + part[:, None] * HEAD_PADDED + in_head[None, :], sums)
+        # All threads' stores come before the count of this program.
+        tl.debug_barrier()
+        last = tl.atomic_add(arrivals + list_id, 1) == SPLITS - 1
+        if last:
+            tl.store(arrivals + list_id, 0)
+            largest = tl.full((GROUP_PADDED,), float("-inf"), tl.float32)
+            weight = tl.zeros((GROUP_PADDED,), tl.float32)
+            sums = tl.zeros((GROUP_PADDED, HEAD_PADDED), tl.float32)
+            # Programs that had a share: the others left nothing.
+            for other in range(0, tl.minimum(SPLITS, tl.cdiv(count, CHUNK_BLOCKS))):
+                part = (list_id * SPLITS + other) * GROUP_PADDED + in_group
+                its_largest = tl.load(partial_weights + part * 2, volatile=True)
+                its_weight = tl.load(partial_weights + part * 2 + 1, volatile=True)
+                its_sums = tl.load(
+                    partial_sums + part[:, None] * HEAD_PADDED + in_head[None, :], volatile=True
+                )
+                new_largest = tl.maximum(largest, its_largest)
+                rescale = tl.exp2(largest - new_largest)
+                its_rescale = tl.exp2(its_largest - new_largest)
+                weight = weight * rescale + its_weight * its_rescale
+                sums = sums * rescale[:, None] + its_sums * its_rescale[:, None]
+                largest = new_largest
+    if last:
+        denominator = weight
+        if DROP:
+            # All tokens of the request, in the units of `weight`: sum of exp2(score - largest).
+            num_blocks = tl.cdiv(num_tokens, BLOCK_TOKENS)
+            denominator = tl.zeros((GROUP_PADDED,), tl.float32)
+            lse_rows = block_lse + (request * NUM_HEADS + heads) * max_blocks
+            for start in range(0, num_blocks, LSE_CHUNK):
+                block = start + tl.arange(0, LSE_CHUNK)
+                lse = tl.load(
+                    lse_rows[:, None] + block[None, :],
+                    mask=group_mask[:, None] & (block < num_blocks)[None, :],
+                    other=float("-inf"),
+                )
+                denominator += tl.sum(tl.exp2(lse * LOG2_E - largest[:, None]), 1)
+        # A padded row has weight 0 and gives 0.
+        result = sums / tl.where(count > 0, denominator, 1.0)[:, None]
+        tl.store(
+            out + request * out_stride + heads[:, None] * HEAD_SIZE + in_head[None, :],
+            result.to(out.dtype.element_ty),
+            mask=group_mask[:, None] & head_mask[None, :],
+        )
+
+
+@dataclass(frozen=True)
+class AttendConfig:
+    """Launch shape: V blocks a program takes at once, programs for each list, warps, stages."""
+
+    chunk_blocks: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class AttendBuffers:
+    """Partial results of the split lists. `arrivals` is zero between launches.
+
+    Attributes:
+        sums: [lists * splits * 16, next power of two of D] float32, GPU.
+        weights: [lists * splits * 16, 2] float32, GPU. Maximum and weight.
+        arrivals: [lists] int32, GPU.
+    """
+
+    sums: torch.Tensor
+    weights: torch.Tensor
+    arrivals: torch.Tensor
+
+    @classmethod
+    def make(
+        cls, num_lists: int, splits: int, head_size: int, device: torch.device | str
+    ) -> AttendBuffers:
+        parts = num_lists * splits * 16
+        width = triton.next_power_of_2(head_size)
+        return cls(
+            torch.empty((parts, width), dtype=torch.float32, device=device),
+            torch.empty((parts, 2), dtype=torch.float32, device=device),
+            torch.zeros(num_lists, dtype=torch.int32, device=device),
+        )
+
+
+def attend_config(
+    num_lists: int, columns: int, head_size: int, itemsize: int, v_block_tokens: int
+) -> AttendConfig:
+    """Launch shape for `num_lists` lists of at most `columns` V blocks."""
+    tokens = max(16, v_block_tokens, min(64, 16384 // (triton.next_power_of_2(head_size) * itemsize)))
+    chunk_blocks = tokens // v_block_tokens
+    # Lists differ in length by an order of magnitude: many programs each even that out.
+    splits = min(32, -(-1056 // max(1, num_lists)), -(-max(1, columns) // chunk_blocks))
+    return AttendConfig(chunk_blocks, max(1, splits), 4, 2)
+
+
+def attend_blocks(
+    query: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pool: torch.Tensor,
+    fetched: Fetched,
+    selected: Selected,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    v_block_tokens: int,
+    tail: Tail,
+    block_lse: torch.Tensor,
+    v_page_means: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    *,
+    buffers: AttendBuffers | None = None,
+    config: AttendConfig | None = None,
+) -> torch.Tensor:
+    """Softmax over the selected tokens and the product with V. See `ops.attend_blocks`.
+
+    Args:
+        buffers: from `AttendBuffers.make` for at least this many lists and the config's splits.
+    Graph-safe when `out` and `buffers` are given.
+    """
+    if tail == "mean":
+        raise NotImplementedError(
+            'kcache_config.tail="mean": not implemented on the GPU; use "renormalize" or "drop"'
+        )
+    num_requests, num_heads, head_size = query.shape
+    _, num_kv_heads, page_tokens, _ = k_pages.shape
+    if query.stride()[1:] != (head_size, 1):
+        raise ValueError(
+            f"query: has strides {list(query.stride())}; the last two must be [{head_size}, 1]"
+        )
+    if out is None:
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    num_lists = num_requests * num_kv_heads
+    if num_lists == 0:
+        return out
+    columns = selected.blocks.shape[2]
+    if config is None:
+        config = attend_config(num_lists, columns, head_size, query.element_size(), v_block_tokens)
+    if buffers is None:
+        buffers = AttendBuffers.make(num_lists, config.splits, head_size, query.device)
+    itemsize = query.element_size()
+    distance = v_pool.data_ptr() - fetched.v_rows.data_ptr()
+    if distance % itemsize:
+        raise ValueError(f"v_pool: must be aligned to {itemsize} bytes")
+    attend_kernel[(config.splits, num_kv_heads, num_requests)](
+        query,
+        k_pages,
+        fetched.v_rows,
+        fetched.rows,
+        selected.blocks,
+        selected.counts,
+        block_table,
+        seq_lens,
+        block_lse,
+        buffers.sums,
+        buffers.weights,
+        buffers.arrivals,
+        out,
+        scale,
+        distance // itemsize,
+        query.stride(0),
+        k_pages.stride(0),
+        block_table.stride(0),
+        out.stride(0),
+        columns,
+        block_lse.shape[2],
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP=num_heads // num_kv_heads,
+        GROUP_PADDED=16,
+        HEAD_SIZE=head_size,
+        HEAD_PADDED=triton.next_power_of_2(head_size),
+        PAGE_TOKENS=page_tokens,
+        BLOCK_TOKENS=v_block_tokens,
+        CHUNK_BLOCKS=config.chunk_blocks,
+        SPLITS=config.splits,
+        DROP=tail == "drop",
+        LSE_CHUNK=128,
+        IEEE=query.dtype == torch.float32,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return out

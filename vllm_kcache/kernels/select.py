@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choose the V blocks to attend, without a sort. Definition: reference/select.py.
+
+The blocks kept are those whose (mass, then lower block) is at least that of one block, the last in. It is
+found by halving: the bits of a mass, as an integer, order like the mass. Masses are added up as integers
+of 2^-30, so the sum does not depend on the order and the Triton kernel here and csrc/select.cu agree.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_kcache.cache.hot_cache import (
+    COUNTER_NAMES,
+    DROPPED_MASS_BUCKETS,
+    FIRST_DROPPED_BUCKET,
+    HotCache,
+)
+from vllm_kcache.kernels import extension
+from vllm_kcache.types import Selected, Selection
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+FIXED_POINT_ONE = tl.constexpr(float(1 << 30))
+FORCED_KEY = tl.constexpr(0x7F000000)  # above the bits of any mass
+_LISTS = tl.constexpr(COUNTER_NAMES.index("lists"))
+_SELECTED = tl.constexpr(COUNTER_NAMES.index("selected"))
+_FIRST_DROPPED = tl.constexpr(FIRST_DROPPED_BUCKET)
+_BUCKETS = tl.constexpr(DROPPED_MASS_BUCKETS)
+
+
+@triton.jit
+def block_masses(lse_rows, shift, block, num_blocks, GROUP, in_group):
+    """Masses [G, chunk] of the chunk `block` of V blocks, 0 past `num_blocks`."""
+    lse = tl.load(
+        lse_rows[:, None] + block[None, :],
+        mask=(in_group < GROUP)[:, None] & (block < num_blocks)[None, :],
+        other=float("-inf"),
+    )
+    return tl.exp2(lse * LOG2_E - shift[:, None])
+
+
+@triton.jit
+def reaches(
+    keys,
+    lse_rows,
+    shift,
+    totals,
+    num_blocks,
+    least_key,
+    last_tie,
+    cap,
+    num_forced,
+    coverage,
+    GROUP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
+    MAX: tl.constexpr,
+    COVER: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Whether the blocks of a key above `least_key`, and those equal to it up to block `last_tie`, suffice."""
+    in_group = tl.arange(0, GROUP_PADDED)
+    count = 0
+    covered = tl.zeros((GROUP_PADDED,), tl.int32)
+    for start in range(0, num_blocks, CHUNK):
+        block = start + tl.arange(0, CHUNK)
+        key = tl.load(keys + block, mask=block < num_blocks, other=-1)
+        kept = (key > least_key) | ((key == least_key) & (block <= last_tie))
+        count += tl.sum(kept.to(tl.int32), 0)
+        if COVER:
+            mass = block_masses(lse_rows, shift, block, num_blocks, GROUP, in_group)
+            if not MAX:
+                mass = tl.broadcast_to((tl.sum(mass, 0) / GROUP)[None, :], mass.shape)
+            fixed = (mass * FIXED_POINT_ONE + 0.5).to(tl.int32)
+            covered += tl.sum(tl.where(kept[None, :], fixed, 0), 1)
+    enough = count >= cap
+    if COVER:
+        met = (covered.to(tl.float32) >= coverage * totals.to(tl.float32)) | (in_group >= GROUP)
+        enough = enough | ((count >= num_forced) & (tl.min(met.to(tl.int32), 0) == 1))
+    return enough
+
+
+@triton.jit
+def select_kernel(
+    block_lse,
+    seq_lens,
+    scratch,
+    blocks,
+    counts,
+    mass_out,
+    counters,
+    top_n,
+    coverage,
+    sink_blocks,
+    recent_tokens,
+    max_blocks,
+    columns,
+    first_head,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    MAX: tl.constexpr,
+    COVER: tl.constexpr,
+    CHUNK: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    head = first_head + tl.program_id(0)
+    request = tl.program_id(1).to(tl.int64)
+    list_id = request * NUM_KV_HEADS + head
+    num_tokens = tl.load(seq_lens + request)
+    num_blocks = tl.cdiv(num_tokens, BLOCK_TOKENS)
+    in_group = tl.arange(0, GROUP_PADDED)
+    lse_rows = block_lse + (list_id * GROUP + in_group) * max_blocks
+    keys = scratch + list_id * max_blocks
+
+    # Each query head's log-sum-exp over the request, base 2.
+    largest = tl.full((GROUP_PADDED,), float("-inf"), tl.float32)
+    total = tl.zeros((GROUP_PADDED,), tl.float32)
+    for start in range(0, num_blocks, CHUNK):
+        block = start + tl.arange(0, CHUNK)
+        lse = tl.load(
+            lse_rows[:, None] + block[None, :],
+            mask=(in_group < GROUP)[:, None] & (block < num_blocks)[None, :],
+            other=float("-inf"),
+        )
+        lse = lse * LOG2_E
+        new_largest = tl.maximum(largest, tl.max(lse, 1))
+        # Padding of the group has only -inf.
+        base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+        total = total * tl.exp2(largest - base) + tl.sum(tl.exp2(lse - base[:, None]), 1)
+        largest = new_largest
+    shift = tl.where(in_group < GROUP, tl.log2(total) + largest, 0.0)
+
+    first_recent = tl.maximum(num_tokens - recent_tokens, 0) // BLOCK_TOKENS
+    num_forced = tl.minimum(sink_blocks, num_blocks) + num_blocks - first_recent
+    num_forced -= tl.maximum(tl.minimum(sink_blocks, num_blocks) - first_recent, 0)
+    totals = tl.zeros((GROUP_PADDED,), tl.int32)
+    for start in range(0, num_blocks, CHUNK):
+        block = start + tl.arange(0, CHUNK)
+        masses = block_masses(lse_rows, shift, block, num_blocks, GROUP, in_group)
+        if MAX:
+            combined = tl.max(masses, 0)
+            fixed = (masses * FIXED_POINT_ONE + 0.5).to(tl.int32)
+        else:
+            combined = tl.sum(masses, 0) / GROUP
+            fixed = (combined * FIXED_POINT_ONE + 0.5).to(tl.int32)
+            fixed = tl.broadcast_to(fixed[None, :], masses.shape)
+        totals += tl.sum(fixed, 1)
+        forced = (block < sink_blocks) | (block >= first_recent)
+        key = tl.where(forced, FORCED_KEY, combined.to(tl.int32, bitcast=True))
+        tl.store(keys + block, key, mask=block < num_blocks)
+    tl.debug_barrier()
+
+    cap = tl.minimum(top_n, num_blocks)
+    # The largest key with which the blocks above and at it suffice; bit by bit from the top.
+    least_key = tl.full((), 0, tl.int32)
+    bit = tl.full((), 1 << 30, tl.int32)
+    while bit > 0:
+        tried = least_key | bit
+        if reaches(
+            keys, lse_rows, shift, totals, num_blocks, tried, max_blocks, cap, num_forced, coverage,
+            GROUP, GROUP_PADDED, MAX, COVER, CHUNK,
+        ):  # fmt: skip
+            least_key = tried
+        bit = bit >> 1
+    # Of the ties at that key, the lowest blocks that suffice.
+    low = tl.full((), 0, tl.int32)
+    high = tl.maximum(num_blocks - 1, 0)
+    while low < high:
+        middle = (low + high) // 2
+        if reaches(
+            keys, lse_rows, shift, totals, num_blocks, least_key, middle, cap, num_forced, coverage,
+            GROUP, GROUP_PADDED, MAX, COVER, CHUNK,
+        ):  # fmt: skip
+            high = middle
+        else:
+            low = middle + 1
+
+    count = tl.full((), 0, tl.int32)
+    covered = tl.zeros((GROUP_PADDED,), tl.float32)
+    for start in range(0, num_blocks, CHUNK):
+        block = start + tl.arange(0, CHUNK)
+        key = tl.load(keys + block, mask=block < num_blocks, other=-1)
+        kept = (key > least_key) | ((key == least_key) & (block <= low))
+        place = count + tl.cumsum(kept.to(tl.int32), 0) - 1
+        tl.store(blocks + list_id * columns + place, block, mask=kept & (place < columns))
+        count += tl.sum(kept.to(tl.int32), 0)
+        masses = block_masses(lse_rows, shift, block, num_blocks, GROUP, in_group)
+        covered += tl.sum(tl.where(kept[None, :], masses, 0.0), 1)
+    for start in range(0, columns, CHUNK):
+        place = start + tl.arange(0, CHUNK)
+        tl.store(
+            blocks + list_id * columns + place,
+            tl.full((CHUNK,), -1, tl.int32),
+            mask=(place >= count) & (place < columns),
+        )
+    if MAX:
+        mass = tl.min(tl.where(in_group < GROUP, covered, 1.0), 0)
+    else:
+        mass = tl.sum(tl.where(in_group < GROUP, covered, 0.0), 0) / GROUP
+    mass = tl.where(num_tokens > 0, tl.minimum(mass, 1.0), 1.0)
+    tl.store(counts + list_id, count)
+    tl.store(mass_out + list_id, mass)
+    if COUNT:
+        if num_tokens > 0:
+            tl.atomic_add(counters + _LISTS, tl.full((), 1, tl.int64))
+            tl.atomic_add(counters + _SELECTED, count.to(tl.int64))
+            bucket = dropped_bucket(1.0 - mass)
+            tl.atomic_add(counters + _FIRST_DROPPED + bucket, tl.full((), 1, tl.int64))
+
+
+@triton.jit
+def dropped_bucket(dropped):
+    """Bucket of a dropped mass: edges from 1e-4 to 1, evenly spaced in the logarithm."""
+    log10 = tl.log2(tl.maximum(dropped, 1e-30)) * 0.30102999566
+    bucket = tl.ceil((log10 + 4.0) * ((_BUCKETS - 1) / 4.0)).to(tl.int32)
+    return tl.minimum(tl.maximum(bucket, 0), _BUCKETS - 1)
+
+
+def select_blocks(
+    block_lse: torch.Tensor,
+    seq_lens: torch.Tensor,
+    num_kv_heads: int,
+    v_block_tokens: int,
+    selection: Selection,
+    out: Selected | None = None,
+) -> Selected:
+    """Choose V blocks. See `ops.select_blocks`. Graph-safe when `out` is given, except that the
+    Triton kernel allocates its scratch."""
+    num_requests, _, max_blocks = block_lse.shape
+    made = out
+    if made is None:
+        columns = max_blocks if selection.top_n is None else min(selection.top_n, max_blocks)
+        shape = (num_requests, num_kv_heads)
+        made = Selected(
+            seq_lens.new_empty((*shape, columns)),
+            seq_lens.new_empty(shape),
+            block_lse.new_empty(shape),
+        )
+    if num_requests:
+        launch_select(block_lse, seq_lens, v_block_tokens, selection, made)
+    if out is None:
+        width = int(made.counts.max()) if num_requests else 0
+        made = Selected(made.blocks[..., :width].contiguous(), made.counts, made.mass)
+    return made
+
+
+def launch_select(
+    block_lse: torch.Tensor,
+    seq_lens: torch.Tensor,
+    v_block_tokens: int,
+    selection: Selection,
+    out: Selected,
+    *,
+    first_head: int = 0,
+    num_heads: int | None = None,
+    scratch: torch.Tensor | None = None,
+    hot_cache: HotCache | None = None,
+) -> None:
+    """Select for a range of KV heads, on the current stream.
+
+    Args:
+        scratch: [B, Hkv, P] int32, GPU: only the Triton kernel needs it, and makes it if not given.
+        hot_cache: its counters take the lists and the dropped mass.
+    """
+    num_requests, num_heads_all, max_blocks = block_lse.shape
+    _, num_kv_heads, columns = out.blocks.shape
+    num_heads = num_kv_heads - first_head if num_heads is None else num_heads
+    if num_requests == 0 or num_heads == 0:
+        return
+    if extension.available():
+        torch.ops.kcache.select_blocks(
+            block_lse,
+            seq_lens,
+            v_block_tokens,
+            *selection_arguments(selection),
+            first_head,
+            num_heads,
+            out.blocks,
+            out.counts,
+            out.mass,
+            hot_cache.counters if hot_cache is not None else None,
+        )
+        return
+    if scratch is None:
+        scratch = seq_lens.new_empty((num_requests, num_kv_heads, max_blocks))
+    select_kernel[(num_heads, num_requests)](
+        block_lse,
+        seq_lens,
+        scratch,
+        out.blocks,
+        out.counts,
+        out.mass,
+        hot_cache.counters if hot_cache is not None else out.counts,
+        max_blocks if selection.top_n is None else selection.top_n,
+        2.0 if selection.coverage is None else selection.coverage,
+        selection.sink_blocks,
+        selection.recent_tokens,
+        max_blocks,
+        columns,
+        first_head,
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP=num_heads_all // num_kv_heads,
+        GROUP_PADDED=triton.next_power_of_2(num_heads_all // num_kv_heads),
+        BLOCK_TOKENS=v_block_tokens,
+        MAX=selection.combine == "max",
+        COVER=selection.coverage is not None,
+        CHUNK=1024,
+        COUNT=hot_cache is not None,
+        num_warps=8,
+    )
+
+
+def selection_arguments(selection: Selection) -> tuple[int, float, int, int, bool]:
+    """top_n (-1 for no cap), coverage (-1 for none), sink_blocks, recent_tokens, combine is "max"."""
+    return (
+        -1 if selection.top_n is None else selection.top_n,
+        -1.0 if selection.coverage is None else selection.coverage,
+        selection.sink_blocks,
+        selection.recent_tokens,
+        selection.combine == "max",
+    )

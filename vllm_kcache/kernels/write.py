@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Store K and V of new tokens (Triton). Definition: reference/write.py.
+
+One program stores one token of one KV head: K to its page, V to the host pool through mapped memory,
+and V to the slot of the hot V cache when the V block is resident.
+"""
+
+from __future__ import annotations
+
+from enum import Flag
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_kcache.cache.hot_cache import EPOCH, HotCache
+from vllm_kcache.kernels.residency import claim_slot, find_slot
+
+_EPOCH = tl.constexpr(EPOCH)
+
+
+class WriteParts(Flag):
+    """What a call stores. A prefill may store V_HOST on a copy stream of its own, and the rest on
+    the stream that computes."""
+
+    K = 1
+    V_HOST = 2
+    V_SLOT = 4
+    ALL = 7
+
+
+@triton.jit
+def write_kernel(
+    key,
+    value,
+    slot_mapping,
+    k_pages,
+    v_pool,
+    slots,
+    table,
+    slot_word,
+    state,
+    key_stride,
+    value_stride,
+    page_stride,
+    layer_rows,
+    num_slots,
+    allocate_tokens,
+    NUM_KV_HEADS: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    STORE_K: tl.constexpr,
+    STORE_V_HOST: tl.constexpr,
+    STORE_V_SLOT: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    place = tl.load(slot_mapping + token).to(tl.int64)
+    if place < 0:
+        return
+    page = place // PAGE_TOKENS
+    offset = place % PAGE_TOKENS
+    in_head = tl.arange(0, HEAD_PADDED)
+    mask = in_head < HEAD_SIZE
+    in_page = (head * PAGE_TOKENS + offset) * HEAD_SIZE + in_head
+    if STORE_K:
+        k = tl.load(key + token * key_stride + head * HEAD_SIZE + in_head, mask=mask)
+        tl.store(k_pages + page * page_stride + in_page, k, mask=mask)
+    if STORE_V_HOST or STORE_V_SLOT:
+        v = tl.load(value + token * value_stride + head * HEAD_SIZE + in_head, mask=mask)
+        if STORE_V_HOST:
+            page_values: tl.constexpr = NUM_KV_HEADS * PAGE_TOKENS * HEAD_SIZE
+            tl.store(v_pool + page * page_values + in_page, v, mask=mask)
+        if STORE_V_SLOT:
+            blocks_per_page: tl.constexpr = PAGE_TOKENS // BLOCK_TOKENS
+            row = (page * NUM_KV_HEADS + head) * blocks_per_page + offset // BLOCK_TOKENS
+            owner = layer_rows + row
+            # The epoch that the scoring of this layer is about to begin. The stamp keeps a slot
+            # that is written here from being claimed by another program of this kernel.
+            epoch = tl.load(state + _EPOCH) + 1
+            slot = find_slot(table, slot_word, owner, epoch)
+            if (slot < 0) & (offset % BLOCK_TOKENS == 0) & (token < allocate_tokens):
+                slot = claim_slot(table, slot_word, state, owner, epoch, num_slots)
+            if slot >= 0:
+                in_slot = (slot.to(tl.int64) * BLOCK_TOKENS + offset % BLOCK_TOKENS) * HEAD_SIZE
+                tl.store(slots + in_slot + in_head, v, mask=mask)
+
+
+def write_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pool: torch.Tensor,
+    hot_cache: HotCache | None = None,
+    layer: int = 0,
+    *,
+    parts: WriteParts = WriteParts.ALL,
+    allocate_tokens: int = 0,
+) -> None:
+    """Store each token's K and V. See `ops.write_kv`.
+
+    Args:
+        parts: what to store. V_SLOT does nothing without a hot cache.
+        allocate_tokens: of the first so many tokens, those that begin a V block get a slot for it,
+            so that the newest tokens never come back over the link. They must be decode tokens: of
+            a V block that gets a slot here, no other token may be in the same call.
+    Graph-safe: a fixed grid, no allocation, no host sync.
+    """
+    num_tokens = slot_mapping.shape[0]
+    _, num_kv_heads, page_tokens, head_size = k_pages.shape
+    if num_tokens == 0 or k_pages.shape[0] == 0:
+        return
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.stride()[1:] != (head_size, 1):
+            raise ValueError(
+                f"{name}: has strides {list(tensor.stride())}; the last two must be "
+                f"[{head_size}, 1]"
+            )
+    store_slot = (
+        hot_cache is not None and WriteParts.V_SLOT in parts and hot_cache.write_update
+    )
+    # Pointers that the kernel does not use when there is no hot cache.
+    cache = hot_cache if hot_cache is not None else _NoCache(k_pages, slot_mapping)
+    write_kernel[(num_tokens, num_kv_heads)](
+        key,
+        value,
+        slot_mapping,
+        k_pages,
+        v_pool,
+        cache.slots,
+        cache.table,
+        cache.slot_word,
+        cache.state,
+        key.stride(0),
+        value.stride(0),
+        k_pages.stride(0),
+        layer * hot_cache.rows_per_layer if hot_cache is not None else 0,
+        cache.slot_word.shape[0],
+        allocate_tokens,
+        NUM_KV_HEADS=num_kv_heads,
+        PAGE_TOKENS=page_tokens,
+        HEAD_SIZE=head_size,
+        HEAD_PADDED=triton.next_power_of_2(head_size),
+        BLOCK_TOKENS=hot_cache.slots.shape[1] if hot_cache is not None else 1,
+        STORE_K=WriteParts.K in parts,
+        STORE_V_HOST=WriteParts.V_HOST in parts,
+        STORE_V_SLOT=store_slot,
+        num_warps=1,
+    )
+
+
+class _NoCache:
+    """Stands in for the pointers of a hot cache that is not there; none of them is followed."""
+
+    def __init__(self, k_pages: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        self.slots = k_pages
+        self.table = self.slot_word = self.state = slot_mapping
+
+
+def update_page_means(
+    v_pool: torch.Tensor, slot_mapping: torch.Tensor, v_page_means: torch.Tensor
+) -> None:
+    """Not on the GPU yet: `tail` "mean" is refused there."""
+    raise NotImplementedError(
+        'kcache_config.tail="mean": not implemented on the GPU; use "renormalize" or "drop"'
+    )

@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-# (relative, absolute), for results of order 1 that were accumulated in float32 (float64 for float64)
-# and rounded to the dtype once. Nothing in the tests may be compared with other figures.
+# (relative, absolute), for results of order 1 that were accumulated in float32 (float64 for
+# float64) and rounded to the dtype once. Nothing in the tests may be compared with other figures.
 TOLERANCES = {
     torch.float64: (1e-10, 1e-11),
     torch.float32: (1e-5, 1e-5),

@@ -77,7 +77,7 @@ class Case:
 
     @property
     def v_page_means(self) -> torch.Tensor:
-        """[M, Hkv, D] float32 (float64): means over the filled tokens of each page, NaN elsewhere."""
+        """[M, Hkv, D] float32 (float64): mean of the filled tokens of each page, NaN elsewhere."""
         shape = self.shape
         dtype = torch.float64 if self.query.dtype == torch.float64 else torch.float32
         means = torch.full(

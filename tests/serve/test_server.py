@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,10 +18,12 @@ pytestmark = pytest.mark.slow
 KV_CACHE_BYTES = 128 * 2**20
 NUM_LAYERS, NUM_KV_HEADS, HEAD_SIZE, FLOAT32_BYTES = 30, 3, 64, 4
 PARALLEL_CLIENTS = 16
+# fmt: off
 FRUITS = (
-    "apple banana cherry damson elderberry fig grape hazelnut "
-    "imbe jackfruit kiwi lemon mango nectarine orange papaya"
-).split()
+    "apple", "banana", "cherry", "damson", "elderberry", "fig", "grape", "hazelnut",
+    "imbe", "jackfruit", "kiwi", "lemon", "mango", "nectarine", "orange", "papaya",
+)
+# fmt: on
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,6 @@ def test_sixteen_clients_get_their_own_answers(server: Server, client: openai.Op
 
 
 def test_a_client_that_leaves_frees_its_blocks(server: Server, client: openai.OpenAI) -> None:
-    aborted = server.metric("vllm:request_success_total", finished_reason="abort")
     generated = server.metric("vllm:generation_tokens_total")
     body = {
         "model": MODEL_NAME,
@@ -144,16 +144,14 @@ def test_a_client_that_leaves_frees_its_blocks(server: Server, client: openai.Op
             if lines == 5:
                 assert server.metric("vllm_kcache_host_pool_blocks", state="used") > 0
                 break
-    left = time.monotonic()
-    server.wait_until_idle(seconds=15)
-    assert time.monotonic() - left < 15
-    assert server.metric("vllm:request_success_total", finished_reason="abort") == aborted + 1
-    assert server.metric("vllm:generation_tokens_total") - generated < 1000
+    server.wait_until_idle()
+    # It stopped because the client left, not because it came to the end of 2000 tokens.
+    assert 5 <= server.metric("vllm:generation_tokens_total") - generated < 500
     assert "Paris" in complete(client, "The capital of France is", tokens=8)
 
 
 def test_clients_leaving_a_full_server_free_everything(server: Server) -> None:
-    """Sixteen streams of 300 tokens, every other one left after three chunks."""
+    """Sixteen streams of 48 tokens, every other one left after three chunks."""
 
     def run(number: int) -> int:
         body = {

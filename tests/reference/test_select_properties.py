@@ -47,8 +47,13 @@ class Drawn:
                 yield tokens, group, row, count, float(selected.mass[request, head])
 
 
+COVERAGE = st.floats(0.01, 1.0)
+ANY_COVERAGE = st.none() | COVERAGE
+EITHER = st.booleans()
+
+
 @st.composite
-def drawn(draw, coverage=st.none() | st.floats(0.01, 1.0), capped=st.booleans()) -> Drawn:
+def drawn(draw, coverage=ANY_COVERAGE, capped=EITHER) -> Drawn:
     v_block_tokens = draw(st.sampled_from([1, 4, 8, 16, 32]))
     group_size = draw(st.sampled_from([1, 2, 3, 4, 8, 16]))
     num_kv_heads = draw(st.integers(1, 3))
@@ -110,7 +115,7 @@ def test_without_cap_and_coverage_everything_is_selected(case):
         assert mass == 1.0
 
 
-@given(drawn(coverage=st.floats(0.01, 1.0)))
+@given(drawn(coverage=COVERAGE))
 def test_coverage_is_met_unless_capped_and_the_mass_is_true(case):
     rule = case.selection
     for tokens, masses, row, count, mass in case.lists():
@@ -123,7 +128,7 @@ def test_coverage_is_met_unless_capped_and_the_mass_is_true(case):
         assert everything or count == rule.top_n or covered >= rule.coverage - ROUNDING
 
 
-@given(drawn(coverage=st.floats(0.01, 1.0)))
+@given(drawn(coverage=COVERAGE))
 def test_no_block_more_than_coverage_needs(case):
     rule = case.selection
     for tokens, masses, row, count, _ in case.lists():

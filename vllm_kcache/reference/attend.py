@@ -51,7 +51,7 @@ def attend_blocks(
         scores.masked_fill_((tokens < 0)[:, :, None], -torch.inf)
         values = _values(v_pool, fetched.v_rows, fetched.rows[group, :, :width]).to(dtype)
         # V past the length may hold NaN, and a weight of 0 does not cancel it.
-        values.masked_fill_((tokens < 0)[..., None], 0.0)
+        values[tokens < 0] = 0.0
         attended = scores if tail == "renormalize" else block_lse[group].to(dtype)
         denominator = attended.logsumexp(-1).view(*scores.shape[:3], 1)
         # Where nothing is selected (a padded row) every score is -inf: weights of 0, not NaN.

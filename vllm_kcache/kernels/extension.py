@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from vllm_kcache.kernels import meta
+
 logger = logging.getLogger(__name__)
 
 # The environment switch by which tests run the Triton kernels beside the extension.
@@ -46,6 +48,5 @@ def available() -> bool:
             f"{path()} does not load with torch {torch.__version__}: install vllm-kcache again, "
             f"or set {SWITCH}=0 to run without it"
         ) from error
-    from vllm_kcache.kernels import meta  # noqa: F401  (registers the Meta functions)
-
+    meta.register()
     return True

@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the kernels are given, in types that host and device code share. The words of the state
+// tensors are those of vllm_kcache/cache/hot_cache.py.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace kcache {
+
+// Words of HotCache.state.
+constexpr int kHand = 0, kEpoch = 1, kFirstMissCount = 2, kMaxWaves = 16;
+constexpr int kStateWords = kFirstMissCount + kMaxWaves;
+// Words of HotCache.counters.
+constexpr int kLists = 0, kSelected = 1, kHits = 2, kMisses = 3, kDirect = 4;
+constexpr int kFirstDroppedBucket = 8, kDroppedBuckets = 16;
+constexpr int kCounterWords = kFirstDroppedBucket + kDroppedBuckets;
+
+constexpr int kMaxGroup = 16;  // query heads of a KV head
+
+using Word = unsigned long long;
+constexpr Word kEmptySlot = ~0ull;  // a slot that holds nothing
+
+struct Residency {
+  int* table;       // slot of each physical V block of each layer, or -1
+  Word* slot_word;  // owner (upper half) and epoch of the last use (lower half) of each slot
+  int* state;
+  unsigned num_slots;
+};
+
+struct SelectArgs {
+  const float* block_lse;  // [B, Hq, P]
+  const int* seq_lens;     // [B]
+  int* blocks;             // [B, Hkv, N]
+  int* counts;             // [B, Hkv]
+  float* mass;             // [B, Hkv]
+  Word* counters;          // null: not counted
+  int v_block_tokens, group, num_kv_heads, max_blocks, columns;
+  int top_n;       // -1: no cap
+  float coverage;  // negative: none
+  int sink_blocks, recent_tokens;
+  bool combine_max;
+};
+
+struct FetchArgs {
+  Residency cache;         // used when hot
+  const int* block_table;  // [B, MB]
+  const char* v_pool;      // rows of physical V blocks, mapped host memory
+  char* v_rows;            // slots, or staging rows
+  int* rows;               // [B, Hkv, N]
+  int2* miss_list;  // (physical V block, slot) of each miss; null: copied by the thread block
+  int* miss_count;  // length of miss_list
+  Word* counters;   // null: not counted
+  int64_t table_stride, layer_rows, num_rows;
+  int blocks_per_page, num_kv_heads, columns, row_bytes;
+  bool hot;
+};
+
+}  // namespace kcache

@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "fetch.cuh"
+#include "launch.h"
+#include "select.cuh"
+
+namespace kcache {
+namespace {
+
+// One thread block a list. Fetching in the same launch saves one, and the list is at hand.
+template <bool kFetch>
+__global__ void __launch_bounds__(kThreads, 2)
+    select_kernel(const __grid_constant__ SelectArgs select,
+                  const __grid_constant__ FetchArgs fetch, int first_head) {
+  extern __shared__ float masses[];
+  __shared__ union Shared {
+    SelectShared select;
+    FetchShared fetch;
+  } shared;
+  const int head = first_head + blockIdx.x, request = blockIdx.y;
+  const int count = ListSelection(select, shared.select, masses, request, head).run();
+  if constexpr (kFetch) {
+    __syncthreads();
+    fetch_list(fetch, shared.fetch, select.blocks, count, request, head);
+  }
+}
+
+template <bool kFetch>
+cudaError_t launch(const SelectArgs& select, const FetchArgs& fetch, HeadRange range,
+                   cudaStream_t stream) {
+  const size_t shared_bytes = select_shared_bytes(
+      select.max_blocks, num_sums(select.combine_max, select.coverage >= 0.0f, select.group));
+  if (shared_bytes > 32 * 1024) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(select_kernel<kFetch>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  const dim3 grid(range.num_heads, range.num_requests);
+  select_kernel<kFetch><<<grid, kThreads, shared_bytes, stream>>>(select, fetch, range.first_head);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t launch_select(const SelectArgs& select, HeadRange range, cudaStream_t stream) {
+  return launch<false>(select, FetchArgs{}, range, stream);
+}
+
+cudaError_t launch_select_fetch(const SelectArgs& select, const FetchArgs& fetch, HeadRange range,
+                                cudaStream_t stream) {
+  return launch<true>(select, fetch, range, stream);
+}
+
+}  // namespace kcache

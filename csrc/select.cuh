@@ -1,0 +1,370 @@
+// SPDX-License-Identifier: Apache-2.0
+// Choose the V blocks of one list with one thread block. Definition:
+// vllm_kcache/reference/select.py.
+//
+// Blocks are ranked by a composite of (mass as an integer, then lower block), and kept down to the
+// last one needed. That one is found digit by digit from the top, by a histogram of counts and of
+// masses of each digit: no sort. Masses are added as integers of 2^-30, which makes sums exact in
+// any order.
+#pragma once
+
+#include <cstdint>
+
+#include "residency.cuh"
+
+namespace kcache {
+
+constexpr int kThreads = 512, kWarps = kThreads / 32;
+constexpr int kBins = 256;
+constexpr unsigned kForcedKey = 0x7f000000u;  // above the bits of any mass
+constexpr float kFixedPointOne = 1073741824.0f;
+constexpr float kLog2E = 1.4426950408889634f;
+
+// Shared memory of a list: masses of all blocks, then the histogram.
+__host__ __device__ inline int num_sums(bool combine_max, bool cover, int group) {
+  return !cover ? 0 : combine_max ? group : 1;
+}
+__host__ __device__ inline size_t select_shared_bytes(int max_blocks, int sums) {
+  return (static_cast<size_t>(max_blocks) + kBins * (1 + sums)) * 4;
+}
+
+struct SelectShared {
+  float reduce_max[kMaxGroup][kWarps];
+  float reduce_sum[kMaxGroup][kWarps];
+  unsigned reduce_total[kMaxGroup][kWarps];
+  float shift[kMaxGroup];          // log2 of the sum of exp over the request, each query head
+  unsigned totals[kMaxGroup];      // all mass, fixed point
+  unsigned above[kMaxGroup];       // mass of the blocks ranked above the digit being found
+  unsigned before[kMaxGroup][32];  // mass before each lane's bins
+  unsigned long long threshold;    // composite of the last block kept
+  int count_above, in_bin;
+  bool enough;
+  int warp_counts[kWarps];
+};
+
+__device__ inline float warp_max(float value) {
+  for (int i = 16; i; i >>= 1) value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, i));
+  return value;
+}
+template <typename T>
+__device__ inline T warp_sum(T value) {
+  for (int i = 16; i; i >>= 1) value += __shfl_xor_sync(kAllLanes, value, i);
+  return value;
+}
+__device__ inline int warp_inclusive(int value, int lane) {
+  for (int i = 1; i < 32; i <<= 1) {
+    const int other = __shfl_up_sync(kAllLanes, value, i);
+    if (lane >= i) value += other;
+  }
+  return value;
+}
+
+__device__ inline unsigned fixed_point(float mass) {
+  return static_cast<unsigned>(mass * kFixedPointOne + 0.5f);
+}
+
+// Rank of a block: the mass's bits, then the lower block.
+__device__ inline unsigned long long composite(float mass, bool forced, int block) {
+  const unsigned key = forced ? kForcedKey : __float_as_uint(mass);
+  return (static_cast<unsigned long long>(key) << 16) | static_cast<unsigned>(0xffff - block);
+}
+
+// Shift of each digit of a composite (47 bits), from the top; all have 8 bits but one with 7.
+__device__ inline int digit_shift(int pass) {
+  return pass < 3 ? 39 - 8 * pass : 16 - 8 * (pass - 3);
+}
+
+class ListSelection {
+ public:
+  __device__ ListSelection(const SelectArgs& args, SelectShared& shared, float* masses, int request,
+                           int head)
+      : args_(args),
+        shared_(shared),
+        masses_(masses),
+        histogram_(reinterpret_cast<unsigned*>(masses + args.max_blocks)),
+        list_(static_cast<int64_t>(request) * args.num_kv_heads + head),
+        lse_(args.block_lse + list_ * args.group * args.max_blocks),
+        num_tokens_(args.seq_lens[request]),
+        lane_(threadIdx.x & 31),
+        warp_(threadIdx.x >> 5) {
+    num_blocks_ =
+        min((num_tokens_ + args.v_block_tokens - 1) / args.v_block_tokens, args.max_blocks);
+    first_recent_ = max(num_tokens_ - args.recent_tokens, 0) / args.v_block_tokens;
+    const int sinks = min(args.sink_blocks, num_blocks_);
+    num_forced_ = sinks + num_blocks_ - first_recent_ - max(sinks - first_recent_, 0);
+    cover_ = args.coverage >= 0.0f;
+    cap_ = args.top_n < 0 ? num_blocks_ : min(args.top_n, num_blocks_);
+    num_sums_ = num_sums(args.combine_max, cover_, args.group);
+  }
+
+  // Number of blocks kept; they are in args.blocks, visible to the thread block.
+  __device__ int run() {
+    if (num_tokens_ <= 0) {
+      write_empty();
+      return 0;
+    }
+    normalise();
+    combine();
+    if (cap_ == num_blocks_ && !cover_) {
+      if (threadIdx.x == 0) shared_.threshold = 0;
+      __syncthreads();
+    } else {
+      find_threshold();
+    }
+    return compact();
+  }
+
+ private:
+  __device__ bool forced(int block) const {
+    return block < args_.sink_blocks || block >= first_recent_;
+  }
+  __device__ float head_mass(int in_group, int block) const {
+    const float lse = lse_[static_cast<int64_t>(in_group) * args_.max_blocks + block];
+    return exp2f(lse * kLog2E - shared_.shift[in_group]);
+  }
+
+  __device__ void write_empty() {
+    for (int i = threadIdx.x; i < args_.columns; i += kThreads) {
+      args_.blocks[list_ * args_.columns + i] = -1;
+    }
+    if (threadIdx.x == 0) {
+      args_.counts[list_] = 0;
+      args_.mass[list_] = 1.0f;
+    }
+  }
+
+  // Each query head's log-sum-exp over the request.
+  __device__ void normalise() {
+    for (int g = 0; g < args_.group; ++g) {
+      const float* lse = lse_ + static_cast<int64_t>(g) * args_.max_blocks;
+      float largest = -INFINITY, sum = 0.0f;
+      for (int block = threadIdx.x; block < num_blocks_; block += kThreads) {
+        const float value = lse[block] * kLog2E;
+        const float larger = fmaxf(largest, value);
+        if (larger > -INFINITY) {
+          sum = sum * exp2f(largest - larger) + exp2f(value - larger);
+          largest = larger;
+        }
+      }
+      const float warp_largest = warp_max(largest);
+      sum = warp_largest > -INFINITY ? sum * exp2f(largest - warp_largest) : 0.0f;
+      sum = warp_sum(sum);
+      if (lane_ == 0) {
+        shared_.reduce_max[g][warp_] = warp_largest;
+        shared_.reduce_sum[g][warp_] = sum;
+      }
+    }
+    __syncthreads();
+    if (warp_ < args_.group) {
+      const bool live = lane_ < kWarps;
+      const float largest = live ? shared_.reduce_max[warp_][lane_] : -INFINITY;
+      const float all_largest = warp_max(largest);
+      float sum = live && largest > -INFINITY
+                      ? shared_.reduce_sum[warp_][lane_] * exp2f(largest - all_largest)
+                      : 0.0f;
+      sum = warp_sum(sum);
+      if (lane_ == 0) shared_.shift[warp_] = all_largest + log2f(sum);
+    }
+    __syncthreads();
+  }
+
+  // Masses of the blocks, combined over the group, and the totals that coverage is a share of.
+  __device__ void combine() {
+    const bool by_max = args_.combine_max;
+    for (int g = 0; g < args_.group; ++g) {
+      unsigned total = 0;
+      for (int block = threadIdx.x; block < num_blocks_; block += kThreads) {
+        const float mass = head_mass(g, block);
+        const float so_far = g == 0 ? 0.0f : masses_[block];
+        masses_[block] = by_max ? fmaxf(so_far, mass) : so_far + mass;
+        total += fixed_point(mass);
+      }
+      if (by_max) {
+        total = warp_sum(total);
+        if (lane_ == 0) shared_.reduce_total[g][warp_] = total;
+      }
+    }
+    if (!by_max) {
+      unsigned total = 0;
+      for (int block = threadIdx.x; block < num_blocks_; block += kThreads) {
+        const float mass = masses_[block] / args_.group;
+        masses_[block] = mass;
+        total += fixed_point(mass);
+      }
+      total = warp_sum(total);
+      if (lane_ == 0) shared_.reduce_total[0][warp_] = total;
+    }
+    __syncthreads();
+    if (warp_ < (by_max ? args_.group : 1)) {
+      unsigned total =
+          lane_ < kWarps ? shared_.reduce_total[warp_][lane_] : 0;
+      total = warp_sum(total);
+      if (lane_ == 0) {
+        shared_.totals[warp_] = total;
+        shared_.above[warp_] = 0;
+      }
+    }
+    if (threadIdx.x == 0) {
+      shared_.threshold = 0;
+      shared_.count_above = 0;
+    }
+  }
+
+  __device__ bool covered(int sum, unsigned mass) const {
+    return static_cast<float>(mass) >= args_.coverage * static_cast<float>(shared_.totals[sum]);
+  }
+
+  // Composite of the last block kept, digit by digit.
+  __device__ void find_threshold() {
+    for (int pass = 0; pass < 6; ++pass) {
+      const int shift = digit_shift(pass), bits = pass == 3 ? 7 : 8;
+      for (int i = threadIdx.x; i < kBins * (1 + num_sums_); i += kThreads) histogram_[i] = 0;
+      __syncthreads();
+      const unsigned long long prefix = shared_.threshold >> (shift + bits);
+      for (int block = threadIdx.x; block < num_blocks_; block += kThreads) {
+        const unsigned long long rank = composite(masses_[block], forced(block), block);
+        if (rank >> (shift + bits) != prefix) continue;
+        const int bin = static_cast<int>(rank >> shift) & ((1 << bits) - 1);
+        atomicAdd(histogram_ + bin, 1u);
+        for (int sum = 0; sum < num_sums_; ++sum) {
+          const float mass = args_.combine_max ? head_mass(sum, block) : masses_[block];
+          atomicAdd(histogram_ + (1 + sum) * kBins + bin, fixed_point(mass));
+        }
+      }
+      __syncthreads();
+      if (warp_ == 0) find_digit(shift);
+      __syncthreads();
+      if (!shared_.enough || shared_.in_bin == 1) break;
+    }
+  }
+
+  // Highest digit down to which the blocks suffice. Lane l has the bins 255 - 8 l and down.
+  __device__ void find_digit(int shift) {
+    constexpr int kLaneBins = kBins / 32;
+    const int top = kBins - 1 - lane_ * kLaneBins;
+    int own = 0;
+    for (int i = 0; i < kLaneBins; ++i) own += histogram_[top - i];
+    const int count = shared_.count_above + warp_inclusive(own, lane_);
+    bool all_met = cover_;
+    for (int sum = 0; sum < num_sums_; ++sum) {
+      const unsigned* masses = histogram_ + (1 + sum) * kBins;
+      unsigned own_mass = 0;
+      for (int i = 0; i < kLaneBins; ++i) own_mass += masses[top - i];
+      const unsigned mass = shared_.above[sum] + static_cast<unsigned>(warp_inclusive(
+                                                     static_cast<int>(own_mass), lane_));
+      shared_.before[sum][lane_] = mass - own_mass;
+      all_met = all_met && covered(sum, mass);
+    }
+    const bool enough = count >= cap_ || (count >= num_forced_ && all_met);
+    const unsigned lanes = __ballot_sync(kAllLanes, enough);
+    if (lanes == 0) {  // rounding: not even all of them reach the coverage
+      if (lane_ == 0) shared_.enough = false;
+      return;
+    }
+    __syncwarp();
+    if (lane_ != __ffs(lanes) - 1) return;
+    int above = count - own;
+    for (int sum = 0; sum < num_sums_; ++sum) shared_.above[sum] = shared_.before[sum][lane_];
+    int bin = top;
+    for (;; --bin) {
+      const int with_bin = above + static_cast<int>(histogram_[bin]);
+      bool met = cover_;
+      for (int sum = 0; sum < num_sums_; ++sum) {
+        met = met && covered(sum, shared_.above[sum] + histogram_[(1 + sum) * kBins + bin]);
+      }
+      if (with_bin >= cap_ || (with_bin >= num_forced_ && met) || bin == top - (kLaneBins - 1)) {
+        break;
+      }
+      above = with_bin;
+      for (int sum = 0; sum < num_sums_; ++sum) {
+        shared_.above[sum] += histogram_[(1 + sum) * kBins + bin];
+      }
+    }
+    shared_.count_above = above;
+    shared_.in_bin = static_cast<int>(histogram_[bin]);
+    shared_.threshold |= static_cast<unsigned long long>(bin) << shift;
+    shared_.enough = true;
+  }
+
+  __device__ bool kept(int block) const {
+    return composite(masses_[block], forced(block), block) >= shared_.threshold;
+  }
+
+  // Write the kept blocks in ascending order, each warp a contiguous share, and the mass covered.
+  __device__ int compact() {
+    const int share = ((num_blocks_ + kThreads - 1) / kThreads) * 32;
+    const int first = warp_ * share, last = min(first + share, num_blocks_);
+    int count = 0;
+    float mass = 0.0f;
+    for (int start = first; start < last; start += 32) {
+      const int block = start + lane_;
+      const bool keep = block < last && kept(block);
+      count += __popc(__ballot_sync(kAllLanes, keep));
+      if (keep) mass += masses_[block];
+    }
+    if (lane_ == 0) shared_.warp_counts[warp_] = count;
+    if (args_.combine_max) {
+      for (int g = 0; g < args_.group; ++g) {
+        float head = 0.0f;
+        for (int block = first + lane_; block < last; block += 32) {
+          if (kept(block)) head += head_mass(g, block);
+        }
+        head = warp_sum(head);
+        if (lane_ == 0) shared_.reduce_sum[g][warp_] = head;
+      }
+    } else {
+      mass = warp_sum(mass);
+      if (lane_ == 0) shared_.reduce_sum[0][warp_] = mass;
+    }
+    __syncthreads();
+    int place = 0, total = 0;
+    for (int i = 0; i < kWarps; ++i) {
+      if (i == warp_) place = total;
+      total += shared_.warp_counts[i];
+    }
+    int* out = args_.blocks + list_ * args_.columns;
+    for (int start = first; start < last; start += 32) {
+      const int block = start + lane_;
+      const bool keep = block < last && kept(block);
+      const unsigned keeping = __ballot_sync(kAllLanes, keep);
+      const int column = place + __popc(keeping & ((1u << lane_) - 1));
+      if (keep && column < args_.columns) out[column] = block;
+      place += __popc(keeping);
+    }
+    total = min(total, args_.columns);
+    for (int i = total + threadIdx.x; i < args_.columns; i += kThreads) out[i] = -1;
+    if (threadIdx.x == 0) finish(total);
+    __syncthreads();
+    return total;
+  }
+
+  __device__ void finish(int count) {
+    float covered_mass = 1.0f;
+    for (int g = 0; g < (args_.combine_max ? args_.group : 1); ++g) {
+      float mass = 0.0f;
+      for (int i = 0; i < kWarps; ++i) mass += shared_.reduce_sum[g][i];
+      covered_mass = fminf(covered_mass, mass);
+    }
+    args_.counts[list_] = count;
+    args_.mass[list_] = covered_mass;
+    if (args_.counters == nullptr) return;
+    const float log10 = log2f(fmaxf(1.0f - covered_mass, 1e-30f)) * 0.30102999566f;
+    const int bucket = static_cast<int>(ceilf((log10 + 4.0f) * ((kDroppedBuckets - 1) / 4.0f)));
+    atomicAdd(args_.counters + kLists, 1ull);
+    atomicAdd(args_.counters + kSelected, static_cast<Word>(count));
+    atomicAdd(args_.counters + kFirstDroppedBucket + min(max(bucket, 0), kDroppedBuckets - 1),
+              1ull);
+  }
+
+  const SelectArgs& args_;
+  SelectShared& shared_;
+  float* masses_;
+  unsigned* histogram_;
+  const int64_t list_;
+  const float* lse_;
+  const int num_tokens_, lane_, warp_;
+  int num_blocks_, first_recent_, num_forced_, cap_, num_sums_;
+  bool cover_;
+};
+
+}  // namespace kcache

@@ -208,19 +208,17 @@ class KCacheConfig(BaseModel):
         Raises:
             KCacheConfigError: a layer the model does not have, or no layer left to split.
         """
-        listed = self.dense_layers
-        layers = frozenset(range(listed) if isinstance(listed, int) else listed)
-        shown = listed if isinstance(listed, int) else list(listed)
-        if layers and max(layers) >= num_layers:
-            most = "at most" if isinstance(listed, int) else "layer numbers from 0 to"
+        if isinstance(self.dense_layers, int):
+            layers = frozenset(range(min(self.dense_layers, num_layers)))
+            shown = str(self.dense_layers)
+            accepted = f"at most {num_layers - 1}"
+        else:
+            layers, shown = frozenset(self.dense_layers), str(list(self.dense_layers))
+            accepted = f"layer numbers from 0 to {num_layers - 1}, and not all of them"
+        if len(layers) >= num_layers or max(layers, default=0) >= num_layers:
             raise KCacheConfigError(
-                f"{KEY_PREFIX}.dense_layers={shown}: must be {most} {num_layers - 1}, "
-                f"since the model has {num_layers} layers"
-            )
-        if len(layers) == num_layers:
-            raise KCacheConfigError(
-                f"{KEY_PREFIX}.dense_layers={shown}: must leave at least one of the model's "
-                f"{num_layers} layers to the split cache"
+                f"{KEY_PREFIX}.dense_layers={shown}: must be {accepted}, since the model has "
+                f"{num_layers} layers and at least one must be split"
             )
         return layers
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step of the reference costs, counted in elements and calls of torch, not in time."""
 
+import itertools
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -71,7 +73,7 @@ def test_fetch_and_attend_grow_with_the_selected_blocks_not_with_the_context():
         cost_of_fetch_and_attend(short, 32).elements == cost_of_fetch_and_attend(long, 32).elements
     )
     elements = [cost_of_fetch_and_attend(long, top_n).elements for top_n in (32, 64, 128, 256)]
-    for fewer, more in zip(elements, elements[1:], strict=False):
+    for fewer, more in itertools.pairwise(elements):
         assert 1.95 < more / fewer < 2.01
     # Four copies and the scores of each: K and V gathered, V staged, V masked in place.
     assert elements[0] < 8 * 3 * 32 * 16 * 64

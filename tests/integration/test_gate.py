@@ -38,7 +38,8 @@ def test_text_equals_stock(tmp_path: Path) -> None:
     assert tokens_of(split) == tokens_of(stock)
     # Decode went through the selection, in every layer.
     assert split["kcache_metrics"]["decode_layer_steps"] >= 30 * 2 * 40
-    assert split["kcache_metrics"]["dropped_mass"]["mean"] < 1e-5
+    lists = split["kcache_metrics"]["selected_lists"]
+    assert split["kcache_metrics"]["dropped_mass"][0] == [1e-4, lists]
 
 
 def test_text_equals_stock_under_preemption(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from vllm_kcache.config import KCacheConfig, KCacheConfigError
 from vllm_kcache.integration import refusals
@@ -144,20 +144,28 @@ def _with_parsed_flags(original):
         engine_args = original(cls, args)
         kv_backend = getattr(args, "kv_backend", None)
         kcache_config = getattr(args, "kcache_config", None)
-        engine_args._kcache_from_cli = True
+        additional = engine_args.additional_config
         if kv_backend is not None or kcache_config is not None:
             try:
-                engine_args.additional_config = merge_settings(
-                    engine_args.additional_config, kv_backend, kcache_config
-                )
+                additional = merge_settings(additional, kv_backend, kcache_config)
             except KCacheConfigError as error:
                 _exit_with(error)
+        if isinstance(additional, dict) and KEY in additional:
+            engine_args.additional_config = _FromCommandLine(additional)
         return engine_args
 
     return from_cli_args
 
 
-def _exit_with(error: Exception) -> None:
+class _FromCommandLine(dict):
+    """`additional_config` of a command: its errors are for a user, not for a programmer.
+
+    The mark is on the dict because `LLM.from_engine_args` makes new engine arguments out of the
+    fields of the old ones.
+    """
+
+
+def _exit_with(error: Exception) -> NoReturn:
     """End a command the way argparse does: one message, exit code 2, no traceback."""
     print(f"vllm: error: {error}", file=sys.stderr, flush=True)
     raise SystemExit(2) from None
@@ -175,7 +183,7 @@ def _with_checks(original):
             vllm_config = original(self, *args, **kwargs)
             refusals.check(vllm_config, config)
         except KCacheConfigError as error:
-            if getattr(self, "_kcache_from_cli", False):
+            if isinstance(additional, _FromCommandLine):
                 _exit_with(error)
             raise
         return vllm_config

@@ -24,8 +24,8 @@ from vllm_kcache.integration.metadata import KCacheMetadata, KCacheMetadataBuild
 class KCacheBackend(AttentionBackend):
     """K in vLLM's pages, V in the host pool."""
 
-    # K and V are stored by `do_kv_cache_update`, which runs before `forward` in every layer.
-    forward_includes_kv_cache_update = False
+    # One opaque op per layer: how V is stored depends on the step, which only `forward` is given.
+    forward_includes_kv_cache_update = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [
         torch.float16,
         torch.bfloat16,
@@ -109,27 +109,6 @@ class KCacheImpl(AttentionImpl[KCacheMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
 
-    def do_kv_cache_update(
-        self,
-        layer: Any,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        """Write K to its pages and V through to the host pool.
-
-        Args:
-            layer: vLLM's attention layer.
-            key: [tokens, Hkv, D] model dtype, on the device.
-            value: [tokens, Hkv, D] model dtype, on the device.
-            kv_cache: [M, Hkv, S, D] K pages; empty while vLLM profiles.
-            slot_mapping: [tokens] int64, on the device; -1 is padding.
-        """
-        if kv_cache.numel() == 0:
-            return
-        runtime.current().write(self._cache_name(layer), key, value, kv_cache, slot_mapping)
-
     def forward(
         self,
         layer: Any,
@@ -142,13 +121,13 @@ class KCacheImpl(AttentionImpl[KCacheMetadata]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend: the decodes of the step through the selection, its prefills exactly.
+        """Store K and V, then attend: decodes through the selection, prefills exactly.
 
         Args:
             layer: vLLM's attention layer.
             query: [tokens, Hq, D] model dtype, on the device.
-            key: [tokens, Hkv, D], already written to the pages.
-            value: [tokens, Hkv, D], already written to the host pool.
+            key: [tokens, Hkv, D] model dtype, on the device. Written to the K pages.
+            value: [tokens, Hkv, D] model dtype, on the device. Written through to the host pool.
             kv_cache: [M, Hkv, S, D] K pages; empty while vLLM profiles.
             attn_metadata: The step; None while vLLM profiles.
             output: [tokens, Hq, D], overwritten.
@@ -160,16 +139,15 @@ class KCacheImpl(AttentionImpl[KCacheMetadata]):
             raise RuntimeError("--kv-backend kcache does not quantise the attention output.")
         if attn_metadata is None or kv_cache.numel() == 0:
             return output.fill_(0)
-        query = query.view(-1, self.num_heads, self.head_size)
-        shaped = output.view(-1, self.num_heads, self.head_size)
-        runtime.current().attend(
-            self._cache_name(layer),
-            runtime.LayerInputs(query, key, value, kv_cache, self.scale),
-            attn_metadata,
-            shaped,
+        shares = self.kv_sharing_target_layer_name is not None
+        inputs = runtime.LayerInputs(
+            name=self.kv_sharing_target_layer_name or layer.layer_name,
+            query=query.view(-1, self.num_heads, self.head_size),
+            key=None if shares else key.view(-1, self.num_kv_heads, self.head_size),
+            value=None if shares else value.view(-1, self.num_kv_heads, self.head_size),
+            k_pages=kv_cache,
+            scale=self.scale,
         )
+        shaped = output.view(-1, self.num_heads, self.head_size)
+        runtime.current().run_layer(inputs, attn_metadata, shaped)
         return output
-
-    def _cache_name(self, layer: Any) -> str:
-        """The layer whose K and V this layer reads: its own, or the one it shares."""
-        return self.kv_sharing_target_layer_name or layer.layer_name

@@ -15,8 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-SELECTED_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-DROPPED_BOUNDS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5)
+from vllm_kcache.cache.hot_cache import DROPPED_MASS_EDGES, CacheCounters
+
+# Upper bounds of the dropped mass, the same on CPU and GPU.
+DROPPED_BOUNDS = DROPPED_MASS_EDGES
 
 SCALARS = (
     "host_pool_blocks",
@@ -27,12 +29,11 @@ SCALARS = (
     "hot_cache_hits",
     "hot_cache_misses",
     "direct_host_reads",
-    "selected_blocks_sum",
-    "dropped_mass_sum",
+    "selected_lists",
+    "selected_blocks",
 )
-_SELECTED_AT = len(SCALARS)
-_DROPPED_AT = _SELECTED_AT + len(SELECTED_BOUNDS) + 1
-NUM_VALUES = _DROPPED_AT + len(DROPPED_BOUNDS) + 1
+_DROPPED_AT = len(SCALARS)
+NUM_VALUES = _DROPPED_AT + len(DROPPED_BOUNDS)
 
 
 def directory() -> Path:
@@ -91,33 +92,39 @@ class Counters:
             mass: [B, Hkv] float32, host. Covered mass of each list.
             row_bytes: Bytes of a V block.
         """
-        listed = counts.flatten().numpy()
-        listed = listed[listed > 0]
-        dropped = np.clip(1.0 - mass[counts > 0].flatten().numpy(), 0.0, 1.0)
-        self["selected_blocks_sum"] += float(listed.sum())
-        self["dropped_mass_sum"] += float(dropped.sum())
-        self["fetched_bytes"] += float(listed.sum()) * row_bytes
+        listed = counts[counts > 0]
+        dropped = np.clip(1.0 - mass[counts > 0].numpy(), 0.0, 1.0)
+        self["selected_lists"] += listed.numel()
+        self["selected_blocks"] += int(listed.sum())
+        self["fetched_bytes"] += int(listed.sum()) * row_bytes
         self["decode_layer_steps"] += 1
-        self._add_histogram(_SELECTED_AT, SELECTED_BOUNDS, listed)
-        self._add_histogram(_DROPPED_AT, DROPPED_BOUNDS, dropped)
+        buckets = np.searchsorted(DROPPED_BOUNDS, dropped, side="left")
+        buckets = buckets.clip(max=len(DROPPED_BOUNDS) - 1)
+        self.values[_DROPPED_AT:] += np.bincount(buckets, minlength=len(DROPPED_BOUNDS))
 
-    def _add_histogram(self, first: int, bounds: tuple, samples: np.ndarray) -> None:
-        buckets = np.searchsorted(bounds, samples, side="left")
-        self.values[first : first + len(bounds) + 1] += np.bincount(
-            buckets, minlength=len(bounds) + 1
-        )
+    def set_from_gpu(self, sums: CacheCounters, row_bytes: int) -> None:
+        """Take over the sums that a GPU's kernels keep.
+
+        Args:
+            sums: Sums since the start.
+            row_bytes: Bytes of a V block.
+        """
+        self["selected_lists"] = sums.lists
+        self["selected_blocks"] = sums.selected
+        self["hot_cache_hits"] = sums.hits
+        self["hot_cache_misses"] = sums.misses
+        self["direct_host_reads"] = sums.direct
+        self["fetched_bytes"] = (sums.misses + sums.direct) * row_bytes
+        self.values[_DROPPED_AT:] = sums.dropped_mass
 
 
-def histograms(values: np.ndarray) -> dict[str, tuple[tuple, np.ndarray]]:
-    """Bounds and counts (not cumulative, the last one unbounded) of each histogram.
+def dropped_mass(values: np.ndarray) -> np.ndarray:
+    """Lists by dropped mass: [len(DROPPED_BOUNDS)], not cumulative.
 
     Args:
         values: [NUM_VALUES] float64, one worker's array or a sum of several.
     """
-    return {
-        "selected_blocks": (SELECTED_BOUNDS, values[_SELECTED_AT:_DROPPED_AT]),
-        "dropped_mass": (DROPPED_BOUNDS, values[_DROPPED_AT:NUM_VALUES]),
-    }
+    return values[_DROPPED_AT:NUM_VALUES]
 
 
 def read_all(instance_id: str, engine: int) -> list[np.ndarray]:

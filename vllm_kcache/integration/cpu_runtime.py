@@ -27,28 +27,12 @@ class CPURuntime(Runtime):
             size = (num_pages, shape.num_kv_heads, shape.head_size)
             self.page_means = [torch.zeros(size) for _ in shape.layer_names]
 
-    def write(
-        self,
-        layer_name: str,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        k_pages: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        v_pool = self.v_pool(layer_name, k_pages.shape[0])
-        num_tokens = slot_mapping.shape[0]
-        ops.write_kv(key[:num_tokens], value[:num_tokens], slot_mapping, k_pages, v_pool)
-        means = self._means(layer_name)
-        if means is not None:
-            update_page_means(v_pool, slot_mapping, means)
-
-    def attend(
-        self, layer_name: str, inputs: LayerInputs, step: KCacheMetadata, output: torch.Tensor
-    ) -> None:
-        v_pool = self.v_pool(layer_name, inputs.k_pages.shape[0])
+    def run_layer(self, inputs: LayerInputs, step: KCacheMetadata, output: torch.Tensor) -> None:
+        v_pool = self.v_pool(inputs.name, inputs.k_pages.shape[0])
+        self._write(inputs, v_pool, step.slot_mapping)
         decodes = step.num_decodes
         if decodes:
-            self._decode(layer_name, inputs, v_pool, step, output[:decodes])
+            self._decode(inputs, v_pool, step, output[:decodes])
         if step.num_prefills:
             first = int(step.query_start_loc_cpu[decodes])
             last = int(step.query_start_loc_cpu[decodes + step.num_prefills])
@@ -63,9 +47,21 @@ class CPURuntime(Runtime):
                 out=output[first:last],
             )
 
+    def _write(
+        self, inputs: LayerInputs, v_pool: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        if inputs.key is None or inputs.value is None:
+            return
+        tokens = slot_mapping.shape[0]
+        ops.write_kv(
+            inputs.key[:tokens], inputs.value[:tokens], slot_mapping, inputs.k_pages, v_pool
+        )
+        means = self._means(inputs.name)
+        if means is not None:
+            update_page_means(v_pool, slot_mapping, means)
+
     def _decode(
         self,
-        layer_name: str,
         inputs: LayerInputs,
         v_pool: torch.Tensor,
         step: KCacheMetadata,
@@ -95,7 +91,7 @@ class CPURuntime(Runtime):
             tokens,
             self.config.tail,
             block_lse,
-            v_page_means=self._means(layer_name),
+            v_page_means=self._means(inputs.name),
             out=output,
         )
         row_bytes = tokens * self.shape.head_size * self.shape.dtype.itemsize

@@ -4,8 +4,9 @@
 vLLM loads general plugins inside `EngineArgs.__post_init__`: too late for the first
 `LLM(kv_backend=...)`, and `vllm bench latency` builds its parser before any plugin is loaded. A
 platform plugin, however, is asked while vLLM is being imported. Ours names no platform; it only asks
-Python to call `register` as soon as `vllm.engine.arg_utils` has been imported. This module imports
-nothing of vLLM.
+Python to call `register` as soon as `vllm.engine.arg_utils` has been imported. That module may be
+the very one whose imports made vLLM ask: then it is half imported, and its spec tells us when it is
+whole. This module imports nothing of vLLM.
 """
 
 from __future__ import annotations
@@ -46,6 +47,21 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
+class _RegisterWhenImported(importlib.machinery.ModuleSpec):
+    """Class given to the spec of a module that is being imported, until it is imported.
+
+    Python clears `_initializing` when the module's code has run.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name == "_initializing" and not value:
+            self.__class__ = importlib.machinery.ModuleSpec  # type: ignore[assignment]
+            # A module whose code failed has been taken out again.
+            if self.name in sys.modules:
+                _register()
+
+
 def _register() -> None:
     from vllm_kcache.integration.plugin import register
 
@@ -56,8 +72,10 @@ def install() -> None:
     """Register the plugin now if vLLM's arguments are loaded, or as soon as they are."""
     module = sys.modules.get(_TARGET)
     if module is not None:
-        initialising = getattr(module.__spec__, "_initializing", False)
-        if not initialising:
+        spec = module.__spec__
+        if getattr(spec, "_initializing", False):
+            spec.__class__ = _RegisterWhenImported  # type: ignore[assignment,union-attr]
+        else:
             _register()
         return
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -33,6 +33,8 @@ class KCacheMetadata(AttentionMetadata):
         seq_lens: [requests] int32, on the device; 0 marks a padded row.
         seq_lens_cpu: [requests] int32, on the host; exact for rows that prefill.
         block_table: [requests, MB] int32, on the device.
+        slot_mapping: [tokens] int64, on the device; -1 is padding.
+        plan: What the runtime works out once per step for all layers.
     """
 
     num_decodes: int
@@ -45,6 +47,8 @@ class KCacheMetadata(AttentionMetadata):
     seq_lens: torch.Tensor
     seq_lens_cpu: torch.Tensor | None
     block_table: torch.Tensor
+    slot_mapping: torch.Tensor
+    plan: Any = field(default=None)
 
 
 class KCacheMetadataBuilder(AttentionMetadataBuilder[KCacheMetadata]):
@@ -94,4 +98,5 @@ class KCacheMetadataBuilder(AttentionMetadataBuilder[KCacheMetadata]):
             seq_lens=common.seq_lens,
             seq_lens_cpu=common.seq_lens_cpu_upper_bound,
             block_table=common.block_table_tensor,
+            slot_mapping=common.slot_mapping,
         )

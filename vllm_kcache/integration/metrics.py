@@ -13,6 +13,7 @@ from prometheus_client.core import (
     GaugeMetricFamily,
     HistogramMetricFamily,
     Metric,
+    SummaryMetricFamily,
 )
 from vllm.v1.metrics.loggers import StatLoggerBase
 
@@ -27,10 +28,6 @@ _COUNTERS = {
     "hot_cache_hits": "Selected V blocks found in the hot V cache.",
     "hot_cache_misses": "Selected V blocks fetched into the hot V cache.",
     "direct_host_reads": "Selected V blocks read from host memory by attention itself.",
-}
-_HISTOGRAMS = {
-    "selected_blocks": "V blocks selected, per request, KV head, layer and decode step.",
-    "dropped_mass": "Softmax mass not selected, per request, KV head, layer and decode step.",
 }
 
 
@@ -64,14 +61,28 @@ class KCacheCollector:
         for name, text in _COUNTERS.items():
             family = CounterMetricFamily(PREFIX + name, text, labels=["engine"])
             for index, array in values.items():
-                family.add_metric([str(index)], array[counters.SCALARS.index(name)])
+                family.add_metric([str(index)], _scalar(array, name))
             yield family
-        for name, text in _HISTOGRAMS.items():
-            family = HistogramMetricFamily(PREFIX + name, text, labels=["engine"])
-            for index, array in values.items():
-                total = array[counters.SCALARS.index(f"{name}_sum")]
-                family.add_metric([str(index)], _cumulative(array, name), sum_value=total)
-            yield family
+        selected = SummaryMetricFamily(
+            PREFIX + "selected_blocks",
+            "V blocks selected, per request, KV head, layer and decode step.",
+            labels=["engine"],
+        )
+        dropped = HistogramMetricFamily(
+            PREFIX + "dropped_mass",
+            "Softmax mass not selected, per request, KV head, layer and decode step.",
+            labels=["engine"],
+        )
+        for index, array in values.items():
+            selected.add_metric(
+                [str(index)],
+                count_value=_scalar(array, "selected_lists"),
+                sum_value=_scalar(array, "selected_blocks"),
+            )
+            # Only the buckets are kept, so there is no sum to publish.
+            dropped.add_metric([str(index)], _cumulative(array), sum_value=None)
+        yield selected
+        yield dropped
 
     def _host_pool(self, values: dict[int, np.ndarray]) -> Metric:
         family = GaugeMetricFamily(
@@ -79,9 +90,8 @@ class KCacheCollector:
             "Blocks of the host V pool: total, and in use by requests or the prefix cache's users.",
             labels=["engine", "state"],
         )
-        at = counters.SCALARS.index("host_pool_blocks")
         for index, array in values.items():
-            total = array[at]
+            total = _scalar(array, "host_pool_blocks")
             # vLLM keeps one block for itself and reports usage of the others.
             used = round(self.engines[index].usage * max(total - 1, 0))
             family.add_metric([str(index), "total"], total)
@@ -89,10 +99,14 @@ class KCacheCollector:
         return family
 
 
-def _cumulative(array: np.ndarray, name: str) -> list[tuple[str, float]]:
-    bounds, counts = counters.histograms(array)[name]
-    labels = [*map(str, map(float, bounds)), "+Inf"]
-    return list(zip(labels, np.cumsum(counts).tolist(), strict=True))
+def _scalar(array: np.ndarray, name: str) -> float:
+    return float(array[counters.SCALARS.index(name)])
+
+
+def _cumulative(array: np.ndarray) -> list[tuple[str, float]]:
+    # The last bound is 1, the largest mass there is.
+    labels = [*(f"{bound:.6g}" for bound in counters.DROPPED_BOUNDS[:-1]), "+Inf"]
+    return list(zip(labels, np.cumsum(counters.dropped_mass(array)).tolist(), strict=True))
 
 
 _collector: KCacheCollector | None = None
@@ -140,9 +154,8 @@ def metrics(llm: Any) -> dict[str, Any]:
         llm: A `vllm.LLM` made with `kv_backend="kcache"`.
 
     Returns:
-        The counters by name, summed over ranks; `host_pool_blocks` (total) and
-        `host_pool_blocks_used`; `selected_blocks` and `dropped_mass` as {"mean", "count", "buckets"},
-        buckets being (upper bound, count) pairs.
+        The counters by name, summed over ranks; `dropped_mass`, a list of (upper bound, lists) pairs;
+        and `mean_selected_blocks`, per request, KV head, layer and decode step.
 
     Raises:
         RuntimeError: The LLM runs without the kcache backend.
@@ -151,18 +164,9 @@ def metrics(llm: Any) -> dict[str, Any]:
         raise RuntimeError("metrics(llm): this LLM runs without kv_backend='kcache'.")
     arrays = [np.array(values) for values in llm.collective_rpc("kcache_counters")]
     total = counters.summed(arrays)
-    result: dict[str, Any] = {
-        name: float(total[counters.SCALARS.index(name)])
-        for name in counters.SCALARS
-        if not name.endswith("_sum")
-    }
-    for name, (bounds, counts) in counters.histograms(total).items():
-        samples = int(counts.sum())
-        mean = float(total[counters.SCALARS.index(f"{name}_sum")]) / max(samples, 1)
-        edges = [*map(float, bounds), float("inf")]
-        result[name] = {
-            "mean": mean,
-            "count": samples,
-            "buckets": list(zip(edges, map(int, counts), strict=True)),
-        }
+    result: dict[str, Any] = {name: _scalar(total, name) for name in counters.SCALARS}
+    result["mean_selected_blocks"] = result["selected_blocks"] / max(result["selected_lists"], 1)
+    result["dropped_mass"] = list(
+        zip(counters.DROPPED_BOUNDS, map(int, counters.dropped_mass(total)), strict=True)
+    )
     return result

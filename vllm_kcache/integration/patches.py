@@ -8,6 +8,7 @@ the plugin half installed.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +61,8 @@ def wrap(owner: Any, name: str, make: Callable[[Callable], Callable], record: Pa
     original = raw.__func__ if kind is not None else raw
     if getattr(original, _MARK, False):
         return
-    wrapper = make(original)
+    # Keeps name, docstring and signature for whoever looks.
+    wrapper = functools.update_wrapper(make(original), original)
     setattr(wrapper, _MARK, True)
     setattr(owner, name, kind(wrapper) if kind is not None else wrapper)
     _applied[record.target] = record

@@ -22,16 +22,18 @@ class LayerInputs:
     """What a layer brings to its attention.
 
     Attributes:
+        name: The layer whose pages are read; another one where layers share a cache.
         query: [tokens, Hq, D] model dtype, on the device.
-        key: [tokens, Hkv, D] model dtype, on the device.
-        value: [tokens, Hkv, D] model dtype, on the device.
+        key: [tokens, Hkv, D] model dtype, on the device; None where the layer writes nothing.
+        value: [tokens, Hkv, D] model dtype, on the device; None where the layer writes nothing.
         k_pages: [M, Hkv, S, D] model dtype, on the device.
         scale: Factor of the scores.
     """
 
+    name: str
     query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
+    key: torch.Tensor | None
+    value: torch.Tensor | None
     k_pages: torch.Tensor
     scale: float
 
@@ -121,21 +123,14 @@ class Runtime:
             raise RuntimeError(f"The host V pool has {have} pages, the K cache {num_pages}.")
         return self.pool.layer(self.layer_index[layer_name])
 
-    def write(
-        self,
-        layer_name: str,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        k_pages: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        """Store K and V of a step's tokens (see `KCacheImpl.do_kv_cache_update`)."""
-        raise NotImplementedError
+    def run_layer(self, inputs: LayerInputs, step: KCacheMetadata, output: torch.Tensor) -> None:
+        """Store K and V of a step's tokens, then attend (see `KCacheImpl.forward`).
 
-    def attend(
-        self, layer_name: str, inputs: LayerInputs, step: KCacheMetadata, output: torch.Tensor
-    ) -> None:
-        """Attention of one layer (see `KCacheImpl.forward`)."""
+        Args:
+            inputs: What the layer brings.
+            step: The batch.
+            output: [tokens, Hq, D] model dtype, on the device, overwritten.
+        """
         raise NotImplementedError
 
     def close(self) -> None:

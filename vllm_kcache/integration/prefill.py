@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exact attention of prompt chunks on a GPU: FlashAttention, xformers or plain torch.
+
+Each kernel attends a ragged batch of queries to a ragged batch of contiguous keys and values, and
+returns the log-sum-exp, so that the chunk and the pieces of its context can be merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from vllm_kcache.config import KCacheConfigError
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Where the requests of a batch begin.
+
+    Attributes:
+        first_rows: [R + 1] int32, GPU.
+        max_length: Longest request, tokens (host).
+        lengths: Tokens of each request (host); only the torch and xformers kernels need it.
+    """
+
+    first_rows: torch.Tensor
+    max_length: int
+    lengths: tuple[int, ...]
+
+
+# query, keys, values, ragged queries, ragged keys, causal, scale -> output [Tq, Hq, D], lse [Hq, Tq]
+PrefillKernel = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, Ragged, Ragged, bool, float],
+    tuple[torch.Tensor, torch.Tensor],
+]
+
+
+def choose(name: str, head_size: int, dtype: torch.dtype) -> tuple[str, PrefillKernel]:
+    """The prefill kernel for a setting.
+
+    Args:
+        name: `kcache_config.prefill`: "auto", "flash_attn", "xformers" or "torch".
+        head_size: D.
+        dtype: Model dtype. FlashAttention and xformers take float16 and bfloat16.
+
+    Returns:
+        The name of the kernel taken and the kernel.
+
+    Raises:
+        KCacheConfigError: The named kernel cannot run here.
+    """
+    half = dtype in (torch.float16, torch.bfloat16)
+    if name == "auto":
+        if not half:
+            return "torch", attend_torch
+        for candidate in ("flash_attn", "xformers"):
+            if _missing(candidate, head_size) is None:
+                return candidate, _KERNELS[candidate]
+        return "torch", attend_torch
+    if name != "torch":
+        reason = _missing(name, head_size) if half else f"it does not take {dtype}"
+        if reason is not None:
+            raise KCacheConfigError(
+                f"kcache_config.prefill={name!r}: {reason}; use 'auto' or 'torch'."
+            )
+    return name, _KERNELS[name]
+
+
+def _missing(name: str, head_size: int) -> str | None:
+    """Why a kernel cannot run here, or None."""
+    if name == "xformers":
+        try:
+            import xformers.ops  # noqa: F401
+        except ImportError as error:
+            return f"xformers does not import ({error})"
+        return None
+    try:
+        from vllm.v1.attention.backends.fa_utils import (
+            flash_attn_varlen_func,  # noqa: F401
+            get_flash_attn_version,
+        )
+    except ImportError as error:
+        return f"vLLM's FlashAttention does not import ({error})"
+    version = get_flash_attn_version(head_size=head_size)
+    if version is None:
+        return "vLLM has no FlashAttention for this GPU"
+    from vllm.vllm_flash_attn.flash_attn_interface import is_fa_version_supported
+
+    if not is_fa_version_supported(version):
+        return f"vLLM's FlashAttention {version} is not installed"
+    return None
+
+
+def attend_flash(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    queries_at: Ragged,
+    keys_at: Ragged,
+    causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """vLLM's FlashAttention (3 on Hopper, 2 elsewhere)."""
+    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
+
+    output, lse = flash_attn_varlen_func(
+        q=query,
+        k=keys,
+        v=values,
+        cu_seqlens_q=queries_at.first_rows,
+        max_seqlen_q=queries_at.max_length,
+        cu_seqlens_k=keys_at.first_rows,
+        max_seqlen_k=keys_at.max_length,
+        softmax_scale=scale,
+        causal=causal,
+        return_softmax_lse=True,
+        fa_version=get_flash_attn_version(head_size=query.shape[2]),
+    )[:2]
+    return output, lse
+
+
+def attend_xformers(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    queries_at: Ragged,
+    keys_at: Ragged,
+    causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """xformers' memory-efficient attention with a block-diagonal bias."""
+    from xformers.ops import fmha
+
+    bias_type = (
+        fmha.attn_bias.BlockDiagonalCausalMask if causal else fmha.attn_bias.BlockDiagonalMask
+    )
+    bias = bias_type.from_seqlens(
+        list(queries_at.lengths), list(keys_at.lengths), device=query.device
+    )
+    group = query.shape[1] // keys.shape[1]
+    shape = (1, query.shape[0], keys.shape[1], group, query.shape[2])
+    expanded = (1, keys.shape[0], keys.shape[1], group, keys.shape[2])
+    output, lse = fmha.memory_efficient_attention_partial(
+        query.reshape(shape),
+        keys[None, :, :, None].expand(expanded),
+        values[None, :, :, None].expand(expanded),
+        attn_bias=bias,
+        scale=scale,
+    )
+    return output.reshape(query.shape), lse.reshape(query.shape[1], query.shape[0])
+
+
+# Scores of one piece: bounds the scratch of the torch kernel.
+_TORCH_SCORE_VALUES = 1 << 27
+
+
+def attend_torch(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    queries_at: Ragged,
+    keys_at: Ragged,
+    causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain torch, accumulated in float32: any dtype, any head size, slow."""
+    output = torch.zeros_like(query, memory_format=torch.contiguous_format)
+    lse = query.new_full((query.shape[1], query.shape[0]), float("-inf"), dtype=torch.float32)
+    first_query = first_key = 0
+    group = query.shape[1] // keys.shape[1]
+    for num_queries, num_keys in zip(queries_at.lengths, keys_at.lengths, strict=True):
+        if num_queries and num_keys:
+            key = keys[first_key : first_key + num_keys].float().permute(1, 2, 0)
+            value = values[first_key : first_key + num_keys].float().transpose(0, 1)
+            step = max(1, _TORCH_SCORE_VALUES // (num_keys * query.shape[1]))
+            for begin in range(0, num_queries, step):
+                end = min(begin + step, num_queries)
+                rows = slice(first_query + begin, first_query + end)
+                part = query[rows].float().unflatten(1, (keys.shape[1], group)).permute(1, 2, 0, 3)
+                scores = torch.matmul(part, key[:, None]) * scale
+                if causal:
+                    position = torch.arange(begin, end, device=query.device)
+                    position = position + num_keys - num_queries
+                    ahead = torch.arange(num_keys, device=query.device) > position[:, None]
+                    scores.masked_fill_(ahead, float("-inf"))
+                part_lse = scores.logsumexp(-1)
+                weights = (scores - part_lse[..., None]).exp()
+                result = torch.matmul(weights, value[:, None])
+                output[rows] = result.permute(2, 0, 1, 3).flatten(1, 2).to(output.dtype)
+                lse[:, rows] = part_lse.flatten(0, 1)
+        first_query += num_queries
+        first_key += num_keys
+    return output, lse
+
+
+_KERNELS: dict[str, PrefillKernel] = {
+    "flash_attn": attend_flash,
+    "xformers": attend_xformers,
+    "torch": attend_torch,
+}
+
+
+def merge(
+    first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to the union of two sets of keys, from the attention to each.
+
+    Args:
+        first, second: output [T, Hq, D] model dtype and log-sum-exp [Hq, T] float32, GPU. A query
+            with no key in a set has log-sum-exp -inf there.
+
+    Returns:
+        Output and log-sum-exp of the union.
+    """
+    from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
+
+    output = torch.empty_like(first[0])
+    lse = torch.empty_like(first[1])
+    merge_attn_states(output, first[0], first[1], second[0], second[1], output_lse=lse)
+    return output, lse

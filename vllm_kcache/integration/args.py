@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`--kv-backend` and `--kcache-config`: on the command line, in `LLM(...)`, and checked at start."""
+"""`--kv-backend` and `--kcache-config`: on the command line, in `LLM(...)`, checked at start."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from vllm_kcache.config import KCacheConfig, KCacheConfigError
@@ -13,8 +14,8 @@ from vllm_kcache.integration.plugin import activate_backend
 from vllm_kcache.integration.settings import KEY
 
 BACKENDS = ("default", "kcache")
-WORKER_CPU = "vllm_kcache.integration.worker.KCacheCPUWorker"
-WORKER_GPU = "vllm_kcache.integration.worker.KCacheGPUWorker"
+WORKER_CPU = "vllm_kcache.integration.cpu_worker.KCacheCPUWorker"
+WORKER_GPU = "vllm_kcache.integration.gpu_worker.KCacheGPUWorker"
 
 _UPSTREAM = "vLLM offers plugins no way to add engine arguments."
 _UNTIL = "vLLM lets a plugin register engine arguments."
@@ -98,7 +99,7 @@ def merge_settings(additional: dict | None, kv_backend: str | None, kcache_confi
     return merged
 
 
-def _with_flags(original):
+def _with_flags(original: Callable) -> Callable:
     def add_cli_args(parser: Any, *args: Any, **kwargs: Any) -> Any:
         parser = original(parser, *args, **kwargs)
         if "--kv-backend" in getattr(parser, "_option_string_actions", {}):
@@ -115,14 +116,14 @@ def _with_flags(original):
         group.add_argument(
             "--kcache-config",
             default=None,
-            help='Settings as JSON, e.g. \'{"coverage": 0.95}\'; or --kcache-config.coverage 0.95.',
+            help="Settings as JSON, e.g. '{\"coverage\": 0.95}'; or --kcache-config.coverage 0.95.",
         )
         return parser
 
     return add_cli_args
 
 
-def _with_keywords(original):
+def _with_keywords(original: Callable) -> Callable:
     def __init__(
         self: Any,
         *args: Any,
@@ -139,7 +140,7 @@ def _with_keywords(original):
     return __init__
 
 
-def _with_parsed_flags(original):
+def _with_parsed_flags(original: Callable) -> Callable:
     def from_cli_args(cls: Any, args: Any) -> Any:
         engine_args = original(cls, args)
         kv_backend = getattr(args, "kv_backend", None)
@@ -171,7 +172,7 @@ def _exit_with(error: Exception) -> NoReturn:
     raise SystemExit(2) from None
 
 
-def _with_checks(original):
+def _with_checks(original: Callable) -> Callable:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         additional = self.additional_config
         if not isinstance(additional, dict) or KEY not in additional:

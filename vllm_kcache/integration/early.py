@@ -3,10 +3,10 @@
 
 vLLM loads general plugins inside `EngineArgs.__post_init__`: too late for the first
 `LLM(kv_backend=...)`, and `vllm bench latency` builds its parser before any plugin is loaded. A
-platform plugin, however, is asked while vLLM is being imported. Ours names no platform; it only asks
-Python to call `register` as soon as `vllm.engine.arg_utils` has been imported. That module may be
-the very one whose imports made vLLM ask: then it is half imported, and its spec tells us when it is
-whole. This module imports nothing of vLLM.
+platform plugin, however, is asked while vLLM is being imported. Ours names no platform; it only
+asks Python to call `register` as soon as `vllm.engine.arg_utils` has been imported. That module may
+be the very one whose imports made vLLM ask: then it is half imported, and its spec tells us when it
+is whole. This module imports nothing of vLLM.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import importlib.machinery
 import importlib.util
 import sys
 from types import ModuleType
+from typing import Any
 
 _TARGET = "vllm.engine.arg_utils"
 
@@ -37,7 +38,9 @@ class _RegisterAfter(importlib.abc.Loader):
 class _Finder(importlib.abc.MetaPathFinder):
     """Finds only the target, once."""
 
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(
+        self, fullname: str, path: Any = None, target: Any = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if fullname != _TARGET:
             return None
         sys.meta_path.remove(self)

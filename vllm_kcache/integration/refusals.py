@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_kcache.config import KCacheConfig, KCacheConfigError
+from vllm_kcache.integration import features
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,8 @@ class Refusal:
     """One unsupported feature.
 
     Attributes:
-        feature: Name and, where there is one, the value ("{value}" is replaced).
-        value: Takes vLLM's configuration; returns the offending value, or None/False when off.
+        feature: Name of the feature with its value ("{value}" is replaced).
+        value: Takes vLLM's configuration; returns the offending value, or None when off.
         reason: Why it cannot work.
         remedy: What the user changes.
     """
@@ -54,7 +55,7 @@ def found(vllm_config: Any, config: KCacheConfig) -> Iterator[str]:
     """All refusals of a configuration, as messages (what `vllm-kcache check` lists)."""
     for refusal in REFUSALS:
         value = refusal.value(vllm_config)
-        if value is not None and value is not False:
+        if value is not None:
             yield refusal.message(value)
     yield from _settings_that_do_not_fit(vllm_config, config)
 
@@ -71,6 +72,13 @@ def check_engine_args(engine_args: Any) -> None:
         raise KCacheConfigError(
             f"--kv-backend kcache does not support attention_backend={name}: it brings its own "
             "attention. Leave --attention-backend out."
+        )
+    per_kind = engine_args.attention_config.backend_per_kind
+    if per_kind:
+        names = ", ".join(f"{kind}: {backend.name}" for kind, backend in per_kind.items())
+        raise KCacheConfigError(
+            f"--kv-backend kcache does not support backend_per_kind={{{names}}}: it brings its own "
+            "attention. Leave backend_per_kind out of --attention-config."
         )
     worker_cls = engine_args.worker_cls
     if worker_cls != "auto" and not str(worker_cls).startswith("vllm_kcache."):
@@ -104,72 +112,29 @@ def _settings_that_do_not_fit(vllm_config: Any, config: KCacheConfig) -> Iterato
         )
 
 
-def _text_config(vllm_config: Any) -> Any:
-    return vllm_config.model_config.hf_text_config
-
-
-def _kv_connector(vllm_config: Any) -> str | None:
-    transfer = vllm_config.kv_transfer_config
-    name = getattr(transfer, "kv_connector", None)
-    # DecodeBenchConnector only fills the cache for benchmarks; it moves nothing.
-    return name if name not in (None, "DecodeBenchConnector") else None
-
-
-def _sliding_window(vllm_config: Any) -> Any:
-    text = _text_config(vllm_config)
-    layer_types = getattr(text, "layer_types", None) or []
-    if any("sliding" in str(kind) for kind in layer_types):
-        return f"layer_types with {next(k for k in layer_types if 'sliding' in str(k))!r}"
-    window = vllm_config.model_config.get_sliding_window()
-    if getattr(text, "use_sliding_window", True) is False:
-        return None
-    return f"sliding_window={window}" if window else None
-
-
-def _kv_dtype(vllm_config: Any) -> str | None:
-    name = vllm_config.cache_config.cache_dtype
-    return None if name in ("auto", "float16", "bfloat16", "float32") else name
-
-
-def _alibi(vllm_config: Any) -> bool:
-    text = _text_config(vllm_config)
-    attn_config = getattr(text, "attn_config", None)
-    nested = attn_config.get("alibi") if isinstance(attn_config, dict) else None
-    return bool(getattr(text, "alibi", False) or nested or text.model_type == "bloom")
-
-
-def _positive(value: Any) -> Any:
-    return value if value and value > 1 else None
-
-
-def _batch_invariance(_: Any) -> bool:
-    from vllm import envs
-
-    return bool(envs.VLLM_BATCH_INVARIANT)
-
-
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "kv_cache_dtype={value}",
-        _kv_dtype,
-        "V blocks are fetched in the model's dtype; quantised pages are not read yet",
-        "Leave --kv-cache-dtype at auto.",
+        features.kv_dtype,
+        "V blocks are fetched in the model's dtype, and pages in another are not read yet",
+        "Leave --kv-cache-dtype at auto; where the checkpoint asks for it, set --kv-cache-dtype to "
+        "the model's dtype.",
     ),
     Refusal(
         "kv_connector={value}",
-        _kv_connector,
+        features.kv_connector,
         "a connector would copy K pages and leave V behind",
         "Leave --kv-transfer-config out.",
     ),
     Refusal(
         "kv_offloading_size={value}",
-        lambda c: c.cache_config.kv_offloading_size,
+        lambda c: features.true(c.cache_config.kv_offloading_size),
         "vLLM's offloading would copy K pages and leave V behind",
         "Leave --kv-offloading-size out; V is in host memory already.",
     ),
     Refusal(
-        "kv_sharing_fast_prefill=True",
-        lambda c: c.cache_config.kv_sharing_fast_prefill,
+        "kv_sharing_fast_prefill={value}",
+        lambda c: features.true(c.cache_config.kv_sharing_fast_prefill),
         "it skips layers whose V the host pool must hold",
         "Leave --kv-sharing-fast-prefill out.",
     ),
@@ -181,33 +146,66 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "sliding-window attention ({value})",
-        _sliding_window,
+        features.sliding_window,
+        "selection covers the whole context",
+        "Serve a model with full attention in every layer; where all layers have the window, "
+        "--disable-sliding-window caps the context at it instead.",
+    ),
+    Refusal(
+        "chunked local attention ({value})",
+        features.chunked_attention,
         "selection covers the whole context",
         "Serve a model with full attention in every layer.",
     ),
     Refusal(
-        "chunked local attention (attention_chunk_size={value})",
-        lambda c: getattr(c.model_config, "attention_chunk_size", None),
+        "reference sliding-window attention (rswa_window={value})",
+        lambda c: features.true(c.model_config.rswa_window),
         "selection covers the whole context",
         "Serve a model with full attention in every layer.",
     ),
     Refusal(
-        "encoder-decoder models",
-        lambda c: c.model_config.is_encoder_decoder,
+        "encoder-decoder models ({value})",
+        features.architecture_if(lambda c: c.model_config.is_encoder_decoder),
         "cross attention keeps its own cache",
         "Serve a decoder-only model.",
     ),
     Refusal(
-        "multi-head latent attention (MLA)",
-        lambda c: c.model_config.use_mla,
+        "multi-head latent attention, MLA ({value})",
+        features.architecture_if(lambda c: c.model_config.use_mla),
         "its cache holds one latent vector a token, with no V of its own",
         "Serve it with vLLM's own backend.",
     ),
     Refusal(
-        "hybrid or attention-free models",
-        lambda c: c.model_config.is_hybrid or c.model_config.is_attention_free,
+        "hybrid or attention-free models ({value})",
+        features.architecture_if(
+            lambda c: c.model_config.is_hybrid or c.model_config.is_attention_free
+        ),
         "their state is not a KV cache",
         "Serve a model with attention in every layer.",
+    ),
+    Refusal(
+        "diffusion models ({value})",
+        features.architecture_if(lambda c: c.diffusion_config or c.model_config.is_diffusion),
+        "a step has several queries a request that see each other, and a decode step here has one",
+        "Serve a model that decodes token by token.",
+    ),
+    Refusal(
+        "bidirectional attention among the tokens of an image ({value})",
+        features.architecture_if(lambda c: c.model_config.is_mm_prefix_lm),
+        "prefill is causal here",
+        "Serve text only, with --language-model-only, or use vLLM's own backend.",
+    ),
+    Refusal(
+        "encoder-only instances (mm_encoder_only of {value})",
+        features.architecture_if(lambda c: c.is_mm_encoder_only),
+        "they hold no KV cache, so there is nothing to split",
+        "Leave --mm-encoder-only and the ec_producer role out.",
+    ),
+    Refusal(
+        "use_non_causal={value}",
+        lambda c: features.true(c.attention_config.use_non_causal),
+        "prefill is causal here",
+        "Leave use_non_causal out of --attention-config.",
     ),
     Refusal(
         "pooling models (runner={value})",
@@ -216,57 +214,87 @@ REFUSALS: tuple[Refusal, ...] = (
         "Serve it with vLLM's own backend.",
     ),
     Refusal(
-        "ALiBi",
-        _alibi,
+        "ALiBi ({value})",
+        features.alibi,
         "scores get no position bias here",
         "Serve a model with rotary or learned positions.",
     ),
     Refusal(
         "attn_logit_softcapping={value}",
-        lambda c: getattr(_text_config(c), "attn_logit_softcapping", None),
+        lambda c: features.true(getattr(features.text_config(c), "attn_logit_softcapping", None)),
         "scores are not capped here",
         "Serve a model without a soft cap on attention logits.",
     ),
     Refusal(
+        "attention sinks ({value})",
+        features.attention_sinks,
+        "the softmax has no term beside the tokens here",
+        "Serve a model without learned sinks.",
+    ),
+    Refusal(
+        "head_size={value}",
+        features.head_size,
+        "the kernels take 64, 80, 96, 128 and 256",
+        "Serve a model with one of these head sizes.",
+    ),
+    Refusal(
+        "block_size={value}",
+        features.block_size,
+        "a K page must be a multiple of 16 tokens",
+        "Set --block-size to 16, 32, 64 or 128, or leave it out.",
+    ),
+    Refusal(
+        "{value} query heads per KV head",
+        features.group_size_on_gpu,
+        f"the GPU kernels take at most {features.MOST_QUERY_HEADS_GPU}",
+        "Serve a model with more KV heads, or use vLLM's own backend.",
+    ),
+    Refusal(
         "decode_context_parallel_size={value}",
-        lambda c: _positive(c.parallel_config.decode_context_parallel_size),
+        lambda c: features.positive(c.parallel_config.decode_context_parallel_size),
         "pages of one request would lie on several ranks",
         "Use --tensor-parallel-size.",
     ),
     Refusal(
         "prefill_context_parallel_size={value}",
-        lambda c: _positive(c.parallel_config.prefill_context_parallel_size),
+        lambda c: features.positive(c.parallel_config.prefill_context_parallel_size),
         "pages of one request would lie on several ranks",
         "Use --tensor-parallel-size.",
     ),
     Refusal(
-        "microbatching (enable_dbo or ubatch_size)",
-        lambda c: c.parallel_config.use_ubatching,
+        "microbatching ({value})",
+        features.microbatching,
         "two halves of a batch would share the fetch buffers",
         "Leave --enable-dbo and --ubatch-size out.",
     ),
     Refusal(
-        "enable_elastic_ep=True",
-        lambda c: c.parallel_config.enable_elastic_ep,
+        "enable_elastic_ep={value}",
+        lambda c: features.true(c.parallel_config.enable_elastic_ep),
         "ranks that join later have no host pool",
         "Leave --enable-elastic-ep out.",
     ),
     Refusal(
-        "enable_fault_tolerance=True",
-        lambda c: c.parallel_config.enable_fault_tolerance,
+        "enable_fault_tolerance={value}",
+        lambda c: features.true(c.parallel_config.enable_fault_tolerance),
         "a restarted rank has lost its host pool",
-        "Leave --enable-fault-tolerance out.",
+        "Leave --enable-fault-tolerance and --fault-tolerance-config out.",
     ),
     Refusal(
-        "HiSparse",
-        lambda c: c.attention_config.hisparse_config is not None,
+        "HiSparse (hisparse_config={value})",
+        lambda c: c.attention_config.hisparse_config,
         "it is another split of the same cache",
-        "Leave hisparse_config out.",
+        "Leave hisparse_config out of --attention-config.",
     ),
     Refusal(
-        "batch invariance (VLLM_BATCH_INVARIANT=1)",
-        _batch_invariance,
+        "batch invariance ({value})",
+        features.batch_invariance,
         "the order of sums depends on the selection",
         "Unset VLLM_BATCH_INVARIANT.",
+    ),
+    Refusal(
+        "snapshots ({value})",
+        features.snapshot,
+        "the image of the process would hold the host pool, and restoring does not pin it again",
+        "Start the server with vllm serve.",
     ),
 )

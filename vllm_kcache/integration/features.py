@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads from vLLM's configuration which features are on. Each function returns the value, or None.
+
+Every function takes a complete `VllmConfig`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+MOST_QUERY_HEADS_GPU = 16
+SNAPSHOT_SERVER = "vllm.snapshot.server"
+SINK_MODEL_TYPES = ("gpt_oss", "openai_privacy_filter")
+SINK_SETTINGS = (
+    "attention_sinks",
+    "add_full_attention_sink_bias",
+    "add_swa_attention_sink_bias",
+    "swa_attention_sink_enabled",
+    "param_sink_number",
+)
+
+
+def text_config(vllm_config: Any) -> Any:
+    """The language model's part of the Hugging Face configuration."""
+    return vllm_config.model_config.hf_text_config
+
+
+def architecture(vllm_config: Any) -> str:
+    """The model class that vLLM runs."""
+    return vllm_config.model_config.architecture
+
+
+def architecture_if(is_on: Callable[[Any], Any]) -> Callable[[Any], str | None]:
+    """Value of a feature that the model brings: the model's architecture."""
+    return lambda vllm_config: architecture(vllm_config) if is_on(vllm_config) else None
+
+
+def true(value: Any) -> Any:
+    """The value of a setting that is off when false, zero or empty."""
+    return value or None
+
+
+def positive(value: Any) -> Any:
+    """A degree of parallelism above 1."""
+    return value if value and value > 1 else None
+
+
+def kv_connector(vllm_config: Any) -> str | None:
+    """Name of a connector that would move K pages."""
+    transfer = vllm_config.kv_transfer_config
+    name = getattr(transfer, "kv_connector", None)
+    # DecodeBenchConnector only fills the cache for benchmarks; it moves nothing.
+    return name if name not in (None, "DecodeBenchConnector") else None
+
+
+def sliding_window(vllm_config: Any) -> str | None:
+    """Setting that gives some layers a window."""
+    text = text_config(vllm_config)
+    layer_types = getattr(text, "layer_types", None) or []
+    sliding = [str(kind) for kind in layer_types if "sliding" in str(kind)]
+    if sliding:
+        return f"layer_types with {sliding[0]!r}"
+    window = vllm_config.model_config.get_sliding_window()
+    if getattr(text, "use_sliding_window", True) is False:
+        return None
+    return f"sliding_window={window}" if window else None
+
+
+def chunked_attention(vllm_config: Any) -> str | None:
+    """Setting that gives some layers chunks."""
+    text = text_config(vllm_config)
+    layer_types = getattr(text, "layer_types", None) or []
+    chunked = [str(kind) for kind in layer_types if "chunked" in str(kind)]
+    if chunked:
+        return f"layer_types with {chunked[0]!r}"
+    size = vllm_config.model_config.attention_chunk_size
+    return f"attention_chunk_size={size}" if size else None
+
+
+def kv_dtype(vllm_config: Any) -> str | None:
+    """Name of a cache dtype that is not the model's own."""
+    name = vllm_config.cache_config.cache_dtype
+    model_dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    return None if name in ("auto", model_dtype) else name
+
+
+def head_size(vllm_config: Any) -> int | None:
+    """A head size that the kernels do not take."""
+    from vllm_kcache.integration.backend import KCacheBackend
+
+    head_size = vllm_config.model_config.get_head_size()
+    return None if head_size in KCacheBackend.get_supported_head_sizes() else head_size
+
+
+def block_size(vllm_config: Any) -> int | None:
+    """Tokens of a page that the kernels do not take."""
+    from vllm_kcache.integration.backend import KCacheBackend
+
+    block_size = vllm_config.cache_config.block_size
+    return None if KCacheBackend.supports_block_size(block_size) else block_size
+
+
+def group_size_on_gpu(vllm_config: Any) -> int | None:
+    """Query heads that share a KV head; the reference on the CPU takes any number."""
+    if vllm_config.device_config.device_type == "cpu":
+        return None
+    model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
+    kv_heads = model_config.get_num_kv_heads(parallel)
+    # A model without attention has no KV heads, and its own refusal.
+    group = model_config.get_num_attention_heads(parallel) // max(kv_heads, 1)
+    return group if group > MOST_QUERY_HEADS_GPU else None
+
+
+def alibi(vllm_config: Any) -> str | None:
+    """Position biases on the scores. vLLM's own list lacks Step1, which always has them."""
+    name = architecture(vllm_config)
+    return name if vllm_config.model_config.uses_alibi or name == "Step1ForCausalLM" else None
+
+
+def attention_sinks(vllm_config: Any) -> str | None:
+    """Learned sinks: an extra term of the softmax that is no token."""
+    text = text_config(vllm_config)
+    if text.model_type in SINK_MODEL_TYPES:
+        return f"model type {text.model_type}"
+    # Granite has them wherever it names its layers, unless it says otherwise.
+    if (
+        text.model_type in ("granite", "granitemoe")
+        and getattr(text, "layer_types", None) is not None
+        and getattr(text, "attention_sinks", True)
+    ):
+        return "layer_types of Granite"
+    for name in SINK_SETTINGS:
+        value = getattr(text, name, None)
+        if value:
+            return f"{name}={value}"
+    return None
+
+
+def microbatching(vllm_config: Any) -> str | None:
+    """Setting that splits a batch in two."""
+    parallel = vllm_config.parallel_config
+    if parallel.enable_dbo:
+        return "enable_dbo=True"
+    return f"ubatch_size={parallel.ubatch_size}" if parallel.use_ubatching else None
+
+
+def batch_invariance(_: Any) -> str | None:
+    """Environment variable that asks for it."""
+    from vllm import envs
+
+    return "VLLM_BATCH_INVARIANT=1" if envs.VLLM_BATCH_INVARIANT else None
+
+
+def snapshot(_: Any) -> str | None:
+    """`vllm snapshot create` starts the engine in a server module of its own."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return "vllm snapshot create" if getattr(spec, "name", None) == SNAPSHOT_SERVER else None

@@ -76,6 +76,11 @@ def _run_batch(llm: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
             "cached_tokens": output.num_cached_tokens,
             "prompt_tokens": len(output.prompt_token_ids),
         }
+        if "logprobs" in batch["sampling"]:
+            row["top"] = [
+                [{str(token): entry.logprob for token, entry in step.items()} for step in c.logprobs]
+                for c in output.outputs
+            ]
         if "forced" in batch:
             completion = output.outputs[0]
             row["logprobs"] = [

@@ -2,8 +2,8 @@
 """V of a prefill on its way: earlier V streams in ahead of its use, new V streams out behind it.
 
 Both run on streams of their own. Inbound, the next piece of context (of this layer or the next) is
-gathered while the current one is attended. Outbound, new V is staged in GPU memory and written to the
-host pool while later layers compute. `fence` orders the next step after everything outbound.
+gathered while the current one is attended. Outbound, new V is staged in GPU memory and written to
+the host pool while later layers compute. `fence` orders the next step after everything outbound.
 """
 
 from __future__ import annotations
@@ -170,8 +170,8 @@ class PrefillTransfer:
         """Send new V to the host pool behind the computation.
 
         Args:
-            value: [tokens, Hkv, D] model dtype, GPU. Copied before this returns to the stream, so it
-                may be overwritten by the next layer.
+            value: [tokens, Hkv, D] model dtype, GPU. Copied on the current stream, so the next
+                layer may overwrite it.
             slot_mapping: [tokens] int64, GPU; -1 is padding. Must stay as it is during the step.
             v_pool: [M, Hkv, S, D] model dtype, host (mapped).
         """
@@ -215,7 +215,7 @@ class PrefillTransfer:
         Returns:
             keys, values: [total, Hkv, D] model dtype, GPU. Valid until the next call but one.
         """
-        if self._ahead is None or self._ahead[0] != key:
+        if not self.is_ahead(key):
             self.gather_ahead(key, piece, v_pool, page_table)
         assert self._ahead is not None
         _, which, arrived = self._ahead
@@ -226,10 +226,12 @@ class PrefillTransfer:
         gather_context(k_pages, *runs, piece.max_length, keys, GPU_PROGRAMS)
         torch.cuda.current_stream().wait_event(arrived)
         values = self._v_scratch[which, : piece.total]
-        patch_context(
-            values, value, self._step_rows, *runs, piece.max_length, k_pages.shape[2]
-        )
+        patch_context(values, value, self._step_rows, *runs, piece.max_length, k_pages.shape[2])
         return keys, values
+
+    def is_ahead(self, key: tuple[int, int]) -> bool:
+        """Whether this piece is being gathered already."""
+        return self._ahead is not None and self._ahead[0] == key
 
     def release(self) -> None:
         """The attention that reads what `gather` gave last has been launched."""

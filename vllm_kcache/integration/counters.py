@@ -15,7 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vllm_kcache.cache.hot_cache import DROPPED_MASS_EDGES, CacheCounters
+from vllm_kcache.cache.hot_cache import (
+    COUNTER_NAMES,
+    DROPPED_MASS_EDGES,
+    FIRST_DROPPED_BUCKET,
+)
 
 # Upper bounds of the dropped mass, the same on CPU and GPU.
 DROPPED_BOUNDS = DROPPED_MASS_EDGES
@@ -102,20 +106,21 @@ class Counters:
         buckets = buckets.clip(max=len(DROPPED_BOUNDS) - 1)
         self.values[_DROPPED_AT:] += np.bincount(buckets, minlength=len(DROPPED_BOUNDS))
 
-    def set_from_gpu(self, sums: CacheCounters, row_bytes: int) -> None:
+    def set_from_gpu(self, words: list[int], row_bytes: int) -> None:
         """Take over the sums that a GPU's kernels keep.
 
         Args:
-            sums: Sums since the start.
+            words: The words of `HotCache.counters`.
             row_bytes: Bytes of a V block.
         """
-        self["selected_lists"] = sums.lists
-        self["selected_blocks"] = sums.selected
-        self["hot_cache_hits"] = sums.hits
-        self["hot_cache_misses"] = sums.misses
-        self["direct_host_reads"] = sums.direct
-        self["fetched_bytes"] = (sums.misses + sums.direct) * row_bytes
-        self.values[_DROPPED_AT:] = sums.dropped_mass
+        lists, selected, hits, misses, direct = words[: len(COUNTER_NAMES)]
+        self["selected_lists"] = lists
+        self["selected_blocks"] = selected
+        self["hot_cache_hits"] = hits
+        self["hot_cache_misses"] = misses
+        self["direct_host_reads"] = direct
+        self["fetched_bytes"] = (misses + direct) * row_bytes
+        self.values[_DROPPED_AT:] = words[FIRST_DROPPED_BUCKET:]
 
 
 def dropped_mass(values: np.ndarray) -> np.ndarray:

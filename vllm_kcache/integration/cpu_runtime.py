@@ -47,9 +47,7 @@ class CPURuntime(Runtime):
                 out=output[first:last],
             )
 
-    def _write(
-        self, inputs: LayerInputs, v_pool: torch.Tensor, slot_mapping: torch.Tensor
-    ) -> None:
+    def _write(self, inputs: LayerInputs, v_pool: torch.Tensor, slot_mapping: torch.Tensor) -> None:
         if inputs.key is None or inputs.value is None:
             return
         tokens = slot_mapping.shape[0]

@@ -12,7 +12,7 @@ from vllm_kcache.integration.settings import settings_of
 _DENSE_RECORD = PatchRecord(
     target="vllm.model_executor.layers.attention.attention.Attention.__init__",
     why="vLLM picks one backend for all layers, and the pick does not see the layer's name.",
-    how="A dense layer is given vLLM's own backend through the constructor's attn_backend argument.",
+    how="A dense layer is given vLLM's own backend through the argument attn_backend.",
     upstream="backend_per_kind picks by kind of cache, not by layer.",
     until="vLLM can pick a backend by layer name.",
 )

@@ -154,7 +154,7 @@ def metrics(llm: Any) -> dict[str, Any]:
         llm: A `vllm.LLM` made with `kv_backend="kcache"`.
 
     Returns:
-        The counters by name, summed over ranks; `dropped_mass`, a list of (upper bound, lists) pairs;
+        The counters by name, summed over ranks; `dropped_mass`, pairs of (upper bound, lists);
         and `mean_selected_blocks`, per request, KV head, layer and decode step.
 
     Raises:

@@ -30,7 +30,8 @@ class Ragged:
     lengths: tuple[int, ...]
 
 
-# query, keys, values, ragged queries, ragged keys, causal, scale -> output [Tq, Hq, D], lse [Hq, Tq]
+# query, keys, values, ragged queries, ragged keys, causal, scale
+# -> output [Tq, Hq, D], log-sum-exp [Hq, Tq]
 PrefillKernel = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, Ragged, Ragged, bool, float],
     tuple[torch.Tensor, torch.Tensor],

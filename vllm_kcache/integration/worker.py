@@ -9,14 +9,11 @@ import torch
 from vllm.config import get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention.attention import Attention
-from vllm.v1.worker.cpu_worker import CPUWorker
-from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_kcache.cache.host_memory import host_budget_bytes
 from vllm_kcache.config import KCacheConfig, KCacheConfigError
 from vllm_kcache.integration import counters, runtime
 from vllm_kcache.integration.backend import KCacheBackend
-from vllm_kcache.integration.cpu_runtime import CPURuntime
 from vllm_kcache.integration.layers import is_dense_layer
 from vllm_kcache.integration.plugin import activate_backend
 from vllm_kcache.integration.settings import settings_of
@@ -26,10 +23,10 @@ logger = init_logger(__name__)
 # The configuration names CUSTOM; this process must know what that is before the model is built.
 activate_backend()
 
-_GIB = 2**30
+GIB = 2**30
 
 
-class _SplitCacheWorker:
+class SplitCacheWorker:
     """What both workers add to vLLM's. Mixed in before vLLM's worker class."""
 
     vllm_config: Any
@@ -67,8 +64,8 @@ class _SplitCacheWorker:
         logger.info(
             "KCache: K pages %.2f GiB on the device, V %.2f GiB on the host: %d blocks "
             "(the device could hold %d, the host %d).",
-            pages * page_bytes / _GIB,
-            pages * v_bytes / _GIB,
+            pages * page_bytes / GIB,
+            pages * v_bytes / GIB,
             pages,
             pages_device,
             pages_host,
@@ -107,8 +104,8 @@ class _SplitCacheWorker:
         if needed > budget:
             raise KCacheConfigError(
                 f"num_gpu_blocks_override={num_blocks}: V of that many blocks needs "
-                f"{needed / _GIB:.2f} GiB of host memory, and this rank may use "
-                f"{budget / _GIB:.2f} GiB. Lower --num-gpu-blocks-override or raise "
+                f"{needed / GIB:.2f} GiB of host memory, and this rank may use "
+                f"{budget / GIB:.2f} GiB. Lower --num-gpu-blocks-override or raise "
                 "kcache_config.host_memory_gib."
             )
 
@@ -120,32 +117,6 @@ class _SplitCacheWorker:
         """Stop the worker and free the host pool."""
         super().shutdown()  # type: ignore[misc]
         runtime.stop()
-
-
-class KCacheCPUWorker(_SplitCacheWorker, CPUWorker):
-    """vLLM's CPU worker with the split cache: the reference, for tests and trials."""
-
-    def _make_runtime(
-        self, config: KCacheConfig, shape: runtime.PageShape, figures: counters.Counters
-    ) -> runtime.Runtime:
-        return CPURuntime(config, shape, figures, torch.device("cpu"))
-
-    def _device_pages(self, available: int, page_bytes: int, v_bytes: int) -> int:
-        # Without an explicit size vLLM offers the whole machine to K; V lives in the same RAM.
-        if self.vllm_config.cache_config.kv_cache_memory_bytes is None:
-            return available // (page_bytes + v_bytes)
-        return available // page_bytes
-
-    def _host_budget(self, device_bytes: int) -> int:
-        # K pages will take their share of the same memory.
-        budget = super()._host_budget(device_bytes)
-        if self.kcache_config.host_memory_gib == "auto":
-            return max(0, budget - device_bytes)
-        return budget
-
-
-class KCacheGPUWorker(_SplitCacheWorker, Worker):
-    """vLLM's GPU worker with the split cache."""
 
 
 def _settings(vllm_config: Any) -> KCacheConfig:
@@ -171,7 +142,14 @@ def split_layers(vllm_config: Any, config: KCacheConfig) -> list[str]:
                 f"Layer {name} runs {layer.get_attn_backend().__name__}, expected "
                 f"{'vLLM own attention (dense layer)' if is_dense else 'KCacheBackend'}."
             )
-        if is_ours and layer.kv_sharing_target_layer_name is None:
+        if is_ours and layer.kv_sharing_target_layer_name is not None:
+            if vllm_config.device_config.device_type != "cpu":
+                raise KCacheConfigError(
+                    f"--kv-backend kcache does not support kv_sharing_target_layer_name="
+                    f"{layer.kv_sharing_target_layer_name} ({name}) on a GPU: a prompt's V would "
+                    "be read back before it has left. Serve this model with vLLM's own backend."
+                )
+        elif is_ours:
             names.append(name)
     if not names:
         raise KCacheConfigError(

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model folders with nothing but a config.json, for tests that never load weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+# 4 query heads of 64 values on 2 KV heads; every family spells it its own way.
+_COMMON = {
+    "vocab_size": 128,
+    "hidden_size": 256,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def _llama_like(architecture: str, model_type: str, **changes: Any) -> dict[str, Any]:
+    return {
+        "architectures": [architecture],
+        "model_type": model_type,
+        **_COMMON,
+        **changes,
+    }
+
+
+def llama(**changes: Any) -> dict[str, Any]:
+    """A Llama configuration, changed."""
+    return _llama_like("LlamaForCausalLM", "llama", **changes)
+
+
+_IMAGE_TOWER = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": llama(),
+    "llama, head size 32": llama(num_attention_heads=8, num_key_value_heads=2),
+    "llama, 20 query heads on one KV head": llama(
+        hidden_size=1280, num_attention_heads=20, num_key_value_heads=1
+    ),
+    "llama, fp8 KV in the checkpoint": llama(
+        quantization_config={
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "config_groups": {},
+            "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor"},
+        }
+    ),
+    "qwen2": _llama_like(
+        "Qwen2ForCausalLM", "qwen2", use_sliding_window=False, sliding_window=256
+    ),
+    "qwen3": _llama_like(
+        "Qwen3ForCausalLM",
+        "qwen3",
+        head_dim=64,
+        use_sliding_window=False,
+        sliding_window=None,
+        layer_types=["full_attention", "full_attention"],
+    ),
+    "qwen2, window": _llama_like(
+        "Qwen2ForCausalLM",
+        "qwen2",
+        use_sliding_window=True,
+        sliding_window=256,
+        max_window_layers=0,
+    ),
+    "mistral": _llama_like("MistralForCausalLM", "mistral", sliding_window=None),
+    "mistral, window": _llama_like("MistralForCausalLM", "mistral", sliding_window=256),
+    "granite": _llama_like("GraniteForCausalLM", "granite"),
+    "granite, sinks": _llama_like(
+        "GraniteForCausalLM", "granite", layer_types=["full_attention", "full_attention"]
+    ),
+    "phi3, window as long as the context": _llama_like(
+        "Phi3ForCausalLM", "phi3", sliding_window=512, pad_token_id=0
+    ),
+    "gemma2": _llama_like(
+        "Gemma2ForCausalLM",
+        "gemma2",
+        head_dim=64,
+        sliding_window=256,
+        attn_logit_softcapping=50.0,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "gemma3 with images": {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "torch_dtype": "bfloat16",
+        "text_config": {
+            "model_type": "gemma3_text",
+            **_COMMON,
+            "head_dim": 64,
+            "layer_types": ["full_attention", "full_attention"],
+        },
+        "vision_config": _IMAGE_TOWER,
+    },
+    "llava": {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "torch_dtype": "bfloat16",
+        "text_config": llama(),
+        "vision_config": {**_IMAGE_TOWER, "model_type": "clip_vision_model"},
+    },
+    "bloom": {
+        "architectures": ["BloomForCausalLM"],
+        "model_type": "bloom",
+        "vocab_size": 128,
+        "hidden_size": 256,
+        "n_layer": 2,
+        "n_head": 4,
+        "torch_dtype": "bfloat16",
+    },
+    "falcon, ALiBi": {
+        "architectures": ["FalconForCausalLM"],
+        "model_type": "falcon",
+        "vocab_size": 128,
+        "hidden_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "alibi": True,
+        "torch_dtype": "bfloat16",
+    },
+    "step1": _llama_like("Step1ForCausalLM", "llama"),
+    "llama4 text": _llama_like(
+        "Llama4ForCausalLM",
+        "llama4_text",
+        head_dim=64,
+        attention_chunk_size=128,
+        layer_types=["chunked_attention", "full_attention"],
+        num_local_experts=2,
+        intermediate_size_mlp=128,
+    ),
+    "whisper": {
+        "architectures": ["WhisperForConditionalGeneration"],
+        "model_type": "whisper",
+        "vocab_size": 128,
+        "d_model": 256,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 128,
+        "decoder_ffn_dim": 128,
+        "max_source_positions": 64,
+        "max_target_positions": 64,
+        "is_encoder_decoder": True,
+        "torch_dtype": "bfloat16",
+    },
+    "deepseek v2": _llama_like(
+        "DeepseekV2ForCausalLM",
+        "deepseek_v2",
+        kv_lora_rank=64,
+        q_lora_rank=None,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=32,
+        v_head_dim=64,
+        n_routed_experts=None,
+        first_k_dense_replace=2,
+    ),
+    "jamba": _llama_like(
+        "JambaForCausalLM",
+        "jamba",
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        num_experts=2,
+        num_experts_per_tok=1,
+        mamba_d_state=16,
+        use_mamba_kernels=False,
+    ),
+    "mamba": {
+        "architectures": ["MambaForCausalLM"],
+        "model_type": "mamba",
+        "vocab_size": 128,
+        "hidden_size": 256,
+        "num_hidden_layers": 2,
+        "state_size": 16,
+        "torch_dtype": "bfloat16",
+    },
+    "bert": {
+        "architectures": ["BertModel"],
+        "model_type": "bert",
+        "vocab_size": 128,
+        "hidden_size": 256,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "torch_dtype": "bfloat16",
+    },
+    "gpt-oss": _llama_like(
+        "GptOssForCausalLM",
+        "gpt_oss",
+        head_dim=64,
+        sliding_window=128,
+        layer_types=["sliding_attention", "full_attention"],
+        num_local_experts=2,
+        num_experts_per_tok=1,
+    ),
+}
+
+
+def model_folder(parent: Path, config: dict[str, Any]) -> str:
+    """Write a folder that vLLM can read a configuration from; return its path."""
+    parent.mkdir(parents=True, exist_ok=True)
+    (parent / "config.json").write_text(json.dumps(config))
+    return str(parent)

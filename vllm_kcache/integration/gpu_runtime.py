@@ -1,0 +1,390 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The split cache on a GPU: captured decode steps, exact prefill, V moved by the GPU itself."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+
+from vllm_kcache.cache.context import ContextPiece, PrefillTransfer, plan_pieces
+from vllm_kcache.cache.hot_cache import COUNTER_WORDS, HotCache
+from vllm_kcache.config import KCacheConfig
+from vllm_kcache.integration import prefill
+from vllm_kcache.integration.counters import Counters
+from vllm_kcache.integration.metadata import KCacheMetadata
+from vllm_kcache.integration.runtime import LayerInputs, PageShape, Runtime
+from vllm_kcache.kernels.decode import DecodeWorkspace, decode_step
+from vllm_kcache.kernels.write import WriteParts, write_kv
+
+logger = init_logger(__name__)
+
+# Requests that share one set of decode buffers; more of them decode one group after the other.
+GROUP_REQUESTS = 64
+# Bytes of one gathered piece of V (and as many for K) while a prompt chunk attends to its context.
+PIECE_BYTES = 64 << 20
+# Share of the memory for K pages that the hot V cache takes when its size is "auto".
+HOT_CACHE_SHARE = 0.04
+
+
+@dataclass(frozen=True)
+class PrefillPlan:
+    """What all layers of a step share.
+
+    Attributes:
+        first_token: Token of the step where the prefills begin.
+        num_tokens: Tokens of the prefills.
+        queries: Where each request's chunk begins.
+        page_table: [R, MB] int32, GPU.
+        pieces: The contexts, cut to fit the scratch.
+        keys: Where each run of a piece begins, for the kernel.
+    """
+
+    first_token: int
+    num_tokens: int
+    queries: prefill.Ragged
+    page_table: torch.Tensor
+    pieces: tuple[ContextPiece, ...]
+    keys: tuple[prefill.Ragged, ...]
+
+
+@dataclass(frozen=True)
+class GPULimits:
+    """What the engine may ask of one step.
+
+    Attributes:
+        max_requests: Most requests of a step.
+        max_tokens: Most tokens of a step.
+        max_model_len: Longest request, tokens.
+    """
+
+    max_requests: int
+    max_tokens: int
+    max_model_len: int
+
+
+class GPURuntime(Runtime):
+    """Runs decode steps through the kernels and prefills through FlashAttention.
+
+    Args:
+        config, shape, counters, device: as for `Runtime`.
+        num_query_heads: Hq of this rank.
+        limits: What a step may hold.
+    """
+
+    def __init__(
+        self,
+        config: KCacheConfig,
+        shape: PageShape,
+        counters: Counters,
+        device: torch.device,
+        num_query_heads: int,
+        limits: GPULimits,
+    ) -> None:
+        super().__init__(config, shape, counters, device)
+        self.num_query_heads = num_query_heads
+        self.limits = limits
+        row_bytes = shape.num_kv_heads * shape.head_size * shape.dtype.itemsize
+        pages = max(1, PIECE_BYTES // row_bytes // shape.page_tokens)
+        # Every request of a step may prefill with context: each needs a page of the scratch.
+        pages = max(pages, limits.max_requests)
+        self.scratch_tokens = pages * shape.page_tokens
+        self.kernel_name, self.kernel = prefill.choose(config.prefill, shape.head_size, shape.dtype)
+        logger.info("KCache: prompts attend through %s.", self.kernel_name)
+        self.hot_slots = 0
+        self.is_final = False
+        self.hot_cache: HotCache | None = None
+        self.workspace: DecodeWorkspace | None = None
+        self.transfer: PrefillTransfer | None = None
+        self._copy = torch.zeros(COUNTER_WORDS, dtype=torch.int64, pin_memory=True)
+        self._copied: torch.cuda.Event | None = None
+
+    # Memory ----------------------------------------------------------------------------------
+
+    @property
+    def max_blocks(self) -> int:
+        """P of the longest request."""
+        return -(-self.limits.max_model_len // self.v_block_tokens)
+
+    @property
+    def rows_per_page(self) -> int:
+        """Physical V blocks of one page of one layer."""
+        return self.shape.num_kv_heads * self.shape.page_tokens // self.v_block_tokens
+
+    @property
+    def slot_bytes(self) -> int:
+        """GPU bytes of one hot V block: its values and its word."""
+        return self.v_block_tokens * self.shape.head_size * self.shape.dtype.itemsize + 8
+
+    def bytes_per_page(self) -> int:
+        """GPU bytes that each page costs besides K: the residency table and the step's slots."""
+        return 4 * (len(self.shape.layer_names) * self.rows_per_page + self.shape.page_tokens)
+
+    def fixed_bytes(self) -> int:
+        """GPU bytes that do not depend on the number of pages, without the hot V cache."""
+        shape = self.shape
+        workspace = DecodeWorkspace.bytes(**self._workspace_arguments())
+        transfer = PrefillTransfer.bytes(
+            self.limits.max_tokens,
+            self.scratch_tokens,
+            0,
+            shape.num_kv_heads,
+            shape.head_size,
+            shape.dtype,
+        )
+        return workspace + transfer
+
+    def plan_hot_cache(self, available_bytes: int) -> int:
+        """Decide the number of hot V blocks; returns the GPU bytes they take.
+
+        Args:
+            available_bytes: What K pages, tables and the hot cache share.
+        """
+        setting = self.config.hot_cache_gib
+        if setting == "auto":
+            wanted = int(available_bytes * HOT_CACHE_SHARE)
+        else:
+            wanted = int(float(setting) * 2**30)
+        # Without a slot nothing could be resident; one is the least the kernels take.
+        self.hot_slots = max(1, wanted // self.slot_bytes)
+        return self.hot_slots * self.slot_bytes
+
+    def _workspace_arguments(self) -> dict[str, Any]:
+        return {
+            "max_requests": min(GROUP_REQUESTS, self.limits.max_requests),
+            "num_query_heads": self.num_query_heads,
+            "num_kv_heads": self.shape.num_kv_heads,
+            "head_size": self.shape.head_size,
+            "max_blocks": self.max_blocks,
+            "selection": self.selection,
+        }
+
+    def allocate(self, num_pages: int) -> None:
+        super().allocate(num_pages)
+        shape = self.shape
+        num_layers = len(shape.layer_names)
+        self.hot_cache = HotCache.make(
+            max(1, self.hot_slots),
+            num_layers,
+            num_pages * self.rows_per_page,
+            self.v_block_tokens,
+            shape.head_size,
+            shape.dtype,
+            self.device,
+        )
+        if self.workspace is None:
+            self.workspace = DecodeWorkspace.make(**self._workspace_arguments(), device=self.device)
+        self.transfer = PrefillTransfer(
+            self.limits.max_tokens,
+            self.scratch_tokens,
+            num_pages * shape.page_tokens,
+            shape.num_kv_heads,
+            shape.head_size,
+            shape.dtype,
+            self.device,
+        )
+
+    def v_pool(self, layer_name: str, num_pages: int) -> torch.Tensor:
+        # While vLLM measures the memory of graphs it runs on a tiny cache, before the real one.
+        if not self.is_final and (self.pool is None or self.pool.layer_shape[0] != num_pages):
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError("The host V pool must exist before a graph is captured.")
+            self.allocate(num_pages)
+        return super().v_pool(layer_name, num_pages)
+
+    def close(self) -> None:
+        if self.pool is not None:
+            torch.cuda.synchronize(self.device)
+        super().close()
+        self.hot_cache = None
+        self.transfer = None
+
+    # Figures ---------------------------------------------------------------------------------
+
+    def publish_counters(self, wait: bool = False) -> None:
+        """Copy the kernels' counters to the shared file, a call late unless told to wait.
+
+        Args:
+            wait: Wait for the GPU and publish what it has counted until now.
+        """
+        if self.hot_cache is None:
+            return
+        row_bytes = self.slot_bytes - 8
+        if self._copied is not None and (wait or self._copied.query()):
+            self._copied.synchronize()
+            self.counters.set_from_gpu(self._copy.tolist(), row_bytes)
+            self._copied = None
+        if self._copied is None:
+            self._copy.copy_(self.hot_cache.counters, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        if wait:
+            self._copied.synchronize()
+            self.counters.set_from_gpu(self._copy.tolist(), row_bytes)
+            self._copied = None
+
+    def reset_counters(self) -> None:
+        """Forget what was counted so far."""
+        if self.hot_cache is not None:
+            self.hot_cache.counters.zero_()
+        self._copied = None
+        self.counters["eager_decode_steps"] = 0
+
+    # Steps -----------------------------------------------------------------------------------
+
+    def before_step(self) -> None:
+        """Order the coming step after V that is still on its way to the host."""
+        if self.transfer is not None:
+            self.transfer.fence()
+            self.transfer.end_step()
+
+    def run_layer(self, inputs: LayerInputs, step: KCacheMetadata, output: torch.Tensor) -> None:
+        v_pool = self.v_pool(inputs.name, inputs.k_pages.shape[0])
+        layer = self.layer_index[inputs.name]
+        if step.num_prefills and step.plan is None:
+            step.plan = self._plan(step)
+        self._write(inputs, layer, v_pool, step)
+        if step.num_decodes:
+            if layer == 0 and not torch.cuda.is_current_stream_capturing():
+                self.counters["eager_decode_steps"] += 1
+            self._decode(inputs, layer, v_pool, step, output)
+        if step.num_prefills:
+            self._prefill(inputs, layer, v_pool, step.plan, output)
+
+    def _write(
+        self, inputs: LayerInputs, layer: int, v_pool: torch.Tensor, step: KCacheMetadata
+    ) -> None:
+        """K and resident V now; V of prefills to the host behind the computation."""
+        if inputs.key is None or inputs.value is None:
+            return
+        slots = step.slot_mapping
+        tokens, decodes = slots.shape[0], step.num_decodes
+        key, value = inputs.key[:tokens], inputs.value[:tokens]
+        if not step.num_prefills:
+            write_kv(
+                key, value, slots, inputs.k_pages, v_pool, self.hot_cache, layer,
+                allocate_tokens=decodes,
+            )  # fmt: skip
+            return
+        assert self.transfer is not None
+        if decodes:
+            write_kv(
+                key[:decodes], value[:decodes], slots[:decodes], inputs.k_pages, v_pool,
+                self.hot_cache, layer, allocate_tokens=decodes,
+            )  # fmt: skip
+        write_kv(
+            key[decodes:], value[decodes:], slots[decodes:], inputs.k_pages, v_pool,
+            self.hot_cache, layer, parts=WriteParts.K | WriteParts.V_SLOT,
+        )  # fmt: skip
+        self.transfer.store(value[decodes:], slots[decodes:], v_pool)
+
+    def _decode(
+        self,
+        inputs: LayerInputs,
+        layer: int,
+        v_pool: torch.Tensor,
+        step: KCacheMetadata,
+        output: torch.Tensor,
+    ) -> None:
+        """Score, select, fetch, attend, for a group of requests at a time."""
+        assert self.workspace is not None
+        assert self.hot_cache is not None
+        max_blocks = min(self.max_blocks, -(-step.max_seq_len // self.v_block_tokens))
+        group = self._workspace_arguments()["max_requests"]
+        for first in range(0, step.num_decodes, group):
+            rows = slice(first, min(first + group, step.num_decodes))
+            decode_step(
+                self.workspace,
+                inputs.query[rows],
+                inputs.k_pages,
+                v_pool,
+                step.block_table[rows],
+                step.seq_lens[rows],
+                inputs.scale,
+                self.v_block_tokens,
+                max_blocks,
+                self.selection,
+                self.config.tail,
+                self.hot_cache,
+                layer,
+                output[rows],
+            )
+
+    def _plan(self, step: KCacheMetadata) -> PrefillPlan:
+        """Work out once what all layers of a step with prefills need."""
+        assert self.transfer is not None
+        assert step.seq_lens_cpu is not None
+        first, count = step.num_decodes, step.num_prefills
+        starts = step.query_start_loc_cpu[first : first + count + 1].tolist()
+        queries = [after - before for before, after in itertools.pairwise(starts)]
+        totals = step.seq_lens_cpu[first : first + count].tolist()
+        contexts = [total - query for total, query in zip(totals, queries, strict=True)]
+        pieces = plan_pieces(contexts, self.scratch_tokens, self.shape.page_tokens, self.device)
+        if pieces:
+            self.transfer.begin_step(step.slot_mapping)
+        run = self.scratch_tokens // max(1, sum(map(bool, contexts)))
+        run = run // self.shape.page_tokens * self.shape.page_tokens
+        keys = tuple(
+            prefill.Ragged(
+                piece.first_rows,
+                piece.max_length,
+                tuple(max(0, min(run, length - number * run)) for length in contexts),
+            )
+            for number, piece in enumerate(pieces)
+        )
+        first_rows = step.query_start_loc[first : first + count + 1] - starts[0]
+        return PrefillPlan(
+            starts[0],
+            starts[-1] - starts[0],
+            prefill.Ragged(first_rows.int(), max(queries), tuple(queries)),
+            step.block_table[first : first + count],
+            tuple(pieces),
+            keys,
+        )
+
+    def _prefill(
+        self,
+        inputs: LayerInputs,
+        layer: int,
+        v_pool: torch.Tensor,
+        plan: PrefillPlan,
+        output: torch.Tensor,
+    ) -> None:
+        """Exact attention of the chunks to themselves and to everything before them."""
+        assert self.transfer is not None
+        # Layers that share a cache are refused on a GPU (worker.split_layers).
+        assert inputs.key is not None
+        assert inputs.value is not None
+        rows = slice(plan.first_token, plan.first_token + plan.num_tokens)
+        query = inputs.query[rows]
+        if plan.pieces and not self.transfer.is_ahead((layer, 0)):
+            self.transfer.gather_ahead((layer, 0), plan.pieces[0], v_pool, plan.page_table)
+        result = self.kernel(
+            query, inputs.key[rows], inputs.value[rows], plan.queries, plan.queries, True,
+            inputs.scale,
+        )  # fmt: skip
+        for number, (piece, keys_at) in enumerate(zip(plan.pieces, plan.keys, strict=True)):
+            keys, values = self.transfer.gather(
+                (layer, number), piece, inputs.k_pages, v_pool, inputs.value, plan.page_table
+            )
+            self._gather_next(layer, number, plan)
+            part = self.kernel(query, keys, values, plan.queries, keys_at, False, inputs.scale)
+            self.transfer.release()
+            result = prefill.merge(part, result)
+        output[rows] = result[0]
+
+    def _gather_next(self, layer: int, number: int, plan: PrefillPlan) -> None:
+        """Start on the piece after this one: of this layer, or the first of the next layer."""
+        assert self.transfer is not None
+        assert self.pool is not None
+        number += 1
+        if number == len(plan.pieces):
+            layer, number = layer + 1, 0
+            if layer == self.pool.num_layers:
+                return
+        self.transfer.gather_ahead(
+            (layer, number), plan.pieces[number], self.pool.layer(layer), plan.page_table
+        )

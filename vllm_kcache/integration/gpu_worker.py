@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worker of a GPU: it plans the GPU's memory and frames each step."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_kcache.config import KCacheConfig, KCacheConfigError
+from vllm_kcache.integration import counters, runtime
+from vllm_kcache.integration.gpu_runtime import GPULimits, GPURuntime
+from vllm_kcache.integration.worker import GIB, SplitCacheWorker
+
+# Counters of the GPU are copied to the shared file no more often than this.
+_PUBLISH_SECONDS = 1.0
+
+
+class KCacheGPUWorker(SplitCacheWorker, Worker):
+    """vLLM's GPU worker with the split cache."""
+
+    def _make_runtime(
+        self, config: KCacheConfig, shape: runtime.PageShape, figures: counters.Counters
+    ) -> runtime.Runtime:
+        scheduler, model = self.vllm_config.scheduler_config, self.vllm_config.model_config
+        limits = GPULimits(
+            scheduler.max_num_seqs, scheduler.max_num_batched_tokens, model.max_model_len
+        )
+        heads = model.get_num_attention_heads(self.vllm_config.parallel_config)
+        self._published = 0.0
+        return GPURuntime(config, shape, figures, self.device, heads, limits)
+
+    def _device_pages(self, available: int, page_bytes: int, v_bytes: int) -> int:
+        # Our buffers come out of the same budget as K pages.
+        active = self._gpu_runtime()
+        left = available - active.fixed_bytes()
+        left -= active.plan_hot_cache(max(left, 0))
+        pages = left // (page_bytes + active.bytes_per_page())
+        if pages < 1:
+            raise KCacheConfigError(
+                f"kcache: {available / GIB:.2f} GiB of GPU memory are left for the cache, and the "
+                f"split cache's own buffers need {(available - left) / GIB:.2f} GiB. Lower "
+                "--max-num-batched-tokens, --max-num-seqs or kcache_config.hot_cache_gib, or raise "
+                "--gpu-memory-utilization."
+            )
+        return pages
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        active = self._gpu_runtime()
+        if not active.hot_slots:
+            # With --num-gpu-blocks-override the plan above may not have run.
+            specs = self.get_kv_cache_spec()
+            page_bytes = sum(spec.page_size_bytes for spec in specs.values())
+            active.plan_hot_cache(kv_cache_config.num_blocks * page_bytes)
+        active.is_final = True
+        super().initialize_from_config(kv_cache_config)
+
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        # Warm-up wrote to the null block and counted steps that no user asked for.
+        active = self._gpu_runtime()
+        active.reset_counters()
+        return times
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        active = self._gpu_runtime()
+        active.before_step()
+        result = super().execute_model(scheduler_output)
+        now = time.monotonic()
+        if now - self._published > _PUBLISH_SECONDS:
+            self._published = now
+            active.publish_counters()
+        return result
+
+    def kcache_counters(self) -> list[float]:
+        self._gpu_runtime().publish_counters(wait=True)
+        return super().kcache_counters()
+
+    def _gpu_runtime(self) -> GPURuntime:
+        active = runtime.current()
+        assert isinstance(active, GPURuntime)
+        return active

@@ -18,6 +18,7 @@ def write_kv(
     k_pages: torch.Tensor,
     v_pool: torch.Tensor,
     hot_cache: Any | None = None,
+    layer: int = 0,
 ) -> None:
     """Store each token's K in its page and its V in the host pool, write-through.
 
@@ -32,6 +33,7 @@ def write_kv(
         k_pages: [M, Hkv, S, D] model dtype, GPU. Written. May be strided over M.
         v_pool: [M, Hkv, S, D] model dtype, host (mapped, for a GPU), contiguous. Written.
         hot_cache: the hot V cache of this GPU, or None.
+        layer: which layer `k_pages` and `v_pool` belong to, as the hot cache names it.
     Raises:
         TypeError, ValueError: a dtype, shape or device that does not fit, by name.
 
@@ -46,7 +48,7 @@ def write_kv(
         checks.check_tensor(name, tensor, shape, (k_pages.dtype,), k_pages.device)
     _check_slot_mapping(slot_mapping, k_pages.device)
     implementation("write", k_pages.device).write_kv(
-        key, value, slot_mapping, k_pages, v_pool, hot_cache
+        key, value, slot_mapping, k_pages, v_pool, hot_cache, layer
     )
 
 

@@ -13,8 +13,12 @@ def write_kv(
     k_pages: torch.Tensor,
     v_pool: torch.Tensor,
     hot_cache: object | None = None,
+    layer: int = 0,
 ) -> None:
-    """Store each token's K in its page and its V in the host pool. See `ops.write_kv`."""
+    """Store each token's K in its page and its V in the host pool. See `ops.write_kv`.
+
+    Without a hot cache there is no slot to update: `layer` names its pages and is not used.
+    """
     if hot_cache is not None:
         raise ValueError("hot_cache: the CPU has no hot V cache; accepted: None")
     real = slot_mapping >= 0

@@ -22,8 +22,10 @@ from vllm_kcache.kernels.write import WriteParts, write_kv
 
 logger = init_logger(__name__)
 
-# Requests that share one set of decode buffers; more of them decode one group after the other.
+# Requests that share one set of decode buffers; more of them decode one group after the other. Fewer
+# where contexts are so long that the buffers would pass WORKSPACE_BYTES.
 GROUP_REQUESTS = 64
+WORKSPACE_BYTES = 256 << 20
 # Bytes of one gathered piece of V (and as many for K) while a prompt chunk attends to its context.
 PIECE_BYTES = 64 << 20
 # Share of the memory for K pages that the hot V cache takes when its size is "auto".
@@ -153,14 +155,17 @@ class GPURuntime(Runtime):
         return self.hot_slots * self.slot_bytes
 
     def _workspace_arguments(self) -> dict[str, Any]:
-        return {
-            "max_requests": min(GROUP_REQUESTS, self.limits.max_requests),
+        arguments = {
+            "max_requests": 1,
             "num_query_heads": self.num_query_heads,
             "num_kv_heads": self.shape.num_kv_heads,
             "head_size": self.shape.head_size,
             "max_blocks": self.max_blocks,
             "selection": self.selection,
         }
+        room = max(1, WORKSPACE_BYTES // DecodeWorkspace.bytes(**arguments))
+        arguments["max_requests"] = min(GROUP_REQUESTS, self.limits.max_requests, room)
+        return arguments
 
     def allocate(self, num_pages: int) -> None:
         super().allocate(num_pages)
@@ -293,7 +298,7 @@ class GPURuntime(Runtime):
         assert self.workspace is not None
         assert self.hot_cache is not None
         max_blocks = min(self.max_blocks, -(-step.max_seq_len // self.v_block_tokens))
-        group = self._workspace_arguments()["max_requests"]
+        group = self.workspace.max_requests
         for first in range(0, step.num_decodes, group):
             rows = slice(first, min(first + group, step.num_decodes))
             decode_step(

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run by test_interpreted.py under TRITON_INTERPRET=1: whole decode steps and prefill copies."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from tests.conftest import assert_close
+from tests.shapes import Case, Shape, build_case
+from vllm_kcache import reference
+from vllm_kcache.cache.hot_cache import HotCache
+from vllm_kcache.kernels.context import gather_context, patch_context, store_value
+from vllm_kcache.kernels.decode import DecodeWorkspace, decode_step
+from vllm_kcache.kernels.write import write_kv
+from vllm_kcache.reference.attend import attend_blocks
+from vllm_kcache.reference.fetch import fetch_blocks
+from vllm_kcache.reference.score import score_blocks
+from vllm_kcache.reference.select import select_blocks
+from vllm_kcache.types import Selection
+
+SHAPES = (
+    Shape(seq_lens=(37, 1, 0, 64), num_kv_heads=2, group_size=2, head_size=64, page_tokens=16,
+          v_block_tokens=8),
+    Shape(seq_lens=(50,), num_kv_heads=1, group_size=5, head_size=80, page_tokens=32,
+          v_block_tokens=16),
+    Shape(seq_lens=(19, 33), num_kv_heads=3, group_size=1, head_size=96, page_tokens=16,
+          v_block_tokens=4),
+)  # fmt: skip
+SELECTIONS = (
+    Selection(None, None, 1, 1, "sum"),
+    Selection(3, None, 1, 1, "sum"),
+    Selection(None, 0.6, 1, 1, "sum"),
+    Selection(4, 0.9, 0, 1, "max"),
+)
+
+
+def check_decode(case: Case, selection: Selection, num_slots: int, tail: str) -> None:
+    """A step twice over one hot cache: misses first, hits after, the same answer."""
+    shape = case.shape
+    tokens = shape.v_block_tokens
+    block_lse = score_blocks(
+        case.query, case.k_pages, case.block_table, case.seq_lens, case.scale, tokens,
+        shape.max_blocks,
+    )  # fmt: skip
+    chosen = select_blocks(block_lse, case.seq_lens, shape.num_kv_heads, tokens, selection)
+    expected = attend_blocks(
+        case.query, case.k_pages, case.v_pool, fetch_blocks(
+            chosen, case.block_table, case.v_pool, tokens
+        ), chosen, case.block_table, case.seq_lens, case.scale, tokens, tail, block_lse,
+    )  # fmt: skip
+    rows = case.v_pool[..., 0].numel() // tokens
+    cache = HotCache.make(num_slots, 2, rows, tokens, shape.head_size, case.query.dtype, "cpu")
+    workspace = DecodeWorkspace.make(
+        len(shape.seq_lens), shape.num_heads, shape.num_kv_heads, shape.head_size,
+        shape.max_blocks, selection, "cpu",
+    )  # fmt: skip
+    for _ in range(2):
+        out = torch.full_like(case.query, float("nan"))
+        selected = decode_step(
+            workspace, case.query, case.k_pages, case.v_pool, case.block_table, case.seq_lens,
+            case.scale, tokens, shape.max_blocks, selection, tail, cache, 1, out,
+        )  # fmt: skip
+        assert torch.equal(selected.counts, chosen.counts)
+        assert torch.equal(
+            selected.blocks[..., : chosen.blocks.shape[2]], chosen.blocks
+        ), "another selection"
+        assert_close(out, expected)
+    counted = cache.read_counters()
+    listed = int(chosen.counts.sum())
+    assert counted.selected == counted.hits + counted.misses + counted.direct == 2 * listed
+    if num_slots >= listed:
+        assert counted.hits == listed
+
+
+def check_prefill_copies(shape: Shape) -> None:
+    """What is stored comes back; rows that the step itself writes are patched."""
+    case = build_case(shape)
+    table, num_heads = case.block_table, shape.num_kv_heads
+    lengths = torch.tensor(shape.seq_lens, dtype=torch.int32)
+    starts = torch.zeros_like(lengths)
+    first_rows = torch.cat([starts[:1], lengths.cumsum(0).int()])
+    out = torch.full((int(first_rows[-1]), num_heads, shape.head_size), float("nan"))
+    gather_context(case.v_pool, table, starts, lengths, first_rows, int(lengths.max()), out, 3)
+    expected = torch.cat(case.values)
+    assert torch.equal(out, expected)
+
+    request = max(range(len(shape.seq_lens)), key=lambda index: shape.seq_lens[index])
+    page = int(table[request, 0])
+    slots = torch.tensor([page * shape.page_tokens + 2, -1, page * shape.page_tokens + 3])
+    value = torch.randn(3, num_heads, shape.head_size)
+    step_rows = torch.full((case.v_pool.shape[0] * shape.page_tokens,), -1, dtype=torch.int32)
+    step_rows[slots[[0, 2]]] = torch.tensor([0, 2], dtype=torch.int32)
+    patch_context(
+        out, value, step_rows, table, starts, lengths, first_rows, int(lengths.max()),
+        shape.page_tokens,
+    )  # fmt: skip
+    at = int(first_rows[request])
+    expected[at + 2], expected[at + 3] = value[0], value[2]
+    assert torch.equal(out, expected)
+
+    pool = torch.zeros_like(case.v_pool)
+    store_value(value, slots, pool)
+    assert torch.equal(pool[page, :, 2], value[0])
+    assert torch.equal(pool[page, :, 3], value[2])
+    assert int((pool != 0).any(-1).sum()) == 2 * num_heads
+
+
+def check_write_keeps_copies_fresh() -> None:
+    """A copy in the hot cache follows every write, and is stale when the update is switched off."""
+    for update in (True, False):
+        case = build_case(SHAPES[0])
+        shape, tokens = case.shape, case.shape.v_block_tokens
+        rows = case.v_pool[..., 0].numel() // tokens
+        cache = HotCache.make(64, 1, rows, tokens, shape.head_size, torch.float32, "cpu")
+        cache.write_update = update
+        selection = SELECTIONS[0]
+        workspace = DecodeWorkspace.make(
+            len(shape.seq_lens), shape.num_heads, shape.num_kv_heads, shape.head_size,
+            shape.max_blocks, selection, "cpu",
+        )  # fmt: skip
+        out = torch.empty_like(case.query)
+        arguments = (
+            case.k_pages, case.v_pool, case.block_table, case.seq_lens, case.scale, tokens,
+            shape.max_blocks, selection, "renormalize", cache, 0, out,
+        )  # fmt: skip
+        decode_step(workspace, case.query, *arguments)
+        slot = case.block_table[0, 0].long() * shape.page_tokens + 1
+        key = torch.randn(1, shape.num_kv_heads, shape.head_size)
+        write_kv(key, 9 + key, slot[None], case.k_pages, case.v_pool, cache, 0)
+        decode_step(workspace, case.query, *arguments)
+        fresh = HotCache.make(64, 1, rows, tokens, shape.head_size, torch.float32, "cpu")
+        expected = torch.empty_like(case.query)
+        decode_step(workspace, case.query, *arguments[:-3], fresh, 0, expected)
+        assert torch.equal(out, expected) == update, f"write_update={update}"
+
+
+def main() -> None:
+    """Every combination; any difference raises."""
+    cases = 0
+    for shape in SHAPES:
+        for selection, tail in itertools.product(SELECTIONS, ("renormalize", "drop")):
+            check_decode(build_case(shape), selection, 64, tail)
+            cases += 1
+        check_decode(build_case(shape), SELECTIONS[0], 2, "renormalize")
+        check_prefill_copies(shape)
+        cases += 2
+    check_write_keeps_copies_fresh()
+    print(f"{cases + 1} cases equal the reference")
+
+
+if __name__ == "__main__":
+    assert reference is not None
+    main()

@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = REPOSITORY / "models" / "SmolLM2-135M-Instruct"
@@ -84,21 +85,29 @@ class Server:
         return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-lines:])
 
     def metric(self, name: str, **labels: str) -> float:
-        """One sample of /metrics, summed over the labels that are not named.
+        """One figure of /metrics, summed over the labels that are not named.
 
         Raises:
             KeyError: There is no such sample.
         """
-        text = httpx.get(f"{self.url}/metrics", timeout=10).text
         found = [
-            sample.value
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-            if sample.name == name and labels.items() <= sample.labels.items()
+            sample.value for sample in self.samples(name) if labels.items() <= sample.labels.items()
         ]
         if not found:
             raise KeyError(f"/metrics has no sample {name} with {labels}")
         return sum(found)
+
+    def buckets(self, name: str) -> dict[float, float]:
+        """Cumulative counts of a histogram by upper bound."""
+        return {
+            float(sample.labels["le"]): sample.value for sample in self.samples(f"{name}_bucket")
+        }
+
+    def samples(self, name: str) -> list[Sample]:
+        """Every sample of that name at /metrics."""
+        text = httpx.get(f"{self.url}/metrics", timeout=10).text
+        families = text_string_to_metric_families(text)
+        return [sample for family in families for sample in family.samples if sample.name == name]
 
     def wait_until_idle(self, seconds: float = 20) -> None:
         """Return when no request runs and every block is free.
@@ -129,11 +138,28 @@ class Server:
         self.process.send_signal(number)
         return self.process.wait(timeout=STOP_SECONDS)
 
-    def kill(self) -> None:
-        """End whatever is left. For clean-up only."""
-        with contextlib.suppress(ProcessLookupError):
+    def close(self) -> None:
+        """End the server if it runs, and whatever of its process group is left after that.
+
+        SIGKILL comes last: it also takes the process that frees the server's shared memory.
+        """
+        if self.process.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.stop()
+        deadline = time.monotonic() + 15
+        while self._group_lives() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if self._group_lives():
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(timeout=STOP_SECONDS)
+
+    def _group_lives(self) -> bool:
+        self.process.poll()
+        try:
+            os.killpg(self.process.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
 
 
 def free_port() -> int:

@@ -35,7 +35,7 @@ def test_sigterm_in_mid_stream_ends_every_process(tmp_path: Path) -> None:
         assert not alive, f"still alive: {alive}"
         assert not [path for path in files if path.exists()]
     finally:
-        server.kill()
+        server.close()
 
 
 def read_one_chunk_and_stop(server: Server) -> None:

@@ -41,7 +41,7 @@ REFUSED = {
     ),
     "a setting that does not fit the model": (
         (*SERVE, *KCACHE, "--kcache-config", '{"dense_layers": 30}'),
-        "kcache_config.dense_layers=30: must leave at least one of the model's 30 layers",
+        "kcache_config.dense_layers=30: must be at most 29, since the model has 30 layers",
     ),
     "an engine feature": (
         (*SERVE, *KCACHE, "--kv-offloading-size", "1"),

@@ -113,7 +113,9 @@ class HotCache:
     ) -> int:
         """GPU memory that `make` takes."""
         slot = v_block_tokens * head_size * dtype.itemsize + 8
-        return num_slots * slot + num_layers * rows_per_layer * 4 + STATE_WORDS * 4 + COUNTER_WORDS * 8
+        return (
+            num_slots * slot + num_layers * rows_per_layer * 4 + STATE_WORDS * 4 + COUNTER_WORDS * 8
+        )
 
     @property
     def rows_per_layer(self) -> int:

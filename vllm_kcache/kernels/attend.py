@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_kcache.kernels.score import check_query_strides
 from vllm_kcache.types import Fetched, Selected, Tail
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -36,13 +37,14 @@ def attend_kernel(
     arrivals,
     out,
     scale,
-    host_delta,
+    host_distance,
     query_stride,
     page_stride,
     table_stride,
     out_stride,
     columns,
     max_blocks,
+    first_head,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -55,12 +57,15 @@ def attend_kernel(
     SPLITS: tl.constexpr,
     DROP: tl.constexpr,
     LSE_CHUNK: tl.constexpr,
+    VALUES_OF_16_BYTES: tl.constexpr,
     IEEE: tl.constexpr,
 ):
     split = tl.program_id(0)
-    head = tl.program_id(1)
+    head = first_head + tl.program_id(1)
     request = tl.program_id(2).to(tl.int64)
+    # The list among all, and among those of this launch.
     list_id = request * NUM_KV_HEADS + head
+    launch_list = request * tl.num_programs(1) + tl.program_id(1)
     num_tokens = tl.load(seq_lens + request)
     count = tl.load(counts + list_id)
     chunk_tokens: tl.constexpr = CHUNK_BLOCKS * BLOCK_TOKENS
@@ -96,10 +101,12 @@ def attend_kernel(
         if HEAD_SIZE != HEAD_PADDED:
             mask = mask & head_mask[None, :]
         k = tl.load(k_pages + k_offset[:, None] + in_head[None, :], mask=mask, other=0.0)
-        # One base pointer and a distance reach both memories, and keep the loads 16 bytes wide.
+        # One base pointer and a distance reach both memories. Both are aligned to 16 bytes, which
+        # the compiler must know to load as much at once.
         here = row.to(tl.int64) * row_values
-        host = host_delta + (-2 - row).to(tl.int64) * row_values
-        v_offset = tl.where(row >= 0, here, host) + in_block * HEAD_SIZE
+        host = host_distance * VALUES_OF_16_BYTES + (-2 - row).to(tl.int64) * row_values
+        v_offset = tl.multiple_of(tl.where(row >= 0, here, host), VALUES_OF_16_BYTES)
+        v_offset += in_block * HEAD_SIZE
         v = tl.load(v_rows + v_offset[:, None] + in_head[None, :], mask=mask, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=precision) * (scale * LOG2_E)
         scores = tl.where(exists[None, :], scores, float("-inf"))
@@ -108,32 +115,43 @@ def attend_kernel(
         rescale = tl.exp2(largest - new_largest)
         weights = tl.exp2(scores - new_largest[:, None])
         weight = weight * rescale + tl.sum(weights, 1)
-        sums = sums * rescale[:, None] + tl.dot(
-            weights.to(v.dtype), v, input_precision=precision
-        )
+        sums = sums * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=precision)
         largest = new_largest
 
     last = True
     if SPLITS > 1:
-        part = (list_id * SPLITS + split) * GROUP_PADDED + in_group
-        tl.store(partial_weights + part * 2, largest)
-        tl.store(partial_weights + part * 2 + 1, weight)
-        tl.store(partial_sums + part[:, None] * HEAD_PADDED + in_head[None, :], sums)
+        if split * CHUNK_BLOCKS < count:
+            part = (launch_list * SPLITS + split) * GROUP + in_group
+            tl.store(partial_weights + part * 2, largest, mask=group_mask)
+            tl.store(partial_weights + part * 2 + 1, weight, mask=group_mask)
+            tl.store(
+                partial_sums + part[:, None] * HEAD_PADDED + in_head[None, :],
+                sums,
+                mask=group_mask[:, None],
+            )
         # All threads' stores come before the count of this program.
         tl.debug_barrier()
-        last = tl.atomic_add(arrivals + list_id, 1) == SPLITS - 1
+        last = tl.atomic_add(arrivals + launch_list, 1) == SPLITS - 1
         if last:
-            tl.store(arrivals + list_id, 0)
+            tl.store(arrivals + launch_list, 0)
             largest = tl.full((GROUP_PADDED,), float("-inf"), tl.float32)
             weight = tl.zeros((GROUP_PADDED,), tl.float32)
             sums = tl.zeros((GROUP_PADDED, HEAD_PADDED), tl.float32)
             # Programs that had a share: the others left nothing.
-            for other in range(0, tl.minimum(SPLITS, tl.cdiv(count, CHUNK_BLOCKS))):
-                part = (list_id * SPLITS + other) * GROUP_PADDED + in_group
-                its_largest = tl.load(partial_weights + part * 2, volatile=True)
-                its_weight = tl.load(partial_weights + part * 2 + 1, volatile=True)
+            for other in range(tl.minimum(SPLITS, tl.cdiv(count, CHUNK_BLOCKS))):
+                part = (launch_list * SPLITS + other) * GROUP + in_group
+                # Padding of the group gets a maximum of 0, which keeps its arithmetic finite.
+                its_largest = tl.load(
+                    partial_weights + part * 2, mask=group_mask, other=0.0, volatile=True
+                )
+                its_weight = tl.load(
+                    partial_weights + part * 2 + 1, mask=group_mask, other=1.0, volatile=True
+                )
                 its_sums = tl.load(
-                    partial_sums + part[:, None] * HEAD_PADDED + in_head[None, :], volatile=True
+                    partial_sums + part[:, None] * HEAD_PADDED + in_head[None, :],
+                    mask=group_mask[:, None],
+                    other=0.0,
+                    volatile=True,
                 )
                 new_largest = tl.maximum(largest, its_largest)
                 rescale = tl.exp2(largest - new_largest)
@@ -177,11 +195,11 @@ class AttendConfig:
 
 @dataclass(frozen=True)
 class AttendBuffers:
-    """Partial results of the split lists. `arrivals` is zero between launches.
+    """Partial results of split lists. `arrivals` is zero between launches.
 
     Attributes:
-        sums: [lists * splits * 16, next power of two of D] float32, GPU.
-        weights: [lists * splits * 16, 2] float32, GPU. Maximum and weight.
+        sums: [parts * G * next power of two of D] float32, GPU.
+        weights: [parts * G * 2] float32, GPU. Maximum and weight.
         arrivals: [lists] int32, GPU.
     """
 
@@ -191,25 +209,43 @@ class AttendBuffers:
 
     @classmethod
     def make(
-        cls, num_lists: int, splits: int, head_size: int, device: torch.device | str
+        cls, num_lists: int, group: int, head_size: int, device: torch.device | str
     ) -> AttendBuffers:
-        parts = num_lists * splits * 16
-        width = triton.next_power_of_2(head_size)
+        """Buffers for any launch of at most `num_lists` lists with the splits of `attend_config`."""
+        parts = _most_parts(num_lists) * group
         return cls(
-            torch.empty((parts, width), dtype=torch.float32, device=device),
-            torch.empty((parts, 2), dtype=torch.float32, device=device),
+            torch.empty(parts * triton.next_power_of_2(head_size), device=device),
+            torch.empty(parts * 2, device=device),
             torch.zeros(num_lists, dtype=torch.int32, device=device),
         )
+
+    @staticmethod
+    def bytes(num_lists: int, group: int, head_size: int) -> int:
+        """GPU memory that `make` takes."""
+        parts = _most_parts(num_lists) * group
+        return parts * (triton.next_power_of_2(head_size) + 2) * 4 + num_lists * 4
+
+
+# Lists differ in length by an order of magnitude: many programs, each a part of one, even that out.
+TARGET_PROGRAMS = 1056
+MAX_SPLITS = 32
+
+
+def _most_parts(num_lists: int) -> int:
+    """No launch of up to `num_lists` lists has more parts than this."""
+    return TARGET_PROGRAMS + num_lists
 
 
 def attend_config(
     num_lists: int, columns: int, head_size: int, itemsize: int, v_block_tokens: int
 ) -> AttendConfig:
     """Launch shape for `num_lists` lists of at most `columns` V blocks."""
-    tokens = max(16, v_block_tokens, min(64, 16384 // (triton.next_power_of_2(head_size) * itemsize)))
+    row_bytes = triton.next_power_of_2(head_size) * itemsize
+    tokens = max(16, v_block_tokens, min(64, 16384 // row_bytes))
     chunk_blocks = tokens // v_block_tokens
-    # Lists differ in length by an order of magnitude: many programs each even that out.
-    splits = min(32, -(-1056 // max(1, num_lists)), -(-max(1, columns) // chunk_blocks))
+    splits = min(
+        MAX_SPLITS, -(-TARGET_PROGRAMS // max(1, num_lists)), -(-max(1, columns) // chunk_blocks)
+    )
     return AttendConfig(chunk_blocks, max(1, splits), 4, 2)
 
 
@@ -230,11 +266,15 @@ def attend_blocks(
     *,
     buffers: AttendBuffers | None = None,
     config: AttendConfig | None = None,
+    first_head: int = 0,
+    last_head: int | None = None,
 ) -> torch.Tensor:
     """Softmax over the selected tokens and the product with V. See `ops.attend_blocks`.
 
     Args:
-        buffers: from `AttendBuffers.make` for at least this many lists and the config's splits.
+        buffers: from `AttendBuffers.make` for at least this many lists.
+        config: launch shape, chosen by `attend_config` unless given.
+        first_head, last_head: range of KV heads, without the last; None means all from the first.
     Graph-safe when `out` and `buffers` are given.
     """
     if tail == "mean":
@@ -243,25 +283,29 @@ def attend_blocks(
         )
     num_requests, num_heads, head_size = query.shape
     _, num_kv_heads, page_tokens, _ = k_pages.shape
-    if query.stride()[1:] != (head_size, 1):
-        raise ValueError(
-            f"query: has strides {list(query.stride())}; the last two must be [{head_size}, 1]"
-        )
+    check_query_strides(query)
     if out is None:
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    num_lists = num_requests * num_kv_heads
-    if num_lists == 0:
+    last_head = num_kv_heads if last_head is None else last_head
+    num_lists = num_requests * (last_head - first_head)
+    if num_lists <= 0:
         return out
+    group = num_heads // num_kv_heads
     columns = selected.blocks.shape[2]
     if config is None:
         config = attend_config(num_lists, columns, head_size, query.element_size(), v_block_tokens)
     if buffers is None:
-        buffers = AttendBuffers.make(num_lists, config.splits, head_size, query.device)
-    itemsize = query.element_size()
+        buffers = AttendBuffers.make(num_lists, group, head_size, query.device)
+    parts = num_lists * config.splits
+    if num_lists > buffers.arrivals.numel() or parts * group * 2 > buffers.weights.numel():
+        raise ValueError(
+            f"buffers: made for {buffers.arrivals.numel()} lists and {buffers.weights.numel()} "
+            f"weights; this launch has {num_lists} lists and {parts * group * 2} weights"
+        )
     distance = v_pool.data_ptr() - fetched.v_rows.data_ptr()
-    if distance % itemsize:
-        raise ValueError(f"v_pool: must be aligned to {itemsize} bytes")
-    attend_kernel[(config.splits, num_kv_heads, num_requests)](
+    if distance % 16:
+        raise ValueError("v_pool and fetched.v_rows: must be aligned to 16 bytes")
+    attend_kernel[(config.splits, last_head - first_head, num_requests)](
         query,
         k_pages,
         fetched.v_rows,
@@ -276,16 +320,17 @@ def attend_blocks(
         buffers.arrivals,
         out,
         scale,
-        distance // itemsize,
+        distance // 16,
         query.stride(0),
         k_pages.stride(0),
         block_table.stride(0),
         out.stride(0),
         columns,
         block_lse.shape[2],
+        first_head,
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
-        GROUP=num_heads // num_kv_heads,
+        GROUP=group,
         GROUP_PADDED=16,
         HEAD_SIZE=head_size,
         HEAD_PADDED=triton.next_power_of_2(head_size),
@@ -295,6 +340,7 @@ def attend_blocks(
         SPLITS=config.splits,
         DROP=tail == "drop",
         LSE_CHUNK=128,
+        VALUES_OF_16_BYTES=16 // query.element_size(),
         IEEE=query.dtype == torch.float32,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

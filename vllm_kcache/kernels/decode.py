@@ -1,64 +1,92 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One decode step of one layer on the GPU: score, select, fetch and attend, ready for capture.
+"""One decode step of one layer: score, select and fetch, attend, in one or two streams.
 
-With many lists the step runs in waves of KV heads: while one wave is scored, the wave before selects
-and fetches on a stream of high priority, so that the link works beside the memory. With few lists a
-second stream costs more than it hides, and everything runs on one.
+A large batch is cut in waves of KV heads. While the GPU scores wave i + 1, the link fetches what wave i
+selected, on a stream of high priority that is forked and joined inside the step; attention over the first
+waves then runs beside the fetch of the last. A small batch is one wave on one stream: there the launches
+cost more than the overlap gains. Everything is captured: the plan depends on shapes only.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-import triton
 
 from vllm_kcache.cache.hot_cache import MAX_WAVES, HotCache
 from vllm_kcache.kernels import extension
 from vllm_kcache.kernels.attend import AttendBuffers, attend_blocks
-from vllm_kcache.kernels.fetch import launch_fetch
+from vllm_kcache.kernels.fetch import check_geometry, launch_fetch
 from vllm_kcache.kernels.score import launch_score
 from vllm_kcache.kernels.select import launch_select, selection_arguments
 from vllm_kcache.types import Fetched, Selected, Selection, Tail
 
-# Lists (request, KV head) from which on a step is cut in waves, and how many waves then.
-WAVE_LISTS = 96
-WAVES = 2
-# Thread blocks that copy misses: enough to fill PCIe 5 x16, few enough to leave the GPU to scoring.
-COPY_THREAD_BLOCKS = 48
-# Programs that attend_config aims at beyond one per list.
-_ATTEND_PROGRAMS = 1056
+# Bytes of K that make a wave worth its launches: some 60 us of an H100's memory bandwidth.
+WAVE_BYTES = 192 << 20
+# A wave's lists, one thread block each, fetch what they miss. With fewer the link is not full, with
+# many more they take multiprocessors from scoring.
+WAVE_LISTS = 48
+# Higher than that of the stream that scores; otherwise scoring starves the fetch.
+FETCH_PRIORITY = -1
 
 
 @dataclass(frozen=True)
-class DecodeWorkspace:
-    """Buffers of a decode step, shared by all layers. Made once; addresses never change.
+class DecodePlan:
+    """How a step is laid out.
 
     Attributes:
-        max_requests: Most requests of one call.
-        block_lse: [max_requests * Hq * P] float32, GPU.
-        blocks, rows: [max_requests * Hkv * N] int32, GPU.
-        counts: [max_requests * Hkv] int32, GPU.
-        mass: [max_requests * Hkv] float32, GPU.
-        miss_list: [max_requests * Hkv * N, 2] int32, GPU. (physical V block, slot) of each miss.
-        scratch: [max_requests * Hkv * P] int32, GPU, for the Triton selection; empty otherwise.
-        attend: Partial results of attention.
-        side: Stream of high priority for select and fetch.
-        waves: Waves of a step with many lists.
+        waves: parts of the KV heads; 1 runs on the current stream alone.
+        copy_thread_blocks: 0 lets the thread block of a list copy its misses; otherwise misses are
+            listed and this many thread blocks copy them, in a launch of their own for each wave.
+    """
+
+    waves: int = 1
+    copy_thread_blocks: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.waves <= MAX_WAVES:
+            raise ValueError(f"waves={self.waves}: must be 1 to {MAX_WAVES}")
+
+
+def plan_decode(
+    num_requests: int, num_kv_heads: int, max_tokens: int, head_size: int, itemsize: int
+) -> DecodePlan:
+    """The plan for a batch whose longest request may have `max_tokens` tokens."""
+    k_bytes = num_requests * num_kv_heads * max_tokens * head_size * itemsize
+    by_lists = num_requests * num_kv_heads // WAVE_LISTS
+    waves = max(1, min(k_bytes // WAVE_BYTES, by_lists, num_kv_heads, 8))
+    return DecodePlan(waves)
+
+
+@dataclass
+class DecodeWorkspace:
+    """Buffers of `decode_step`, made once and shared by all layers and batch sizes.
+
+    Attributes:
+        block_lse: [B * Hq * P] float32, GPU.
+        blocks, rows: [B * Hkv * N] int32, GPU.
+        counts, mass: [B * Hkv] int32 and float32, GPU.
+        scratch: [B * Hkv * P] int32, GPU; empty when the extension selects.
+        miss_list: [B * Hkv * N, 2] int32, GPU; empty unless asked for.
+        attend: partial results of attention.
+        fetch_stream: stream of high priority; None on the CPU (Triton's interpreter).
     """
 
     max_requests: int
+    num_query_heads: int
+    num_kv_heads: int
+    max_blocks: int
     block_lse: torch.Tensor
     blocks: torch.Tensor
     rows: torch.Tensor
     counts: torch.Tensor
     mass: torch.Tensor
-    miss_list: torch.Tensor
     scratch: torch.Tensor
+    miss_list: torch.Tensor
     attend: AttendBuffers
-    side: torch.cuda.Stream | None
-    waves: int
+    fetch_stream: torch.cuda.Stream | None
+    scored: list[torch.cuda.Event] = field(default_factory=list)
+    fetched: list[torch.cuda.Event] = field(default_factory=list)
 
     @classmethod
     def make(
@@ -70,41 +98,37 @@ class DecodeWorkspace:
         max_blocks: int,
         selection: Selection,
         device: torch.device | str,
-        waves: int = WAVES,
+        with_miss_list: bool = False,
     ) -> DecodeWorkspace:
-        """Allocate the buffers.
+        """Allocate for batches of up to `max_requests` requests of up to `max_blocks` V blocks.
 
         Args:
-            max_requests: Most requests of one call.
-            num_query_heads, num_kv_heads, head_size: Hq, Hkv, D.
-            max_blocks: P of the longest request.
-            selection: Decides N.
-            device: The GPU.
-            waves: Waves of a step with many lists, 1 to `MAX_WAVES`.
+            with_miss_list: for plans with `copy_thread_blocks`.
         """
-        if not 1 <= waves <= MAX_WAVES:
-            raise ValueError(f"waves={waves}: must be 1 to {MAX_WAVES}")
         device = torch.device(device)
         lists = max_requests * num_kv_heads
-        columns = _columns(selection, max_blocks)
+        places = lists * _columns(selection, max_blocks)
+        on_gpu = device.type == "cuda"
 
         def integers(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.int32, device=device)
+            return torch.empty(shape, dtype=torch.int32, device=device)
 
-        is_cuda = device.type == "cuda"
-        with_scratch = not extension.available()
         return cls(
-            max_requests,
-            torch.zeros(max_requests * num_query_heads * max_blocks, device=device),
-            integers(lists * columns),
-            integers(lists * columns),
-            integers(lists),
-            torch.zeros(lists, device=device),
-            integers(lists * columns, 2),
-            integers(lists * max_blocks if with_scratch else 0),
-            AttendBuffers.make(lists + _ATTEND_PROGRAMS, 1, head_size, device),
-            torch.cuda.Stream(device, priority=-1) if is_cuda else None,
-            waves,
+            max_requests=max_requests,
+            num_query_heads=num_query_heads,
+            num_kv_heads=num_kv_heads,
+            max_blocks=max_blocks,
+            block_lse=torch.empty(max_requests * num_query_heads * max_blocks, device=device),
+            blocks=integers(places),
+            rows=integers(places),
+            counts=integers(lists),
+            mass=torch.empty(lists, device=device),
+            scratch=integers(0 if extension.available() else lists * max_blocks),
+            miss_list=integers(places if with_miss_list else 0, 2),
+            attend=AttendBuffers.make(lists, num_query_heads // num_kv_heads, head_size, device),
+            fetch_stream=torch.cuda.Stream(device, FETCH_PRIORITY) if on_gpu else None,
+            scored=[torch.cuda.Event() for _ in range(MAX_WAVES if on_gpu else 0)],
+            fetched=[torch.cuda.Event() for _ in range(MAX_WAVES if on_gpu else 0)],
         )
 
     @staticmethod
@@ -115,23 +139,44 @@ class DecodeWorkspace:
         head_size: int,
         max_blocks: int,
         selection: Selection,
+        with_miss_list: bool = False,
     ) -> int:
         """GPU memory that `make` takes."""
         lists = max_requests * num_kv_heads
-        columns = _columns(selection, max_blocks)
-        scores = max_requests * num_query_heads * max_blocks * 4
-        scratch = 0 if extension.available() else lists * max_blocks * 4
-        attend = (lists + _ATTEND_PROGRAMS) * (16 * (triton.next_power_of_2(head_size) + 2) + 1) * 4
-        return scores + lists * columns * 16 + lists * 8 + scratch + attend
+        places = lists * _columns(selection, max_blocks)
+        words = max_requests * num_query_heads * max_blocks + 2 * places + 2 * lists
+        words += 0 if extension.available() else lists * max_blocks
+        words += 2 * places if with_miss_list else 0
+        group = num_query_heads // num_kv_heads
+        return words * 4 + AttendBuffers.bytes(lists, group, head_size)
+
+    def views(
+        self, num_requests: int, max_blocks: int, selection: Selection
+    ) -> tuple[torch.Tensor, Selected, torch.Tensor]:
+        """block_lse [B, Hq, P], the selection and its rows [B, Hkv, N], for one batch."""
+        if num_requests > self.max_requests or max_blocks > self.max_blocks:
+            raise ValueError(
+                f"workspace: made for {self.max_requests} requests of {self.max_blocks} V blocks; "
+                f"this batch has {num_requests} of {max_blocks}"
+            )
+        lists = (num_requests, self.num_kv_heads)
+        places = (*lists, _columns(selection, max_blocks))
+        scores = (num_requests, self.num_query_heads, max_blocks)
+        selected = Selected(
+            _front(self.blocks, places), _front(self.counts, lists), _front(self.mass, lists)
+        )
+        return _front(self.block_lse, scores), selected, _front(self.rows, places)
 
 
 def _columns(selection: Selection, max_blocks: int) -> int:
     return max_blocks if selection.top_n is None else min(selection.top_n, max_blocks)
 
 
-def _front(buffer: torch.Tensor, *shape: int) -> torch.Tensor:
-    """The first elements of a flat buffer, contiguous in the given shape."""
-    return buffer[: math.prod(shape)].view(shape)
+def _front(buffer: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    size = 1
+    for extent in shape:
+        size *= extent
+    return buffer[:size].view(shape)
 
 
 def decode_step(
@@ -149,138 +194,145 @@ def decode_step(
     hot_cache: HotCache,
     layer: int,
     out: torch.Tensor,
-) -> Selected:
-    """Attend one query per request through the selection.
+    plan: DecodePlan | None = None,
+) -> torch.Tensor:
+    """Score, select, fetch and attend for one query of each request; `write_kv` comes before.
 
     Args:
-        workspace: The buffers; at least B requests and `max_blocks` blocks.
-        query, k_pages, v_pool, block_table, seq_lens, scale, v_block_tokens: docs/design.md.
-        max_blocks: P, V blocks that cover the longest request (host).
-        selection: The rule.
-        tail: "renormalize" or "drop".
-        hot_cache: The hot V cache; this call is one epoch of it.
-        layer: Layer of the host pool.
-        out: [B, Hq, D] model dtype, GPU, written.
+        workspace: buffers; the batch must fit. Its contents are those of the last step.
+        max_blocks: P, V blocks of the longest request there may be: part of the captured shape.
+        hot_cache, layer: where V blocks are resident; this call is one epoch of it.
+        out: [B, Hq, D] model dtype, GPU. Written and returned.
+        plan: layout of the step; from `plan_decode` unless given.
+    Other arguments: as for the steps in `vllm_kcache.ops`.
 
-    Returns:
-        What was selected: views of the workspace, valid until the next call.
-
-    Raises:
-        ValueError: More requests than the workspace has room for.
-
-    Graph-safe: fixed grids, no allocation with the extension, no host sync. A second stream is forked
-    from the current one and joined before attention.
+    Graph-safe: no allocation, no host sync, grids that depend on shapes only. Uses the current
+    stream, and a second one that is joined before the call returns.
     """
-    num_requests, num_query_heads, _ = query.shape
-    num_kv_heads = k_pages.shape[1]
-    if num_requests > workspace.max_requests:
-        raise ValueError(
-            f"query: has {num_requests} requests; the workspace has room for "
-            f"{workspace.max_requests}"
+    check_geometry(hot_cache, v_pool, v_block_tokens, layer)
+    num_requests = query.shape[0]
+    if num_requests == 0:
+        return out
+    if plan is None:
+        tokens = max_blocks * v_block_tokens
+        plan = plan_decode(
+            num_requests, k_pages.shape[1], tokens, query.shape[2], query.element_size()
         )
-    columns = _columns(selection, max_blocks)
-    block_lse = _front(workspace.block_lse, num_requests, num_query_heads, max_blocks)
-    lists = (num_requests, num_kv_heads)
-    selected = Selected(
-        _front(workspace.blocks, *lists, columns),
-        _front(workspace.counts, *lists),
-        _front(workspace.mass, *lists),
-    )
-    fetched = Fetched(_front(workspace.rows, *lists, columns), hot_cache.slots)
+    block_lse, selected, rows = workspace.views(num_requests, max_blocks, selection)
+    step = _Step(
+        workspace, query, k_pages, v_pool, block_table, seq_lens, scale, v_block_tokens, selection,
+        tail, hot_cache, layer, out, block_lse, selected, Fetched(rows, hot_cache.slots), plan,
+    )  # fmt: skip
+    step.run()
+    return out
 
-    def score(first_head: int, num_heads: int) -> None:
-        launch_score(
-            query,
-            k_pages,
-            block_table,
-            seq_lens,
-            scale,
-            v_block_tokens,
-            block_lse,
-            first_head=first_head,
-            num_heads=num_heads,
-            new_epoch=hot_cache if first_head == 0 else None,
-        )
 
-    def select_and_fetch(first_head: int, num_heads: int, wave: int, in_waves: bool) -> None:
-        if extension.available():
-            torch.ops.kcache.select_fetch(
-                block_lse,
-                seq_lens,
-                v_block_tokens,
-                *selection_arguments(selection),
-                first_head,
-                num_heads,
-                selected.blocks,
-                selected.counts,
-                selected.mass,
-                block_table,
-                v_pool,
-                layer,
-                fetched.rows,
-                fetched.v_rows,
-                hot_cache.table,
-                hot_cache.slot_word,
-                hot_cache.state,
-                hot_cache.counters,
-                workspace.miss_list if in_waves else None,
-                wave,
-            )
-            if in_waves:
-                torch.ops.kcache.copy_misses(
-                    workspace.miss_list,
-                    hot_cache.state,
-                    wave,
-                    v_pool,
-                    v_block_tokens,
-                    fetched.v_rows,
-                    COPY_THREAD_BLOCKS,
-                )
+@dataclass(frozen=True)
+class _Step:
+    """The arguments of `decode_step`, and its parts."""
+
+    workspace: DecodeWorkspace
+    query: torch.Tensor
+    k_pages: torch.Tensor
+    v_pool: torch.Tensor
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    scale: float
+    v_block_tokens: int
+    selection: Selection
+    tail: Tail
+    hot_cache: HotCache
+    layer: int
+    out: torch.Tensor
+    block_lse: torch.Tensor
+    selected: Selected
+    fetched: Fetched
+    plan: DecodePlan
+
+    def run(self) -> None:
+        num_heads = self.k_pages.shape[1]
+        waves = min(self.plan.waves, num_heads)
+        bounds = [num_heads * wave // waves for wave in range(waves + 1)]
+        if waves == 1:
+            self._score(0, num_heads, new_epoch=True)
+            self._select_fetch(0, 0, num_heads)
+            self._attend(0, num_heads)
             return
-        scratch = _front(workspace.scratch, *lists, max_blocks)
-        span = {"first_head": first_head, "num_heads": num_heads}
-        launch_select(
-            block_lse,
-            seq_lens,
-            v_block_tokens,
-            selection,
-            selected,
-            scratch=scratch,
-            hot_cache=hot_cache,
-            **span,
-        )
-        launch_fetch(
-            selected, block_table, v_pool, v_block_tokens, hot_cache, layer, fetched, **span
+        workspace = self.workspace
+        assert workspace.fetch_stream is not None
+        main = torch.cuda.current_stream(self.query.device)
+        for wave in range(waves):
+            first, last = bounds[wave], bounds[wave + 1]
+            self._score(first, last, new_epoch=wave == 0)
+            workspace.scored[wave].record(main)
+            workspace.fetch_stream.wait_event(workspace.scored[wave])
+            with torch.cuda.stream(workspace.fetch_stream):
+                self._select_fetch(wave, first, last)
+                workspace.fetched[wave].record(workspace.fetch_stream)
+        # All but the last wave have been fetched while the last was scored, or nearly so.
+        main.wait_event(workspace.fetched[waves - 2])
+        self._attend(0, bounds[-2])
+        main.wait_event(workspace.fetched[waves - 1])
+        self._attend(bounds[-2], num_heads)
+
+    def _score(self, first_head: int, last_head: int, new_epoch: bool) -> None:
+        launch_score(
+            self.query,
+            self.k_pages,
+            self.block_table,
+            self.seq_lens,
+            self.scale,
+            self.v_block_tokens,
+            self.block_lse,
+            first_head=first_head,
+            num_heads=last_head - first_head,
+            new_epoch=self.hot_cache if new_epoch else None,
         )
 
-    waves = min(workspace.waves, num_kv_heads) if math.prod(lists) >= WAVE_LISTS else 1
-    if waves == 1 or workspace.side is None:
-        score(0, num_kv_heads)
-        select_and_fetch(0, num_kv_heads, 0, False)
-    else:
-        main = torch.cuda.current_stream()
-        side = workspace.side
-        edges = [num_kv_heads * wave // waves for wave in range(waves + 1)]
-        for wave in range(waves):
-            first_head, num_heads = edges[wave], edges[wave + 1] - edges[wave]
-            score(first_head, num_heads)
-            side.wait_stream(main)
-            with torch.cuda.stream(side):
-                select_and_fetch(first_head, num_heads, wave, True)
-        main.wait_stream(side)
-    attend_blocks(
-        query,
-        k_pages,
-        v_pool,
-        fetched,
-        selected,
-        block_table,
-        seq_lens,
-        scale,
-        v_block_tokens,
-        tail,
-        block_lse,
-        out=out,
-        buffers=workspace.attend,
-    )
-    return selected
+    def _select_fetch(self, wave: int, first_head: int, last_head: int) -> None:
+        num_heads = last_head - first_head
+        cache, selected, workspace = self.hot_cache, self.selected, self.workspace
+        if not extension.available():
+            launch_select(
+                self.block_lse, self.seq_lens, self.v_block_tokens, self.selection, selected,
+                first_head=first_head, num_heads=num_heads,
+                scratch=_front(workspace.scratch, (*selected.counts.shape, self.block_lse.shape[2])),
+                hot_cache=cache,
+            )  # fmt: skip
+            launch_fetch(
+                selected, self.block_table, self.v_pool, self.v_block_tokens, cache, self.layer,
+                self.fetched, first_head=first_head, num_heads=num_heads,
+            )  # fmt: skip
+            return
+        copies_later = self.plan.copy_thread_blocks > 0
+        torch.ops.kcache.select_fetch(
+            self.block_lse, self.seq_lens, self.v_block_tokens,
+            *selection_arguments(self.selection), first_head, num_heads, selected.blocks,
+            selected.counts, selected.mass, self.block_table, self.v_pool, self.layer,
+            self.fetched.rows, cache.slots, cache.table, cache.slot_word, cache.state,
+            cache.counters, workspace.miss_list if copies_later else None, wave,
+        )  # fmt: skip
+        if copies_later:
+            torch.ops.kcache.copy_misses(
+                workspace.miss_list, cache.state, wave, self.v_pool, self.v_block_tokens,
+                cache.slots, self.plan.copy_thread_blocks,
+            )  # fmt: skip
+
+    def _attend(self, first_head: int, last_head: int) -> None:
+        attend_blocks(
+            self.query,
+            self.k_pages,
+            self.v_pool,
+            self.fetched,
+            self.selected,
+            self.block_table,
+            self.seq_lens,
+            self.scale,
+            self.v_block_tokens,
+            self.tail,
+            self.block_lse,
+            out=self.out,
+            buffers=self.workspace.attend,
+            first_head=first_head,
+            last_head=last_head,
+        )

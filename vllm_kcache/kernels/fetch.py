@@ -126,7 +126,9 @@ def fetch_blocks(
     if selected.blocks.numel() == 0:
         return out
     if extension.available():
-        launch_lookup_extension(selected, block_table, v_pool, v_block_tokens, hot_cache, layer, out)
+        launch_lookup_extension(
+            selected, block_table, v_pool, v_block_tokens, hot_cache, layer, out
+        )
     else:
         launch_fetch(selected, block_table, v_pool, v_block_tokens, hot_cache, layer, out)
     return out

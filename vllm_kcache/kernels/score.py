@@ -86,9 +86,7 @@ def score_kernel(
         tokens = chunk * CHUNK + in_chunk
         exists = tokens < num_tokens
         pages = tl.load(table_row + tokens // PAGE_TOKENS, mask=exists, other=0)
-        offsets = (
-            pages.to(tl.int64) * page_stride + head_base + (tokens % PAGE_TOKENS) * HEAD_SIZE
-        )
+        offsets = pages.to(tl.int64) * page_stride + head_base + (tokens % PAGE_TOKENS) * HEAD_SIZE
         if HEAD_SIZE == HEAD_PADDED:
             k = tl.load(
                 k_pages + offsets[:, None] + in_head[None, :], mask=exists[:, None], other=0.0
@@ -149,6 +147,15 @@ def score_config(
     return ScoreConfig(chunk, splits, 8 if chunk_bytes == 65536 else 4, 3)
 
 
+def check_query_strides(query: torch.Tensor) -> None:
+    """The kernels take queries that are strided over requests only."""
+    head_size = query.shape[2]
+    if query.stride()[1:] != (head_size, 1):
+        raise ValueError(
+            f"query: has strides {list(query.stride())}; the last two must be [{head_size}, 1]"
+        )
+
+
 def score_blocks(
     query: torch.Tensor,
     k_pages: torch.Tensor,
@@ -193,6 +200,7 @@ def launch_score(
     num_requests, num_query_heads, head_size = query.shape
     _, num_kv_heads, page_tokens, _ = k_pages.shape
     num_heads = num_kv_heads - first_head if num_heads is None else num_heads
+    check_query_strides(query)
     if num_requests == 0 or num_heads == 0:
         return
     max_blocks = block_lse.shape[2]

@@ -119,9 +119,7 @@ def write_kv(
                 f"{name}: has strides {list(tensor.stride())}; the last two must be "
                 f"[{head_size}, 1]"
             )
-    store_slot = (
-        hot_cache is not None and WriteParts.V_SLOT in parts and hot_cache.write_update
-    )
+    store_slot = hot_cache is not None and WriteParts.V_SLOT in parts and hot_cache.write_update
     # Pointers that the kernel does not use when there is no hot cache.
     cache = hot_cache if hot_cache is not None else _NoCache(k_pages, slot_mapping)
     write_kernel[(num_tokens, num_kv_heads)](

@@ -37,16 +37,6 @@ def llama(**changes: Any) -> dict[str, Any]:
     return _llama_like("LlamaForCausalLM", "llama", **changes)
 
 
-_IMAGE_TOWER = {
-    "model_type": "siglip_vision_model",
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
-
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": llama(),
     "llama, head size 32": llama(num_attention_heads=8, num_key_value_heads=2),
@@ -61,9 +51,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor"},
         }
     ),
-    "qwen2": _llama_like(
-        "Qwen2ForCausalLM", "qwen2", use_sliding_window=False, sliding_window=256
-    ),
+    "qwen2": _llama_like("Qwen2ForCausalLM", "qwen2", use_sliding_window=False, sliding_window=256),
     "qwen3": _llama_like(
         "Qwen3ForCausalLM",
         "qwen3",
@@ -96,25 +84,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         attn_logit_softcapping=50.0,
         layer_types=["sliding_attention", "full_attention"],
     ),
-    "gemma3 with images": {
-        "architectures": ["Gemma3ForConditionalGeneration"],
-        "model_type": "gemma3",
-        "torch_dtype": "bfloat16",
-        "text_config": {
-            "model_type": "gemma3_text",
-            **_COMMON,
-            "head_dim": 64,
-            "layer_types": ["full_attention", "full_attention"],
-        },
-        "vision_config": _IMAGE_TOWER,
-    },
-    "llava": {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
-        "torch_dtype": "bfloat16",
-        "text_config": llama(),
-        "vision_config": {**_IMAGE_TOWER, "model_type": "clip_vision_model"},
-    },
     "bloom": {
         "architectures": ["BloomForCausalLM"],
         "model_type": "bloom",
@@ -168,7 +137,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         qk_nope_head_dim=32,
         qk_rope_head_dim=32,
         v_head_dim=64,
-        n_routed_experts=None,
+        n_routed_experts=4,
+        num_experts_per_tok=1,
+        moe_intermediate_size=64,
         first_k_dense_replace=2,
     ),
     "jamba": _llama_like(

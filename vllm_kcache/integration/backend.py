@@ -94,7 +94,7 @@ class KCacheImpl(AttentionImpl[KCacheMetadata]):
             "ALiBi": alibi_slopes is not None,
             f"sliding_window={sliding_window}": sliding_window is not None,
             f"attn_logit_softcapping={logits_soft_cap}": bool(logits_soft_cap),
-            f"attention type {attn_type}": attn_type != AttentionType.DECODER,
+            f"attention type {AttentionType(attn_type).value}": attn_type != AttentionType.DECODER,
         }
         for feature, is_on in refused.items():
             if is_on:

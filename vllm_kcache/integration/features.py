@@ -82,24 +82,28 @@ def chunked_attention(vllm_config: Any) -> str | None:
 def kv_dtype(vllm_config: Any) -> str | None:
     """Name of a cache dtype that is not the model's own."""
     name = vllm_config.cache_config.cache_dtype
+    scheme = getattr(vllm_config.quant_config, "kv_cache_scheme", None)
+    # vLLM follows the checkpoint only when it builds the layers, and only where nothing was asked.
+    if name == "auto" and scheme is not None:
+        return f"fp8, from kv_cache_scheme={scheme} of the checkpoint"
     model_dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
     return None if name in ("auto", model_dtype) else name
 
 
 def head_size(vllm_config: Any) -> int | None:
-    """A head size that the kernels do not take."""
+    """A head size that the kernels do not take. A model without attention reports 0."""
     from vllm_kcache.integration.backend import KCacheBackend
 
-    head_size = vllm_config.model_config.get_head_size()
-    return None if head_size in KCacheBackend.get_supported_head_sizes() else head_size
+    size = vllm_config.model_config.get_head_size()
+    return None if size in (0, *KCacheBackend.get_supported_head_sizes()) else size
 
 
 def block_size(vllm_config: Any) -> int | None:
     """Tokens of a page that the kernels do not take."""
     from vllm_kcache.integration.backend import KCacheBackend
 
-    block_size = vllm_config.cache_config.block_size
-    return None if KCacheBackend.supports_block_size(block_size) else block_size
+    tokens = vllm_config.cache_config.block_size
+    return None if KCacheBackend.supports_block_size(tokens) else tokens
 
 
 def group_size_on_gpu(vllm_config: Any) -> int | None:

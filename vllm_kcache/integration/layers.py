@@ -94,7 +94,10 @@ def _honour_custom_on_cpu(original):
             device_capability=DeviceCapability(0, 0), **attn_selector_config._asdict()
         )
         if reasons:
-            raise ValueError(f"--kv-backend kcache cannot run this model: {', '.join(reasons)}.")
+            raise ValueError(
+                f"--kv-backend kcache cannot run this model: {', '.join(reasons)}. "
+                "Serve it with vLLM's own backend."
+            )
         return selected_backend.get_path()
 
     return get_attn_backend_cls

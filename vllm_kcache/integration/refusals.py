@@ -90,6 +90,9 @@ def check_engine_args(engine_args: Any) -> None:
 
 def _settings_that_do_not_fit(vllm_config: Any, config: KCacheConfig) -> Iterator[str]:
     model_config = vllm_config.model_config
+    if model_config.is_attention_free:
+        # No head to measure a V block by, and refused already.
+        return
     page_tokens = vllm_config.cache_config.block_size
     try:
         v_block_tokens = config.resolved_v_block_tokens(
@@ -120,17 +123,18 @@ REFUSALS: tuple[Refusal, ...] = (
         "Leave --kv-cache-dtype at auto; where the checkpoint asks for it, set --kv-cache-dtype to "
         "the model's dtype.",
     ),
-    Refusal(
-        "kv_connector={value}",
-        features.kv_connector,
-        "a connector would copy K pages and leave V behind",
-        "Leave --kv-transfer-config out.",
-    ),
+    # Before the connector: vLLM turns this setting into one.
     Refusal(
         "kv_offloading_size={value}",
         lambda c: features.true(c.cache_config.kv_offloading_size),
         "vLLM's offloading would copy K pages and leave V behind",
         "Leave --kv-offloading-size out; V is in host memory already.",
+    ),
+    Refusal(
+        "kv_connector={value}",
+        features.kv_connector,
+        "a connector would copy K pages and leave V behind",
+        "Leave --kv-transfer-config out.",
     ),
     Refusal(
         "kv_sharing_fast_prefill={value}",

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the layers and the worker refuse: the last line, when no setting told beforehand.
+
+Layers are vLLM's own attention layers, registered in a real configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_kcache.config import KCacheConfig, KCacheConfigError
+
+pytestmark = pytest.mark.usefixtures("quick_vllm")
+
+PREFIX = "--kv-backend kcache does not support "
+
+
+@pytest.fixture
+def vllm_config(folders: Callable[[str], str]) -> Any:
+    """A complete configuration with our backend, two layers."""
+    from vllm import EngineArgs
+
+    return EngineArgs(
+        model=folders("llama"), skip_tokenizer_init=True, load_format="dummy", kv_backend="kcache"
+    ).create_engine_config()
+
+
+def add_layer(vllm_config: Any, index: int, **arguments: Any) -> Any:
+    """Build an attention layer as a model does; it registers itself in the configuration."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.attention.attention import Attention
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with set_current_vllm_config(vllm_config):
+            return Attention(
+                num_heads=4,
+                head_size=64,
+                scale=0.125,
+                num_kv_heads=2,
+                cache_config=vllm_config.cache_config,
+                prefix=f"model.layers.{index}.self_attn.attn",
+                **arguments,
+            )
+    finally:
+        torch.set_default_dtype(before)
+
+
+def stock_backend() -> Any:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    return CPUAttentionBackend
+
+
+def split_layers(vllm_config: Any, **settings: Any) -> list[str]:
+    from vllm_kcache.integration.worker import split_layers as checked
+
+    return checked(vllm_config, KCacheConfig.from_user(settings))
+
+
+# One layer.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "feature"),
+    [
+        ({"alibi_slopes": [0.5] * 4}, "ALiBi"),
+        ({"per_layer_sliding_window": 128}, "sliding_window=128"),
+        ({"logits_soft_cap": 30.0}, "attn_logit_softcapping=30.0"),
+    ],
+)
+def test_layer_refuses(vllm_config: Any, arguments: dict[str, Any], feature: str) -> None:
+    """vLLM asks no backend about the first and the last; it asks about the window of a layer."""
+    from vllm_kcache.integration.backend import KCacheBackend
+
+    with pytest.raises(KCacheConfigError) as caught:
+        add_layer(vllm_config, 0, attn_backend=KCacheBackend, **arguments)
+    assert str(caught.value) == PREFIX + feature + ". Serve this model with vLLM's own backend."
+
+
+@pytest.mark.parametrize("attn_type", ["encoder", "encoder_only", "encoder_decoder"])
+def test_layer_refuses_other_attention(vllm_config: Any, attn_type: str) -> None:
+    from vllm.v1.attention.backend import AttentionType
+
+    from vllm_kcache.integration.backend import KCacheBackend
+
+    with pytest.raises(KCacheConfigError) as caught:
+        add_layer(vllm_config, 0, attn_backend=KCacheBackend, attn_type=AttentionType(attn_type))
+    assert str(caught.value).startswith(f"{PREFIX}attention type {attn_type}. Serve this model")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "reason"),
+    [
+        ({"head_size": 32}, "head_size not supported"),
+        ({"dtype": torch.float64}, "dtype not supported"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype not supported"),
+        ({"block_size": 8}, "block_size not supported"),
+        ({"use_mm_prefix": True}, "partial multimodal token full attention not supported"),
+        ({"use_mla": True}, "MLA not supported"),
+        ({"has_sink": True}, "attention sinks not supported"),
+        ({"use_sparse": True}, "sparse not supported"),
+        ({"use_per_head_quant_scales": True}, "per-head quant scales not supported"),
+        ({"attn_type": "encoder_only"}, "attention type encoder_only not supported"),
+        ({"has_sliding_window": True}, "sliding window not supported"),
+        ({"use_rswa": True}, "R-SWA not supported"),
+        ({"use_non_causal": True}, "non-causal attention not supported"),
+        ({"use_batch_invariant": True}, "batch invariance not supported"),
+        ({"use_pcp": True}, "PCP not supported"),
+        ({"use_dcp": True}, "DCP not supported"),
+    ],
+)
+def test_backend_is_validated_on_the_cpu(
+    vllm_config: Any, wanted: dict[str, Any], reason: str
+) -> None:
+    """The CPU platform of vLLM validates nothing and would take its own attention instead."""
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    fits = {
+        "head_size": 64,
+        "dtype": torch.bfloat16,
+        "kv_cache_dtype": "auto",
+        "block_size": 32,
+    }
+    custom = AttentionBackendEnum.CUSTOM
+    path = CpuPlatform.get_attn_backend_cls(custom, AttentionSelectorConfig(**fits))
+    assert path == "vllm_kcache.integration.backend.KCacheBackend"
+    with pytest.raises(ValueError, match="kcache cannot run this model") as caught:
+        CpuPlatform.get_attn_backend_cls(custom, AttentionSelectorConfig(**{**fits, **wanted}))
+    assert reason in str(caught.value)
+    assert "Serve it with vLLM's own backend." in str(caught.value)
+
+
+# All layers.
+
+
+def test_every_layer_is_ours(vllm_config: Any) -> None:
+    names = [add_layer(vllm_config, index).layer_name for index in range(2)]
+    assert split_layers(vllm_config) == names
+
+
+def test_stock_attention_in_one_layer_is_seen(vllm_config: Any) -> None:
+    add_layer(vllm_config, 0)
+    add_layer(vllm_config, 1, attn_backend=stock_backend())
+    with pytest.raises(RuntimeError) as caught:
+        split_layers(vllm_config)
+    assert str(caught.value) == (
+        "Layer model.layers.1.self_attn.attn runs CPUAttentionBackend, expected KCacheBackend."
+    )
+
+
+def test_split_attention_in_a_dense_layer_is_seen(vllm_config: Any) -> None:
+    for index in range(2):
+        add_layer(vllm_config, index)
+    with pytest.raises(
+        RuntimeError, match=r"Layer model\.layers\.0\.self_attn\.attn runs KCacheBackend"
+    ):
+        split_layers(vllm_config, dense_layers=1)
+
+
+def test_dense_layers_are_left_out(vllm_config: Any) -> None:
+    add_layer(vllm_config, 0, attn_backend=stock_backend())
+    name = add_layer(vllm_config, 1).layer_name
+    assert split_layers(vllm_config, dense_layers=1) == [name]
+
+
+def test_a_rank_with_dense_layers_only(vllm_config: Any) -> None:
+    """Pipeline parallel: this rank has the bottom layer, and that is dense."""
+    add_layer(vllm_config, 0, attn_backend=stock_backend())
+    with pytest.raises(
+        KCacheConfigError, match=r"kcache_config.dense_layers: every layer"
+    ) as caught:
+        split_layers(vllm_config, dense_layers=1)
+    assert "List fewer layers." in str(caught.value)
+
+
+def test_layers_that_share_a_cache_are_refused_on_a_gpu(vllm_config: Any) -> None:
+    first = add_layer(vllm_config, 0)
+    add_layer(vllm_config, 1, kv_sharing_target_layer_name=first.layer_name)
+    assert split_layers(vllm_config) == [first.layer_name]
+    object.__setattr__(vllm_config.device_config, "device_type", "cuda")
+    with pytest.raises(KCacheConfigError) as caught:
+        split_layers(vllm_config)
+    assert str(caught.value).startswith(
+        f"{PREFIX}kv_sharing_target_layer_name={first.layer_name} (model.layers.1.self_attn.attn)"
+    )
+    assert "Serve this model with vLLM's own backend." in str(caught.value)
+
+
+def full_attention(**changes: Any) -> Any:
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    return FullAttentionSpec(
+        **{
+            "block_size": 32,
+            "num_kv_heads": 2,
+            "head_size": 64,
+            "dtype": torch.bfloat16,
+            **changes,
+        }
+    )
+
+
+LAYERS = ["model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"]
+
+
+def page_shape(vllm_config: Any, *specs: Any) -> Any:
+    from vllm_kcache.integration.runtime import page_shape_of
+
+    return page_shape_of(vllm_config, dict(zip(LAYERS, specs, strict=True)), LAYERS)
+
+
+def test_layers_of_one_shape(vllm_config: Any) -> None:
+    shape = page_shape(vllm_config, full_attention(), full_attention())
+    assert shape.layer_names == tuple(LAYERS)
+    assert shape.v_bytes_per_page == 2 * 2 * 32 * 64 * 2
+
+
+def test_layers_of_different_shapes_are_refused(vllm_config: Any) -> None:
+    with pytest.raises(KCacheConfigError, match="does not support layers of different shapes: 2"):
+        page_shape(vllm_config, full_attention(), full_attention(num_kv_heads=1))
+
+
+def test_v_of_another_size_is_refused(vllm_config: Any) -> None:
+    wide = full_attention(head_size_v=128)
+    with pytest.raises(KCacheConfigError) as caught:
+        page_shape(vllm_config, wide, wide)
+    assert str(caught.value).startswith(PREFIX + "head_size_v=128 beside head_size=64")
+
+
+def test_several_kv_cache_groups_are_refused() -> None:
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+
+    from vllm_kcache.integration.worker import SplitCacheWorker
+
+    groups = [KVCacheGroupSpec([name], full_attention()) for name in LAYERS]
+    with pytest.raises(KCacheConfigError) as caught:
+        SplitCacheWorker().initialize_from_config(KVCacheConfig(8, [], groups))
+    assert str(caught.value).startswith(PREFIX + "several KV cache groups: this model has 2.")
+    assert "vLLM's own backend" in str(caught.value)

@@ -37,13 +37,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="Hugging Face folder")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("flags", nargs="*", help="after --: flags for vllm serve")
-    arguments = parser.parse_args()
+    own, flags = split_at_double_dash(sys.argv[1:])
+    arguments = parser.parse_args(own)
     model = arguments.model.resolve()
     if not (model / "config.json").is_file():
         print(f"serve: {model} has no config.json; make model gets it", file=sys.stderr)
         return 1
-    command = serve_command(model, arguments.port, arguments.flags)
+    command = serve_command(model, arguments.port, flags)
     print(f"serve: {' '.join(command)}", flush=True)
     server = subprocess.Popen(command, env=server_environment())
 
@@ -58,6 +58,14 @@ def main() -> int:
     )
     announce.start()
     return server.wait()
+
+
+def split_at_double_dash(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Arguments before the first "--", and after it."""
+    if "--" not in arguments:
+        return arguments, []
+    at = arguments.index("--")
+    return arguments[:at], arguments[at + 1 :]
 
 
 def serve_command(model: Path, port: int, flags: list[str]) -> list[str]:

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run by test_interpreted.py under TRITON_INTERPRET=1: whole decode steps and prefill copies."""
+"""Whole decode steps and prefill copies against the reference, on the CPU or on a GPU.
+
+`python -m tests.kernels.checks` runs the small cases under TRITON_INTERPRET=1.
+"""
 
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import torch
 
 from tests.conftest import assert_close
 from tests.shapes import Case, Shape, build_case
-from vllm_kcache import reference
 from vllm_kcache.cache.hot_cache import HotCache
 from vllm_kcache.kernels.context import gather_context, patch_context, store_value
 from vllm_kcache.kernels.decode import DecodeWorkspace, decode_step
@@ -36,8 +39,24 @@ SELECTIONS = (
 )
 
 
-def check_decode(case: Case, selection: Selection, num_slots: int, tail: str) -> None:
-    """A step twice over one hot cache: misses first, hits after, the same answer."""
+def on(case: Case, device: str) -> Case:
+    """The same case with what a step takes on the device, and V in mapped host memory."""
+    if device == "cpu":
+        return case
+    moved = {
+        name: getattr(case, name).to(device)
+        for name in ("query", "k_pages", "block_table", "seq_lens")
+    }
+    return replace(case, v_pool=case.v_pool.pin_memory(), **moved)
+
+
+def check_decode(
+    case: Case, selection: Selection, num_slots: int, tail: str, device: str = "cpu"
+) -> None:
+    """A step twice over one hot cache: misses first, hits after, the same answer.
+
+    The reference runs in float32 on the CPU on the same values.
+    """
     shape = case.shape
     tokens = shape.v_block_tokens
     block_lse = score_blocks(
@@ -51,22 +70,23 @@ def check_decode(case: Case, selection: Selection, num_slots: int, tail: str) ->
         ), chosen, case.block_table, case.seq_lens, case.scale, tokens, tail, block_lse,
     )  # fmt: skip
     rows = case.v_pool[..., 0].numel() // tokens
-    cache = HotCache.make(num_slots, 2, rows, tokens, shape.head_size, case.query.dtype, "cpu")
+    cache = HotCache.make(num_slots, 2, rows, tokens, shape.head_size, case.query.dtype, device)
     workspace = DecodeWorkspace.make(
         len(shape.seq_lens), shape.num_heads, shape.num_kv_heads, shape.head_size,
-        shape.max_blocks, selection, "cpu",
+        shape.max_blocks, selection, device,
     )  # fmt: skip
+    case = on(case, device)
     for _ in range(2):
         out = torch.full_like(case.query, float("nan"))
-        selected = decode_step(
+        decode_step(
             workspace, case.query, case.k_pages, case.v_pool, case.block_table, case.seq_lens,
             case.scale, tokens, shape.max_blocks, selection, tail, cache, 1, out,
         )  # fmt: skip
-        assert torch.equal(selected.counts, chosen.counts)
-        assert torch.equal(
-            selected.blocks[..., : chosen.blocks.shape[2]], chosen.blocks
-        ), "another selection"
-        assert_close(out, expected)
+        _, selected, _ = workspace.views(len(shape.seq_lens), shape.max_blocks, selection)
+        assert torch.equal(selected.counts.cpu(), chosen.counts)
+        width = chosen.blocks.shape[2]
+        assert torch.equal(selected.blocks[..., :width].cpu(), chosen.blocks), "another selection"
+        assert_close(out.cpu(), expected)
     counted = cache.read_counters()
     listed = int(chosen.counts.sum())
     assert counted.selected == counted.hits + counted.misses + counted.direct == 2 * listed
@@ -74,24 +94,26 @@ def check_decode(case: Case, selection: Selection, num_slots: int, tail: str) ->
         assert counted.hits == listed
 
 
-def check_prefill_copies(shape: Shape) -> None:
+def check_prefill_copies(shape: Shape, device: str = "cpu") -> None:
     """What is stored comes back; rows that the step itself writes are patched."""
-    case = build_case(shape)
+    case = on(build_case(shape), device)
     table, num_heads = case.block_table, shape.num_kv_heads
-    lengths = torch.tensor(shape.seq_lens, dtype=torch.int32)
+    lengths = torch.tensor(shape.seq_lens, dtype=torch.int32, device=device)
     starts = torch.zeros_like(lengths)
     first_rows = torch.cat([starts[:1], lengths.cumsum(0).int()])
-    out = torch.full((int(first_rows[-1]), num_heads, shape.head_size), float("nan"))
+    out = torch.full((int(first_rows[-1]), num_heads, shape.head_size), float("nan"), device=device)
     gather_context(case.v_pool, table, starts, lengths, first_rows, int(lengths.max()), out, 3)
-    expected = torch.cat(case.values)
+    expected = torch.cat(case.values).to(device)
     assert torch.equal(out, expected)
 
     request = max(range(len(shape.seq_lens)), key=lambda index: shape.seq_lens[index])
     page = int(table[request, 0])
-    slots = torch.tensor([page * shape.page_tokens + 2, -1, page * shape.page_tokens + 3])
-    value = torch.randn(3, num_heads, shape.head_size)
-    step_rows = torch.full((case.v_pool.shape[0] * shape.page_tokens,), -1, dtype=torch.int32)
-    step_rows[slots[[0, 2]]] = torch.tensor([0, 2], dtype=torch.int32)
+    first_slot = page * shape.page_tokens
+    slots = torch.tensor([first_slot + 2, -1, first_slot + 3], device=device)
+    value = torch.randn(3, num_heads, shape.head_size, device=device)
+    num_slots = case.v_pool.shape[0] * shape.page_tokens
+    step_rows = torch.full((num_slots,), -1, dtype=torch.int32, device=device)
+    step_rows[first_slot + 2], step_rows[first_slot + 3] = 0, 2
     patch_context(
         out, value, step_rows, table, starts, lengths, first_rows, int(lengths.max()),
         shape.page_tokens,
@@ -101,9 +123,13 @@ def check_prefill_copies(shape: Shape) -> None:
     assert torch.equal(out, expected)
 
     pool = torch.zeros_like(case.v_pool)
+    if device != "cpu":
+        pool = pool.pin_memory()
     store_value(value, slots, pool)
-    assert torch.equal(pool[page, :, 2], value[0])
-    assert torch.equal(pool[page, :, 3], value[2])
+    if device != "cpu":
+        torch.cuda.synchronize()
+    assert torch.equal(pool[page, :, 2], value[0].cpu())
+    assert torch.equal(pool[page, :, 3], value[2].cpu())
     assert int((pool != 0).any(-1).sum()) == 2 * num_heads
 
 
@@ -151,5 +177,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    assert reference is not None
     main()

@@ -22,8 +22,8 @@ from vllm_kcache.kernels.write import WriteParts, write_kv
 
 logger = init_logger(__name__)
 
-# Requests that share one set of decode buffers; more of them decode one group after the other. Fewer
-# where contexts are so long that the buffers would pass WORKSPACE_BYTES.
+# Requests that share one set of decode buffers; more of them decode one group after the other.
+# Fewer where contexts are so long that the buffers would pass WORKSPACE_BYTES.
 GROUP_REQUESTS = 64
 WORKSPACE_BYTES = 256 << 20
 # Bytes of one gathered piece of V (and as many for K) while a prompt chunk attends to its context.
@@ -199,6 +199,12 @@ class GPURuntime(Runtime):
                 raise RuntimeError("The host V pool must exist before a graph is captured.")
             self.allocate(num_pages)
         return super().v_pool(layer_name, num_pages)
+
+    def fill_host_pool(self, std: float) -> None:
+        super().fill_host_pool(std)
+        if self.hot_cache is not None:
+            # V was stored around `write_kv`.
+            self.hot_cache.flush()
 
     def close(self) -> None:
         if self.pool is not None:

@@ -7,6 +7,8 @@ wraps below then call straight through, and no backend is registered.
 
 from __future__ import annotations
 
+import logging
+
 BACKEND_PATH = "vllm_kcache.integration.backend.KCacheBackend"
 
 
@@ -20,6 +22,8 @@ def register() -> None:
 
     args.install()
     layers.install()
+    # vLLM sets up its own loggers only; ours follow them, whatever it does to them later.
+    logging.getLogger("vllm_kcache").parent = logging.getLogger("vllm")
 
 
 def activate_backend() -> None:

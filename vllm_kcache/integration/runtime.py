@@ -133,6 +133,21 @@ class Runtime:
         """
         raise NotImplementedError
 
+    def fill_host_pool(self, std: float) -> None:
+        """Overwrite all V with normally distributed values (benchmarks only).
+
+        Args:
+            std: Standard deviation.
+        """
+        if self.pool is None:
+            raise RuntimeError("The host V pool has not been made yet.")
+        sample = (torch.randn(1 << 20) * std).to(self.shape.dtype)
+        for index in range(self.pool.num_layers):
+            flat = self.pool.layer(index).flatten()
+            for first in range(0, flat.numel(), sample.numel()):
+                part = flat[first : first + sample.numel()]
+                part.copy_(sample[: part.numel()])
+
     def close(self) -> None:
         """Free the host pool."""
         if self.pool is not None:

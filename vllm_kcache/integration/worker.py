@@ -113,6 +113,14 @@ class SplitCacheWorker:
         """Figures of this rank (see `vllm_kcache.metrics`)."""
         return runtime.current().counters.values.tolist()
 
+    def kcache_fill_host_pool(self, std: float) -> None:
+        """Fill the host pool with random V, for benchmarks that skip prefill.
+
+        Args:
+            std: Standard deviation of the values.
+        """
+        runtime.current().fill_host_pool(std)
+
     def shutdown(self) -> None:
         """Stop the worker and free the host pool."""
         super().shutdown()  # type: ignore[misc]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build script: the CUDA extension. Everything that setuptools can read from pyproject.toml is there."""
+"""Build script: the CUDA extension. What setuptools can read from pyproject.toml is there."""
 
 import os
 import sys

@@ -41,6 +41,7 @@ struct SelectArgs {
   float coverage;  // negative: none
   int sink_blocks, recent_tokens;
   bool combine_max;
+  bool pad;  // write -1 past the end of each list; nothing here reads it
 };
 
 struct FetchArgs {
@@ -55,6 +56,7 @@ struct FetchArgs {
   int64_t table_stride, layer_rows, num_rows;
   int blocks_per_page, num_kv_heads, columns, row_bytes;
   bool hot;
+  bool pad;  // write -1 past the end of each list; nothing here reads it
 };
 
 }  // namespace kcache

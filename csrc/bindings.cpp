@@ -131,9 +131,9 @@ void select_blocks(Tensor block_lse, Tensor seq_lens, int64_t v_block_tokens, in
                    double coverage, int64_t sink_blocks, int64_t recent_tokens, bool combine_max,
                    int64_t first_head, int64_t num_heads, Tensor blocks, Tensor counts, Tensor mass,
                    std::optional<Tensor> counters) {
-  const SelectArgs args =
-      select_args(block_lse, seq_lens, v_block_tokens, top_n, coverage, sink_blocks, recent_tokens,
-                  combine_max, blocks, counts, mass, counters);
+  SelectArgs args = select_args(block_lse, seq_lens, v_block_tokens, top_n, coverage, sink_blocks,
+                                recent_tokens, combine_max, blocks, counts, mass, counters);
+  args.pad = true;
   const HeadRange range = head_range(blocks, first_head, num_heads);
   if (range.num_requests == 0 || range.num_heads == 0) return;
   torch::stable::accelerator::DeviceGuard guard(block_lse.get_device_index());
@@ -145,8 +145,9 @@ void fetch_blocks(Tensor blocks, Tensor counts, Tensor block_table, Tensor v_poo
                   Tensor table, Tensor slot_word, Tensor state, Tensor counters) {
   check_tensor("blocks", blocks, ScalarType::Int, {kAnySize, kAnySize, kAnySize}, blocks);
   check_tensor("counts", counts, ScalarType::Int, {blocks.size(0), blocks.size(1)}, blocks);
-  const FetchArgs args = fetch_args(blocks, block_table, v_pool, v_block_tokens, layer, hot, rows,
-                                    v_rows, table, slot_word, state, counters);
+  FetchArgs args = fetch_args(blocks, block_table, v_pool, v_block_tokens, layer, hot, rows, v_rows,
+                              table, slot_word, state, counters);
+  args.pad = true;
   const HeadRange range = head_range(blocks, 0, blocks.size(1));
   if (range.num_requests == 0 || range.num_heads == 0) return;
   torch::stable::accelerator::DeviceGuard guard(blocks.get_device_index());
@@ -154,6 +155,7 @@ void fetch_blocks(Tensor blocks, Tensor counts, Tensor block_table, Tensor v_poo
                               current_stream(blocks)));
 }
 
+// The columns past the end of a list are left alone: `counts` says where it ends.
 void select_fetch(Tensor block_lse, Tensor seq_lens, int64_t v_block_tokens, int64_t top_n,
                   double coverage, int64_t sink_blocks, int64_t recent_tokens, bool combine_max,
                   int64_t first_head, int64_t num_heads, Tensor blocks, Tensor counts, Tensor mass,

@@ -63,12 +63,19 @@ def compile_command(nvcc: str, torch: Path, output: Path, archs: str) -> list[st
     flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-DUSE_CUDA", f"-I{torch / 'include'}"]
     sources = [str(SOURCE / name) for name in SOURCES]
     # Nothing here names a symbol of torch at link time that the linker would keep a library for.
-    libraries = [f"-L{torch / 'lib'}", "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+    libraries = [
+        f"-L{torch / 'lib'}",
+        "-Xlinker",
+        "--no-as-needed",
+        "-ltorch",
+        "-ltorch_cpu",
+        "-lc10",
+    ]
     return [nvcc, *flags, "-cudart", "static", "-t", "0", *sources, *libraries, "-o", str(output)]
 
 
 def build(output: Path = OUTPUT) -> Path:
-    """Compile to `output`. Raises RuntimeError when nvcc or torch is missing or the compiler fails."""
+    """Compile to `output`. Raises RuntimeError when nvcc or torch is missing, or nvcc fails."""
     nvcc, torch = find_nvcc(), torch_root()
     if nvcc is None or torch is None:
         raise RuntimeError(f"cannot build the CUDA extension: {reason_not_to_build()}")

@@ -110,9 +110,11 @@ __device__ inline void fetch_list(const FetchArgs& args, FetchShared& shared, co
       __syncthreads();
     }
   }
-  for (int column = count + static_cast<int>(threadIdx.x); column < args.columns;
-       column += kThreads) {
-    args.rows[first_place + column] = -1;
+  if (args.pad) {
+    for (int column = count + static_cast<int>(threadIdx.x); column < args.columns;
+         column += kThreads) {
+      args.rows[first_place + column] = -1;
+    }
   }
   __syncthreads();
   if (threadIdx.x == 0 && args.counters != nullptr) {

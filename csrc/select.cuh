@@ -124,8 +124,10 @@ class ListSelection {
   }
 
   __device__ void write_empty() {
-    for (int i = threadIdx.x; i < args_.columns; i += kThreads) {
-      args_.blocks[list_ * args_.columns + i] = -1;
+    if (args_.pad) {
+      for (int i = threadIdx.x; i < args_.columns; i += kThreads) {
+        args_.blocks[list_ * args_.columns + i] = -1;
+      }
     }
     if (threadIdx.x == 0) {
       args_.counts[list_] = 0;
@@ -196,8 +198,7 @@ class ListSelection {
     }
     __syncthreads();
     if (warp_ < (by_max ? args_.group : 1)) {
-      unsigned total =
-          lane_ < kWarps ? shared_.reduce_total[warp_][lane_] : 0;
+      unsigned total = lane_ < kWarps ? shared_.reduce_total[warp_][lane_] : 0;
       total = warp_sum(total);
       if (lane_ == 0) {
         shared_.totals[warp_] = total;
@@ -332,7 +333,9 @@ class ListSelection {
       place += __popc(keeping);
     }
     total = min(total, args_.columns);
-    for (int i = total + threadIdx.x; i < args_.columns; i += kThreads) out[i] = -1;
+    if (args_.pad) {
+      for (int i = total + threadIdx.x; i < args_.columns; i += kThreads) out[i] = -1;
+    }
     if (threadIdx.x == 0) finish(total);
     __syncthreads();
     return total;

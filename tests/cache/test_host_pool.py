@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The host V pool: exact size, zeroed, separate layers, bounded by the machine and its control group."""
+"""The host V pool: exact size, zeroed, separate layers, bounded by the machine and its control
+group.
+"""
 
 from pathlib import Path
 
@@ -11,15 +13,15 @@ from vllm_kcache.cache.host_memory import check_host_memory, host_memory
 
 
 def make_pool(**changes):
-    arguments = dict(
-        num_layers=3,
-        num_pages=5,
-        num_kv_heads=2,
-        page_tokens=16,
-        head_size=80,
-        dtype=torch.float32,
-        pinned=False,
-    )
+    arguments = {
+        "num_layers": 3,
+        "num_pages": 5,
+        "num_kv_heads": 2,
+        "page_tokens": 16,
+        "head_size": 80,
+        "dtype": torch.float32,
+        "pinned": False,
+    }
     return HostPool(**(arguments | changes))
 
 
@@ -27,8 +29,10 @@ def test_layers_are_zeroed_contiguous_and_apart():
     pool = make_pool()
     for i in range(3):
         layer = pool.layer(i)
-        assert layer.shape == (5, 2, 16, 80) and layer.dtype == torch.float32
-        assert layer.is_contiguous() and not layer.any()
+        assert layer.shape == (5, 2, 16, 80)
+        assert layer.dtype == torch.float32
+        assert layer.is_contiguous()
+        assert not layer.any()
         layer.fill_(i + 1)
     assert [pool.layer(i).unique().tolist() for i in range(3)] == [[1], [2], [3]]
     pool.close()
@@ -64,7 +68,7 @@ def test_pinned_needs_cuda():
 
 
 def test_more_than_the_machine_has_is_refused():
-    with pytest.raises(HostMemoryError, match="MemAvailable.*host_memory_gib"):
+    with pytest.raises(HostMemoryError, match=r"MemAvailable.*host_memory_gib"):
         make_pool(num_pages=1 << 40)
 
 

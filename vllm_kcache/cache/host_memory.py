@@ -18,7 +18,8 @@ class HostMemory:
 
     Attributes:
         machine_bytes: MemAvailable of the machine.
-        cgroup_bytes: what the tightest control group above the process leaves, None without a limit.
+        cgroup_bytes: what the tightest control group above the process leaves, None without a
+            limit.
     """
 
     machine_bytes: int
@@ -66,8 +67,8 @@ def check_host_memory(needed_bytes: int, root: Path = Path("/")) -> None:
 def memlock_limit_bytes() -> int | None:
     """RLIMIT_MEMLOCK of this process, None when unlimited.
 
-    NVIDIA's driver locks pages without charging them to this limit on the systems seen, so a low value is no
-    reason to refuse beforehand; it is named when the driver does refuse.
+    NVIDIA's driver locks pages without charging them to this limit on the systems seen, so a low
+    value is no reason to refuse beforehand; it is named when the driver does refuse.
     """
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return None if soft == resource.RLIM_INFINITY else soft
@@ -106,8 +107,10 @@ def _cgroup_v1(root: Path) -> int | None:
 
 
 def _tightest(mount: Path, group: str, limit: str, usage: str, cache: str) -> int | None:
-    """Least memory left over the group and its ancestors. Inside a container the group's own path may not be
-    mounted: then the mount itself is the group."""
+    """Least memory left over the group and its ancestors.
+
+    Inside a container the group's own path may not be mounted: then the mount is the group.
+    """
     parts = [part for part in group.split("/") if part not in ("", "..")]
     tightest = None
     for depth in range(len(parts), -1, -1):
@@ -127,7 +130,8 @@ def _tightest(mount: Path, group: str, limit: str, usage: str, cache: str) -> in
     return tightest
 
 
-# Left to the operating system, to page tables and to the rest of the server when the budget is "auto".
+# Left to the operating system, to page tables and to the rest of the server when the budget is
+# "auto".
 AUTO_SHARE = 0.85
 
 
@@ -135,8 +139,8 @@ def host_budget_bytes(host_memory_gib: float | str, ranks: int, root: Path = Pat
     """Host memory that one rank may take for its V pool.
 
     Args:
-        host_memory_gib: `kcache_config.host_memory_gib`: GiB for all ranks of this host together, or "auto"
-            for 85% of what is available now.
+        host_memory_gib: `kcache_config.host_memory_gib`: GiB for all ranks of this host together,
+            or "auto" for 85% of what is available now.
         ranks: ranks of this host that share the budget.
         root: the file system's root, another one in tests.
 

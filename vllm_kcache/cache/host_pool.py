@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The host V pool: V of every KV-cache block, in host memory, always complete.
 
-Layer i is a `[M, Hkv, S, D]` tensor in host memory. Seen as rows of `v_block_tokens * head_size` values it
-is addressed by physical V block, so a V block is one contiguous row. With `pinned=True` the memory is
-page-locked and mapped: GPU kernels read and write it at the same address as the host does.
+Layer i is a `[M, Hkv, S, D]` tensor in host memory. Seen as rows of `v_block_tokens * head_size`
+values it is addressed by physical V block, so a V block is one contiguous row. With `pinned=True`
+the memory is page-locked and mapped: GPU kernels read and write it at the same address as the
+host does.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import ctypes
 import logging
 import mmap
@@ -36,13 +38,13 @@ class HostPool:
         num_pages: M, pages of one layer (the KV-cache blocks of vLLM).
         num_kv_heads, page_tokens, head_size: Hkv, S, D of one page.
         dtype: model dtype of V.
-        pinned: page-lock and map the memory for the current CUDA device. Without it the pool is pageable
-            memory for the CPU implementation.
+        pinned: page-lock and map the memory for the current CUDA device. Without it the pool is
+            pageable memory for the CPU implementation.
 
-    Raises HostMemoryError when the host or its control group has not enough memory, or when the driver refuses
-    to lock it; the message names the limit and what to change. Memory is returned by `close()`, when the pool
-    is collected and at interpreter exit; the mapping is private and anonymous, so the kernel also takes it back
-    from a process that dies by a signal.
+    Raises HostMemoryError when the host or its control group has not enough memory, or when the
+    driver refuses to lock it; the message names the limit and what to change. Memory is returned
+    by `close()`, when the pool is collected and at interpreter exit; the mapping is private and
+    anonymous, so the kernel also takes it back from a process that dies by a signal.
     """
 
     def __init__(
@@ -72,14 +74,15 @@ class HostPool:
         self.dtype = dtype
         self.pinned = pinned
         self.layer_bytes = num_pages * num_kv_heads * page_tokens * head_size * dtype.itemsize
-        # Each layer starts on a memory page: page-locking works on whole pages, and a copy must not cross
-        # two registrations.
+        # Each layer starts on a memory page: page-locking works on whole pages, and a copy must
+        # not cross two registrations.
         self._layer_stride = -(-self.layer_bytes // _PAGE_BYTES) * _PAGE_BYTES
         self.bytes = num_layers * self._layer_stride
         check_host_memory(self.bytes)
 
-        self._mapping = _map_zeroed(self.bytes)
-        self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
+        mapping = _map_zeroed(self.bytes)
+        self._mapping: mmap.mmap | None = mapping
+        self._base = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
         registered: list[int] = []
         # Also runs at interpreter exit.
         self._finalizer = weakref.finalize(self, _release, registered)
@@ -89,7 +92,7 @@ class HostPool:
             except BaseException:
                 self.close()
                 raise
-        flat = torch.frombuffer(self._mapping, dtype=torch.uint8)
+        flat = torch.frombuffer(mapping, dtype=torch.uint8)
         self._layers = [
             flat[i * self._layer_stride : i * self._layer_stride + self.layer_bytes]
             .view(dtype)
@@ -98,7 +101,7 @@ class HostPool:
         ]
 
     def layer(self, index: int) -> torch.Tensor:
-        """V of one layer: [M, Hkv, S, D], host. Its `data_ptr()` is valid on the GPU when `pinned`."""
+        """V of one layer: [M, Hkv, S, D], host. When `pinned`, the GPU sees it at its address."""
         if not self._layers:
             raise RuntimeError("the host V pool is closed")
         return self._layers[index]
@@ -111,12 +114,12 @@ class HostPool:
         self._mapping = None
 
     def _pin(self, registered: list[int]) -> None:
-        """Touch the memory from several threads and page-lock it, one registration for each layer."""
+        """Touch the memory from several threads and page-lock it, layer by layer."""
         start = last = time.monotonic()
         limit = memlock_limit_bytes()
         if limit is not None and limit < self.bytes:
             logger.warning(
-                "RLIMIT_MEMLOCK is %d bytes, the host V pool %d bytes; the driver may refuse to lock it",
+                "RLIMIT_MEMLOCK is %d bytes, the host V pool %d: the driver may refuse to lock it",
                 limit,
                 self.bytes,
             )
@@ -155,12 +158,11 @@ class HostPool:
 def _map_zeroed(size: int) -> mmap.mmap:
     """Private anonymous memory: zero, and not yet backed by pages."""
     mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # Huge pages make touching and locking quicker. Locked pages must not become copy-on-write by
+    # a fork.
     for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
-        # Huge pages make touching and locking quicker. Locked pages must not become copy-on-write by a fork.
-        try:
+        with contextlib.suppress(AttributeError, OSError):  # an old kernel lacks one
             mapping.madvise(getattr(mmap, advice))
-        except (AttributeError, OSError):
-            logger.debug("madvise %s is not available", advice)
     return mapping
 
 
@@ -177,10 +179,11 @@ def _register(address: int, length: int) -> None:
     result = int(cudart.cudaHostRegister(address, length, _REGISTER_PORTABLE | _REGISTER_MAPPED))
     if result != 0:
         limit = memlock_limit_bytes()
+        lock = "unlimited" if limit is None else f"{limit} bytes"
         raise HostMemoryError(
-            f"the CUDA driver could not page-lock {length} bytes (error {result}; RLIMIT_MEMLOCK is "
-            f"{'unlimited' if limit is None else f'{limit} bytes'}): raise the limit (ulimit -l unlimited, "
-            "docker --ulimit memlock=-1), or set kcache_config.host_memory_gib lower"
+            f"the CUDA driver could not page-lock {length} bytes (error {result}; RLIMIT_MEMLOCK "
+            f"is {lock}): raise the limit (ulimit -l unlimited, docker --ulimit memlock=-1), or "
+            "set kcache_config.host_memory_gib lower"
         )
     mapped = ctypes.c_uint64()
     driver = ctypes.CDLL("libcuda.so.1")
@@ -190,8 +193,8 @@ def _register(address: int, length: int) -> None:
     if error != 0 or mapped.value != address:
         cudart.cudaHostUnregister(address)
         raise HostMemoryError(
-            f"this GPU maps host memory {address:#x} at {mapped.value:#x} (driver error {error}): kernels need "
-            "the same address on both sides (unified addressing, a 64-bit Linux host)"
+            f"this GPU maps host memory {address:#x} at {mapped.value:#x} (driver error {error}): "
+            "kernels need one address on both sides (unified addressing, a 64-bit Linux host)"
         )
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The hot V cache: copies of V blocks in GPU memory, one slot pool for all layers and heads.
 
-Addressed by physical V block and updated by every write of V, so a copy is never older than the host
-pool (docs/design.md, "Residency and coherence"). All state is in GPU memory and changes only inside
-kernels; the kernels' side of the protocol is kernels/residency.py and csrc/residency.cuh.
+Addressed by physical V block and updated by every write of V, so a copy is never older than the
+host pool (docs/design.md, "Residency and coherence"). All state is in GPU memory and changes only
+inside kernels; the kernels' side of the protocol is kernels/residency.py and csrc/residency.cuh.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class CacheCounters:
     Attributes:
         lists: lists of V blocks selected, one for each request, KV head, layer and step.
         selected: V blocks in those lists.
-        hits, misses, direct: of those, found in the hot cache, copied into it, and read straight from
-            the host because no slot could be had.
-        dropped_mass: lists by dropped mass; entry i counts those at most `DROPPED_MASS_EDGES[i]` and
-            above the edge before.
+        hits, misses, direct: of those, found in the hot cache, copied into it, and read straight
+            from the host because no slot could be had.
+        dropped_mass: lists by dropped mass; entry i counts those at most `DROPPED_MASS_EDGES[i]`
+            and above the edge before.
     """
 
     lists: int
@@ -140,4 +140,5 @@ class HotCache:
         words = self.counters.tolist()
         if reset:
             self.counters.zero_()
-        return CacheCounters(*words[: len(COUNTER_NAMES)], tuple(words[FIRST_DROPPED_BUCKET:]))
+        sums = dict(zip(COUNTER_NAMES, words[: len(COUNTER_NAMES)], strict=True))
+        return CacheCounters(**sums, dropped_mass=tuple(words[FIRST_DROPPED_BUCKET:]))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attend over the selected V blocks (Triton). Definition: reference/attend.py.
 
-A list of selected blocks is dealt to `splits` programs in strides, by its length on the device. Each
-leaves an unnormalised sum with its maximum and weight; the last of a list to finish adds them up, so
-there is one launch whatever the split. Rows at `r >= 0` are read from GPU memory, rows at `r <= -2`
-through mapped host memory.
+A list of selected blocks is dealt to `splits` programs in strides, by its length on the device.
+Each leaves an unnormalised sum with its maximum and weight; the last of a list to finish adds
+them up, so there is one launch whatever the split. Rows at `r >= 0` are read from GPU memory,
+rows at `r <= -2` through mapped host memory.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ class AttendBuffers:
     def make(
         cls, num_lists: int, group: int, head_size: int, device: torch.device | str
     ) -> AttendBuffers:
-        """Buffers for any launch of at most `num_lists` lists with the splits of `attend_config`."""
+        """Buffers for any launch of up to `num_lists` lists with `attend_config`'s splits."""
         parts = _most_parts(num_lists) * group
         return cls(
             torch.empty(parts * triton.next_power_of_2(head_size), device=device),

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """One decode step of one layer: score, select and fetch, attend, in one or two streams.
 
-A large batch is cut in waves of KV heads. While the GPU scores wave i + 1, the link fetches what wave i
-selected, on a stream of high priority that is forked and joined inside the step; attention over the first
-waves then runs beside the fetch of the last. A small batch is one wave on one stream: there the launches
-cost more than the overlap gains. Everything is captured: the plan depends on shapes only.
+A large batch is cut in waves of KV heads. While the GPU scores wave i + 1, the link fetches what
+wave i selected, on a stream of high priority that is forked and joined inside the step; attention
+over the first waves then runs beside the fetch of the last. A small batch is one wave on one
+stream: there the launches cost more than the overlap gains. The plan depends on shapes only, so
+all of it is captured.
 """
 
 from __future__ import annotations
@@ -296,7 +297,9 @@ class _Step:
             launch_select(
                 self.block_lse, self.seq_lens, self.v_block_tokens, self.selection, selected,
                 first_head=first_head, num_heads=num_heads,
-                scratch=_front(workspace.scratch, (*selected.counts.shape, self.block_lse.shape[2])),
+                scratch=_front(
+                    workspace.scratch, (*selected.counts.shape, self.block_lse.shape[2])
+                ),
                 hot_cache=cache,
             )  # fmt: skip
             launch_fetch(

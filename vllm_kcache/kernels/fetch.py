@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find selected V blocks in the hot V cache and bring the misses. Definition: reference/fetch.py.
 
-The compiled extension looks lists up with many threads and copies with many rows in flight; the Triton
-kernel here does the same one V block at a time, for machines without the extension.
+The compiled extension looks lists up with many threads and copies with many rows in flight; the
+Triton kernel here does the same one V block at a time, for machines without the extension.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def fetch_kernel(
     count = tl.load(counts + list_id)
     in_row = tl.arange(0, ROW_PADDED)
     row_mask = in_row < ROW_VALUES
-    hits = 0
-    misses = 0
-    direct = 0
+    hits = tl.full((), 0, tl.int64)
+    misses = tl.full((), 0, tl.int64)
+    direct = tl.full((), 0, tl.int64)
     for column in range(tl.program_id(0), columns, PROGRAMS):
         place = list_id * columns + column
         result = tl.full((), -1, tl.int32)
@@ -88,9 +88,9 @@ def fetch_kernel(
                 tl.store(slots + result.to(tl.int64) * ROW_VALUES + in_row, value, mask=row_mask)
         tl.store(rows + place, result)
     if HOT:
-        tl.atomic_add(counters + _HITS, hits.to(tl.int64))
-        tl.atomic_add(counters + _MISSES, misses.to(tl.int64))
-        tl.atomic_add(counters + _DIRECT, direct.to(tl.int64))
+        tl.atomic_add(counters + _HITS, hits)
+        tl.atomic_add(counters + _MISSES, misses)
+        tl.atomic_add(counters + _DIRECT, direct)
 
 
 def fetch_blocks(
@@ -108,7 +108,7 @@ def fetch_blocks(
     `(b * Hkv + h) * N + n`; places past the rows of `out.v_rows` are read straight from the host.
     Graph-safe when `out` is given.
     """
-    num_kv_heads, page_tokens, head_size = v_pool.shape[1:]
+    head_size = v_pool.shape[3]
     if out is None:
         rows = torch.empty_like(selected.blocks)
         shape = (rows.numel(), v_block_tokens, head_size)

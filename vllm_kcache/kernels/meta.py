@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Meta functions of the extension's operations: they write into their arguments and return nothing."""
+"""Meta functions of the extension's operations, which write into their arguments only."""
 
 from __future__ import annotations
 

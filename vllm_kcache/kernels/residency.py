@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The hot V cache's protocol as device functions (Triton). The same in CUDA C++: csrc/residency.cuh.
+"""The hot V cache's protocol as device functions (Triton). In CUDA C++: csrc/residency.cuh.
 
-A slot's word holds its owner (flat index into the table, upper 32 bits) and the epoch of its last use
-(lower 32 bits), and changes by 64-bit compare-and-swap only. So of two programs that want one slot, for
-reuse and for eviction, exactly one wins; and a slot stamped with the running epoch stays put in it.
+A slot's word holds its owner (flat index into the table, upper 32 bits) and the epoch of its last
+use (lower 32 bits), and changes by 64-bit compare-and-swap only. So of two programs that want one
+slot, for reuse and for eviction, exactly one wins; and a slot stamped with the running epoch stays
+put in it.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Score every V block in one streaming pass over the K pages (Triton). Definition: reference/score.py.
+"""Score every V block in one pass over the K pages (Triton). Definition: reference/score.py.
 
-Bound by memory: K is read once, the output is 4 bytes for every `T * D` values read. A program takes
-chunks of one (request, KV head) in strides, so a fixed grid serves any length: what a program does is
-decided by `seq_lens` on the device, and a graph captured for the longest context costs a short one
-nothing but idle programs.
+Bound by memory: K is read once, the output is 4 bytes for every `T * D` values read. A program
+takes chunks of one (request, KV head) in strides, so a fixed grid serves any length: what a
+program does is decided by `seq_lens` on the device, and a graph captured for the longest context
+costs a short one nothing but idle programs.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def score_kernel(
     split = tl.program_id(0)
     head = first_head + tl.program_id(1)
     request = tl.program_id(2).to(tl.int64)
-    if NEW_EPOCH:
+    if NEW_EPOCH:  # noqa: SIM102  (one is known when compiling, the other is not)
         # Nothing else of this layer runs yet, and all of the layer before has ended.
         if (split == 0) & (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
             tl.store(state + _EPOCH, tl.load(state + _EPOCH) + 1)
@@ -125,7 +125,7 @@ def score_kernel(
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """Launch shape: tokens a program loads at once, programs for each (request, head), warps, stages."""
+    """Launch shape: tokens loaded at once, programs of each (request, head), warps, stages."""
 
     chunk_tokens: int
     splits: int

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choose the V blocks to attend, without a sort. Definition: reference/select.py.
 
-The blocks kept are those whose (mass, then lower block) is at least that of one block, the last in. It is
-found by halving: the bits of a mass, as an integer, order like the mass. Masses are added up as integers
-of 2^-30, so the sum does not depend on the order and the Triton kernel here and csrc/select.cu agree.
+The blocks kept are those whose (mass, then lower block) is at least that of one block, the last
+in. It is found by halving: the bits of a mass, as an integer, order like the mass. Masses are
+added up as integers of 2^-30: the sum does not depend on the order, so the Triton kernel here and
+csrc/select.cu agree.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def reaches(
     COVER: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Whether the blocks of a key above `least_key`, and those equal to it up to block `last_tie`, suffice."""
+    """Whether blocks with a key above `least_key`, or equal up to `last_tie`, suffice."""
     in_group = tl.arange(0, GROUP_PADDED)
     count = 0
     covered = tl.zeros((GROUP_PADDED,), tl.int32)
@@ -203,7 +204,7 @@ def select_kernel(
     mass = tl.where(num_tokens > 0, tl.minimum(mass, 1.0), 1.0)
     tl.store(counts + list_id, count)
     tl.store(mass_out + list_id, mass)
-    if COUNT:
+    if COUNT:  # noqa: SIM102  (one is known when compiling, the other is not)
         if num_tokens > 0:
             tl.atomic_add(counters + _LISTS, tl.full((), 1, tl.int64))
             tl.atomic_add(counters + _SELECTED, count.to(tl.int64))
@@ -314,7 +315,7 @@ def launch_select(
 
 
 def selection_arguments(selection: Selection) -> tuple[int, float, int, int, bool]:
-    """top_n (-1 for no cap), coverage (-1 for none), sink_blocks, recent_tokens, combine is "max"."""
+    """The rule as the extension takes it: top_n and coverage are -1 for none."""
     return (
         -1 if selection.top_n is None else selection.top_n,
         -1.0 if selection.coverage is None else selection.coverage,

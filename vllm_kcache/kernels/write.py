@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Store K and V of new tokens (Triton). Definition: reference/write.py.
 
-One program stores one token of one KV head: K to its page, V to the host pool through mapped memory,
-and V to the slot of the hot V cache when the V block is resident.
+One program stores one token of one KV head: K to its page, V to the host pool through mapped
+memory, and V to the slot of the hot V cache when the V block is resident.
 """
 
 from __future__ import annotations

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What test_flags.py does in Python, each function in a process of its own (forked.py).
+
+None of them imports vllm_kcache before vLLM has been used: users need not either.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+PROMPT = list(range(3, 43))
+
+
+def _engine(model: str, **arguments: Any) -> Any:
+    from vllm import LLM
+
+    return LLM(
+        model,
+        skip_tokenizer_init=True,
+        load_format="dummy",
+        dtype="float32",
+        enforce_eager=True,
+        **arguments,
+    )
+
+
+def _generate(llm: Any) -> int:
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True, detokenize=False)
+    output = llm.generate([{"prompt_token_ids": PROMPT}], sampling, use_tqdm=False)
+    return len(output[0].outputs[0].token_ids)
+
+
+def _backends(llm: Any) -> list[str]:
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention.attention import Attention
+
+    layers = get_layers_from_vllm_config(llm.llm_engine.vllm_config, Attention)
+    return [layer.get_attn_backend().get_name() for layer in layers.values()]
+
+
+def _our_files() -> list[str]:
+    return [str(path) for path in Path("/dev/shm").glob("vllm_kcache*")]
+
+
+def engine_arguments(model: str) -> dict[str, Any]:
+    """Engine arguments without any flag of ours, and the configuration made of them."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    parsed = parser.parse_args(["--model", model, "--skip-tokenizer-init"])
+    shown = {}
+    for name, made in (
+        ("python", EngineArgs(model=model, skip_tokenizer_init=True)),
+        ("command", EngineArgs.from_cli_args(parsed)),
+    ):
+        shown[name] = {field: repr(value) for field, value in vars(made).items()}
+        vllm_config = made.create_engine_config()
+        shown[name]["config"] = [
+            repr(vllm_config.attention_config),
+            repr(vllm_config.additional_config),
+            vllm_config.parallel_config.worker_cls,
+        ]
+        shown[name]["fields"] = [field.name for field in dataclasses.fields(made)]
+    return shown
+
+
+def stock_engine(model: str) -> dict[str, Any]:
+    """An engine without our flag."""
+    from vllm.v1.attention.backends import registry
+
+    before = set(_our_files())
+    llm = _engine(model)
+    return {
+        "tokens": _generate(llm),
+        "backends": _backends(llm),
+        "files": sorted(set(_our_files()) - before),
+        "custom": registry.AttentionBackendEnum.CUSTOM.is_overridden(),
+        "worker": llm.llm_engine.vllm_config.parallel_config.worker_cls,
+        "ours": sorted(name for name in sys.modules if name.startswith("vllm_kcache.reference")),
+    }
+
+
+def split_engine(model: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """An engine with our backend, asked for by keyword or by additional_config."""
+    before = set(_our_files())
+    llm = _engine(model, **arguments)
+    result = {
+        "tokens": _generate(llm),
+        "backends": _backends(llm),
+        "settings": llm.llm_engine.vllm_config.additional_config["kcache"],
+        "files": len(set(_our_files()) - before),
+    }
+    import vllm_kcache
+
+    result["decode_layer_steps"] = vllm_kcache.metrics(llm)["decode_layer_steps"]
+    return result
+
+
+def async_arguments(model: str) -> dict[str, Any]:
+    """AsyncEngineArgs has an __init__ of its own."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    made = AsyncEngineArgs(
+        model=model, skip_tokenizer_init=True, kv_backend="kcache", kcache_config='{"top_n": 64}'
+    )
+    return made.create_engine_config().additional_config["kcache"]
+
+
+def error_of(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The error that engine arguments raise."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    try:
+        EngineArgs(skip_tokenizer_init=True, **arguments).create_engine_config()
+    except Exception as error:
+        return {"type": f"{type(error).__module__}.{type(error).__name__}", "text": str(error)}
+    return {"type": None, "text": None}
+
+
+def one_stock_layer(model: str) -> dict[str, Any]:
+    """Start an engine with our backend in which one layer was given vLLM's own attention."""
+    from vllm.model_executor.layers.attention.attention import Attention
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    original = Attention.__init__
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        if ".1." in kwargs["prefix"]:
+            kwargs["attn_backend"] = CPUAttentionBackend
+        original(self, *args, **kwargs)
+
+    Attention.__init__ = __init__
+    try:
+        _engine(model, kv_backend="kcache")
+    except RuntimeError as error:
+        return {"type": type(error).__name__, "text": str(error)}
+    return {"type": None, "text": None}

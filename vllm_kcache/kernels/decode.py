@@ -10,6 +10,7 @@ all of it is captured.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import torch
@@ -220,7 +221,7 @@ def decode_step(
             num_requests, k_pages.shape[1], tokens, query.shape[2], query.element_size()
         )
     block_lse, selected, rows = workspace.views(num_requests, max_blocks, selection)
-    step = _Step(
+    step = DecodeStep(
         workspace, query, k_pages, v_pool, block_table, seq_lens, scale, v_block_tokens, selection,
         tail, hot_cache, layer, out, block_lse, selected, Fetched(rows, hot_cache.slots), plan,
     )  # fmt: skip
@@ -229,8 +230,8 @@ def decode_step(
 
 
 @dataclass(frozen=True)
-class _Step:
-    """The arguments of `decode_step`, and its parts."""
+class DecodeStep:
+    """The arguments of `decode_step` in one place, and its parts."""
 
     workspace: DecodeWorkspace
     query: torch.Tensor
@@ -251,30 +252,48 @@ class _Step:
     plan: DecodePlan
 
     def run(self) -> None:
+        """All of it."""
+        bounds = self.wave_bounds()
+        self.score_and_fetch(join=False)
+        if len(bounds) == 2:
+            self.attend(0, bounds[-1])
+            return
+        # All but the last wave were fetched while the last was scored, or nearly so.
+        main = torch.cuda.current_stream(self.query.device)
+        main.wait_event(self.workspace.fetched[len(bounds) - 3])
+        self.attend(0, bounds[-2])
+        main.wait_event(self.workspace.fetched[len(bounds) - 2])
+        self.attend(bounds[-2], bounds[-1])
+
+    def wave_bounds(self) -> list[int]:
+        """First KV head of each wave, and one past the last."""
         num_heads = self.k_pages.shape[1]
         waves = min(self.plan.waves, num_heads)
-        bounds = [num_heads * wave // waves for wave in range(waves + 1)]
-        if waves == 1:
-            self._score(0, num_heads, new_epoch=True)
-            self._select_fetch(0, 0, num_heads)
-            self._attend(0, num_heads)
+        return [num_heads * wave // waves for wave in range(waves + 1)]
+
+    def score_and_fetch(self, join: bool = True) -> None:
+        """Everything before attention.
+
+        Args:
+            join: make the current stream wait for the fetches; `run` waits for them piecemeal.
+        """
+        bounds = self.wave_bounds()
+        if len(bounds) == 2:
+            self._score(0, bounds[-1], new_epoch=True)
+            self._select_fetch(0, 0, bounds[-1])
             return
         workspace = self.workspace
         assert workspace.fetch_stream is not None
         main = torch.cuda.current_stream(self.query.device)
-        for wave in range(waves):
-            first, last = bounds[wave], bounds[wave + 1]
+        for wave, (first, last) in enumerate(itertools.pairwise(bounds)):
             self._score(first, last, new_epoch=wave == 0)
             workspace.scored[wave].record(main)
             workspace.fetch_stream.wait_event(workspace.scored[wave])
             with torch.cuda.stream(workspace.fetch_stream):
                 self._select_fetch(wave, first, last)
                 workspace.fetched[wave].record(workspace.fetch_stream)
-        # All but the last wave have been fetched while the last was scored, or nearly so.
-        main.wait_event(workspace.fetched[waves - 2])
-        self._attend(0, bounds[-2])
-        main.wait_event(workspace.fetched[waves - 1])
-        self._attend(bounds[-2], num_heads)
+        if join:
+            main.wait_event(workspace.fetched[len(bounds) - 2])
 
     def _score(self, first_head: int, last_head: int, new_epoch: bool) -> None:
         launch_score(
@@ -321,7 +340,8 @@ class _Step:
                 cache.slots, self.plan.copy_thread_blocks,
             )  # fmt: skip
 
-    def _attend(self, first_head: int, last_head: int) -> None:
+    def attend(self, first_head: int, last_head: int) -> None:
+        """Attention of a range of KV heads, whose rows are there."""
         attend_blocks(
             self.query,
             self.k_pages,

@@ -15,6 +15,7 @@ import atexit
 import importlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 import traceback
@@ -53,19 +54,22 @@ def run_call(target: str, *arguments: Any) -> Any:
 
 def outcome(work: Callable[[], Any]) -> dict[str, Any]:
     """Run `work` in a fork of this process."""
-    with tempfile.TemporaryDirectory() as folder:
-        paths = {name: Path(folder) / name for name in ("stdout", "stderr", "result")}
-        child = os.fork()
-        if child == 0:
-            _child(work, paths)
-        _, status = os.waitpid(child, 0)
-        result = paths["result"]
-        return {
-            "code": os.waitstatus_to_exitcode(status),
-            "stdout": paths["stdout"].read_text(),
-            "stderr": paths["stderr"].read_text(),
-            "result": json.loads(result.read_text()) if result.exists() else None,
-        }
+    # Not a TemporaryDirectory: the child's exit functions would remove it.
+    folder = Path(tempfile.mkdtemp())
+    paths = {name: folder / name for name in ("stdout", "stderr", "result")}
+    child = os.fork()
+    if child == 0:
+        _child(work, paths)
+    _, status = os.waitpid(child, 0)
+    result = paths["result"]
+    found = {
+        "code": os.waitstatus_to_exitcode(status),
+        "stdout": paths["stdout"].read_text(),
+        "stderr": paths["stderr"].read_text(),
+        "result": json.loads(result.read_text()) if result.exists() else None,
+    }
+    shutil.rmtree(folder)
+    return found
 
 
 def _child(work: Callable[[], Any], paths: dict[str, Path]) -> None:

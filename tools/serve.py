@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 HOST = "127.0.0.1"
+PATIENCE_SECONDS = 20
 CPU_KV_CACHE_GIB = 1  # of K; the host pool takes as much for V
 TRY_IT = """
 The server is ready. Try it from another terminal:
@@ -45,19 +46,46 @@ def main() -> int:
         return 1
     command = serve_command(model, arguments.port, flags)
     print(f"serve: {' '.join(command)}", flush=True)
-    server = subprocess.Popen(command, env=server_environment())
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        # A terminal sends Ctrl-C to the server too; vLLM stops at the first one.
-        server.send_signal(signal.SIGTERM)
-
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    # In a session of its own, a Ctrl-C reaches it once, through us.
+    server = subprocess.Popen(command, env=server_environment(), start_new_session=True)
+    stopper = Stopper(server)
+    signal.signal(signal.SIGINT, stopper.stop)
+    signal.signal(signal.SIGTERM, stopper.stop)
     announce = threading.Thread(
         target=announce_when_ready, args=(server, arguments.port, model.name), daemon=True
     )
     announce.start()
-    return server.wait()
+    return stopper.wait()
+
+
+class Stopper:
+    """Ends the server: politely first, by force when asked again or when it takes too long.
+
+    vLLM does not always end when it is told to in the middle of its start.
+    """
+
+    def __init__(self, server: subprocess.Popen[bytes]) -> None:
+        self.server = server
+        self.deadline: float | None = None
+
+    def stop(self, signum: int, frame: FrameType | None) -> None:
+        """Signal handler."""
+        if self.deadline is None:
+            print("serve: stopping", flush=True)
+            self.deadline = time.monotonic() + PATIENCE_SECONDS
+            self.server.send_signal(signal.SIGTERM)
+        else:
+            self.deadline = time.monotonic()
+
+    def wait(self) -> int:
+        """Exit code of the server, once it and its children are gone."""
+        while self.server.poll() is None:
+            if self.deadline is not None and time.monotonic() >= self.deadline:
+                print("serve: it does not stop; killing it", flush=True)
+                os.killpg(self.server.pid, signal.SIGKILL)
+                return self.server.wait()
+            time.sleep(0.1)
+        return self.server.returncode
 
 
 def split_at_double_dash(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -73,9 +101,12 @@ def serve_command(model: Path, port: int, flags: list[str]) -> list[str]:
     vllm = Path(sys.executable).with_name("vllm")
     command = [str(vllm), "serve", str(model), "--served-model-name", model.name]
     command += ["--host", HOST, "--port", str(port), "--kv-backend", "kcache"]
-    if not has_gpu() and not has_fast_bfloat16():
-        # Without the instructions bfloat16 is emulated, and slower than float32.
-        command += ["--dtype", "float32"]
+    if not has_gpu():
+        # Compiling for the CPU takes minutes and gains little on a small model.
+        command += ["--enforce-eager"]
+        if not has_fast_bfloat16():
+            # Without the instructions bfloat16 is emulated, and slower than float32.
+            command += ["--dtype", "float32"]
     return command + flags
 
 

@@ -82,6 +82,11 @@ class KCacheMetadataBuilder(AttentionMetadataBuilder[KCacheMetadata]):
         """
         common = common_attn_metadata
         exact_short_prefills = common.is_prefilling is not None
+        if exact_short_prefills and common.is_prefilling.shape[0] < common.num_reqs:
+            # A batch padded for a graph: rows past the real ones prefill nothing.
+            padded = torch.zeros(common.num_reqs, dtype=torch.bool)
+            padded[: common.is_prefilling.shape[0]] = common.is_prefilling
+            common = common.replace(is_prefilling=padded)
         num_decodes, num_prefills, _, _ = split_decodes_and_prefills(
             common,
             decode_threshold=1,

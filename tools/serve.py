@@ -27,7 +27,7 @@ TRY_IT = """
 The server is ready. Try it from another terminal:
 
     curl http://{host}:{port}/v1/chat/completions -H 'Content-Type: application/json' \\
-      -d '{{"model": "{name}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+      -d '{{"model": "{name}", "temperature": 0, "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
 
 Counters: curl -s http://{host}:{port}/metrics | grep vllm_kcache
 Ctrl-C stops it.

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Check the house rules that ruff and mypy do not know. Exit code 1 and one line for each breach.
 
-- Every source file begins with its licence and has at most 400 lines.
-- No Python function has more than 60 lines.
+- Every source file that is not empty begins with its licence and has at most 400 lines.
+- No body of a Python function has more than 60 lines, its docstring not counted. Bodies of Triton
+  kernels may have 120: what they keep in registers cannot be handed around freely.
 - Only vllm_kcache/integration/ and the tests of it import vLLM.
 - No file is called utils.
 """
@@ -20,6 +21,7 @@ LICENSE_LINE = "SPDX-License-Identifier: Apache-2.0"
 SOURCE_SUFFIXES = {".py", ".cpp", ".h", ".cu", ".cuh", ".sh"}
 MOST_FILE_LINES = 400
 MOST_FUNCTION_LINES = 60
+MOST_KERNEL_LINES = 120
 CORE = Path("vllm_kcache")
 INTEGRATION = CORE / "integration"
 
@@ -49,7 +51,7 @@ def source_files() -> list[Path]:
 def check_file(path: Path) -> Iterator[str]:
     text = (REPOSITORY / path).read_text()
     lines = text.splitlines()
-    if not any(LICENSE_LINE in line for line in lines[:2]):
+    if lines and not any(LICENSE_LINE in line for line in lines[:2]):
         yield f"{path}:1: the line '{LICENSE_LINE}' is missing"
     if len(lines) > MOST_FILE_LINES:
         yield f"{path}: {len(lines)} lines; at most {MOST_FILE_LINES}"
@@ -63,14 +65,26 @@ def check_python(path: Path, tree: ast.Module) -> Iterator[str]:
     core = CORE in path.parents and INTEGRATION not in path.parents
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            lines = (node.end_lineno or node.lineno) - node.lineno + 1
-            if lines > MOST_FUNCTION_LINES:
-                yield (
-                    f"{path}:{node.lineno}: {node.name} has {lines} lines; "
-                    f"at most {MOST_FUNCTION_LINES}"
-                )
+            lines, most = body_lines(node), most_lines(node)
+            if lines > most:
+                yield f"{path}:{node.lineno}: {node.name} has {lines} lines; at most {most}"
         elif core and any(name.split(".")[0] == "vllm" for name in imported_names(node)):
             yield f"{path}:{node.lineno}: imports vllm; only {INTEGRATION} may"
+
+
+def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines from the first statement after the docstring to the last."""
+    statements = function.body
+    if ast.get_docstring(function, clean=False) is not None:
+        statements = statements[1:]
+    if not statements:
+        return 0
+    return (statements[-1].end_lineno or statements[-1].lineno) - statements[0].lineno + 1
+
+
+def most_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    decorators = {ast.unparse(decorator) for decorator in function.decorator_list}
+    return MOST_KERNEL_LINES if "triton.jit" in decorators else MOST_FUNCTION_LINES
 
 
 def imported_names(node: ast.AST) -> list[str]:

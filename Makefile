@@ -14,6 +14,8 @@ FLAVOR ?= auto
 
 BIN = $(VENV)/bin
 CSRC = $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
+# On a GPU machine that has vLLM already, without a network: no .venv, and python3 is used.
+GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 OFFLINE = HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 
 .DEFAULT_GOAL := help
@@ -34,12 +36,12 @@ serve: model ## Serve the model with --kv-backend kcache (PORT=, MODEL=, ARGS=)
 test: model ## Run all tests that need no GPU (TESTS= chooses)
 	@$(OFFLINE) $(BIN)/python -m pytest -m "not gpu" $(TESTS)
 
-test-gpu: setup ## Run the tests of the kernels on this machine's GPU
-	@$(OFFLINE) $(BIN)/python -m pytest -m gpu tests/gpu
+test-gpu: ## Run the GPU tests; in .venv if there is one, else with a python3 that has vLLM
+	@$(OFFLINE) $(GPU_PYTHON) -m pytest -m gpu tests/gpu
 
-bench-gpu: setup ## Time every operation on this machine's GPU; rows go to benchmarks/results/
+bench-gpu: ## Time every operation on the GPU; rows go to benchmarks/results/
 	@set -e; for bench in write score select fetch attend overlap; do \
-	  $(BIN)/python -m benchmarks.bench_$$bench; done
+	  $(OFFLINE) $(GPU_PYTHON) -m benchmarks.bench_$$bench; done
 
 lint: setup ## ruff, mypy, clang-format and the house rules; changes nothing
 	@$(BIN)/ruff check .

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attend: share of the HBM copy bandwidth. `python -m benchmarks.bench_attend`.
+
+Bytes counted: K and V of the selected blocks, all of V in GPU memory. Lists are of one length, or
+of lengths that differ as those of a coverage do (log-normal).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import torch
+
+from benchmarks.common import (
+    PROBLEMS,
+    V_BLOCK_TOKENS,
+    Batch,
+    Report,
+    Timing,
+    arguments,
+    hbm_copy_bandwidth,
+    random_selection,
+    time_calls,
+)
+from vllm_kcache.kernels.attend import AttendBuffers, AttendConfig, attend_blocks, attend_config
+from vllm_kcache.types import Fetched, Selected
+
+
+def ragged_counts(batch: Batch, mean: int) -> torch.Tensor:
+    p = batch.problem
+    spread = torch.randn((p.num_requests, p.num_kv_heads), device="cuda")
+    counts = (spread.exp() * mean / 1.6487).round()  # the mean of exp(N(0, 1))
+    return counts.clamp(6, p.max_blocks).int()
+
+
+def time_attend(
+    batch: Batch, counts: torch.Tensor, columns: int, config: AttendConfig | None = None
+) -> Timing:
+    """Time over four selections whose rows lie anywhere in a slot pool larger than the L2 cache."""
+    p = batch.problem
+    num_slots = max(1 << 16, int(counts.sum()))
+    slots = torch.randn((num_slots, V_BLOCK_TOKENS, p.head_size), dtype=batch.dtype, device="cuda")
+    block_lse = torch.zeros((p.num_requests, p.num_heads, p.max_blocks), device="cuda")
+    out = torch.empty_like(batch.query)
+    usual = attend_config(p.num_lists, columns, p.head_size, 2, V_BLOCK_TOKENS)
+    splits = max(usual.splits, config.splits if config else 0)
+    buffers = AttendBuffers.make(p.num_lists * splits, p.group, p.head_size, "cuda")
+    mass = torch.ones(counts.shape, device="cuda")
+
+    def call(k_pages: torch.Tensor, selected: Selected, fetched: Fetched) -> None:
+        attend_blocks(
+            batch.query, k_pages, batch.v_pool, fetched, selected, batch.block_table,
+            batch.seq_lens, batch.scale, V_BLOCK_TOKENS, "renormalize", block_lse, out=out,
+            buffers=buffers, config=config,
+        )  # fmt: skip
+
+    calls = []
+    for index in range(4):
+        selected = Selected(*random_selection(p, counts, columns), mass)
+        rows = torch.randint(num_slots, selected.blocks.shape, device="cuda").int()
+        k_pages = batch.k_layers[index % len(batch.k_layers)]
+        calls.append(functools.partial(call, k_pages, selected, Fetched(rows, slots)))
+    return time_calls(calls)
+
+
+def sweep(batch: Batch, counts: torch.Tensor, columns: int) -> None:
+    p = batch.problem
+    usual = attend_config(p.num_lists, columns, p.head_size, 2, V_BLOCK_TOKENS)
+    found = []
+    for tokens, programs, warps, stages in itertools.product(
+        (32, 64, 128), (528, 1056, 2112), (2, 4), (1, 2, 3)
+    ):
+        splits = max(1, min(32, -(-programs // p.num_lists)))
+        config = AttendConfig(tokens // V_BLOCK_TOKENS, splits, warps, stages)
+        found.append((time_attend(batch, counts, columns, config).p50, config))
+    print(f"\nattend sweep, {p.name}, ragged (default {usual})")
+    for ms, config in sorted(found, key=lambda pair: pair[0])[:6]:
+        print(f"  {ms * 1e3:8.1f} us  {config}")
+
+
+def main() -> None:
+    options = arguments(__doc__, sweep=True)
+    peak = hbm_copy_bandwidth()
+    report = Report("attend", options.results)
+    for problem in PROBLEMS:
+        batch = Batch(problem, with_v=True)
+        lists = (problem.num_requests, problem.num_kv_heads)
+        cases = {
+            f"{blocks * V_BLOCK_TOKENS} tokens": (
+                torch.full(lists, blocks, device="cuda"),
+                blocks,
+            )
+            for blocks in (16, 64)
+        }
+        ragged = ragged_counts(batch, 72)
+        cases["576 tokens on average, ragged"] = (ragged, problem.max_blocks)
+        for words, (counts, columns) in cases.items():
+            timing = time_attend(batch, counts, columns)
+            moved = int(counts.sum()) * 2 * problem.row_bytes
+            rate = moved / timing.p50 * 1e3
+            report.add(
+                f"{problem.name}, {words}", timing, rate / 1e9, share_of_hbm_copy=rate / peak
+            )
+        if options.sweep:
+            sweep(batch, ragged, problem.max_blocks)
+        batch.close()
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Score and fetch in two streams, and whole steps of one layer. `python -m
+benchmarks.bench_overlap`.
+
+Everything is missing in the hot cache (each call is another layer), unless a row says otherwise.
+`over_longer` is the time of both over the longer of the two alone. The fetch alone includes select.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.bench_score import time_score
+from benchmarks.common import (
+    PROBLEMS,
+    V_BLOCK_TOKENS,
+    Batch,
+    Report,
+    Timing,
+    arguments,
+    hbm_copy_bandwidth,
+    time_calls,
+)
+from vllm_kcache.cache.hot_cache import HotCache
+from vllm_kcache.kernels.decode import DecodePlan, DecodeStep, DecodeWorkspace, plan_decode
+from vllm_kcache.kernels.write import write_kv
+from vllm_kcache.types import Fetched, Selection
+
+PLANS = (
+    DecodePlan(2),
+    DecodePlan(4),
+    DecodePlan(8),
+    DecodePlan(2, 48),
+    DecodePlan(4, 48),
+    DecodePlan(8, 48),
+)
+LAYERS = 8
+
+
+class Steps:
+    """Steps of one layer after the other, over one workspace."""
+
+    def __init__(self, batch: Batch, blocks: int, slots_of_a_step: float) -> None:
+        p = batch.problem
+        self.batch = batch
+        self.selection = Selection(blocks, None, 1, 32, "sum")
+        self.workspace = DecodeWorkspace.make(
+            p.num_requests, p.num_heads, p.num_kv_heads, p.head_size, p.max_blocks,
+            self.selection, "cuda", with_miss_list=True,
+        )  # fmt: skip
+        self.cache: HotCache = batch.hot_cache(
+            int(p.num_lists * blocks * slots_of_a_step), num_layers=LAYERS
+        )
+        self.out = torch.empty_like(batch.query)
+        self.token = torch.randn(
+            (p.num_requests, p.num_kv_heads, p.head_size), dtype=batch.dtype, device="cuda"
+        )
+        self.slots = batch.block_table[:, -1].long() * 16 + 15
+
+    def step(self, layer: int, plan: DecodePlan) -> DecodeStep:
+        batch, workspace = self.batch, self.workspace
+        lse, selected, rows = workspace.views(
+            batch.problem.num_requests, batch.problem.max_blocks, self.selection
+        )
+        return DecodeStep(
+            workspace, batch.query, batch.k_layers[layer % len(batch.k_layers)], batch.v_pool,
+            batch.block_table, batch.seq_lens, batch.scale, V_BLOCK_TOKENS, self.selection,
+            "renormalize", self.cache, layer, self.out, lse, selected,
+            Fetched(rows, self.cache.slots), plan,
+        )  # fmt: skip
+
+    def time(self, run: Callable[[DecodeStep], None], plan: DecodePlan, layers: int) -> Timing:
+        steps = [self.step(index % layers, plan) for index in range(LAYERS)]
+        steps[0].score_and_fetch()  # something to select from
+        return time_calls([lambda step=step: run(step) for step in steps])
+
+    def write_and_run(self, step: DecodeStep) -> None:
+        write_kv(
+            self.token, self.token, self.slots, step.k_pages, step.v_pool, self.cache, step.layer,
+            allocate_tokens=len(self.slots),
+        )  # fmt: skip
+        step.run()
+
+
+def fetch_alone(step: DecodeStep) -> None:
+    step.hot_cache.begin_epoch()
+    step._select_fetch(0, 0, step.k_pages.shape[1])
+
+
+def main() -> None:
+    options = arguments(__doc__)
+    peak = hbm_copy_bandwidth()
+    report = Report("overlap", options.results)
+    for problem in PROBLEMS:
+        batch = Batch(problem, with_v=True)
+        score = time_score(batch)
+        default = plan_decode(problem.num_requests, problem.num_kv_heads, problem.context, 128, 2)
+        for blocks in (16, 32, 64):
+            words = f"{problem.name}, {blocks * V_BLOCK_TOKENS} tokens"
+            cold = Steps(batch, blocks, 1.5)
+            fetch = cold.time(fetch_alone, DecodePlan(1, 48), LAYERS)
+            longer = max(score.p50, fetch.p50)
+            report.add(f"{words}, score / select and fetch alone", score, fetch_ms=fetch.p50)
+            plans = dict.fromkeys((default, *(PLANS if problem.num_requests > 1 else ())))
+            for plan in plans:
+                both = cold.time(DecodeStep.score_and_fetch, plan, LAYERS)
+                name = f"{plan.waves} waves, copy by {plan.copy_thread_blocks or 'lists'}"
+                name += ", default" if plan == default else ""
+                report.add(f"{words}, {name}", both, over_longer=both.p50 / longer)
+            warm = Steps(batch, blocks, 2.0 * LAYERS)
+            floor_ms = problem.k_bytes / peak * 1e3
+            for state, steps in (("missing", cold), ("hit", warm)):
+                whole = steps.time(steps.write_and_run, default, LAYERS)
+                report.add(
+                    f"{words}, whole layer, all {state}", whole, over_k_floor=whole.p50 / floor_ms
+                )
+        batch.close()
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()

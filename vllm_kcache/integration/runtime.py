@@ -141,7 +141,7 @@ class Runtime:
         """
         if self.pool is None:
             raise RuntimeError("The host V pool has not been made yet.")
-        sample = (torch.randn(1 << 20) * std).to(self.shape.dtype)
+        sample = (torch.randn(1 << 26) * std).to(self.shape.dtype)
         for index in range(self.pool.num_layers):
             flat = self.pool.layer(index).flatten()
             for first in range(0, flat.numel(), sample.numel()):

@@ -48,7 +48,9 @@ def positive(value: Any) -> Any:
 
 
 def kv_connector(vllm_config: Any) -> str | None:
-    """Name of a connector that would move K pages."""
+    """Name of a connector that would move K pages. That of kv_offloading_size is refused by it."""
+    if vllm_config.cache_config.kv_offloading_size:
+        return None
     transfer = vllm_config.kv_transfer_config
     name = getattr(transfer, "kv_connector", None)
     # DecodeBenchConnector only fills the cache for benchmarks; it moves nothing.

@@ -66,25 +66,31 @@ def check_engine_args(engine_args: Any) -> None:
     Raises:
         KCacheConfigError: Another attention backend or worker class was chosen.
     """
+    for message in found_in_arguments(engine_args):
+        raise KCacheConfigError(message)
+
+
+def found_in_arguments(engine_args: Any) -> Iterator[str]:
+    """All refusals of engine arguments that the plugin itself must set, as messages."""
+    refused = "--kv-backend kcache does not support"
     chosen = engine_args.attention_backend or engine_args.attention_config.backend
     name = getattr(chosen, "name", chosen)
     if name not in (None, "CUSTOM"):
-        raise KCacheConfigError(
-            f"--kv-backend kcache does not support attention_backend={name}: it brings its own "
-            "attention. Leave --attention-backend out."
+        yield (
+            f"{refused} attention_backend={name}: it brings its own attention. "
+            "Leave --attention-backend out."
         )
     per_kind = engine_args.attention_config.backend_per_kind
     if per_kind:
         names = ", ".join(f"{kind}: {backend.name}" for kind, backend in per_kind.items())
-        raise KCacheConfigError(
-            f"--kv-backend kcache does not support backend_per_kind={{{names}}}: it brings its own "
-            "attention. Leave backend_per_kind out of --attention-config."
+        yield (
+            f"{refused} backend_per_kind={{{names}}}: it brings its own attention. "
+            "Leave backend_per_kind out of --attention-config."
         )
     worker_cls = engine_args.worker_cls
     if worker_cls != "auto" and not str(worker_cls).startswith("vllm_kcache."):
-        raise KCacheConfigError(
-            f"--kv-backend kcache does not support worker_cls={worker_cls}: it brings its own "
-            "worker. Leave --worker-cls out."
+        yield (
+            f"{refused} worker_cls={worker_cls}: it brings its own worker. Leave --worker-cls out."
         )
 
 
@@ -123,7 +129,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "Leave --kv-cache-dtype at auto; where the checkpoint asks for it, set --kv-cache-dtype to "
         "the model's dtype.",
     ),
-    # Before the connector: vLLM turns this setting into one.
     Refusal(
         "kv_offloading_size={value}",
         lambda c: features.true(c.cache_config.kv_offloading_size),

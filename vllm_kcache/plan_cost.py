@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long a decode step takes, from the bytes it moves. Every constant says where it is from.
+
+The model and how well it fits: docs/plan.md. Times are seconds, of one rank.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+from vllm_kcache.plan_memory import Engine, kv_heads_of_rank
+from vllm_kcache.plan_shape import ModelShape, PlanError
+from vllm_kcache.types import HeadCombine
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One GPU and its link.
+
+    Attributes:
+        name: For the report.
+        gpu_memory_bytes: All memory of the GPU, as CUDA reports it.
+        hbm_bytes_per_s: Reached by kernels that read.
+        pcie_bytes_per_s: Reached by a copy from pinned host memory.
+        flops: Reached by matrix products of two-byte values.
+        source: Where the figures are from.
+    """
+
+    name: str
+    gpu_memory_bytes: float
+    hbm_bytes_per_s: float
+    pcie_bytes_per_s: float
+    flops: float
+    source: str
+
+
+# Stock bf16 decode on an H100: 1 against 7 requests of 16K (Llama-2-7B shape) and 1 against 13 of
+# 32K (Llama-3-8B shape) differ by 51.5 GB in 16.6 ms and by 51.5 GB in 16.7 ms.
+H100_READ_BYTES_PER_S = 3.10e12
+# As a share of the data sheet's 3.35 TB/s; other GPUs are taken to reach as much of theirs.
+HBM_SHARE = H100_READ_BYTES_PER_S / 3.35e12
+_SHEET = "data sheet; memory taken to reach the share that an H100 reaches"
+
+HARDWARE = {
+    "h100": Hardware(
+        "NVIDIA H100 80GB HBM3", 79.1 * 2**30, H100_READ_BYTES_PER_S, 54.6e9, 600e12, "measured"
+    ),
+    "h200": Hardware("NVIDIA H200", 139.8 * 2**30, 4.8e12 * HBM_SHARE, 54.6e9, 600e12, _SHEET),
+    "a100": Hardware("NVIDIA A100 80GB", 79.1 * 2**30, 2.04e12 * HBM_SHARE, 25e9, 240e12, _SHEET),
+}
+
+# Stock attention over an fp8 cache reads at this share of the speed of bf16: 14 against 1 requests
+# of 16K took 23.4 ms for 55.8 GB (2.39 TB/s), 26 against 1 of 32K 23.3 ms for 53.7 GB (2.30).
+FP8_SHARE = 2.35 / 3.10
+# What remains of the measured stock steps: 1.88 ms for 32 layers. Launches, norms, small kernels.
+LAYER_SECONDS = 1.88e-3 / 32
+# One more kernel in the captured step: 4 waves against 2 of 7 kernels, 32 layers, one request, took
+# 2.7 ms more for 448 kernels (6.0 us), and with 27 requests 0.9 ms more while 1.1 ms of fetch were
+# hidden (4.5 us).
+KERNEL_SECONDS = 5.5e-6
+# Two all-reduces a layer on NVLink. Not measured here.
+ALL_REDUCE_SECONDS = 15e-6
+
+# A kernel reading mapped host memory in random rows, as a share of a copy: bytes of a row, share.
+# Measured on PCIe 5 x16: 6.0, 11.1, 19.9, 36.1, 49.8 and 50.3 GB/s against 54.6.
+LINK_SHARE = (
+    (128, 6.0 / 54.6),
+    (256, 11.1 / 54.6),
+    (512, 19.9 / 54.6),
+    (1024, 36.1 / 54.6),
+    (2048, 49.8 / 54.6),
+    (4096, 50.3 / 54.6),
+)
+# Selected K and V lie in rows of 2 KiB all over the memory. Not measured alone.
+ATTEND_SHARE = 0.6
+# Select may take this share of the time of score: what its benchmark is held to.
+SELECT_SHARE = 0.05
+# Layout of a step (kernels/decode.py, plan_decode); tests/test_plan.py compares the two.
+WAVE_BYTES = 192 << 20
+WAVE_LISTS = 48
+MOST_WAVES = 8
+
+# Tokens a head that coverage selected, mean over layers and heads of SmolLM2-135M on English text
+# of 4096 tokens, combine "sum" (.97: measured at 2K, 1.29 times what .95 took there); by the length
+# they grow with its square root (424, 577, 850 at 2K, 4K, 8K). Combine "max" took 531 and 818 where
+# "sum" took 345 and 577.
+SELECTED_AT_4K = ((0.90, 345), (0.95, 577), (0.97, 746))
+SELECTED_GROWTH = 0.5
+COMBINE_MAX_FACTOR = 1.45
+# Hit rate of one pool by its size in multiples of the mean selected set: two texts, one request.
+HIT_RATES = ((0.0, 0.0), (1.0, 0.37), (1.5, 0.80), (2.0, 0.90), (3.0, 0.96), (4.0, 0.98))
+
+
+def interpolate(points: tuple[tuple[float, float], ...], at: float) -> float:
+    """Straight lines between points; constant outside them."""
+    if at <= points[0][0]:
+        return points[0][1]
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if at <= x1:
+            return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
+    return points[-1][1]
+
+
+def selected_tokens_of(coverage: float, context: float, combine: HeadCombine = "sum") -> float:
+    """Tokens a head that a coverage is expected to select: an estimate from one small model.
+
+    A power law of the dropped mass between the measured points; outside them the nearest one's.
+    """
+    if coverage >= 1:
+        return context
+    points = [(-math.log(1 - share), math.log(tokens)) for share, tokens in SELECTED_AT_4K]
+    at = -math.log(1 - coverage)
+    pairs = list(itertools.pairwise(points))
+    (x0, y0), (x1, y1) = next((pair for pair in pairs if at <= pair[1][0]), pairs[-1])
+    at_4k = math.exp(y0 + (y1 - y0) * (at - x0) / (x1 - x0))
+    factor = COMBINE_MAX_FACTOR if combine == "max" else 1.0
+    return min(context, factor * at_4k * (context / 4096) ** SELECTED_GROWTH)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """How an implementation launches a layer's decode.
+
+    Attributes:
+        per_wave: Kernels of each wave.
+        per_layer: Kernels beside the waves; one more where attention is cut in two.
+        waves: Waves, or None for `plan_waves`.
+        select_share: Time of select as a share of that of score.
+        select_hidden: Select runs beside the score of the next wave.
+    """
+
+    per_wave: int = 2
+    per_layer: int = 2
+    waves: int | None = None
+    select_share: float = SELECT_SHARE
+    select_hidden: bool = True
+
+
+# Kernels of a stock layer's decode that ours replace: write of K and V, attention.
+STOCK_KERNELS = 2
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The requests of a step: how many, and tokens of each."""
+
+    requests: float
+    context: float
+
+
+@dataclass(frozen=True)
+class SplitWork:
+    """What the selection makes of a batch.
+
+    Attributes:
+        selected_tokens: Tokens a head that are attended, mean.
+        hit_rate: Share of them that the hot V cache holds.
+        v_block_tokens: T.
+        dense_layers: Layers that keep K and V on the GPU.
+    """
+
+    selected_tokens: float
+    hit_rate: float
+    v_block_tokens: int
+    dense_layers: int = 0
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Where a step's time goes, seconds, and what it moves, bytes.
+
+    Attributes:
+        weights: Reading the weights, or computing with them.
+        cache: Stock attention over K and V; of a split layer, scoring all K.
+        select: Select where it is not hidden.
+        fetch: Part of the fetch that nothing hides.
+        attend: Attention over the selected tokens.
+        launches: Kernels beyond those of a stock layer.
+        fixed: What a stock step spends beside reading.
+        fetch_hidden: Part of the fetch beside scoring; not in the sum.
+        hbm_bytes: Read from GPU memory.
+        pcie_bytes: Read from host memory.
+    """
+
+    weights: float
+    cache: float
+    fixed: float
+    select: float = 0.0
+    fetch: float = 0.0
+    attend: float = 0.0
+    launches: float = 0.0
+    fetch_hidden: float = 0.0
+    hbm_bytes: float = 0.0
+    pcie_bytes: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """The step."""
+        parts = (self.weights, self.cache, self.fixed, self.select, self.fetch, self.attend)
+        return sum(parts) + self.launches
+
+
+def _weights(shape: ModelShape, hardware: Hardware, engine: Engine, requests: float) -> float:
+    ranks = engine.tensor_parallel_size
+    read = shape.weight_bytes_of_step(requests) / hardware.hbm_bytes_per_s
+    computed = requests * shape.flops_of_token() / hardware.flops
+    return max(read, computed) / ranks
+
+
+def _fixed(shape: ModelShape, engine: Engine) -> float:
+    reduces = 2 * ALL_REDUCE_SECONDS if engine.tensor_parallel_size > 1 else 0.0
+    return shape.num_layers * (LAYER_SECONDS + reduces)
+
+
+def stock_step(
+    shape: ModelShape,
+    hardware: Hardware,
+    engine: Engine,
+    batch: Batch,
+    kv_itemsize: int | None = None,
+) -> StepCost:
+    """A decode step of stock vLLM with FlashAttention.
+
+    Args:
+        kv_itemsize: Bytes of a cached value; None takes the model's, 1 is fp8.
+    """
+    itemsize = kv_itemsize or shape.itemsize
+    row = 2 * kv_heads_of_rank(shape, engine) * shape.head_size * itemsize
+    cache_bytes = batch.requests * batch.context * shape.num_layers * row
+    speed = hardware.hbm_bytes_per_s * (FP8_SHARE if itemsize == 1 else 1.0)
+    weights = shape.weight_bytes_of_step(batch.requests) / engine.tensor_parallel_size
+    return StepCost(
+        weights=_weights(shape, hardware, engine, batch.requests),
+        cache=cache_bytes / speed,
+        fixed=_fixed(shape, engine),
+        hbm_bytes=weights + cache_bytes,
+    )
+
+
+def plan_waves(
+    requests: float, num_kv_heads: int, max_tokens: int, head_size: int, itemsize: int
+) -> int:
+    """Waves of a step whose longest request may have `max_tokens` tokens."""
+    k_bytes = int(requests) * num_kv_heads * max_tokens * head_size * itemsize
+    by_lists = int(requests) * num_kv_heads // WAVE_LISTS
+    return max(1, min(k_bytes // WAVE_BYTES, by_lists, num_kv_heads, MOST_WAVES))
+
+
+def split_step(
+    shape: ModelShape,
+    hardware: Hardware,
+    engine: Engine,
+    batch: Batch,
+    work: SplitWork,
+    kernels: Kernels | None = None,
+) -> StepCost:
+    """A decode step of the split cache.
+
+    Raises:
+        PlanError: A share or count that cannot be.
+    """
+    if not 0 <= work.hit_rate <= 1:
+        raise PlanError(f"hit_rate={work.hit_rate}: must be 0 to 1")
+    kernels = kernels or Kernels()
+    heads = kv_heads_of_rank(shape, engine)
+    row = heads * shape.head_size * shape.itemsize
+    layers = shape.num_layers - work.dense_layers
+    selected = min(work.selected_tokens, batch.context)
+    # Of one layer.
+    k_bytes = batch.requests * batch.context * row
+    selected_bytes = batch.requests * selected * row
+    fetched_bytes = selected_bytes * (1 - work.hit_rate)
+    row_bytes = work.v_block_tokens * shape.head_size * shape.itemsize
+    link = hardware.pcie_bytes_per_s * interpolate(LINK_SHARE, row_bytes)
+    score = k_bytes / hardware.hbm_bytes_per_s
+    attend = 2 * selected_bytes / (hardware.hbm_bytes_per_s * ATTEND_SHARE)
+    select, fetch = kernels.select_share * score, fetched_bytes / link
+    waves = kernels.waves or plan_waves(
+        batch.requests, heads, engine.max_model_len, shape.head_size, shape.itemsize
+    )
+    behind = fetch + (select if kernels.select_hidden else 0.0)
+    exposed = exposed_seconds(score, behind, attend, waves)
+    extra = waves * kernels.per_wave + kernels.per_layer + (waves > 1) - STOCK_KERNELS
+    dense = stock_step(shape, hardware, engine, batch)
+    dense_share = work.dense_layers / shape.num_layers
+    return StepCost(
+        weights=dense.weights,
+        cache=layers * score + dense.cache * dense_share,
+        fixed=dense.fixed,
+        select=0.0 if kernels.select_hidden else layers * select,
+        fetch=layers * exposed,
+        attend=layers * attend,
+        launches=layers * extra * KERNEL_SECONDS,
+        fetch_hidden=layers * max(0.0, behind - exposed),
+        hbm_bytes=dense.hbm_bytes * dense_share
+        + (1 - dense_share)
+        * shape.weight_bytes_of_step(batch.requests)
+        / engine.tensor_parallel_size
+        + layers * (k_bytes + 2 * selected_bytes),
+        pcie_bytes=layers * fetched_bytes,
+    )
+
+
+def exposed_seconds(score: float, behind: float, attend: float, waves: int) -> float:
+    """What a layer waits for select and fetch.
+
+    Wave i selects and fetches while wave i + 1 is scored; attention over all waves but the last
+    runs beside the last one's fetch.
+
+    Args:
+        score, behind, attend: Seconds of a layer's scoring, of its select and fetch, of attention.
+        waves: Waves; one hides nothing.
+    """
+    if waves == 1:
+        return behind
+    one_score, one_behind = score / waves, behind / waves
+    lag = (waves - 1) * max(0.0, one_behind - one_score)
+    return lag + max(0.0, one_behind - attend * (waves - 1) / waves)

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What fits: blocks of stock vLLM and of the split cache, by GPU and host memory.
+
+The sizes of the split cache's own buffers repeat what integration/gpu_runtime.py and
+kernels/decode.py allocate; tests/test_plan.py compares the two. Bytes are of one rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm_kcache.config import KCacheConfig
+from vllm_kcache.plan_shape import ModelShape, PlanError
+from vllm_kcache.types import Selection
+
+GIB = 2**30
+
+# CUDA context, libraries and graphs: what two stock engines had neither as weights nor as
+# activations nor as cache (docs/plan.md, "Memory").
+OTHER_GPU_BYTES = 450_000_000
+# Shares and sizes of integration/gpu_runtime.py.
+HOT_CACHE_SHARE = 0.04
+GROUP_REQUESTS = 64
+WORKSPACE_BYTES = 256 << 20
+PIECE_BYTES = 64 << 20
+# Launch shape of kernels/attend.py, which sizes its partial results.
+ATTEND_PROGRAMS = 1056
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Engine arguments that decide what fits; names are vLLM's.
+
+    Attributes:
+        max_model_len: Longest request, tokens.
+        max_num_seqs: Most requests of a step.
+        max_num_batched_tokens: Most tokens of a step.
+        block_size: S, tokens of a page.
+        gpu_memory_utilization: Share of the GPU's memory that vLLM may use.
+        tensor_parallel_size: Ranks that share the model.
+    """
+
+    max_model_len: int
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    block_size: int = 16
+    gpu_memory_utilization: float = 0.9
+    tensor_parallel_size: int = 1
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What one engine can hold, per rank.
+
+    Attributes:
+        num_blocks: Pages.
+        limited_by: "GPU memory" or "host memory".
+        cache_bytes: GPU memory for pages.
+        host_bytes: Host memory for V.
+        hot_cache_bytes: GPU memory of the hot V cache.
+        buffer_bytes: GPU memory of the split cache's other buffers.
+    """
+
+    num_blocks: int
+    limited_by: str
+    cache_bytes: int
+    host_bytes: int = 0
+    hot_cache_bytes: int = 0
+    buffer_bytes: int = 0
+
+    def requests(self, context: int, block_size: int) -> int:
+        """Whole requests of `context` tokens that fit at once. vLLM keeps one block to itself."""
+        return max(0, self.num_blocks - 1) // -(-context // block_size)
+
+    def requests_exactly(self, context: int, block_size: int) -> float:
+        """The same without rounding, for curves over the context."""
+        return max(0, self.num_blocks - 1) * block_size / context
+
+
+def kv_heads_of_rank(shape: ModelShape, engine: Engine) -> int:
+    """KV heads of a rank: shared out, and repeated where there are fewer than ranks."""
+    return max(1, shape.num_kv_heads // engine.tensor_parallel_size)
+
+
+def activation_bytes(shape: ModelShape, engine: Engine) -> int:
+    """Peak of one layer on the largest step: gate and up, their product, and four vectors."""
+    inner = 3 * shape.intermediate_size / engine.tensor_parallel_size
+    width = inner + 4 * shape.hidden_size
+    return int(engine.max_num_batched_tokens * width * shape.itemsize)
+
+
+def cache_bytes_gpu(shape: ModelShape, engine: Engine, gpu_memory_bytes: float) -> int:
+    """GPU memory that vLLM leaves for the cache.
+
+    Raises:
+        PlanError: Nothing is left.
+    """
+    weights = shape.weight_bytes // engine.tensor_parallel_size
+    used = weights + activation_bytes(shape, engine) + OTHER_GPU_BYTES
+    left = int(gpu_memory_bytes * engine.gpu_memory_utilization) - used
+    if left <= 0:
+        raise PlanError(
+            f"{shape.name}: weights of {weights / GIB:.1f} GiB and "
+            f"{(used - weights) / GIB:.1f} GiB beside them do not fit in "
+            f"{engine.gpu_memory_utilization:.2f} x {gpu_memory_bytes / GIB:.1f} GiB. Use a larger "
+            "GPU, --tensor-parallel-size, or --weight-bits for quantised weights."
+        )
+    return left
+
+
+def fit_stock(
+    shape: ModelShape, engine: Engine, gpu_memory_bytes: float, kv_itemsize: int | None = None
+) -> Fit:
+    """Blocks of stock vLLM.
+
+    Args:
+        kv_itemsize: Bytes of a cached value; None takes the model's, 1 is fp8.
+    """
+    available = cache_bytes_gpu(shape, engine, gpu_memory_bytes)
+    values = kv_heads_of_rank(shape, engine) * shape.head_size * engine.block_size
+    page = 2 * shape.num_layers * values * (kv_itemsize or shape.itemsize)
+    return Fit(available // page, "GPU memory", available)
+
+
+def fit_split(
+    shape: ModelShape,
+    engine: Engine,
+    gpu_memory_bytes: float,
+    host_budget_bytes: float,
+    config: KCacheConfig,
+) -> Fit:
+    """Blocks of the split cache: the least of what K needs on the GPU and V on the host.
+
+    Args:
+        host_budget_bytes: Host memory for V of all ranks together.
+    """
+    available = cache_bytes_gpu(shape, engine, gpu_memory_bytes)
+    heads = kv_heads_of_rank(shape, engine)
+    tokens = config.resolved_v_block_tokens(shape.head_size, shape.itemsize, engine.block_size)
+    dense = len(config.resolved_dense_layers(shape.num_layers))
+    split = shape.num_layers - dense
+    layer_page = heads * shape.head_size * engine.block_size * shape.itemsize
+    buffers = decode_bytes(shape, engine, config.selection(tokens), tokens)
+    buffers += prefill_bytes(shape, engine)
+    left = max(0, available - buffers)
+    slot = tokens * shape.head_size * shape.itemsize + 8
+    asked = config.hot_cache_gib
+    wanted = left * HOT_CACHE_SHARE if asked == "auto" else float(asked) * GIB
+    hot = max(1, int(wanted) // slot) * slot
+    tables = 4 * (split * heads * engine.block_size // tokens + engine.block_size)
+    page = (split + 2 * dense) * layer_page
+    on_gpu = max(0, left - hot) // (page + tables)
+    v_page = split * layer_page
+    on_host = int(host_budget_bytes / engine.tensor_parallel_size) // v_page
+    blocks = min(on_gpu, on_host)
+    return Fit(
+        num_blocks=blocks,
+        limited_by="host memory" if on_host < on_gpu else "GPU memory",
+        cache_bytes=blocks * page,
+        host_bytes=blocks * v_page,
+        hot_cache_bytes=hot,
+        buffer_bytes=buffers + blocks * tables,
+    )
+
+
+def decode_bytes(
+    shape: ModelShape, engine: Engine, selection: Selection, v_block_tokens: int
+) -> int:
+    """GPU memory of the buffers of a decode step (kernels/decode.py, with the extension built)."""
+    query_heads = shape.num_query_heads // engine.tensor_parallel_size
+    kv_heads = kv_heads_of_rank(shape, engine)
+    max_blocks = -(-engine.max_model_len // v_block_tokens)
+    columns = max_blocks if selection.top_n is None else min(selection.top_n, max_blocks)
+    padded_head = 1 << (shape.head_size - 1).bit_length()
+
+    def of_requests(count: int) -> int:
+        lists = count * kv_heads
+        words = count * query_heads * max_blocks + 2 * lists * columns + 2 * lists
+        parts = (ATTEND_PROGRAMS + lists) * (query_heads // kv_heads)
+        return 4 * (words + parts * (padded_head + 2) + lists)
+
+    room = max(1, WORKSPACE_BYTES // of_requests(1))
+    return of_requests(min(GROUP_REQUESTS, engine.max_num_seqs, room))
+
+
+def prefill_bytes(shape: ModelShape, engine: Engine) -> int:
+    """GPU memory of the staging and scratch of prefills (cache/context.py)."""
+    row = kv_heads_of_rank(shape, engine) * shape.head_size * shape.itemsize
+    pages = max(1, PIECE_BYTES // row // engine.block_size, engine.max_num_seqs)
+    return (2 * engine.max_num_batched_tokens + 3 * pages * engine.block_size) * row

@@ -102,9 +102,11 @@ def _add_plan(commands: Any) -> None:
 def _plan(parsed: argparse.Namespace, others: list[str]) -> int:
     shape = read_shape(parsed.model, parsed.dtype, parsed.weight_bits)
     config = _settings(parsed)
-    longest = parsed.max_model_len or max(shape.max_position, parsed.context or 0)
+    longest = parsed.max_model_len
+    if longest is None:
+        longest = max(shape.max_position, parsed.context or 0)
     engine = Engine(
-        max_model_len=longest,
+        max_model_len=_at_least_one("max-model-len", longest),
         max_num_seqs=_at_least_one("max-num-seqs", parsed.max_num_seqs),
         max_num_batched_tokens=_at_least_one(
             "max-num-batched-tokens", parsed.max_num_batched_tokens
@@ -119,7 +121,8 @@ def _plan(parsed: argparse.Namespace, others: list[str]) -> int:
             "most 1"
         )
     setup = Setup(shape, _hardware(parsed), engine, config, _host_budget(parsed, config))
-    load = Load(parsed.context or longest, parsed.requests, parsed.selected_tokens, parsed.hit_rate)
+    context = longest if parsed.context is None else parsed.context
+    load = Load(context, parsed.requests, parsed.selected_tokens, parsed.hit_rate)
     plan = make_plan(setup, load)
     print(json.dumps(plan.to_json_dict(), indent=2) if parsed.json else table(plan))
     return 0

@@ -14,9 +14,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_kernels_equal_reference() -> None:
+def run_interpreted(module: str) -> str:
+    """Run `python -m module` under the interpreter; what it printed."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.checks"],
+        [sys.executable, "-m", module],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -24,4 +25,12 @@ def test_kernels_equal_reference() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    assert "cases equal the reference" in done.stdout
+    return done.stdout
+
+
+def test_kernels_equal_reference() -> None:
+    assert "cases equal the reference" in run_interpreted("tests.kernels.checks")
+
+
+def test_reused_pages_never_serve_stale_v() -> None:
+    assert "every step equals the reference" in run_interpreted("tests.kernels.simulation")

@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each operation on a GPU against its definition: odd shapes, every dtype, poisoned outputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.conftest import assert_close
+from tests.kernels.checks import on
+from tests.reference import brute_force
+from tests.shapes import ODD_SHAPES, Case, Shape, build_case
+from vllm_kcache import ops
+from vllm_kcache.cache.hot_cache import HotCache
+from vllm_kcache.kernels import extension
+from vllm_kcache.kernels.score import launch_score
+from vllm_kcache.kernels.select import launch_select, selection_arguments
+from vllm_kcache.reference import attend, fetch, score, select, write
+from vllm_kcache.types import Fetched, Selected, Selection
+
+pytestmark = pytest.mark.gpu
+
+# Every shape in one dtype, and the other dtypes at two head sizes: a kernel is compiled for each.
+CASES = [(shape, torch.bfloat16) for shape in ODD_SHAPES] + [
+    (shape, dtype) for shape in ODD_SHAPES[3:5] for dtype in (torch.float16, torch.float32)
+]
+RULES = (
+    Selection(6, None, 1, 3, "sum"),
+    Selection(None, 0.9, 1, 3, "sum"),
+    Selection(None, 0.8, 0, 9, "max"),
+    Selection(12, 0.95, 2, 3, "max"),
+    Selection(None, None, 1, 3, "sum"),
+)
+
+
+def identity(value: object) -> str:
+    return str(value).removeprefix("torch.")
+
+
+@pytest.fixture(params=CASES, ids=lambda pair: f"{pair[0]}-{identity(pair[1])}")
+def case(request: pytest.FixtureRequest) -> Case:
+    shape, dtype = request.param
+    return build_case(shape, dtype, strided=shape.head_size == 80)
+
+
+def scored(case: Case) -> torch.Tensor:
+    """block_lse of the definition, on the host."""
+    return score.score_blocks(
+        case.query, case.k_pages, case.block_table, case.seq_lens, case.scale,
+        case.shape.v_block_tokens, case.shape.max_blocks,
+    )  # fmt: skip
+
+
+def chosen(case: Case, rule: Selection = RULES[1]) -> Selected:
+    shape = case.shape
+    return select.select_blocks(
+        scored(case), case.seq_lens, shape.num_kv_heads, shape.v_block_tokens, rule
+    )
+
+
+def moved(selected: Selected) -> Selected:
+    return Selected(selected.blocks.cuda(), selected.counts.cuda(), selected.mass.cuda())
+
+
+def hot_cache(case: Case, num_slots: int) -> HotCache:
+    shape = case.shape
+    rows = case.v_pool[..., 0].numel() // shape.v_block_tokens
+    return HotCache.make(
+        num_slots, 2, rows, shape.v_block_tokens, shape.head_size, case.query.dtype, "cuda"
+    )
+
+
+def test_score(case: Case) -> None:
+    shape, there = case.shape, on(case, "cuda")
+    size = (len(shape.seq_lens), shape.num_heads, shape.max_blocks + 3)
+    out = torch.full(size, torch.nan, device="cuda")
+    ops.score_blocks(
+        there.query, there.k_pages, there.block_table, there.seq_lens, case.scale,
+        shape.v_block_tokens, size[2], out,
+    )  # fmt: skip
+    expected = scored(case)
+    assert torch.isneginf(out[..., shape.max_blocks :]).all()
+    assert_close(out[..., : shape.max_blocks], expected)
+
+
+def test_score_of_a_range_of_heads() -> None:
+    case = build_case(ODD_SHAPES[3], torch.bfloat16)
+    there, shape = on(case, "cuda"), case.shape
+    out = torch.full(scored(case).shape, 7.0, device="cuda")
+    launch_score(
+        there.query, there.k_pages, there.block_table, there.seq_lens, case.scale,
+        shape.v_block_tokens, out, first_head=1, num_heads=1, pad=True,
+    )  # fmt: skip
+    group = shape.group_size
+    assert_close(out[:, group : 2 * group], scored(case)[:, group : 2 * group])
+    assert (out[:, :group] == 7).all()
+    assert (out[:, 2 * group :] == 7).all()
+
+
+def assert_selects(
+    selected: Selected, block_lse: torch.Tensor, case_lens: list[int], tokens: int, rule: Selection
+) -> None:
+    """The lists keep the rule, whichever of two blocks of (nearly) equal mass is in them.
+
+    Nearly: masses are summed in units of 2^-30 and computed in float32.
+    """
+    near = 2e-6
+    blocks, counts, mass = selected.blocks.cpu(), selected.counts.cpu(), selected.mass.cpu()
+    num_kv_heads = counts.shape[1]
+    for row, seq_len in enumerate(case_lens):
+        num_blocks = -(-seq_len // tokens)
+        lse = block_lse[row, :, :num_blocks].double().cpu().unflatten(0, (num_kv_heads, -1))
+        for head in range(num_kv_heads):
+            listed = blocks[row, head].tolist()
+            count = int(counts[row, head])
+            kept = listed[:count]
+            assert listed[count:] == [-1] * (len(listed) - count)
+            assert kept == sorted(set(kept))
+            if not seq_len:
+                assert (count, float(mass[row, head])) == (0, 1.0)
+                continue
+            assert kept[0] >= 0
+            assert kept[-1] < num_blocks
+            masses = lse[head].softmax(-1)
+            forced = brute_force.forced(seq_len, tokens, rule)
+            assert forced <= set(kept)
+            most = num_blocks if rule.top_n is None else min(rule.top_n, num_blocks)
+            assert count <= most
+            combined = masses.mean(0) if rule.combine == "sum" else masses.amax(0)
+            others = torch.ones(num_blocks, dtype=torch.bool)
+            others[kept] = False
+            ranked = sorted(set(kept) - forced, key=lambda block: float(combined[block]))
+            if ranked and others.any():
+                assert combined[ranked[0]] >= combined[others].max() - near
+            covered = brute_force.covered_mass(masses, kept, rule.combine)
+            assert abs(float(mass[row, head]) - covered) < 1e-5
+            if rule.coverage is None:
+                assert count == most
+                continue
+            assert covered >= rule.coverage - near or count == most
+            if ranked:
+                fewer = [block for block in kept if block != ranked[0]]
+                less = brute_force.covered_mass(masses, fewer, rule.combine)
+                assert less < rule.coverage + near
+
+
+@pytest.mark.parametrize("triton_only", [False, True], ids=["best", "triton"])
+@pytest.mark.parametrize("rule", RULES, ids=identity)
+def test_select(rule: Selection, triton_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if triton_only:
+        monkeypatch.setattr(extension, "available", lambda: False)
+    for shape in ODD_SHAPES:
+        if rule.top_n is not None and rule.top_n < rule.most_forced_blocks(shape.v_block_tokens):
+            continue
+        block_lse = scored(build_case(shape, sharpness=4.0))
+        columns = shape.max_blocks if rule.top_n is None else min(rule.top_n, shape.max_blocks)
+        lists = (len(shape.seq_lens), shape.num_kv_heads)
+        out = Selected(
+            torch.full((*lists, columns), -99, dtype=torch.int32, device="cuda"),
+            torch.full(lists, -99, dtype=torch.int32, device="cuda"),
+            torch.full(lists, torch.nan, device="cuda"),
+        )
+        lengths = torch.tensor(shape.seq_lens, dtype=torch.int32, device="cuda")
+        ops.select_blocks(
+            block_lse.cuda(), lengths, shape.num_kv_heads, shape.v_block_tokens, rule, out
+        )
+        lens = list(shape.seq_lens)
+        assert_selects(out, block_lse, lens, shape.v_block_tokens, rule)
+
+
+@pytest.mark.parametrize("kind", ["random", "all equal", "ties", "one block has all", "tiny"])
+@pytest.mark.parametrize("triton_only", [False, True], ids=["best", "triton"])
+def test_select_of_long_requests(
+    kind: str, triton_only: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """128K tokens in V blocks of 8, with many equal masses: the lower block wins."""
+    if triton_only:
+        monkeypatch.setattr(extension, "available", lambda: False)
+    lens = [131072, 130999]
+    block_lse = torch.randn(2, 4, 16384)
+    if kind == "all equal":
+        block_lse.zero_()
+    elif kind == "ties":
+        block_lse = (2 * block_lse).round()
+    elif kind == "one block has all":
+        block_lse[..., 777] = 1e4
+    elif kind == "tiny":
+        block_lse *= 20
+    lengths = torch.tensor(lens, dtype=torch.int32, device="cuda")
+    for rule in (Selection(500, None, 1, 32, "sum"), Selection(None, 0.9, 1, 32, "max")):
+        selected = ops.select_blocks(block_lse.cuda(), lengths, 2, 8, rule)
+        assert_selects(selected, block_lse, lens, 8, rule)
+        if kind == "all equal":
+            count = int(selected.counts[0, 0])
+            recent = set(range(16380, 16384))
+            expected = sorted(recent | set(range(count - len(recent))))
+            assert selected.blocks[0, 0, :count].tolist() == expected
+
+
+@pytest.mark.parametrize("num_slots", [None, 5, 4096], ids=["no cache", "small", "large"])
+def test_fetch(case: Case, num_slots: int | None) -> None:
+    shape, there = case.shape, on(case, "cuda")
+    tokens = shape.v_block_tokens
+    selected = chosen(case)
+    cache = None if num_slots is None else hot_cache(case, num_slots)
+    expected = fetch.fetch_blocks(selected, case.block_table, case.v_pool, tokens)
+    for _ in range(2):
+        fetched = ops.fetch_blocks(
+            moved(selected), there.block_table, there.v_pool, tokens, cache, 1
+        )
+        rows, v_rows = fetched.rows.cpu(), fetched.v_rows.cpu()
+        host_rows = case.v_pool.view(-1, tokens, shape.head_size)
+        wanted = selected.blocks >= 0
+        assert ((rows == -1) == ~wanted).all()
+        for row, reference_row in zip(rows[wanted], expected.rows[wanted], strict=True):
+            got = v_rows[row] if row >= 0 else host_rows[-2 - row]
+            assert torch.equal(
+                got.view(torch.uint8), expected.v_rows[reference_row].view(torch.uint8)
+            )
+    if cache is None:
+        assert (rows[wanted] >= 0).all()
+    elif num_slots == 4096:
+        counted = cache.read_counters()
+        assert counted.hits == counted.misses == int(selected.counts.sum())
+
+
+@pytest.mark.parametrize("tail", ["renormalize", "drop"])
+def test_attend(case: Case, tail: str) -> None:
+    """Every third row is read straight from the host, the others from slots in random order."""
+    shape, there = case.shape, on(case, "cuda")
+    tokens = shape.v_block_tokens
+    selected = chosen(case)
+    by_definition = fetch.fetch_blocks(selected, case.block_table, case.v_pool, tokens)
+    arguments = (selected, case.block_table, case.seq_lens, case.scale, tokens, tail, scored(case))
+    expected = attend.attend_blocks(
+        case.query, case.k_pages, case.v_pool, by_definition, *arguments
+    )
+    host = fetch.physical_v_blocks(
+        selected.blocks, case.block_table, shape.num_kv_heads, shape.page_tokens // tokens
+    )
+    order = torch.randperm(max(1, len(by_definition.v_rows)))
+    v_rows = by_definition.v_rows.new_full((len(order), tokens, shape.head_size), torch.nan)
+    v_rows[order[: len(by_definition.v_rows)]] = by_definition.v_rows
+    rows = order[by_definition.rows.clamp_min(0).long()].int()
+    rows = torch.where(by_definition.rows % 3 == 2, -2 - host, rows).int()
+    rows = rows.masked_fill(by_definition.rows < 0, -1)
+    out = torch.full_like(there.query, torch.nan)
+    ops.attend_blocks(
+        there.query, there.k_pages, there.v_pool, Fetched(rows.cuda(), v_rows.cuda()),
+        moved(selected), there.block_table, there.seq_lens, case.scale, tokens, tail,
+        scored(case).cuda(), None, out,
+    )  # fmt: skip
+    assert_close(out, expected)
+
+
+def test_write(case: Case) -> None:
+    """Random slots, padding and strided input; a slot that is resident is written as well."""
+    shape, there = case.shape, on(case, "cuda")
+    dtype, num_pages = case.query.dtype, case.k_pages.shape[0]
+    num_tokens = min(33, num_pages * shape.page_tokens)
+    slots = torch.randperm(num_pages * shape.page_tokens)[:num_tokens]
+    slots[::5] = -1
+    size = (num_tokens, 3, shape.num_kv_heads, shape.head_size)
+    key, _, value = torch.randn(size, dtype=dtype, device="cuda").unbind(1)  # strided
+    cache = hot_cache(case, 64)
+    keys_before, values_before = case.k_pages.clone(), case.v_pool.clone()
+    ops.write_kv(key, value, slots.cuda(), there.k_pages, there.v_pool, cache, 1)
+    torch.cuda.synchronize()
+    write.write_kv(key.cpu(), value.cpu(), slots, keys_before, values_before)
+    for got, expected in ((there.k_pages.cpu(), keys_before), (there.v_pool, values_before)):
+        same = (got == expected) | (got.isnan() & expected.isnan())
+        assert same.all()
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and not extension.available(), reason="the extension is not built"
+)
+def test_schema_and_meta_of_the_extension() -> None:
+    """Mutation marks and Meta functions hold."""
+    shape = Shape((33, 0, 100), 3, 3, 64, 32, 8)
+    block_lse = scored(build_case(shape)).cuda()
+    lengths = torch.tensor(shape.seq_lens, dtype=torch.int32, device="cuda")
+    blocks = torch.empty((3, 3, shape.max_blocks), dtype=torch.int32, device="cuda")
+    counts = torch.empty((3, 3), dtype=torch.int32, device="cuda")
+    mass = torch.empty((3, 3), device="cuda")
+    arguments = (
+        block_lse, lengths, 8, *selection_arguments(RULES[1]), 0, 3, blocks, counts, mass, None,
+    )  # fmt: skip
+    torch.library.opcheck(
+        torch.ops.kcache.select_blocks.default,
+        arguments,
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and not extension.available(), reason="the extension is not built"
+)
+def test_extension_names_what_is_wrong() -> None:
+    block_lse = torch.zeros((2, 4, 8), device="cuda")
+    lengths = torch.ones(2, dtype=torch.int64, device="cuda")
+    out = Selected(
+        torch.empty((2, 2, 8), dtype=torch.int32, device="cuda"),
+        torch.empty((2, 2), dtype=torch.int32, device="cuda"),
+        torch.empty((2, 2), device="cuda"),
+    )
+    with pytest.raises(RuntimeError, match="seq_lens: has the wrong dtype"):
+        launch_select(block_lse, lengths, 8, RULES[1], out)
+    with pytest.raises(RuntimeError, match=r"blocks: has N=8 columns; must have at least 9"):
+        launch_select(torch.zeros((2, 4, 9), device="cuda"), lengths.int(), 8, RULES[1], out)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -221,7 +222,8 @@ def environment() -> dict[str, Any]:
     """GPU, versions, commit and command of this run."""
     import triton
 
-    commit = subprocess.run(
+    # A copy of the tree without its history can be told the commit.
+    commit = os.environ.get("COMMIT") or subprocess.run(
         ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
         capture_output=True,
         text=True,

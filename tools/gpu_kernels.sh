@@ -6,7 +6,8 @@
 #   tools/gpu_kernels.sh --sweep     also other launch shapes of score and attend
 #   tools/gpu_kernels.sh --sanitize  also compute-sanitizer on the tests of the operations
 #
-# Needs PyTorch with CUDA, Triton and pytest; vLLM is not needed. PYTHON chooses the interpreter.
+# Needs PyTorch with CUDA, Triton, pydantic and pytest; vLLM is not needed. PYTHON chooses the
+# interpreter, COMMIT names the commit in the rows where the tree has no history.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-build/gpu}
@@ -36,7 +37,7 @@ step() { # name, limit in seconds, command: the log goes to $out/name.log
 }
 
 "$python" - <<'PY' || exit 1
-import torch, triton
+import pydantic, torch, triton  # pydantic: vllm_kcache.config
 print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)
 PY
 if [ ! -e vllm_kcache/_C.abi3.so ] || [ -n "$(find csrc -newer vllm_kcache/_C.abi3.so -name '*.c*')" ]; then

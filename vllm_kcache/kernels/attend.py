@@ -21,7 +21,8 @@ from vllm_kcache.types import Fetched, Selected, Tail
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+# Batch sizes and waves differ in these numbers only, and share one compiled kernel.
+@triton.jit(do_not_specialize=["columns", "max_blocks", "first_head"])
 def attend_kernel(
     query,
     k_pages,
@@ -54,13 +55,13 @@ def attend_kernel(
     PAGE_TOKENS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     CHUNK_BLOCKS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     DROP: tl.constexpr,
     LSE_CHUNK: tl.constexpr,
     VALUES_OF_16_BYTES: tl.constexpr,
     IEEE: tl.constexpr,
 ):
-    split = tl.program_id(0)
+    split, splits = tl.program_id(0), tl.num_programs(0)
     head = first_head + tl.program_id(1)
     request = tl.program_id(2).to(tl.int64)
     # The list among all, and among those of this launch.
@@ -87,7 +88,7 @@ def attend_kernel(
     largest = tl.full((GROUP_PADDED,), float("-inf"), tl.float32)
     weight = tl.zeros((GROUP_PADDED,), tl.float32)
     sums = tl.zeros((GROUP_PADDED, HEAD_PADDED), tl.float32)
-    for first in range(split * CHUNK_BLOCKS, count, SPLITS * CHUNK_BLOCKS):
+    for first in range(split * CHUNK_BLOCKS, count, splits * CHUNK_BLOCKS):
         column = first + in_chunk // BLOCK_TOKENS
         listed = column < count
         block = tl.load(blocks + list_id * columns + column, mask=listed, other=0)
@@ -119,9 +120,9 @@ def attend_kernel(
         largest = new_largest
 
     last = True
-    if SPLITS > 1:
+    if SPLIT:
         if split * CHUNK_BLOCKS < count:
-            part = (launch_list * SPLITS + split) * GROUP + in_group
+            part = (launch_list * splits + split) * GROUP + in_group
             tl.store(partial_weights + part * 2, largest, mask=group_mask)
             tl.store(partial_weights + part * 2 + 1, weight, mask=group_mask)
             tl.store(
@@ -131,15 +132,15 @@ def attend_kernel(
             )
         # All threads' stores come before the count of this program.
         tl.debug_barrier()
-        last = tl.atomic_add(arrivals + launch_list, 1) == SPLITS - 1
+        last = tl.atomic_add(arrivals + launch_list, 1) == splits - 1
         if last:
             tl.store(arrivals + launch_list, 0)
             largest = tl.full((GROUP_PADDED,), float("-inf"), tl.float32)
             weight = tl.zeros((GROUP_PADDED,), tl.float32)
             sums = tl.zeros((GROUP_PADDED, HEAD_PADDED), tl.float32)
             # Programs that had a share: the others left nothing.
-            for other in range(tl.minimum(SPLITS, tl.cdiv(count, CHUNK_BLOCKS))):
-                part = (launch_list * SPLITS + other) * GROUP + in_group
+            for other in range(tl.minimum(splits, tl.cdiv(count, CHUNK_BLOCKS))):
+                part = (launch_list * splits + other) * GROUP + in_group
                 # Padding of the group gets a maximum of 0, which keeps its arithmetic finite.
                 its_largest = tl.load(
                     partial_weights + part * 2, mask=group_mask, other=0.0, volatile=True
@@ -337,7 +338,7 @@ def attend_blocks(
         PAGE_TOKENS=page_tokens,
         BLOCK_TOKENS=v_block_tokens,
         CHUNK_BLOCKS=config.chunk_blocks,
-        SPLITS=config.splits,
+        SPLIT=config.splits > 1,
         DROP=tail == "drop",
         LSE_CHUNK=128,
         VALUES_OF_16_BYTES=16 // query.element_size(),

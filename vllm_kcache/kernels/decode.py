@@ -28,6 +28,10 @@ WAVE_BYTES = 192 << 20
 # A wave's lists, one thread block each, fetch what they miss. With fewer the link is not full, with
 # many more they take multiprocessors from scoring.
 WAVE_LISTS = 48
+# More waves than this cost more launches than they hide, and a launch of its own with this many
+# thread blocks fills the link without crowding scoring out (docs/benchmarks.md, overlap).
+MOST_WAVES = 4
+COPY_THREAD_BLOCKS = 48
 # Higher than that of the stream that scores; otherwise scoring starves the fetch.
 FETCH_PRIORITY = -1
 
@@ -56,8 +60,8 @@ def plan_decode(
     """The plan for a batch whose longest request may have `max_tokens` tokens."""
     k_bytes = num_requests * num_kv_heads * max_tokens * head_size * itemsize
     by_lists = num_requests * num_kv_heads // WAVE_LISTS
-    waves = max(1, min(k_bytes // WAVE_BYTES, by_lists, num_kv_heads, 8))
-    return DecodePlan(waves)
+    waves = max(1, min(k_bytes // WAVE_BYTES, by_lists, num_kv_heads, MOST_WAVES))
+    return DecodePlan(waves, COPY_THREAD_BLOCKS if waves > 1 else 0)
 
 
 @dataclass
@@ -205,7 +209,8 @@ def decode_step(
         max_blocks: P, V blocks of the longest request there may be: part of the captured shape.
         hot_cache, layer: where V blocks are resident; this call is one epoch of it.
         out: [B, Hq, D] model dtype, GPU. Written and returned.
-        plan: layout of the step; from `plan_decode` unless given.
+        plan: layout of the step; from `plan_decode` unless given. Without a miss list in the
+            workspace each list copies its own misses.
     Other arguments: as for the steps in `vllm_kcache.ops`.
 
     Graph-safe: no allocation, no host sync, grids that depend on shapes only. Uses the current
@@ -220,6 +225,8 @@ def decode_step(
         plan = plan_decode(
             num_requests, k_pages.shape[1], tokens, query.shape[2], query.element_size()
         )
+        if workspace.miss_list.numel() == 0:
+            plan = DecodePlan(plan.waves)
     block_lse, selected, rows = workspace.views(num_requests, max_blocks, selection)
     step = DecodeStep(
         workspace, query, k_pages, v_pool, block_table, seq_lens, scale, v_block_tokens, selection,

@@ -22,7 +22,7 @@ _MISSES = tl.constexpr(COUNTER_NAMES.index("misses"))
 _DIRECT = tl.constexpr(COUNTER_NAMES.index("direct"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer_rows", "num_slots", "columns", "first_head"])
 def fetch_kernel(
     blocks,
     counts,
@@ -43,7 +43,6 @@ def fetch_kernel(
     BLOCKS_PER_PAGE: tl.constexpr,
     ROW_VALUES: tl.constexpr,
     ROW_PADDED: tl.constexpr,
-    PROGRAMS: tl.constexpr,
     HOT: tl.constexpr,
 ):
     head = first_head + tl.program_id(1)
@@ -55,7 +54,7 @@ def fetch_kernel(
     hits = tl.full((), 0, tl.int64)
     misses = tl.full((), 0, tl.int64)
     direct = tl.full((), 0, tl.int64)
-    for column in range(tl.program_id(0), columns, PROGRAMS):
+    for column in range(tl.program_id(0), columns, tl.num_programs(0)):
         place = list_id * columns + column
         result = tl.full((), -1, tl.int32)
         if column < count:
@@ -192,7 +191,6 @@ def launch_fetch(
         BLOCKS_PER_PAGE=page_tokens // v_block_tokens,
         ROW_VALUES=row_values,
         ROW_PADDED=triton.next_power_of_2(row_values),
-        PROGRAMS=programs,
         HOT=hot_cache is not None,
         num_warps=4,
     )

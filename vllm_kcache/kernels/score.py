@@ -24,7 +24,8 @@ _FIRST_MISS_COUNT = tl.constexpr(FIRST_MISS_COUNT)
 _MAX_WAVES = tl.constexpr(MAX_WAVES)
 
 
-@triton.jit
+# Batch sizes and waves differ in these numbers only, and share one compiled kernel.
+@triton.jit(do_not_specialize=["max_blocks", "first_head"])
 def score_kernel(
     query,
     k_pages,
@@ -39,7 +40,6 @@ def score_kernel(
     max_blocks,
     first_head,
     NUM_HEADS: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -47,12 +47,11 @@ def score_kernel(
     PAGE_TOKENS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     CHUNK: tl.constexpr,
-    SPLITS: tl.constexpr,
     IEEE: tl.constexpr,
     PAD: tl.constexpr,
     NEW_EPOCH: tl.constexpr,
 ):
-    split = tl.program_id(0)
+    split, splits = tl.program_id(0), tl.num_programs(0)
     head = first_head + tl.program_id(1)
     request = tl.program_id(2).to(tl.int64)
     if NEW_EPOCH:  # noqa: SIM102  (one is known when compiling, the other is not)
@@ -82,7 +81,7 @@ def score_kernel(
     head_base = head.to(tl.int64) * (PAGE_TOKENS * HEAD_SIZE)
     out_rows = block_lse + (request * NUM_HEADS + head * GROUP + in_group) * max_blocks
     num_chunks = tl.cdiv(num_tokens, CHUNK)
-    for chunk in range(split, num_chunks, SPLITS):
+    for chunk in range(split, num_chunks, splits):
         tokens = chunk * CHUNK + in_chunk
         exists = tokens < num_tokens
         pages = tl.load(table_row + tokens // PAGE_TOKENS, mask=exists, other=0)
@@ -113,7 +112,7 @@ def score_kernel(
         )
     if PAD:
         # Chunks wholly past the length, in the same strides.
-        for chunk in range(split, tl.cdiv(max_blocks, chunk_blocks), SPLITS):
+        for chunk in range(split, tl.cdiv(max_blocks, chunk_blocks), splits):
             if chunk >= num_chunks:
                 blocks = chunk * chunk_blocks + tl.arange(0, chunk_blocks)
                 tl.store(
@@ -228,7 +227,6 @@ def launch_score(
         max_blocks,
         first_head,
         NUM_HEADS=num_query_heads,
-        NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
         GROUP_PADDED=16,
         HEAD_SIZE=head_size,
@@ -236,7 +234,6 @@ def launch_score(
         PAGE_TOKENS=page_tokens,
         BLOCK_TOKENS=v_block_tokens,
         CHUNK=config.chunk_tokens,
-        SPLITS=config.splits,
         IEEE=query.dtype == torch.float32,
         PAD=pad,
         NEW_EPOCH=new_epoch is not None,

@@ -82,7 +82,16 @@ def reaches(
     return enough
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "top_n",
+        "sink_blocks",
+        "recent_tokens",
+        "max_blocks",
+        "columns",
+        "first_head",
+    ]
+)
 def select_kernel(
     block_lse,
     seq_lens,

@@ -29,7 +29,7 @@ class WriteParts(Flag):
     ALL = 7
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer_rows", "num_slots", "allocate_tokens"])
 def write_kernel(
     key,
     value,

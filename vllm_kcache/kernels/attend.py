@@ -21,86 +21,37 @@ from vllm_kcache.types import Fetched, Selected, Tail
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-# Batch sizes and waves differ in these numbers only, and share one compiled kernel.
-@triton.jit(do_not_specialize=["columns", "max_blocks", "first_head"])
-def attend_kernel(
-    query,
-    k_pages,
-    v_rows,
-    rows,
-    blocks,
-    counts,
-    block_table,
-    seq_lens,
-    block_lse,
-    partial_sums,
-    partial_weights,
-    arrivals,
-    out,
-    scale,
-    host_distance,
-    query_stride,
-    page_stride,
-    table_stride,
-    out_stride,
-    columns,
-    max_blocks,
-    first_head,
-    NUM_HEADS: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUP_PADDED: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    HEAD_PADDED: tl.constexpr,
-    PAGE_TOKENS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    CHUNK_BLOCKS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    DROP: tl.constexpr,
-    LSE_CHUNK: tl.constexpr,
-    VALUES_OF_16_BYTES: tl.constexpr,
-    IEEE: tl.constexpr,
-):
-    split, splits = tl.program_id(0), tl.num_programs(0)
-    head = first_head + tl.program_id(1)
-    request = tl.program_id(2).to(tl.int64)
-    # The list among all, and among those of this launch.
-    list_id = request * NUM_KV_HEADS + head
-    launch_list = request * tl.num_programs(1) + tl.program_id(1)
-    num_tokens = tl.load(seq_lens + request)
-    count = tl.load(counts + list_id)
-    chunk_tokens: tl.constexpr = CHUNK_BLOCKS * BLOCK_TOKENS
-    precision: tl.constexpr = "ieee" if IEEE else "tf32"
-    in_group = tl.arange(0, GROUP_PADDED)
+@triton.jit
+def attend_share(
+    q, k_pages, v_rows, rows, blocks, table_row, first, step, count, num_tokens, head_base, scale,
+    host_distance, page_stride, GROUP_PADDED: tl.constexpr, HEAD_SIZE: tl.constexpr,
+    HEAD_PADDED: tl.constexpr, PAGE_TOKENS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    CHUNK_BLOCKS: tl.constexpr, VALUES_OF_16_BYTES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attention over every `step`-th column of a list from `first`, in chunks.
+
+    Returns the largest score [G] (base 2), the sum of exp2(score - largest) [G], and that sum
+    weighted with V [G, D].
+    """
     in_head = tl.arange(0, HEAD_PADDED)
-    in_chunk = tl.arange(0, chunk_tokens)
-    group_mask = in_group < GROUP
-    head_mask = in_head < HEAD_SIZE
-    heads = head * GROUP + in_group
-    q = tl.load(
-        query + request * query_stride + heads[:, None] * HEAD_SIZE + in_head[None, :],
-        mask=group_mask[:, None] & head_mask[None, :],
-        other=0.0,
-    )
-    table_row = block_table + request * table_stride
-    head_base = head.to(tl.int64) * (PAGE_TOKENS * HEAD_SIZE)
+    in_chunk = tl.arange(0, CHUNK_BLOCKS * BLOCK_TOKENS)
+    in_block = in_chunk % BLOCK_TOKENS
     row_values: tl.constexpr = BLOCK_TOKENS * HEAD_SIZE
     largest = tl.full((GROUP_PADDED,), float("-inf"), tl.float32)
     weight = tl.zeros((GROUP_PADDED,), tl.float32)
     sums = tl.zeros((GROUP_PADDED, HEAD_PADDED), tl.float32)
-    for first in range(split * CHUNK_BLOCKS, count, splits * CHUNK_BLOCKS):
-        column = first + in_chunk // BLOCK_TOKENS
+    for start in range(first, count, step):
+        column = start + in_chunk // BLOCK_TOKENS
         listed = column < count
-        block = tl.load(blocks + list_id * columns + column, mask=listed, other=0)
-        row = tl.load(rows + list_id * columns + column, mask=listed, other=0)
-        in_block = in_chunk % BLOCK_TOKENS
+        block = tl.load(blocks + column, mask=listed, other=0)
+        row = tl.load(rows + column, mask=listed, other=0)
         token = block * BLOCK_TOKENS + in_block
         exists = listed & (token < num_tokens)
         page = tl.load(table_row + token // PAGE_TOKENS, mask=exists, other=0).to(tl.int64)
         k_offset = page * page_stride + head_base + (token % PAGE_TOKENS) * HEAD_SIZE
         mask = exists[:, None]
         if HEAD_SIZE != HEAD_PADDED:
-            mask = mask & head_mask[None, :]
+            mask = mask & (in_head < HEAD_SIZE)[None, :]
         k = tl.load(k_pages + k_offset[:, None] + in_head[None, :], mask=mask, other=0.0)
         # One base pointer and a distance reach both memories. Both are aligned to 16 bytes, which
         # the compiler must know to load as much at once.
@@ -109,78 +60,136 @@ def attend_kernel(
         v_offset = tl.multiple_of(tl.where(row >= 0, here, host), VALUES_OF_16_BYTES)
         v_offset += in_block * HEAD_SIZE
         v = tl.load(v_rows + v_offset[:, None] + in_head[None, :], mask=mask, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=precision) * (scale * LOG2_E)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
         scores = tl.where(exists[None, :], scores, float("-inf"))
         # The first block of a chunk has at least one token, so the maximum is finite.
         new_largest = tl.maximum(largest, tl.max(scores, 1))
         rescale = tl.exp2(largest - new_largest)
         weights = tl.exp2(scores - new_largest[:, None])
         weight = weight * rescale + tl.sum(weights, 1)
-        sums = sums * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=precision)
+        sums = sums * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         largest = new_largest
+    return largest, weight, sums
 
+
+@triton.jit
+def leave_part(partial_sums, partial_weights, part, largest, weight, sums, group_mask, in_head):
+    """Store what `attend_share` returned; `part` is its place [G]."""
+    tl.store(partial_weights + part * 2, largest, mask=group_mask)
+    tl.store(partial_weights + part * 2 + 1, weight, mask=group_mask)
+    places = part[:, None] * in_head.shape[0] + in_head[None, :]
+    tl.store(partial_sums + places, sums, mask=group_mask[:, None])
+
+
+@triton.jit
+def add_parts(
+    partial_sums, partial_weights, first_part, parts, group_mask, in_head,
+    GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, HEAD_PADDED: tl.constexpr,
+):  # fmt: skip
+    """What `attend_share` would have returned for all parts together."""
+    in_group = tl.arange(0, GROUP_PADDED)
+    largest = tl.full((GROUP_PADDED,), float("-inf"), tl.float32)
+    weight = tl.zeros((GROUP_PADDED,), tl.float32)
+    sums = tl.zeros((GROUP_PADDED, HEAD_PADDED), tl.float32)
+    for other in range(parts):
+        part = (first_part + other) * GROUP + in_group
+        # Padding of the group gets a maximum of 0, which keeps its arithmetic finite.
+        its_largest = tl.load(partial_weights + part * 2, mask=group_mask, other=0.0, volatile=True)
+        its_weight = tl.load(
+            partial_weights + part * 2 + 1, mask=group_mask, other=1.0, volatile=True
+        )
+        its_sums = tl.load(
+            partial_sums + part[:, None] * HEAD_PADDED + in_head[None, :],
+            mask=group_mask[:, None],
+            other=0.0,
+            volatile=True,
+        )
+        new_largest = tl.maximum(largest, its_largest)
+        rescale = tl.exp2(largest - new_largest)
+        its_rescale = tl.exp2(its_largest - new_largest)
+        weight = weight * rescale + its_weight * its_rescale
+        sums = sums * rescale[:, None] + its_sums * its_rescale[:, None]
+        largest = new_largest
+    return largest, weight, sums
+
+
+@triton.jit
+def weight_of_all(lse_rows, largest, num_blocks, group_mask, CHUNK: tl.constexpr):
+    """Sum of exp2(score - largest) over all tokens of the request, from its blocks' scores."""
+    weight = tl.zeros(largest.shape, tl.float32)
+    for start in range(0, num_blocks, CHUNK):
+        block = start + tl.arange(0, CHUNK)
+        lse = tl.load(
+            lse_rows[:, None] + block[None, :],
+            mask=group_mask[:, None] & (block < num_blocks)[None, :],
+            other=float("-inf"),
+        )
+        weight += tl.sum(tl.exp2(lse * LOG2_E - largest[:, None]), 1)
+    return weight
+
+
+# Batch sizes and waves differ in these numbers only, and share one compiled kernel.
+@triton.jit(do_not_specialize=["columns", "max_blocks", "first_head"])
+def attend_kernel(
+    query, k_pages, v_rows, rows, blocks, counts, block_table, seq_lens, block_lse, partial_sums,
+    partial_weights, arrivals, out, scale, host_distance, query_stride, page_stride, table_stride,
+    out_stride, columns, max_blocks, first_head,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, CHUNK_BLOCKS: tl.constexpr,
+    SPLIT: tl.constexpr, DROP: tl.constexpr, LSE_CHUNK: tl.constexpr,
+    VALUES_OF_16_BYTES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    split, splits = tl.program_id(0), tl.num_programs(0)
+    head = first_head + tl.program_id(1)
+    request = tl.program_id(2).to(tl.int64)
+    # The list among all, and among those of this launch.
+    list_id = request * NUM_KV_HEADS + head
+    launch_list = request * tl.num_programs(1) + tl.program_id(1)
+    num_tokens = tl.load(seq_lens + request)
+    count = tl.load(counts + list_id)
+    in_group = tl.arange(0, GROUP_PADDED)
+    in_head = tl.arange(0, HEAD_PADDED)
+    group_mask = in_group < GROUP
+    heads = head * GROUP + in_group
+    values_mask = group_mask[:, None] & (in_head < HEAD_SIZE)[None, :]
+    values = heads[:, None] * HEAD_SIZE + in_head[None, :]
+    q = tl.load(query + request * query_stride + values, mask=values_mask, other=0.0)
+    largest, weight, sums = attend_share(
+        q, k_pages, v_rows, rows + list_id * columns, blocks + list_id * columns,
+        block_table + request * table_stride, split * CHUNK_BLOCKS, splits * CHUNK_BLOCKS, count,
+        num_tokens, head.to(tl.int64) * (PAGE_TOKENS * HEAD_SIZE), scale, host_distance,
+        page_stride, GROUP_PADDED, HEAD_SIZE, HEAD_PADDED, PAGE_TOKENS, BLOCK_TOKENS,
+        CHUNK_BLOCKS, VALUES_OF_16_BYTES, PRECISION,
+    )  # fmt: skip
     last = True
     if SPLIT:
+        first_part = launch_list * splits
         if split * CHUNK_BLOCKS < count:
-            part = (launch_list * splits + split) * GROUP + in_group
-            tl.store(partial_weights + part * 2, largest, mask=group_mask)
-            tl.store(partial_weights + part * 2 + 1, weight, mask=group_mask)
-            tl.store(
-                partial_sums + part[:, None] * HEAD_PADDED + in_head[None, :],
-                sums,
-                mask=group_mask[:, None],
+            part = (first_part + split) * GROUP + in_group
+            leave_part(
+                partial_sums, partial_weights, part, largest, weight, sums, group_mask, in_head
             )
         # All threads' stores come before the count of this program.
         tl.debug_barrier()
         last = tl.atomic_add(arrivals + launch_list, 1) == splits - 1
         if last:
             tl.store(arrivals + launch_list, 0)
-            largest = tl.full((GROUP_PADDED,), float("-inf"), tl.float32)
-            weight = tl.zeros((GROUP_PADDED,), tl.float32)
-            sums = tl.zeros((GROUP_PADDED, HEAD_PADDED), tl.float32)
             # Programs that had a share: the others left nothing.
-            for other in range(tl.minimum(splits, tl.cdiv(count, CHUNK_BLOCKS))):
-                part = (launch_list * splits + other) * GROUP + in_group
-                # Padding of the group gets a maximum of 0, which keeps its arithmetic finite.
-                its_largest = tl.load(
-                    partial_weights + part * 2, mask=group_mask, other=0.0, volatile=True
-                )
-                its_weight = tl.load(
-                    partial_weights + part * 2 + 1, mask=group_mask, other=1.0, volatile=True
-                )
-                its_sums = tl.load(
-                    partial_sums + part[:, None] * HEAD_PADDED + in_head[None, :],
-                    mask=group_mask[:, None],
-                    other=0.0,
-                    volatile=True,
-                )
-                new_largest = tl.maximum(largest, its_largest)
-                rescale = tl.exp2(largest - new_largest)
-                its_rescale = tl.exp2(its_largest - new_largest)
-                weight = weight * rescale + its_weight * its_rescale
-                sums = sums * rescale[:, None] + its_sums * its_rescale[:, None]
-                largest = new_largest
+            parts = tl.minimum(splits, tl.cdiv(count, CHUNK_BLOCKS))
+            largest, weight, sums = add_parts(
+                partial_sums, partial_weights, first_part, parts, group_mask, in_head,
+                GROUP, GROUP_PADDED, HEAD_PADDED,
+            )  # fmt: skip
     if last:
-        denominator = weight
         if DROP:
-            # All tokens of the request, in the units of `weight`: sum of exp2(score - largest).
-            num_blocks = tl.cdiv(num_tokens, BLOCK_TOKENS)
-            denominator = tl.zeros((GROUP_PADDED,), tl.float32)
             lse_rows = block_lse + (request * NUM_HEADS + heads) * max_blocks
-            for start in range(0, num_blocks, LSE_CHUNK):
-                block = start + tl.arange(0, LSE_CHUNK)
-                lse = tl.load(
-                    lse_rows[:, None] + block[None, :],
-                    mask=group_mask[:, None] & (block < num_blocks)[None, :],
-                    other=float("-inf"),
-                )
-                denominator += tl.sum(tl.exp2(lse * LOG2_E - largest[:, None]), 1)
-        # A padded row has weight 0 and gives 0.
-        result = sums / tl.where(count > 0, denominator, 1.0)[:, None]
+            num_blocks = tl.cdiv(num_tokens, BLOCK_TOKENS)
+            weight = weight_of_all(lse_rows, largest, num_blocks, group_mask, LSE_CHUNK)
+        # A padded row has sums of 0 and gives 0.
+        result = sums / tl.where(count > 0, weight, 1.0)[:, None]
         tl.store(
-            out + request * out_stride + heads[:, None] * HEAD_SIZE + in_head[None, :],
-            result.to(out.dtype.element_ty),
-            mask=group_mask[:, None] & head_mask[None, :],
+            out + request * out_stride + values, result.to(out.dtype.element_ty), mask=values_mask
         )
 
 
@@ -219,6 +228,14 @@ class AttendBuffers:
             torch.empty(parts * 2, device=device),
             torch.zeros(num_lists, dtype=torch.int32, device=device),
         )
+
+    def check(self, num_lists: int, num_weights: int) -> None:
+        """Raise ValueError unless a launch of so many lists and parts of heads fits."""
+        if num_lists > self.arrivals.numel() or num_weights * 2 > self.weights.numel():
+            raise ValueError(
+                f"buffers: made for {self.arrivals.numel()} lists and {self.weights.numel() // 2} "
+                f"parts of heads; this launch has {num_lists} and {num_weights}"
+            )
 
     @staticmethod
     def bytes(num_lists: int, group: int, head_size: int) -> int:
@@ -291,59 +308,26 @@ def attend_blocks(
     num_lists = num_requests * (last_head - first_head)
     if num_lists <= 0:
         return out
-    group = num_heads // num_kv_heads
-    columns = selected.blocks.shape[2]
+    group, columns = num_heads // num_kv_heads, selected.blocks.shape[2]
     if config is None:
         config = attend_config(num_lists, columns, head_size, query.element_size(), v_block_tokens)
     if buffers is None:
         buffers = AttendBuffers.make(num_lists, group, head_size, query.device)
-    parts = num_lists * config.splits
-    if num_lists > buffers.arrivals.numel() or parts * group * 2 > buffers.weights.numel():
-        raise ValueError(
-            f"buffers: made for {buffers.arrivals.numel()} lists and {buffers.weights.numel()} "
-            f"weights; this launch has {num_lists} lists and {parts * group * 2} weights"
-        )
+    buffers.check(num_lists, num_lists * config.splits * group)
     distance = v_pool.data_ptr() - fetched.v_rows.data_ptr()
     if distance % 16:
         raise ValueError("v_pool and fetched.v_rows: must be aligned to 16 bytes")
     attend_kernel[(config.splits, last_head - first_head, num_requests)](
-        query,
-        k_pages,
-        fetched.v_rows,
-        fetched.rows,
-        selected.blocks,
-        selected.counts,
-        block_table,
-        seq_lens,
-        block_lse,
-        buffers.sums,
-        buffers.weights,
-        buffers.arrivals,
-        out,
-        scale,
-        distance // 16,
-        query.stride(0),
-        k_pages.stride(0),
-        block_table.stride(0),
-        out.stride(0),
-        columns,
-        block_lse.shape[2],
-        first_head,
-        NUM_HEADS=num_heads,
-        NUM_KV_HEADS=num_kv_heads,
-        GROUP=group,
-        GROUP_PADDED=16,
-        HEAD_SIZE=head_size,
-        HEAD_PADDED=triton.next_power_of_2(head_size),
-        PAGE_TOKENS=page_tokens,
-        BLOCK_TOKENS=v_block_tokens,
-        CHUNK_BLOCKS=config.chunk_blocks,
-        SPLIT=config.splits > 1,
-        DROP=tail == "drop",
-        LSE_CHUNK=128,
+        query, k_pages, fetched.v_rows, fetched.rows, selected.blocks, selected.counts,
+        block_table, seq_lens, block_lse, buffers.sums, buffers.weights, buffers.arrivals, out,
+        scale, distance // 16, query.stride(0), k_pages.stride(0), block_table.stride(0),
+        out.stride(0), columns, block_lse.shape[2], first_head,
+        NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, GROUP=group, GROUP_PADDED=16,
+        HEAD_SIZE=head_size, HEAD_PADDED=triton.next_power_of_2(head_size),
+        PAGE_TOKENS=page_tokens, BLOCK_TOKENS=v_block_tokens, CHUNK_BLOCKS=config.chunk_blocks,
+        SPLIT=config.splits > 1, DROP=tail == "drop", LSE_CHUNK=128,
         VALUES_OF_16_BYTES=16 // query.element_size(),
-        IEEE=query.dtype == torch.float32,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
     return out

@@ -24,102 +24,86 @@ _FIRST_MISS_COUNT = tl.constexpr(FIRST_MISS_COUNT)
 _MAX_WAVES = tl.constexpr(MAX_WAVES)
 
 
+@triton.jit
+def begin_epoch(state):
+    """Begin an epoch of the hot cache and zero its miss counts, with one program of a launch.
+
+    Nothing else of this layer runs yet, and all of the layer before has ended.
+    """
+    first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (tl.program_id(2) == 0)
+    if first:
+        tl.store(state + _EPOCH, tl.load(state + _EPOCH) + 1)
+        waves = tl.arange(0, _MAX_WAVES)
+        tl.store(state + _FIRST_MISS_COUNT + waves, tl.zeros((_MAX_WAVES,), tl.int32))
+
+
+@triton.jit
+def lse_by_block(scores, BLOCK_TOKENS: tl.constexpr):
+    """Log-sum-exp of runs of BLOCK_TOKENS scores: [G, tokens] in base 2 -> [G, blocks], natural."""
+    blocks: tl.constexpr = scores.shape[1] // BLOCK_TOKENS
+    by_block = tl.reshape(scores, (scores.shape[0], blocks, BLOCK_TOKENS))
+    largest = tl.max(by_block, 2)
+    # A block past the length has only -inf; subtracting 0 there gives log(0) = -inf, not NaN.
+    shift = tl.where(largest == float("-inf"), 0.0, largest)
+    total = tl.sum(tl.exp2(by_block - shift[:, :, None]), 2)
+    return (tl.log2(total) + shift) * LN_2
+
+
 # Batch sizes and waves differ in these numbers only, and share one compiled kernel.
 @triton.jit(do_not_specialize=["max_blocks", "first_head"])
 def score_kernel(
-    query,
-    k_pages,
-    block_table,
-    seq_lens,
-    block_lse,
-    state,
-    scale,
-    query_stride,
-    page_stride,
-    table_stride,
-    max_blocks,
-    first_head,
-    NUM_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUP_PADDED: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    HEAD_PADDED: tl.constexpr,
-    PAGE_TOKENS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    IEEE: tl.constexpr,
-    PAD: tl.constexpr,
+    query, k_pages, block_table, seq_lens, block_lse, state, scale, query_stride, page_stride,
+    table_stride, max_blocks, first_head,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr, PAGE_TOKENS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, PAD: tl.constexpr,
     NEW_EPOCH: tl.constexpr,
-):
+):  # fmt: skip
     split, splits = tl.program_id(0), tl.num_programs(0)
     head = first_head + tl.program_id(1)
     request = tl.program_id(2).to(tl.int64)
-    if NEW_EPOCH:  # noqa: SIM102  (one is known when compiling, the other is not)
-        # Nothing else of this layer runs yet, and all of the layer before has ended.
-        if (split == 0) & (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
-            tl.store(state + _EPOCH, tl.load(state + _EPOCH) + 1)
-            tl.store(
-                state + _FIRST_MISS_COUNT + tl.arange(0, _MAX_WAVES),
-                tl.zeros((_MAX_WAVES,), tl.int32),
-            )
+    if NEW_EPOCH:
+        begin_epoch(state)
     num_tokens = tl.load(seq_lens + request)
     in_group = tl.arange(0, GROUP_PADDED)
     in_head = tl.arange(0, HEAD_PADDED)
     in_chunk = tl.arange(0, CHUNK)
     chunk_blocks: tl.constexpr = CHUNK // BLOCK_TOKENS
+    in_chunk_blocks = tl.arange(0, chunk_blocks)
     group_mask = in_group < GROUP
-    head_mask = in_head < HEAD_SIZE
+    heads = head * GROUP + in_group
     q = tl.load(
-        query
-        + request * query_stride
-        + (head * GROUP + in_group)[:, None] * HEAD_SIZE
-        + in_head[None, :],
-        mask=group_mask[:, None] & head_mask[None, :],
+        query + request * query_stride + heads[:, None] * HEAD_SIZE + in_head[None, :],
+        mask=group_mask[:, None] & (in_head < HEAD_SIZE)[None, :],
         other=0.0,
     )
     table_row = block_table + request * table_stride
     head_base = head.to(tl.int64) * (PAGE_TOKENS * HEAD_SIZE)
-    out_rows = block_lse + (request * NUM_HEADS + head * GROUP + in_group) * max_blocks
+    out_rows = block_lse + (request * NUM_HEADS + heads) * max_blocks
     num_chunks = tl.cdiv(num_tokens, CHUNK)
     for chunk in range(split, num_chunks, splits):
         tokens = chunk * CHUNK + in_chunk
         exists = tokens < num_tokens
-        pages = tl.load(table_row + tokens // PAGE_TOKENS, mask=exists, other=0)
-        offsets = pages.to(tl.int64) * page_stride + head_base + (tokens % PAGE_TOKENS) * HEAD_SIZE
-        if HEAD_SIZE == HEAD_PADDED:
-            k = tl.load(
-                k_pages + offsets[:, None] + in_head[None, :], mask=exists[:, None], other=0.0
-            )
-        else:
-            k = tl.load(
-                k_pages + offsets[:, None] + in_head[None, :],
-                mask=exists[:, None] & head_mask[None, :],
-                other=0.0,
-            )
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee" if IEEE else "tf32")
-        scores = tl.where(exists[None, :], scores * (scale * LOG2_E), float("-inf"))
-        by_block = tl.reshape(scores, (GROUP_PADDED, chunk_blocks, BLOCK_TOKENS))
-        largest = tl.max(by_block, 2)
-        # A block past the length has only -inf; subtracting 0 there gives log(0) = -inf, not NaN.
-        shift = tl.where(largest == float("-inf"), 0.0, largest)
-        total = tl.sum(tl.exp2(by_block - shift[:, :, None]), 2)
-        lse = (tl.log2(total) + shift) * LN_2
-        blocks = chunk * chunk_blocks + tl.arange(0, chunk_blocks)
-        tl.store(
-            out_rows[:, None] + blocks[None, :],
-            lse,
-            mask=group_mask[:, None] & (blocks < max_blocks)[None, :],
-        )
+        pages = tl.load(table_row + tokens // PAGE_TOKENS, mask=exists, other=0).to(tl.int64)
+        offsets = pages * page_stride + head_base + (tokens % PAGE_TOKENS) * HEAD_SIZE
+        mask = exists[:, None]
+        if HEAD_SIZE != HEAD_PADDED:
+            mask = mask & (in_head < HEAD_SIZE)[None, :]
+        k = tl.load(k_pages + offsets[:, None] + in_head[None, :], mask=mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
+        scores = tl.where(exists[None, :], scores, float("-inf"))
+        blocks = chunk * chunk_blocks + in_chunk_blocks
+        out_mask = group_mask[:, None] & (blocks < max_blocks)[None, :]
+        lse = lse_by_block(scores, BLOCK_TOKENS)
+        tl.store(out_rows[:, None] + blocks[None, :], lse, mask=out_mask)
     if PAD:
         # Chunks wholly past the length, in the same strides.
+        nothing = tl.full((GROUP_PADDED, chunk_blocks), float("-inf"), tl.float32)
         for chunk in range(split, tl.cdiv(max_blocks, chunk_blocks), splits):
-            if chunk >= num_chunks:
-                blocks = chunk * chunk_blocks + tl.arange(0, chunk_blocks)
-                tl.store(
-                    out_rows[:, None] + blocks[None, :],
-                    tl.full((GROUP_PADDED, chunk_blocks), float("-inf"), tl.float32),
-                    mask=group_mask[:, None] & (blocks < max_blocks)[None, :],
-                )
+            blocks = chunk * chunk_blocks + in_chunk_blocks
+            beyond = (blocks < max_blocks) & (chunk >= num_chunks)
+            out_mask = group_mask[:, None] & beyond[None, :]
+            tl.store(out_rows[:, None] + blocks[None, :], nothing, mask=out_mask)
 
 
 @dataclass(frozen=True)
@@ -234,7 +218,7 @@ def launch_score(
         PAGE_TOKENS=page_tokens,
         BLOCK_TOKENS=v_block_tokens,
         CHUNK=config.chunk_tokens,
-        IEEE=query.dtype == torch.float32,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         PAD=pad,
         NEW_EPOCH=new_epoch is not None,
         num_warps=config.num_warps,

@@ -43,27 +43,59 @@ def block_masses(lse_rows, shift, block, num_blocks, GROUP, in_group):
 
 
 @triton.jit
-def reaches(
-    keys,
-    lse_rows,
-    shift,
-    totals,
-    num_blocks,
-    least_key,
-    last_tie,
-    cap,
-    num_forced,
-    coverage,
-    GROUP: tl.constexpr,
-    GROUP_PADDED: tl.constexpr,
-    MAX: tl.constexpr,
-    COVER: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+def head_shifts(lse_rows, num_blocks, in_group, GROUP: tl.constexpr, CHUNK: tl.constexpr):
+    """Each query head's log-sum-exp over the request, base 2; 0 for padding of the group."""
+    largest = tl.full(in_group.shape, float("-inf"), tl.float32)
+    total = tl.zeros(in_group.shape, tl.float32)
+    for start in range(0, num_blocks, CHUNK):
+        block = start + tl.arange(0, CHUNK)
+        lse = tl.load(
+            lse_rows[:, None] + block[None, :],
+            mask=(in_group < GROUP)[:, None] & (block < num_blocks)[None, :],
+            other=float("-inf"),
+        )
+        lse = lse * LOG2_E
+        new_largest = tl.maximum(largest, tl.max(lse, 1))
+        # Padding of the group has only -inf.
+        base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+        total = total * tl.exp2(largest - base) + tl.sum(tl.exp2(lse - base[:, None]), 1)
+        largest = new_largest
+    return tl.where(in_group < GROUP, tl.log2(total) + largest, 0.0)
+
+
+@triton.jit
+def rank_blocks(
+    lse_rows, keys, shift, num_blocks, sink_blocks, first_recent, in_group,
+    GROUP: tl.constexpr, MAX: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Store the key of each block; returns all mass [G] in fixed point, which coverage is of."""
+    totals = tl.zeros(in_group.shape, tl.int32)
+    for start in range(0, num_blocks, CHUNK):
+        block = start + tl.arange(0, CHUNK)
+        masses = block_masses(lse_rows, shift, block, num_blocks, GROUP, in_group)
+        if MAX:
+            combined = tl.max(masses, 0)
+            fixed = (masses * FIXED_POINT_ONE + 0.5).to(tl.int32)
+        else:
+            combined = tl.sum(masses, 0) / GROUP
+            fixed = (combined * FIXED_POINT_ONE + 0.5).to(tl.int32)
+            fixed = tl.broadcast_to(fixed[None, :], masses.shape)
+        totals += tl.sum(fixed, 1)
+        forced = (block < sink_blocks) | (block >= first_recent)
+        key = tl.where(forced, FORCED_KEY, combined.to(tl.int32, bitcast=True))
+        tl.store(keys + block, key, mask=block < num_blocks)
+    tl.debug_barrier()
+    return totals
+
+
+@triton.jit
+def suffices(
+    keys, lse_rows, shift, totals, num_blocks, least_key, last_tie, cap, num_forced, coverage,
+    in_group, GROUP: tl.constexpr, MAX: tl.constexpr, COVER: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     """Whether blocks with a key above `least_key`, or equal up to `last_tie`, suffice."""
-    in_group = tl.arange(0, GROUP_PADDED)
     count = 0
-    covered = tl.zeros((GROUP_PADDED,), tl.int32)
+    covered = tl.zeros(in_group.shape, tl.int32)
     for start in range(0, num_blocks, CHUNK):
         block = start + tl.arange(0, CHUNK)
         key = tl.load(keys + block, mask=block < num_blocks, other=-1)
@@ -82,6 +114,62 @@ def reaches(
     return enough
 
 
+@triton.jit
+def last_kept(
+    keys, lse_rows, shift, totals, num_blocks, cap, num_forced, coverage, in_group,
+    GROUP: tl.constexpr, MAX: tl.constexpr, COVER: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Key of the last block kept, and the last block kept of those with that key."""
+    # The largest key with which the blocks above and at it suffice; bit by bit from the top.
+    least_key = tl.full((), 0, tl.int32)
+    bit = tl.full((), 1 << 30, tl.int32)
+    while bit > 0:
+        tried = least_key | bit
+        if suffices(
+            keys, lse_rows, shift, totals, num_blocks, tried, num_blocks, cap, num_forced,
+            coverage, in_group, GROUP, MAX, COVER, CHUNK,
+        ):  # fmt: skip
+            least_key = tried
+        bit = bit >> 1
+    # Of the ties at that key, the lowest blocks that suffice.
+    low = tl.full((), 0, tl.int32)
+    high = tl.maximum(num_blocks - 1, 0)
+    while low < high:
+        middle = (low + high) // 2
+        if suffices(
+            keys, lse_rows, shift, totals, num_blocks, least_key, middle, cap, num_forced,
+            coverage, in_group, GROUP, MAX, COVER, CHUNK,
+        ):  # fmt: skip
+            high = middle
+        else:
+            low = middle + 1
+    return least_key, low
+
+
+@triton.jit
+def write_list(
+    out, columns, keys, lse_rows, shift, num_blocks, least_key, last_tie, in_group,
+    GROUP: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Write the kept blocks in ascending order, then -1; returns their number and mass [G]."""
+    count = tl.full((), 0, tl.int32)
+    covered = tl.zeros(in_group.shape, tl.float32)
+    for start in range(0, num_blocks, CHUNK):
+        block = start + tl.arange(0, CHUNK)
+        key = tl.load(keys + block, mask=block < num_blocks, other=-1)
+        kept = (key > least_key) | ((key == least_key) & (block <= last_tie))
+        place = count + tl.cumsum(kept.to(tl.int32), 0) - 1
+        tl.store(out + place, block, mask=kept & (place < columns))
+        count += tl.sum(kept.to(tl.int32), 0)
+        masses = block_masses(lse_rows, shift, block, num_blocks, GROUP, in_group)
+        covered += tl.sum(tl.where(kept[None, :], masses, 0.0), 1)
+    for start in range(0, columns, CHUNK):
+        place = start + tl.arange(0, CHUNK)
+        beyond = (place >= count) & (place < columns)
+        tl.store(out + place, tl.full((CHUNK,), -1, tl.int32), mask=beyond)
+    return count, covered
+
+
 @triton.jit(
     do_not_specialize=[
         "top_n",
@@ -93,29 +181,12 @@ def reaches(
     ]
 )
 def select_kernel(
-    block_lse,
-    seq_lens,
-    scratch,
-    blocks,
-    counts,
-    mass_out,
-    counters,
-    top_n,
-    coverage,
-    sink_blocks,
-    recent_tokens,
-    max_blocks,
-    columns,
-    first_head,
-    NUM_KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUP_PADDED: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    MAX: tl.constexpr,
-    COVER: tl.constexpr,
-    CHUNK: tl.constexpr,
+    block_lse, seq_lens, scratch, blocks, counts, mass_out, counters, top_n, coverage, sink_blocks,
+    recent_tokens, max_blocks, columns, first_head,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, MAX: tl.constexpr, COVER: tl.constexpr, CHUNK: tl.constexpr,
     COUNT: tl.constexpr,
-):
+):  # fmt: skip
     head = first_head + tl.program_id(0)
     request = tl.program_id(1).to(tl.int64)
     list_id = request * NUM_KV_HEADS + head
@@ -124,88 +195,21 @@ def select_kernel(
     in_group = tl.arange(0, GROUP_PADDED)
     lse_rows = block_lse + (list_id * GROUP + in_group) * max_blocks
     keys = scratch + list_id * max_blocks
-
-    # Each query head's log-sum-exp over the request, base 2.
-    largest = tl.full((GROUP_PADDED,), float("-inf"), tl.float32)
-    total = tl.zeros((GROUP_PADDED,), tl.float32)
-    for start in range(0, num_blocks, CHUNK):
-        block = start + tl.arange(0, CHUNK)
-        lse = tl.load(
-            lse_rows[:, None] + block[None, :],
-            mask=(in_group < GROUP)[:, None] & (block < num_blocks)[None, :],
-            other=float("-inf"),
-        )
-        lse = lse * LOG2_E
-        new_largest = tl.maximum(largest, tl.max(lse, 1))
-        # Padding of the group has only -inf.
-        base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        total = total * tl.exp2(largest - base) + tl.sum(tl.exp2(lse - base[:, None]), 1)
-        largest = new_largest
-    shift = tl.where(in_group < GROUP, tl.log2(total) + largest, 0.0)
-
+    shift = head_shifts(lse_rows, num_blocks, in_group, GROUP, CHUNK)
     first_recent = tl.maximum(num_tokens - recent_tokens, 0) // BLOCK_TOKENS
-    num_forced = tl.minimum(sink_blocks, num_blocks) + num_blocks - first_recent
-    num_forced -= tl.maximum(tl.minimum(sink_blocks, num_blocks) - first_recent, 0)
-    totals = tl.zeros((GROUP_PADDED,), tl.int32)
-    for start in range(0, num_blocks, CHUNK):
-        block = start + tl.arange(0, CHUNK)
-        masses = block_masses(lse_rows, shift, block, num_blocks, GROUP, in_group)
-        if MAX:
-            combined = tl.max(masses, 0)
-            fixed = (masses * FIXED_POINT_ONE + 0.5).to(tl.int32)
-        else:
-            combined = tl.sum(masses, 0) / GROUP
-            fixed = (combined * FIXED_POINT_ONE + 0.5).to(tl.int32)
-            fixed = tl.broadcast_to(fixed[None, :], masses.shape)
-        totals += tl.sum(fixed, 1)
-        forced = (block < sink_blocks) | (block >= first_recent)
-        key = tl.where(forced, FORCED_KEY, combined.to(tl.int32, bitcast=True))
-        tl.store(keys + block, key, mask=block < num_blocks)
-    tl.debug_barrier()
-
-    cap = tl.minimum(top_n, num_blocks)
-    # The largest key with which the blocks above and at it suffice; bit by bit from the top.
-    least_key = tl.full((), 0, tl.int32)
-    bit = tl.full((), 1 << 30, tl.int32)
-    while bit > 0:
-        tried = least_key | bit
-        if reaches(
-            keys, lse_rows, shift, totals, num_blocks, tried, max_blocks, cap, num_forced, coverage,
-            GROUP, GROUP_PADDED, MAX, COVER, CHUNK,
-        ):  # fmt: skip
-            least_key = tried
-        bit = bit >> 1
-    # Of the ties at that key, the lowest blocks that suffice.
-    low = tl.full((), 0, tl.int32)
-    high = tl.maximum(num_blocks - 1, 0)
-    while low < high:
-        middle = (low + high) // 2
-        if reaches(
-            keys, lse_rows, shift, totals, num_blocks, least_key, middle, cap, num_forced, coverage,
-            GROUP, GROUP_PADDED, MAX, COVER, CHUNK,
-        ):  # fmt: skip
-            high = middle
-        else:
-            low = middle + 1
-
-    count = tl.full((), 0, tl.int32)
-    covered = tl.zeros((GROUP_PADDED,), tl.float32)
-    for start in range(0, num_blocks, CHUNK):
-        block = start + tl.arange(0, CHUNK)
-        key = tl.load(keys + block, mask=block < num_blocks, other=-1)
-        kept = (key > least_key) | ((key == least_key) & (block <= low))
-        place = count + tl.cumsum(kept.to(tl.int32), 0) - 1
-        tl.store(blocks + list_id * columns + place, block, mask=kept & (place < columns))
-        count += tl.sum(kept.to(tl.int32), 0)
-        masses = block_masses(lse_rows, shift, block, num_blocks, GROUP, in_group)
-        covered += tl.sum(tl.where(kept[None, :], masses, 0.0), 1)
-    for start in range(0, columns, CHUNK):
-        place = start + tl.arange(0, CHUNK)
-        tl.store(
-            blocks + list_id * columns + place,
-            tl.full((CHUNK,), -1, tl.int32),
-            mask=(place >= count) & (place < columns),
-        )
+    sinks = tl.minimum(sink_blocks, num_blocks)
+    num_forced = sinks + num_blocks - first_recent - tl.maximum(sinks - first_recent, 0)
+    totals = rank_blocks(
+        lse_rows, keys, shift, num_blocks, sink_blocks, first_recent, in_group, GROUP, MAX, CHUNK
+    )
+    least_key, last_tie = last_kept(
+        keys, lse_rows, shift, totals, num_blocks, tl.minimum(top_n, num_blocks), num_forced,
+        coverage, in_group, GROUP, MAX, COVER, CHUNK,
+    )  # fmt: skip
+    count, covered = write_list(
+        blocks + list_id * columns, columns, keys, lse_rows, shift, num_blocks, least_key,
+        last_tie, in_group, GROUP, CHUNK,
+    )  # fmt: skip
     if MAX:
         mass = tl.min(tl.where(in_group < GROUP, covered, 1.0), 0)
     else:

@@ -223,12 +223,15 @@ def environment() -> dict[str, Any]:
     import triton
 
     # A copy of the tree without its history can be told the commit.
-    commit = os.environ.get("COMMIT") or subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+    commit = (
+        os.environ.get("COMMIT")
+        or subprocess.run(
+            ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.strip()
+    )
     return {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,

@@ -76,10 +76,15 @@ def measure(options: dict[str, Any]) -> dict[str, Any]:
     if split:
         llm.collective_rpc("kcache_fill_host_pool", args=(0.5,))
     rows = []
+    before = _figures(llm) if split else {}
     for requests in options["requests"]:
         count = min(requests or fits, fits, options["max_requests"])
         rows.append(_time_steps(llm, options, count))
-    result = {
+        if split:
+            after = _figures(llm)
+            rows[-1]["kcache_metrics"] = {key: after[key] - before[key] for key in after}
+            before = after
+    return {
         "engine": options["engine"],
         "kv_cache_dtype": options.get("kv_cache_dtype", "auto"),
         "kcache_config": options["kcache_config"] if split else None,
@@ -89,11 +94,15 @@ def measure(options: dict[str, Any]) -> dict[str, Any]:
         "peak_gpu_bytes": torch.cuda.max_memory_allocated(),
         "runs": rows,
     }
-    if split:
-        import vllm_kcache
 
-        result["kcache_metrics"] = vllm_kcache.metrics(llm)
-    return result
+
+def _figures(llm: Any) -> dict[str, float]:
+    """The split cache's counters since its start."""
+    import vllm_kcache
+
+    return {
+        key: value for key, value in vllm_kcache.metrics(llm).items() if isinstance(value, float)
+    }
 
 
 def _time_steps(llm: Any, options: dict[str, Any], count: int) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def test_settings(capsys: pytest.CaptureFixture[str]) -> None:
         )
         return json.loads(capsys.readouterr().out)["selected_tokens"]
 
-    assert selected() == pytest.approx(577)
+    assert selected() == pytest.approx(746)
     assert selected("--coverage", "0.9") == pytest.approx(345)
     assert selected("--top-n", "16") == 128
     assert selected("--top-n", "all") == 4096

@@ -23,7 +23,7 @@ def refusal(value) -> str:
 def test_defaults():
     config = KCacheConfig.from_user(None)
     assert config == KCacheConfig.from_user({}) == KCacheConfig.from_user("{}") == KCacheConfig()
-    assert (config.resolved_top_n, config.resolved_coverage) == (None, 0.95)
+    assert (config.resolved_top_n, config.resolved_coverage) == (None, 0.97)
     assert (config.sink_tokens, config.recent_tokens, config.dense_layers) == (8, 32, 0)
     assert (config.tail, config.head_combine) == ("renormalize", "sum")
     assert config.host_memory_gib == config.hot_cache_gib == config.prefill == "auto"
@@ -32,8 +32,8 @@ def test_defaults():
 @pytest.mark.parametrize(
     ("given", "top_n", "coverage"),
     [
-        ({}, None, 0.95),
-        ({"top_n": None}, None, 0.95),
+        ({}, None, 0.97),
+        ({"top_n": None}, None, 0.97),
         ({"top_n": "all"}, None, None),
         ({"top_n": 64}, 64, None),
         ({"coverage": 0.9}, None, 0.9),
@@ -44,7 +44,7 @@ def test_defaults():
         ({"top_n": "all", "coverage": None}, None, None),
         ({"top_n": 64, "coverage": None}, 64, None),
         ({"top_n": "all", "coverage": "auto"}, None, None),
-        ({"coverage": "auto"}, None, 0.95),
+        ({"coverage": "auto"}, None, 0.97),
     ],
     ids=str,
 )

@@ -151,7 +151,7 @@ def measured_work(row: dict[str, Any], run: dict[str, Any], shape: Any) -> Split
     tokens = config.resolved_v_block_tokens(shape.head_size, shape.itemsize, 16)
     fetched = figures["hot_cache_misses"] + figures["direct_host_reads"]
     return SplitWork(
-        selected_tokens=figures["selected_blocks"]["mean"] * tokens,
+        selected_tokens=figures["selected_blocks"] / max(1, figures["selected_lists"]) * tokens,
         hit_rate=figures["hot_cache_hits"] / max(1, figures["hot_cache_hits"] + fetched),
         v_block_tokens=tokens,
         dense_layers=len(config.resolved_dense_layers(shape.num_layers)),

@@ -83,8 +83,9 @@ def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def most_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    decorators = {ast.unparse(decorator) for decorator in function.decorator_list}
-    return MOST_KERNEL_LINES if "triton.jit" in decorators else MOST_FUNCTION_LINES
+    decorators = [ast.unparse(decorator) for decorator in function.decorator_list]
+    is_kernel = any(name.startswith("triton.jit") for name in decorators)
+    return MOST_KERNEL_LINES if is_kernel else MOST_FUNCTION_LINES
 
 
 def imported_names(node: ast.AST) -> list[str]:

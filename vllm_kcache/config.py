@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from vllm_kcache.types import HeadCombine, Selection, Tail
 
 KEY_PREFIX = "kcache_config"
-DEFAULT_COVERAGE = 0.95
+# .95 cost more than 1% of perplexity on one sample of two (docs/accuracy.md).
+DEFAULT_COVERAGE = 0.97
 
 # The smallest row that reads mapped host memory at the full speed of the link.
 V_BLOCK_BYTES = 2048
@@ -51,7 +52,7 @@ class KCacheConfig(BaseModel):
 
     | top_n | coverage | selected, per request and KV head |
     |---|---|---|
-    | not given | not given | the fewest blocks that reach coverage .95 |
+    | not given | not given | the fewest blocks that reach coverage .97 |
     | "all" | not given | every block: equal to full attention |
     | N | not given | the N blocks of most mass (the paper's mode, arXiv 2404.18057) |
     | not given or "all" | c | the fewest blocks that reach coverage c |

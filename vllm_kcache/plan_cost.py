@@ -80,7 +80,7 @@ SELECT_SHARE = 0.05
 # Layout of a step (kernels/decode.py, plan_decode); tests/test_plan.py compares the two.
 WAVE_BYTES = 192 << 20
 WAVE_LISTS = 48
-MOST_WAVES = 8
+MOST_WAVES = 4
 
 # Tokens a head that coverage selected, mean over layers and heads of SmolLM2-135M on English text
 # of 4096 tokens, combine "sum" (.97: measured at 2K, 1.29 times what .95 took there); by the length

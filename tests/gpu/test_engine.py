@@ -19,9 +19,9 @@ GRAPHS = {
     "gpu_memory_utilization": 0.5,
     "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
 }
-# In bfloat16 two tokens may tie: the model's logits, 16 to 32 in size, come in steps of 0.125, and any
-# difference in the order of sums moves one by a step. The first difference is allowed only where
-# stock itself puts the two tokens within two steps. In float32 there is no such rule.
+# In bfloat16 two tokens may tie: the model's logits, 16 to 32 in size, come in steps of 0.125, and
+# any difference in the order of sums moves one by a step. The first difference is allowed only
+# where stock itself puts the two tokens within two steps. In float32 there is no such rule.
 TIE_NATS = 0.25
 
 LONG = kjv(0, 100)

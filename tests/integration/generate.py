@@ -4,9 +4,10 @@
     python -m tests.integration.generate SPEC.json OUT.json
 
 The specification: {"engine": keyword arguments of vllm.LLM, "batches": [{"prompts": [...],
-"sampling": {...}, "forced": [[token ids], ...] or absent}]}. Batches run one after the other, so that a later one
-can hit the prefix cache of an earlier one. With "forced", request i must continue with those tokens,
-and the raw log-probability of each is returned: teacher forcing on the decode path.
+"sampling": {...}, "forced": [[token ids], ...] or absent}]}. Batches run one after the other, so
+that a later one can hit the prefix cache of an earlier one. With "forced", request i must continue
+with those tokens, and the raw log-probability of each is returned: teacher forcing on the decode
+path.
 """
 
 from __future__ import annotations
@@ -78,7 +79,10 @@ def _run_batch(llm: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
         }
         if "logprobs" in batch["sampling"]:
             row["top"] = [
-                [{str(token): entry.logprob for token, entry in step.items()} for step in c.logprobs]
+                [
+                    {str(token): entry.logprob for token, entry in step.items()}
+                    for step in c.logprobs
+                ]
                 for c in output.outputs
             ]
         if "forced" in batch:

@@ -43,7 +43,7 @@ def test_text_equals_stock(tmp_path: Path) -> None:
 
 
 def test_text_equals_stock_under_preemption(tmp_path: Path) -> None:
-    """Eight requests at once in a cache that cannot hold them: some are preempted and recomputed."""
+    """Eight requests in a cache that cannot hold them: some are preempted and recomputed."""
     prompts = [kjv(40 * i, 8) for i in range(8)]
     batches = [{"prompts": prompts, "sampling": {"max_tokens": 96, "ignore_eos": True}}]
     small = {"num_gpu_blocks_override": 60, "max_model_len": 1024, "max_num_batched_tokens": 256}

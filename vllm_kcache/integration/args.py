@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from vllm_kcache.config import KCacheConfig, KCacheConfigError
-from vllm_kcache.integration import refusals
+from vllm_kcache.integration import counters, refusals
 from vllm_kcache.integration.patches import PatchRecord, wrap
 from vllm_kcache.integration.plugin import activate_backend
 from vllm_kcache.integration.settings import KEY
@@ -183,6 +184,7 @@ def _with_checks(original: Callable) -> Callable:
             _choose_backend_and_worker(self)
             vllm_config = original(self, *args, **kwargs)
             refusals.check(vllm_config, config)
+            atexit.register(counters.remove_all, vllm_config.instance_id)
         except KCacheConfigError as error:
             if isinstance(additional, _FromCommandLine):
                 _exit_with(error)

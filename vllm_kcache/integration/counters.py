@@ -143,6 +143,15 @@ def read_all(instance_id: str, engine: int) -> list[np.ndarray]:
     return arrays
 
 
+def remove_all(instance_id: str) -> None:
+    """Remove the files of all workers of an instance.
+
+    vLLM ends workers with SIGKILL when it stops, so they cannot remove their own.
+    """
+    for path in directory().glob(f"vllm_kcache.{instance_id}.*"):
+        path.unlink(missing_ok=True)
+
+
 def summed(arrays: list[np.ndarray]) -> np.ndarray:
     """One array for an engine: counts add over its ranks, the pool's blocks do not.
 

@@ -150,18 +150,18 @@ class GPURuntime(Runtime):
             wanted = int(available_bytes * HOT_CACHE_SHARE)
         else:
             wanted = int(float(setting) * 2**30)
-        # Without a slot nothing could be resident; one is the least the kernels take.
         self.hot_slots = max(1, wanted // self.slot_bytes)
         return self.hot_slots * self.slot_bytes
 
     def _workspace_arguments(self) -> dict[str, Any]:
-        arguments = {
+        arguments: dict[str, Any] = {
             "max_requests": 1,
             "num_query_heads": self.num_query_heads,
             "num_kv_heads": self.shape.num_kv_heads,
             "head_size": self.shape.head_size,
             "max_blocks": self.max_blocks,
             "selection": self.selection,
+            "with_miss_list": True,
         }
         room = max(1, WORKSPACE_BYTES // DecodeWorkspace.bytes(**arguments))
         arguments["max_requests"] = min(GROUP_REQUESTS, self.limits.max_requests, room)
@@ -243,8 +243,6 @@ class GPURuntime(Runtime):
             self.hot_cache.counters.zero_()
         self._copied = None
         self.counters["eager_decode_steps"] = 0
-
-    # Steps -----------------------------------------------------------------------------------
 
     def before_step(self) -> None:
         """Order the coming step after V that is still on its way to the host."""

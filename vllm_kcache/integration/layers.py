@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from vllm_kcache.config import KCacheConfig
@@ -50,7 +51,7 @@ def is_dense_layer(layer_name: str, config: KCacheConfig, num_layers: int) -> bo
     return extract_layer_index(layer_name) in config.resolved_dense_layers(num_layers)
 
 
-def _dense_layers_keep_stock_backend(original):
+def _dense_layers_keep_stock_backend(original: Callable) -> Callable:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         from vllm.config import get_current_vllm_config
 
@@ -82,8 +83,10 @@ def _stock_backend(vllm_config: Any, args: tuple, kwargs: dict) -> Any:
         vllm_config.attention_config.backend = chosen
 
 
-def _honour_custom_on_cpu(original):
-    def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None):
+def _honour_custom_on_cpu(original: Callable) -> Callable:
+    def get_attn_backend_cls(
+        cls: Any, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
         from vllm.platforms.interface import DeviceCapability
         from vllm.v1.attention.backends.registry import AttentionBackendEnum
 

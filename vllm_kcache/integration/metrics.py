@@ -76,7 +76,7 @@ class KCacheCollector:
         for index, array in values.items():
             selected.add_metric(
                 [str(index)],
-                count_value=_scalar(array, "selected_lists"),
+                count_value=int(_scalar(array, "selected_lists")),
                 sum_value=_scalar(array, "selected_blocks"),
             )
             # Only the buckets are kept, so there is no sum to publish.

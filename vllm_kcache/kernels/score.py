@@ -101,7 +101,7 @@ def score_kernel(
         nothing = tl.full((GROUP_PADDED, chunk_blocks), float("-inf"), tl.float32)
         for chunk in range(split, tl.cdiv(max_blocks, chunk_blocks), splits):
             blocks = chunk * chunk_blocks + in_chunk_blocks
-            beyond = (blocks < max_blocks) & (chunk >= num_chunks)
+            beyond = (blocks < max_blocks) & (blocks >= num_chunks * chunk_blocks)
             out_mask = group_mask[:, None] & beyond[None, :]
             tl.store(out_rows[:, None] + blocks[None, :], nothing, mask=out_mask)
 

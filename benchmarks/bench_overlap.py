@@ -35,6 +35,8 @@ PLANS = (
     DecodePlan(2, 48),
     DecodePlan(4, 48),
     DecodePlan(8, 48),
+    DecodePlan(4, 48, copy_stream=True),
+    DecodePlan(8, 48, copy_stream=True),
 )
 LAYERS = 8
 
@@ -86,7 +88,7 @@ class Steps:
 
 def fetch_alone(step: DecodeStep) -> None:
     step.hot_cache.begin_epoch()
-    step._select_fetch(0, 0, step.k_pages.shape[1])
+    step.select_fetch(0, 0, step.k_pages.shape[1])
 
 
 def main() -> None:
@@ -107,6 +109,7 @@ def main() -> None:
             for plan in plans:
                 both = cold.time(DecodeStep.score_and_fetch, plan, LAYERS)
                 name = f"{plan.waves} waves, copy by {plan.copy_thread_blocks or 'lists'}"
+                name += " on a third stream" if plan.copy_stream else ""
                 name += ", default" if plan == default else ""
                 report.add(f"{words}, {name}", both, over_longer=both.p50 / longer)
             warm = Steps(batch, blocks, 2.0 * LAYERS)

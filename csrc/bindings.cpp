@@ -117,10 +117,11 @@ FetchArgs fetch_args(const Tensor& blocks, const Tensor& block_table, const Tens
 }
 
 // Misses go to a list that copy_misses works off, and are counted in a word of `state`.
-void use_miss_list(FetchArgs& args, const Tensor& miss_list, int64_t wave, const Tensor& blocks) {
+void use_miss_list(FetchArgs& args, const Tensor& miss_list, int64_t wave, const Tensor& blocks,
+                   int64_t num_heads) {
   check_tensor("miss_list", miss_list, ScalarType::Int, {kAnySize, 2}, blocks);
   STD_TORCH_CHECK(wave >= 0 && wave < kMaxWaves, "wave=", wave, ": must be 0 to ", kMaxWaves - 1);
-  const int64_t needed = blocks.size(0) * blocks.size(1) * blocks.size(2);
+  const int64_t needed = blocks.size(0) * num_heads * blocks.size(2);
   STD_TORCH_CHECK(miss_list.size(0) >= needed, "miss_list: has ", miss_list.size(0),
                   " entries; must have at least ", needed);
   args.miss_list = pointer<int2>(miss_list);
@@ -167,7 +168,7 @@ void select_fetch(Tensor block_lse, Tensor seq_lens, int64_t v_block_tokens, int
                   combine_max, blocks, counts, mass, counters);
   FetchArgs fetch = fetch_args(blocks, block_table, v_pool, v_block_tokens, layer, true, rows,
                                v_rows, table, slot_word, state, counters);
-  if (miss_list.has_value()) use_miss_list(fetch, *miss_list, wave, blocks);
+  if (miss_list.has_value()) use_miss_list(fetch, *miss_list, wave, blocks, num_heads);
   const HeadRange range = head_range(blocks, first_head, num_heads);
   if (range.num_requests == 0 || range.num_heads == 0) return;
   torch::stable::accelerator::DeviceGuard guard(block_lse.get_device_index());

@@ -23,7 +23,7 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(PLAN) == 0
     shown = capsys.readouterr().out
     rows = {line[:26].strip(): line[26:].split() for line in shown.splitlines() if line[26:]}
-    assert rows["requests that fit"] == ["13", "27", "26"]
+    assert rows["requests that fit"] == ["13", "27", "23"]
     assert float(rows["step, ms"][0]) == pytest.approx(24.7, abs=0.3)
     assert re.fullmatch(r"1\.[678]\dx", rows["kcache against it"][0])
     for text in ("NVIDIA H100", "pays (more tokens/s than stock): from", "limited by: "):
@@ -35,7 +35,7 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
 def test_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*PLAN, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert [plan[name]["fits"] for name in ("stock", "stock_fp8", "kcache")] == [13, 27, 26]
+    assert [plan[name]["fits"] for name in ("stock", "stock_fp8", "kcache")] == [13, 27, 23]
     assert plan["kcache"]["cost"]["pcie_bytes"] > 0
     assert plan["setup"]["config"] == {"top_n": 16}
     assert plan["limited_by"] in (
@@ -152,3 +152,11 @@ def test_check_as_a_command() -> None:
     assert done.returncode == 1, done.stderr
     (found,) = json.loads(done.stdout)
     assert found.startswith("--kv-backend kcache does not support kv_sharing_fast_prefill=True:")
+
+
+@pytest.mark.parametrize("command", ["plan", "check"])
+def test_help_is_printed(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"usage: vllm-kcache {command}" in capsys.readouterr().out

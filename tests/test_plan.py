@@ -259,7 +259,7 @@ def test_host_memory_limits() -> None:
 
 
 def test_split_cache_nearly_doubles_the_requests() -> None:
-    plan = make_plan(setup_of(), Load(16384))
+    plan = make_plan(setup_of(config={"top_n": 16, "hot_cache_gib": 0.05}), Load(16384))
     assert 1.85 < plan.kcache.fit.num_blocks / plan.stock.fit.num_blocks < 2
 
 

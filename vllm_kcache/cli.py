@@ -81,7 +81,7 @@ def _add_plan(commands: Any) -> None:
         type=float,
         metavar="GIB",
         help="host memory for V of all ranks (default: kcache_config.host_memory_gib, or "
-        f"{AUTO_SHARE:.0%} of what this machine has available)",
+        f"{AUTO_SHARE:.0%}% of what this machine has available)",
     )
     engine = plan.add_argument_group("engine, as in vLLM")
     engine.add_argument("--gpu-memory-utilization", type=float, default=0.9)

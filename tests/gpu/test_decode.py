@@ -96,7 +96,9 @@ def _workspace(case, selection) -> DecodeWorkspace:
 
 
 @pytest.mark.parametrize(
-    "plan", [DecodePlan(), DecodePlan(2), DecodePlan(4), DecodePlan(3, 16)], ids=str
+    "plan",
+    [DecodePlan(), DecodePlan(2), DecodePlan(4), DecodePlan(3, 16), DecodePlan(4, 16, True)],
+    ids=str,
 )
 def test_waves_and_graph_replay_agree(plan: DecodePlan) -> None:
     """A captured step in waves, replayed on changed lengths, equals an eager one in one wave."""

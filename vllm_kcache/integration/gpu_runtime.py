@@ -28,8 +28,9 @@ GROUP_REQUESTS = 64
 WORKSPACE_BYTES = 256 << 20
 # Bytes of one gathered piece of V (and as many for K) while a prompt chunk attends to its context.
 PIECE_BYTES = 64 << 20
-# Share of the memory for K pages that the hot V cache takes when its size is "auto".
-HOT_CACHE_SHARE = 0.04
+# Share of the memory for K pages that the hot V cache takes when its size is "auto": where the
+# planner finds the most throughput at the default coverage (docs/plan.md).
+HOT_CACHE_SHARE = 0.13
 
 
 @dataclass(frozen=True)

@@ -44,14 +44,19 @@ class DecodePlan:
         waves: parts of the KV heads; 1 runs on the current stream alone.
         copy_thread_blocks: 0 lets the thread block of a list copy its misses; otherwise misses are
             listed and this many thread blocks copy them, in a launch of their own for each wave.
+        copy_stream: copies run on a third stream, so that the link need not wait while the next
+            wave is selected. Needs `copy_thread_blocks`.
     """
 
     waves: int = 1
     copy_thread_blocks: int = 0
+    copy_stream: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.waves <= MAX_WAVES:
             raise ValueError(f"waves={self.waves}: must be 1 to {MAX_WAVES}")
+        if self.copy_stream and not self.copy_thread_blocks:
+            raise ValueError("copy_stream=True: needs copy_thread_blocks of at least 1")
 
 
 def plan_decode(
@@ -75,7 +80,8 @@ class DecodeWorkspace:
         scratch: [B * Hkv * P] int32, GPU; empty when the extension selects.
         miss_list: [B * Hkv * N, 2] int32, GPU; empty unless asked for.
         attend: partial results of attention.
-        fetch_stream: stream of high priority; None on the CPU (Triton's interpreter).
+        fetch_stream, copy_stream: streams of high priority; None on the CPU (the interpreter).
+        scored, listed, fetched: events of the waves; none on the CPU.
     """
 
     max_requests: int
@@ -91,7 +97,9 @@ class DecodeWorkspace:
     miss_list: torch.Tensor
     attend: AttendBuffers
     fetch_stream: torch.cuda.Stream | None
+    copy_stream: torch.cuda.Stream | None
     scored: list[torch.cuda.Event] = field(default_factory=list)
+    listed: list[torch.cuda.Event] = field(default_factory=list)
     fetched: list[torch.cuda.Event] = field(default_factory=list)
 
     @classmethod
@@ -133,7 +141,9 @@ class DecodeWorkspace:
             miss_list=integers(places if with_miss_list else 0, 2),
             attend=AttendBuffers.make(lists, num_query_heads // num_kv_heads, head_size, device),
             fetch_stream=torch.cuda.Stream(device, FETCH_PRIORITY) if on_gpu else None,
+            copy_stream=torch.cuda.Stream(device, FETCH_PRIORITY) if on_gpu else None,
             scored=[torch.cuda.Event() for _ in range(MAX_WAVES if on_gpu else 0)],
+            listed=[torch.cuda.Event() for _ in range(MAX_WAVES if on_gpu else 0)],
             fetched=[torch.cuda.Event() for _ in range(MAX_WAVES if on_gpu else 0)],
         )
 
@@ -287,18 +297,25 @@ class DecodeStep:
         bounds = self.wave_bounds()
         if len(bounds) == 2:
             self._score(0, bounds[-1], new_epoch=True)
-            self._select_fetch(0, 0, bounds[-1])
+            self.select_fetch(0, 0, bounds[-1])
             return
         workspace = self.workspace
+        copy_stream = workspace.copy_stream if self.plan.copy_stream else workspace.fetch_stream
         assert workspace.fetch_stream is not None
+        assert copy_stream is not None
         main = torch.cuda.current_stream(self.query.device)
         for wave, (first, last) in enumerate(itertools.pairwise(bounds)):
             self._score(first, last, new_epoch=wave == 0)
             workspace.scored[wave].record(main)
             workspace.fetch_stream.wait_event(workspace.scored[wave])
             with torch.cuda.stream(workspace.fetch_stream):
-                self._select_fetch(wave, first, last)
-                workspace.fetched[wave].record(workspace.fetch_stream)
+                self._select(wave, first, last)
+            if copy_stream is not workspace.fetch_stream:
+                workspace.listed[wave].record(workspace.fetch_stream)
+                copy_stream.wait_event(workspace.listed[wave])
+            with torch.cuda.stream(copy_stream):
+                self._copy(wave, first)
+                workspace.fetched[wave].record(copy_stream)
         if join:
             main.wait_event(workspace.fetched[len(bounds) - 2])
 
@@ -316,7 +333,13 @@ class DecodeStep:
             new_epoch=self.hot_cache if new_epoch else None,
         )
 
-    def _select_fetch(self, wave: int, first_head: int, last_head: int) -> None:
+    def select_fetch(self, wave: int, first_head: int, last_head: int) -> None:
+        """Selection and fetch of one wave, on the current stream."""
+        self._select(wave, first_head, last_head)
+        self._copy(wave, first_head)
+
+    def _select(self, wave: int, first_head: int, last_head: int) -> None:
+        """Select and look up; copy, too, unless the plan leaves that to `_copy`."""
         num_heads = last_head - first_head
         cache, selected, workspace = self.hot_cache, self.selected, self.workspace
         if not extension.available():
@@ -333,19 +356,28 @@ class DecodeStep:
                 self.fetched, first_head=first_head, num_heads=num_heads,
             )  # fmt: skip
             return
-        copies_later = self.plan.copy_thread_blocks > 0
+        misses = self._miss_list(first_head) if self.plan.copy_thread_blocks else None
         torch.ops.kcache.select_fetch(
             self.block_lse, self.seq_lens, self.v_block_tokens,
             *selection_arguments(self.selection), first_head, num_heads, selected.blocks,
             selected.counts, selected.mass, self.block_table, self.v_pool, self.layer,
             self.fetched.rows, cache.slots, cache.table, cache.slot_word, cache.state,
-            cache.counters, workspace.miss_list if copies_later else None, wave,
+            cache.counters, misses, wave,
         )  # fmt: skip
-        if copies_later:
+
+    def _copy(self, wave: int, first_head: int) -> None:
+        """Copy the misses that `_select` listed, if it did."""
+        cache, thread_blocks = self.hot_cache, self.plan.copy_thread_blocks
+        if thread_blocks and extension.available():
             torch.ops.kcache.copy_misses(
-                workspace.miss_list, cache.state, wave, self.v_pool, self.v_block_tokens,
-                cache.slots, self.plan.copy_thread_blocks,
+                self._miss_list(first_head), cache.state, wave, self.v_pool, self.v_block_tokens,
+                cache.slots, thread_blocks,
             )  # fmt: skip
+
+    def _miss_list(self, first_head: int) -> torch.Tensor:
+        """A wave's own part of the list: the next wave may be selected while this one is copied."""
+        num_requests, _, columns = self.selected.blocks.shape
+        return self.workspace.miss_list[num_requests * first_head * columns :]
 
     def attend(self, first_head: int, last_head: int) -> None:
         """Attention of a range of KV heads, whose rows are there."""

@@ -20,6 +20,7 @@ from benchmarks.common import (
     time_calls,
 )
 from vllm_kcache.cache.hot_cache import FIRST_MISS_COUNT
+from vllm_kcache.kernels import extension
 from vllm_kcache.kernels.fetch import fetch_blocks
 from vllm_kcache.types import Fetched, Selected
 
@@ -95,9 +96,10 @@ def main() -> None:
     inward, outward = link_bandwidths()
     print(f"link copy: {inward / 1e9:.1f} GB/s in, {outward / 1e9:.1f} GB/s out")
     report = Report("fetch", options.results)
+    with_extension = extension.available()
     for problem in PROBLEMS:
         batch = Batch(problem, with_v=True)
-        if problem is PROBLEMS[0]:
+        if problem is PROBLEMS[0] and with_extension:
             for thread_blocks in THREAD_BLOCKS:
                 copy_listed(batch, 8192, thread_blocks, report, inward)
             copy_listed(batch, 512, 48, report, inward)

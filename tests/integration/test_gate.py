@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,28 +19,60 @@ SHORT = [
     "Water boils at a temperature of",
     "List three primary colours:",
 ]
+LONG = kjv(0, 100)
+SHARED = kjv(300, 40)
+BATCHES: list[dict[str, Any]] = [
+    # Short prompts, and 3000+ tokens in several chunks, all in one batch.
+    {"prompts": [*SHORT, LONG, SHARED], "sampling": {"max_tokens": 48}},
+    # Both share their beginning with prompts of the first batch.
+    {
+        "prompts": [LONG + " In the beginning", SHARED + " And Jacob said"],
+        "sampling": {"max_tokens": 48},
+    },
+    # n > 1 shares the prompt's blocks between sequences that go different ways.
+    {
+        "prompts": [kjv(10, 12)],
+        "sampling": {"max_tokens": 24, "n": 4, "temperature": 1.0, "seed": 7},
+    },
+]
 
 
-def test_text_equals_stock(tmp_path: Path) -> None:
-    """Short prompts, 3000+ tokens in several chunks, prefix hits, all in one batch."""
-    long_prompt = kjv(0, 100)
-    batches = [
-        {"prompts": [*SHORT, long_prompt, kjv(300, 40)], "sampling": {"max_tokens": 48}},
-        # Both share their beginning with prompts of the first batch.
-        {
-            "prompts": [long_prompt + " In the beginning", kjv(300, 40) + " And Jacob said"],
-            "sampling": {"max_tokens": 48},
-        },
-    ]
-    stock = run_engine(tmp_path, batches)
-    split = run_engine(tmp_path, batches, kcache=GATE)
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Stock vLLM with its own attention."""
+    return run_engine(tmp_path_factory.mktemp("stock"), BATCHES)
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The split cache with everything selected."""
+    return run_engine(tmp_path_factory.mktemp("split"), BATCHES, kcache=GATE)
+
+
+def test_text_equals_stock(stock: dict[str, Any], split: dict[str, Any]) -> None:
     assert stock["batches"][0][5]["prompt_tokens"] > 3000
     assert all(row["cached_tokens"] > 500 for row in split["batches"][1])
+    samples = split["batches"][2][0]["tokens"]
+    assert len({tuple(tokens) for tokens in samples}) > 1
     assert tokens_of(split) == tokens_of(stock)
     # Decode went through the selection, in every layer.
     assert split["kcache_metrics"]["decode_layer_steps"] >= 30 * 2 * 40
     lists = split["kcache_metrics"]["selected_lists"]
     assert split["kcache_metrics"]["dropped_mass"][0] == [1e-4, lists]
+
+
+def test_twice_the_blocks_for_the_same_memory(stock: dict[str, Any], split: dict[str, Any]) -> None:
+    assert split["num_blocks"] in (2 * stock["num_blocks"], 2 * stock["num_blocks"] + 1)
+    assert split["kcache_metrics"]["host_pool_blocks"] == split["num_blocks"]
+
+
+def test_text_equals_stock_with_dense_layers(tmp_path: Path, stock: dict[str, Any]) -> None:
+    """Layers that keep V on the device run vLLM's own attention beside split ones."""
+    dense = run_engine(tmp_path, BATCHES[:1], kcache={**GATE, "dense_layers": [0, 7]})
+    assert tokens_of(dense) == tokens_of(stock)[:1]
+    assert dense["kcache_metrics"]["decode_layer_steps"] % 28 == 0
+    # 28 layers hold K only, 2 hold K and V: 60 / 32 times stock's blocks.
+    assert dense["num_blocks"] == pytest.approx(stock["num_blocks"] * 60 / 32, rel=0.01)
 
 
 def test_text_equals_stock_under_preemption(tmp_path: Path) -> None:
@@ -50,29 +83,4 @@ def test_text_equals_stock_under_preemption(tmp_path: Path) -> None:
     stock = run_engine(tmp_path, batches, **small)
     split = run_engine(tmp_path, batches, kcache=GATE, **small)
     assert split["vllm_metrics"]["vllm:num_preemptions"] > 0
-    assert tokens_of(split) == tokens_of(stock)
-
-
-def test_text_equals_stock_with_dense_layers(tmp_path: Path) -> None:
-    """Layers that keep V on the device run vLLM's own attention beside split ones."""
-    batches = [{"prompts": [*SHORT, kjv(0, 30)], "sampling": {"max_tokens": 32}}]
-    stock = run_engine(tmp_path, batches)
-    split = run_engine(tmp_path, batches, kcache={**GATE, "dense_layers": [0, 7]})
-    assert tokens_of(split) == tokens_of(stock)
-    assert split["kcache_metrics"]["decode_layer_steps"] % 28 == 0
-    # 28 layers hold K only, 2 hold K and V: 60 / 32 times stock's blocks.
-    assert split["num_blocks"] == pytest.approx(stock["num_blocks"] * 60 / 32, rel=0.01)
-
-
-def test_parallel_samples_and_beams(tmp_path: Path) -> None:
-    """n > 1 shares the prompt's blocks between sequences that go different ways."""
-    batches = [
-        {
-            "prompts": [kjv(10, 12)],
-            "sampling": {"max_tokens": 24, "n": 4, "temperature": 1.0, "seed": 7},
-        }
-    ]
-    stock = run_engine(tmp_path, batches)
-    split = run_engine(tmp_path, batches, kcache=GATE)
-    assert len({tuple(tokens) for tokens in split["batches"][0][0]["tokens"]}) > 1
     assert tokens_of(split) == tokens_of(stock)

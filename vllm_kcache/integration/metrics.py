@@ -23,7 +23,7 @@ from vllm_kcache.integration.settings import settings_of
 PREFIX = "vllm_kcache_"
 _COUNTERS = {
     "fetched_bytes": "Bytes of V read from host memory by decode steps.",
-    "decode_layer_steps": "Layers of decode steps attended through the selection.",
+    "decode_layer_steps": "Layers of decode steps through the selection (CPU; graphs count none).",
     "eager_decode_steps": "Decode steps on a GPU that ran outside the CUDA graphs.",
     "hot_cache_hits": "Selected V blocks found in the hot V cache.",
     "hot_cache_misses": "Selected V blocks fetched into the hot V cache.",
@@ -34,10 +34,9 @@ _COUNTERS = {
 class _Engine:
     """What the server knows of one engine."""
 
-    def __init__(self, instance_id: str, index: int, num_blocks: int) -> None:
+    def __init__(self, instance_id: str, index: int) -> None:
         self.instance_id = instance_id
         self.index = index
-        self.num_blocks = num_blocks
         self.usage = 0.0
 
 
@@ -130,7 +129,7 @@ class KCacheStatLogger(StatLoggerBase):
         self._engine: _Engine | None = None
         if settings_of(vllm_config) is None:
             return
-        self._engine = _Engine(vllm_config.instance_id, engine_index, 0)
+        self._engine = _Engine(vllm_config.instance_id, engine_index)
         _shared_collector().engines[engine_index] = self._engine
 
     def record(

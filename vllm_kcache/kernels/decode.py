@@ -11,6 +11,7 @@ all of it is captured.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -34,6 +35,9 @@ MOST_WAVES = 4
 COPY_THREAD_BLOCKS = 48
 # Higher than that of the stream that scores; otherwise scoring starves the fetch.
 FETCH_PRIORITY = -1
+# For benchmarks: called on the stream that scores with (step, first KV head, one past the last),
+# captured like the rest. It may overwrite these heads' block_lse (benchmarks/replay.py).
+after_score: Callable[[DecodeStep, int, int], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -321,17 +325,13 @@ class DecodeStep:
 
     def _score(self, first_head: int, last_head: int, new_epoch: bool) -> None:
         launch_score(
-            self.query,
-            self.k_pages,
-            self.block_table,
-            self.seq_lens,
-            self.scale,
-            self.v_block_tokens,
-            self.block_lse,
-            first_head=first_head,
-            num_heads=last_head - first_head,
+            self.query, self.k_pages, self.block_table, self.seq_lens, self.scale,
+            self.v_block_tokens, self.block_lse,
+            first_head=first_head, num_heads=last_head - first_head,
             new_epoch=self.hot_cache if new_epoch else None,
-        )
+        )  # fmt: skip
+        if after_score is not None:
+            after_score(self, first_head, last_head)
 
     def select_fetch(self, wave: int, first_head: int, last_head: int) -> None:
         """Selection and fetch of one wave, on the current stream."""

@@ -24,19 +24,24 @@ from benchmarks.common import (
     time_calls,
 )
 from vllm_kcache.cache.hot_cache import HotCache
-from vllm_kcache.kernels.decode import DecodePlan, DecodeStep, DecodeWorkspace, plan_decode
+from vllm_kcache.kernels.decode import DecodeStep, DecodeWorkspace
+from vllm_kcache.kernels.decode_plan import DecodePlan, plan_decode
 from vllm_kcache.kernels.write import write_kv
 from vllm_kcache.types import Fetched, Selection
 
 PLANS = (
-    DecodePlan(2),
-    DecodePlan(4),
-    DecodePlan(8),
+    DecodePlan(4, 0, outer_wave=1.0),
+    DecodePlan(4, 48, outer_wave=1.0),
     DecodePlan(2, 48),
+    DecodePlan(3, 48),
     DecodePlan(4, 48),
-    DecodePlan(8, 48),
+    DecodePlan(6, 48),
+    DecodePlan(3, 48, copy_stream=True),
     DecodePlan(4, 48, copy_stream=True),
-    DecodePlan(8, 48, copy_stream=True),
+    DecodePlan(6, 48, copy_stream=True),
+    DecodePlan(4, 32, copy_stream=True),
+    DecodePlan(4, 64, copy_stream=True),
+    DecodePlan(4, 48, copy_stream=True, outer_wave=0.5),
 )
 LAYERS = 8
 
@@ -109,16 +114,19 @@ def main() -> None:
             for plan in plans:
                 both = cold.time(DecodeStep.score_and_fetch, plan, LAYERS)
                 name = f"{plan.waves} waves, copy by {plan.copy_thread_blocks or 'lists'}"
-                name += " on a third stream" if plan.copy_stream else ""
+                name += f", outer {plan.outer_wave:.2f}"
+                name += ", third stream" if plan.copy_stream else ""
                 name += ", default" if plan == default else ""
                 report.add(f"{words}, {name}", both, over_longer=both.p50 / longer)
             warm = Steps(batch, blocks, 2.0 * LAYERS)
             floor_ms = problem.k_bytes / peak * 1e3
+            second = DecodePlan(default.waves, default.copy_thread_blocks)
             for state, steps in (("missing", cold), ("hit", warm)):
-                whole = steps.time(steps.write_and_run, default, LAYERS)
-                report.add(
-                    f"{words}, whole layer, all {state}", whole, over_k_floor=whole.p50 / floor_ms
-                )
+                for plan in dict.fromkeys((default, second)):
+                    whole = steps.time(steps.write_and_run, plan, LAYERS)
+                    name = f"{words}, whole layer, all {state}"
+                    name += ", third stream" if plan.copy_stream else ""
+                    report.add(name, whole, over_k_floor=whole.p50 / floor_ms)
         batch.close()
     report.finish()
 

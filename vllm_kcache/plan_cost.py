@@ -77,7 +77,7 @@ LINK_SHARE = (
 ATTEND_SHARE = 0.6
 # Select may take this share of the time of score: what its benchmark is held to.
 SELECT_SHARE = 0.05
-# Layout of a step (kernels/decode.py, plan_decode); tests/test_plan.py compares the two.
+# Layout of a step (kernels/decode_plan.py); tests/test_plan.py compares the two.
 WAVE_BYTES = 192 << 20
 WAVE_LISTS = 48
 MOST_WAVES = 4

@@ -187,4 +187,4 @@ def prefill_bytes(shape: ModelShape, engine: Engine) -> int:
     """GPU memory of the staging and scratch of prefills (cache/context.py)."""
     row = kv_heads_of_rank(shape, engine) * shape.head_size * shape.itemsize
     pages = max(1, PIECE_BYTES // row // engine.block_size, engine.max_num_seqs)
-    return (2 * engine.max_num_batched_tokens + 3 * pages * engine.block_size) * row
+    return (engine.max_num_batched_tokens + 3 * pages * engine.block_size) * row

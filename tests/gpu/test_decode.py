@@ -16,7 +16,8 @@ from tests.kernels.checks import SELECTIONS, SHAPES, check_decode, check_prefill
 from tests.shapes import Shape, build_case
 from vllm_kcache.cache.hot_cache import HotCache
 from vllm_kcache.kernels import extension
-from vllm_kcache.kernels.decode import DecodePlan, DecodeWorkspace, decode_step
+from vllm_kcache.kernels.decode import DecodeWorkspace, decode_step
+from vllm_kcache.kernels.decode_plan import DecodePlan
 from vllm_kcache.kernels.write import write_kv
 from vllm_kcache.types import Selection
 

@@ -79,7 +79,7 @@ def test_blocks_are_those_of_the_runtime(
 
 
 def test_waves_are_those_of_the_step() -> None:
-    from vllm_kcache.kernels.decode import plan_decode
+    from vllm_kcache.kernels.decode_plan import DecodePlan, plan_decode
 
     for requests, heads, tokens in itertools.product(
         (1, 2, 7, 14, 27, 64, 256), (1, 3, 8, 32), (512, 4096, 32856, 131072)

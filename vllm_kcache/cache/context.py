@@ -97,12 +97,14 @@ def plan_pieces(
 
 
 class PrefillTransfer:
-    """Streams, staging and scratch for V of prefills. All GPU memory is taken here, once.
+    """Streams, staging and scratch for V of prefills.
+
+    The staging holds V of one layer: it leaves while the next layer's projections compute, which
+    take longer at any prompt length, so a second buffer would only take blocks from the cache.
 
     Args:
         max_tokens: Most tokens of a step.
         scratch_tokens: Rows of a context piece.
-        num_slots: M * S, token slots of the paged cache.
         num_kv_heads, head_size, dtype: of K and V.
         device: The GPU.
     """
@@ -111,7 +113,6 @@ class PrefillTransfer:
         self,
         max_tokens: int,
         scratch_tokens: int,
-        num_slots: int,
         num_kv_heads: int,
         head_size: int,
         dtype: torch.dtype,
@@ -119,16 +120,15 @@ class PrefillTransfer:
     ) -> None:
         self.scratch_tokens = scratch_tokens
         row = (num_kv_heads, head_size)
-        self._staging = torch.empty((2, max_tokens, *row), dtype=dtype, device=device)
+        self._staging = torch.empty((max_tokens, *row), dtype=dtype, device=device)
         self._v_scratch = torch.empty((2, scratch_tokens, *row), dtype=dtype, device=device)
         self._k_scratch = torch.empty((scratch_tokens, *row), dtype=dtype, device=device)
-        self._step_rows = torch.full((num_slots,), -1, dtype=torch.int32, device=device)
+        self._step_rows = torch.empty(0, dtype=torch.int32, device=device)
         self._written: torch.Tensor | None = None
         self._in = torch.cuda.Stream(device)
         self._out = torch.cuda.Stream(device)
-        self._staged = [torch.cuda.Event(), torch.cuda.Event()]
+        self._staged = torch.cuda.Event()
         self._read = [torch.cuda.Event(), torch.cuda.Event()]
-        self._stores = 0
         self._gathers = 0
         self._reading = 0
         self._ahead: tuple[tuple[int, int], int, torch.cuda.Event] | None = None
@@ -136,16 +136,16 @@ class PrefillTransfer:
 
     @staticmethod
     def bytes(
-        max_tokens: int,
-        scratch_tokens: int,
-        num_slots: int,
-        num_kv_heads: int,
-        head_size: int,
-        dtype: torch.dtype,
+        max_tokens: int, scratch_tokens: int, num_kv_heads: int, head_size: int, dtype: torch.dtype
     ) -> int:
-        """GPU memory that an instance takes."""
-        row = num_kv_heads * head_size * dtype.itemsize
-        return (2 * max_tokens + 3 * scratch_tokens) * row + 4 * num_slots
+        """GPU memory that an instance takes, without `set_num_slots`."""
+        return (max_tokens + 3 * scratch_tokens) * num_kv_heads * head_size * dtype.itemsize
+
+    def set_num_slots(self, num_slots: int) -> None:
+        """Serve a paged cache of M * S = `num_slots` token slots; takes 4 bytes of GPU for each."""
+        device = self._step_rows.device
+        self._step_rows = torch.full((num_slots,), -1, dtype=torch.int32, device=device)
+        self._written = None
 
     def begin_step(self, slot_mapping: torch.Tensor) -> None:
         """Note which slots this step writes. Call once per step that prefills with context.
@@ -175,16 +175,14 @@ class PrefillTransfer:
             slot_mapping: [tokens] int64, GPU; -1 is padding. Must stay as it is during the step.
             v_pool: [M, Hkv, S, D] model dtype, host (mapped).
         """
-        which = self._stores % 2
-        self._stores += 1
         main = torch.cuda.current_stream()
-        main.wait_event(self._staged[which])
-        staged = self._staging[which, : value.shape[0]]
+        main.wait_event(self._staged)
+        staged = self._staging[: value.shape[0]]
         staged.copy_(value)
         self._out.wait_stream(main)
         with torch.cuda.stream(self._out):
             store_value(staged, slot_mapping, v_pool)
-            self._staged[which].record()
+            self._staged.record()
         self._outbound = True
 
     def fence(self) -> None:

@@ -72,6 +72,8 @@ class GPULimits:
 class GPURuntime(Runtime):
     """Runs decode steps through the kernels and prefills through FlashAttention.
 
+    Takes `fixed_bytes` of GPU memory when it is made: before vLLM profiles, which then counts them.
+
     Args:
         config, shape, counters, device: as for `Runtime`.
         num_query_heads: Hq of this rank.
@@ -100,8 +102,8 @@ class GPURuntime(Runtime):
         self.hot_slots = 0
         self.is_final = False
         self.hot_cache: HotCache | None = None
-        self.workspace: DecodeWorkspace | None = None
-        self.transfer: PrefillTransfer | None = None
+        self.workspace = DecodeWorkspace.make(**self._workspace_arguments(), device=device)
+        self.transfer = PrefillTransfer(*self._transfer_arguments(), device)
         self._copy = torch.zeros(COUNTER_WORDS, dtype=torch.int64, pin_memory=True)
         self._copied: torch.cuda.Event | None = None
 
@@ -128,17 +130,13 @@ class GPURuntime(Runtime):
 
     def fixed_bytes(self) -> int:
         """GPU bytes that do not depend on the number of pages, without the hot V cache."""
-        shape = self.shape
         workspace = DecodeWorkspace.bytes(**self._workspace_arguments())
-        transfer = PrefillTransfer.bytes(
-            self.limits.max_tokens,
-            self.scratch_tokens,
-            0,
-            shape.num_kv_heads,
-            shape.head_size,
-            shape.dtype,
-        )
-        return workspace + transfer
+        return workspace + PrefillTransfer.bytes(*self._transfer_arguments())
+
+    def _transfer_arguments(self) -> tuple[int, int, int, int, torch.dtype]:
+        shape = self.shape
+        sizes = (shape.num_kv_heads, shape.head_size, shape.dtype)
+        return self.limits.max_tokens, self.scratch_tokens, *sizes
 
     def plan_hot_cache(self, available_bytes: int) -> int:
         """Decide the number of hot V blocks; returns the GPU bytes they take.
@@ -181,17 +179,7 @@ class GPURuntime(Runtime):
             shape.dtype,
             self.device,
         )
-        if self.workspace is None:
-            self.workspace = DecodeWorkspace.make(**self._workspace_arguments(), device=self.device)
-        self.transfer = PrefillTransfer(
-            self.limits.max_tokens,
-            self.scratch_tokens,
-            num_pages * shape.page_tokens,
-            shape.num_kv_heads,
-            shape.head_size,
-            shape.dtype,
-            self.device,
-        )
+        self.transfer.set_num_slots(num_pages * shape.page_tokens)
 
     def v_pool(self, layer_name: str, num_pages: int) -> torch.Tensor:
         # While vLLM measures the memory of graphs it runs on a tiny cache, before the real one.
@@ -212,7 +200,6 @@ class GPURuntime(Runtime):
             torch.cuda.synchronize(self.device)
         super().close()
         self.hot_cache = None
-        self.transfer = None
 
     # Figures ---------------------------------------------------------------------------------
 
@@ -247,9 +234,8 @@ class GPURuntime(Runtime):
 
     def before_step(self) -> None:
         """Order the coming step after V that is still on its way to the host."""
-        if self.transfer is not None:
-            self.transfer.fence()
-            self.transfer.end_step()
+        self.transfer.fence()
+        self.transfer.end_step()
 
     def run_layer(self, inputs: LayerInputs, step: KCacheMetadata, output: torch.Tensor) -> None:
         v_pool = self.v_pool(inputs.name, inputs.k_pages.shape[0])
@@ -279,7 +265,6 @@ class GPURuntime(Runtime):
                 allocate_tokens=decodes,
             )  # fmt: skip
             return
-        assert self.transfer is not None
         if decodes:
             write_kv(
                 key[:decodes], value[:decodes], slots[:decodes], inputs.k_pages, v_pool,
@@ -300,7 +285,6 @@ class GPURuntime(Runtime):
         output: torch.Tensor,
     ) -> None:
         """Score, select, fetch, attend, for a group of requests at a time."""
-        assert self.workspace is not None
         assert self.hot_cache is not None
         max_blocks = min(self.max_blocks, -(-step.max_seq_len // self.v_block_tokens))
         group = self.workspace.max_requests
@@ -325,7 +309,6 @@ class GPURuntime(Runtime):
 
     def _plan(self, step: KCacheMetadata) -> PrefillPlan:
         """Work out once what all layers of a step with prefills need."""
-        assert self.transfer is not None
         assert step.seq_lens_cpu is not None
         first, count = step.num_decodes, step.num_prefills
         starts = step.query_start_loc_cpu[first : first + count + 1].tolist()
@@ -364,7 +347,6 @@ class GPURuntime(Runtime):
         output: torch.Tensor,
     ) -> None:
         """Exact attention of the chunks to themselves and to everything before them."""
-        assert self.transfer is not None
         # Layers that share a cache are refused on a GPU (worker.split_layers).
         assert inputs.key is not None
         assert inputs.value is not None
@@ -388,7 +370,6 @@ class GPURuntime(Runtime):
 
     def _gather_next(self, layer: int, number: int, plan: PrefillPlan) -> None:
         """Start on the piece after this one: of this layer, or the first of the next layer."""
-        assert self.transfer is not None
         assert self.pool is not None
         number += 1
         if number == len(plan.pieces):

@@ -32,15 +32,15 @@ class KCacheGPUWorker(SplitCacheWorker, Worker):
         return GPURuntime(config, shape, figures, self.device, heads, limits)
 
     def _device_pages(self, available: int, page_bytes: int, v_bytes: int) -> int:
-        # Our buffers come out of the same budget as K pages.
+        # The hot V cache and the tables come out of the same budget as K pages. Buffers of a fixed
+        # size were there when vLLM measured what is left.
         active = self._gpu_runtime()
-        left = available - active.fixed_bytes()
-        left -= active.plan_hot_cache(max(left, 0))
+        left = available - active.plan_hot_cache(max(available, 0))
         pages = left // (page_bytes + active.bytes_per_page())
         if pages < 1:
             raise KCacheConfigError(
-                f"kcache: {available / GIB:.2f} GiB of GPU memory are left for the cache, and the "
-                f"split cache's own buffers need {(available - left) / GIB:.2f} GiB. Lower "
+                f"kcache: {available / GIB:.2f} GiB of GPU memory are left for K pages and the hot "
+                f"V cache ({(available - left) / GIB:.2f} GiB). Lower "
                 "--max-num-batched-tokens, --max-num-seqs or kcache_config.hot_cache_gib, or raise "
                 "--gpu-memory-utilization."
             )

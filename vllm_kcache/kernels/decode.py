@@ -19,58 +19,17 @@ import torch
 from vllm_kcache.cache.hot_cache import MAX_WAVES, HotCache
 from vllm_kcache.kernels import extension
 from vllm_kcache.kernels.attend import AttendBuffers, attend_blocks
+from vllm_kcache.kernels.decode_plan import DecodePlan, plan_decode
 from vllm_kcache.kernels.fetch import check_geometry, launch_fetch
 from vllm_kcache.kernels.score import launch_score
 from vllm_kcache.kernels.select import launch_select, selection_arguments
 from vllm_kcache.types import Fetched, Selected, Selection, Tail
 
-# Bytes of K that make a wave worth its launches: some 60 us of an H100's memory bandwidth.
-WAVE_BYTES = 192 << 20
-# A wave's lists, one thread block each, fetch what they miss. With fewer the link is not full, with
-# many more they take multiprocessors from scoring.
-WAVE_LISTS = 48
-# More waves than this cost more launches than they hide, and a launch of its own with this many
-# thread blocks fills the link without crowding scoring out (docs/benchmarks.md, overlap).
-MOST_WAVES = 4
-COPY_THREAD_BLOCKS = 48
 # Higher than that of the stream that scores; otherwise scoring starves the fetch.
 FETCH_PRIORITY = -1
 # For benchmarks: called on the stream that scores with (step, first KV head, one past the last),
 # captured like the rest. It may overwrite these heads' block_lse (benchmarks/replay.py).
 after_score: Callable[[DecodeStep, int, int], None] | None = None
-
-
-@dataclass(frozen=True)
-class DecodePlan:
-    """How a step is laid out.
-
-    Attributes:
-        waves: parts of the KV heads; 1 runs on the current stream alone.
-        copy_thread_blocks: 0 lets the thread block of a list copy its misses; otherwise misses are
-            listed and this many thread blocks copy them, in a launch of their own for each wave.
-        copy_stream: copies run on a third stream, so that the link need not wait while the next
-            wave is selected. Needs `copy_thread_blocks`.
-    """
-
-    waves: int = 1
-    copy_thread_blocks: int = 0
-    copy_stream: bool = False
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.waves <= MAX_WAVES:
-            raise ValueError(f"waves={self.waves}: must be 1 to {MAX_WAVES}")
-        if self.copy_stream and not self.copy_thread_blocks:
-            raise ValueError("copy_stream=True: needs copy_thread_blocks of at least 1")
-
-
-def plan_decode(
-    num_requests: int, num_kv_heads: int, max_tokens: int, head_size: int, itemsize: int
-) -> DecodePlan:
-    """The plan for a batch whose longest request may have `max_tokens` tokens."""
-    k_bytes = num_requests * num_kv_heads * max_tokens * head_size * itemsize
-    by_lists = num_requests * num_kv_heads // WAVE_LISTS
-    waves = max(1, min(k_bytes // WAVE_BYTES, by_lists, num_kv_heads, MOST_WAVES))
-    return DecodePlan(waves, COPY_THREAD_BLOCKS if waves > 1 else 0)
 
 
 @dataclass
@@ -288,9 +247,7 @@ class DecodeStep:
 
     def wave_bounds(self) -> list[int]:
         """First KV head of each wave, and one past the last."""
-        num_heads = self.k_pages.shape[1]
-        waves = min(self.plan.waves, num_heads)
-        return [num_heads * wave // waves for wave in range(waves + 1)]
+        return self.plan.wave_bounds(self.k_pages.shape[1])
 
     def score_and_fetch(self, join: bool = True) -> None:
         """Everything before attention.

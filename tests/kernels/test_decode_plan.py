@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layout of a decode step."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from vllm_kcache.kernels.decode_plan import MOST_WAVES, DecodePlan, plan_decode
+
+
+@pytest.mark.parametrize(
+    ("waves", "num_heads"), list(itertools.product((1, 2, 3, 4, 7, 16), (1, 2, 3, 8, 12, 32)))
+)
+def test_waves_cover_all_heads_once(waves: int, num_heads: int) -> None:
+    bounds = DecodePlan(waves).wave_bounds(num_heads)
+    sizes = [after - before for before, after in itertools.pairwise(bounds)]
+    assert bounds[0] == 0
+    assert bounds[-1] == num_heads
+    assert min(sizes) >= 1
+    assert len(sizes) == min(waves, num_heads)
+    assert max(sizes[0], sizes[-1]) <= max(sizes)
+
+
+def test_first_and_last_wave_are_small() -> None:
+    assert DecodePlan(4).wave_bounds(32) == [0, 4, 16, 28, 32]
+    assert DecodePlan(4).wave_bounds(8) == [0, 1, 4, 7, 8]
+    assert DecodePlan(2).wave_bounds(8) == [0, 6, 8]
+    assert DecodePlan(4, outer_wave=1.0).wave_bounds(8) == [0, 2, 4, 6, 8]
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"waves": 0}, "waves=0"), ({"copy_stream": True}, "copy_stream"), ({"outer_wave": 0.0}, "outer_wave")],
+)
+def test_impossible_plans_are_refused(settings: dict, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        DecodePlan(**settings)
+
+
+def test_small_batches_are_one_wave() -> None:
+    assert plan_decode(1, 32, 16384, 128, 2) == DecodePlan()
+    assert plan_decode(26, 8, 32768, 128, 2).waves == MOST_WAVES

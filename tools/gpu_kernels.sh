@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # Everything about the kernels on one GPU: build, test, time. Logs and rows go to $OUT (or build/gpu).
 #
-#   tools/gpu_kernels.sh             build if needed, tests/gpu (without whole engines), benchmarks
-#   tools/gpu_kernels.sh --sweep     also other launch shapes of score and attend
-#   tools/gpu_kernels.sh --sanitize  also compute-sanitizer on the tests of the operations
+#   tools/gpu_kernels.sh                  build if needed, tests/gpu (without whole engines), benchmarks
+#   tools/gpu_kernels.sh --sweep          also other launch shapes of score and attend
+#   tools/gpu_kernels.sh --sanitize       also compute-sanitizer on tests/gpu/test_sanitize.py
+#   tools/gpu_kernels.sh --only-sanitize  that alone
 #
 # Needs PyTorch with CUDA, Triton, pydantic and pytest; vLLM is not needed. PYTHON chooses the
 # interpreter, COMMIT names the commit in the rows where the tree has no history.
@@ -12,12 +13,16 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-build/gpu}
 python=${PYTHON:-python3}
-sweep= sanitize=
+sweep= sanitize= rest=1
 for argument in "$@"; do
   case $argument in
     --sweep) sweep=--sweep ;;
     --sanitize) sanitize=1 ;;
-    *) echo "unknown argument $argument; accepted: --sweep, --sanitize" >&2; exit 2 ;;
+    --only-sanitize) sanitize=1 rest= ;;
+    *)
+      echo "unknown argument $argument; accepted: --sweep, --sanitize, --only-sanitize" >&2
+      exit 2
+      ;;
   esac
 done
 mkdir -p "$out"
@@ -33,6 +38,7 @@ step() { # name, limit in seconds, command: the log goes to $out/name.log
     echo "FAIL  $name ($((SECONDS - begin)) s), end of $out/$name.log:"
     tail -n 25 "$out/$name.log"
     failed=1
+    return 1
   fi
 }
 
@@ -44,31 +50,37 @@ if [ ! -e vllm_kcache/_C.abi3.so ] || [ -n "$(find csrc -newer vllm_kcache/_C.ab
   step build 120 env KCACHE_CUDA_ARCHS="${KCACHE_CUDA_ARCHS:-90}" "$python" csrc/build.py
 fi
 
-# Independent files side by side: most of their time is compilation.
-begin=$SECONDS
-for file in test_ops test_decode test_hot_cache; do
-  timeout 240 "$python" -m pytest -q -x --no-header -p no:cacheprovider -m gpu "tests/gpu/$file.py" \
-    >"$out/$file.log" 2>&1 &
-  declare "pid_$file=$!"
-done
-for file in test_ops test_decode test_hot_cache; do
-  pid=pid_$file
-  if wait "${!pid}"; then
-    echo "ok    $file: $(tail -n 1 "$out/$file.log")"
-  else
-    echo "FAIL  $file, end of $out/$file.log:"
-    tail -n 40 "$out/$file.log"
+if [ -n "$rest" ]; then
+  OUT=$out PYTHON=$python LIMIT=240 tools/test_gpu.sh tests/gpu/test_{ops,decode,hot_cache,sanitize}.py ||
     failed=1
-  fi
-done
-echo "tests took $((SECONDS - begin)) s"
+fi
 
 if [ -n "$sanitize" ]; then
-  for tool in memcheck racecheck; do
-    step "sanitize_$tool" 150 compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
-      "$python" -m pytest -q -x --no-header -p no:cacheprovider -m gpu tests/gpu/test_ops.py \
-      -k "test_select and best or test_fetch"
-  done
+  sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1)
+  tests=("$python" -m pytest -x -q --no-header -p no:cacheprovider -m gpu tests/gpu/test_sanitize.py)
+  if [ -z "$sanitizer" ]; then
+    echo "FAIL  sanitize: compute-sanitizer is neither in PATH nor in /usr/local/cuda*/bin"
+    failed=1
+  else
+    # Compiles what the two runs below only load.
+    step sanitize_compile 150 "${tests[@]}"
+    # Children (the compiler, should it run) are not followed. PyTorch's own look around the machine
+    # makes calls that fail, and is not what is checked.
+    common=(--error-exitcode 9 --target-processes application-only --report-api-errors no
+      --show-backtrace device)
+    # Without PyTorch's cache each tensor is an allocation, and reading past its end is seen.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step sanitize_memcheck 240 "$sanitizer" --tool memcheck \
+      "${common[@]}" "${tests[@]}" &
+    memcheck=$!
+    step sanitize_racecheck 240 "$sanitizer" --tool racecheck "${common[@]}" "${tests[@]}" &
+    racecheck=$!
+    wait $memcheck || failed=1
+    wait $racecheck || failed=1
+    grep -h "SUMMARY" "$out"/sanitize_*check.log
+  fi
+fi
+if [ -z "$rest" ]; then
+  exit $failed
 fi
 
 for bench in score select fetch attend overlap write; do

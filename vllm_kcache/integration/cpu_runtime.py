@@ -14,6 +14,7 @@ from vllm_kcache.integration.metadata import KCacheMetadata
 from vllm_kcache.integration.runtime import LayerInputs, Runtime
 from vllm_kcache.reference.full import attend_full
 from vllm_kcache.reference.write import update_page_means
+from vllm_kcache.types import Tail
 
 
 class CPURuntime(Runtime):
@@ -26,6 +27,11 @@ class CPURuntime(Runtime):
             shape = self.shape
             size = (num_pages, shape.num_kv_heads, shape.head_size)
             self.page_means = [torch.zeros(size) for _ in shape.layer_names]
+
+    def supported_tails(self) -> tuple[Tail, ...]:
+        # Means are kept up as V is written: they cannot start in the middle.
+        tails = super().supported_tails()
+        return tails if self.page_means is None else (*tails, "mean")
 
     def run_layer(self, inputs: LayerInputs, step: KCacheMetadata, output: torch.Tensor) -> None:
         v_pool = self.v_pool(inputs.name, inputs.k_pages.shape[0])

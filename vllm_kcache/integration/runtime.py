@@ -12,9 +12,13 @@ from typing import Any
 import torch
 
 from vllm_kcache.cache.host_pool import HostPool
-from vllm_kcache.config import KCacheConfig
+from vllm_kcache.config import KCacheConfig, KCacheConfigError
 from vllm_kcache.integration.counters import Counters
 from vllm_kcache.integration.metadata import KCacheMetadata
+from vllm_kcache.types import Tail
+
+# Settings that `Runtime.reconfigure` may change; buffers and layers depend on all others.
+RECONFIGURABLE = ("top_n", "coverage", "sink_tokens", "recent_tokens", "tail", "head_combine")
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ class Runtime:
             shape.head_size, shape.dtype.itemsize, shape.page_tokens
         )
         self.selection = config.selection(self.v_block_tokens)
+        self._started = config
         self.layer_index = {name: index for index, name in enumerate(shape.layer_names)}
         self.pool: HostPool | None = None
 
@@ -122,6 +127,50 @@ class Runtime:
         if self.pool is None or have != num_pages:
             raise RuntimeError(f"The host V pool has {have} pages, the K cache {num_pages}.")
         return self.pool.layer(self.layer_index[layer_name])
+
+    def reconfigure(self, settings: dict[str, Any]) -> KCacheConfig:
+        """Select and attend by other settings from the next step on.
+
+        Args:
+            settings: As for a new engine: what is not given takes its default. Keys outside
+                `RECONFIGURABLE` keep the engine's values, and may be given only with those.
+
+        Returns:
+            The settings in force.
+
+        Raises:
+            KCacheConfigError: A value is not accepted, or this engine was not built for it. Nothing
+                has changed then.
+        """
+        started = self._started.to_json_dict()
+        fixed = {key: value for key, value in started.items() if key not in RECONFIGURABLE}
+        config = KCacheConfig.from_user({**fixed, **settings})
+        for key in settings:
+            if key not in RECONFIGURABLE and getattr(config, key) != getattr(self._started, key):
+                raise KCacheConfigError(
+                    f"kcache_config.{key}={settings[key]!r}: needs a new engine; this one runs "
+                    f"with {getattr(self._started, key)!r}. Changed while it runs can be: "
+                    f"{', '.join(RECONFIGURABLE)}"
+                )
+        selection = config.selection(self.v_block_tokens)
+        # Lists of selected blocks are as long as the cap of the start.
+        most = self._started.resolved_top_n
+        if most is not None and (selection.top_n is None or selection.top_n > most):
+            raise KCacheConfigError(
+                f"kcache_config.top_n={config.top_n!r}: this engine's buffers hold lists of up to "
+                f"top_n={most}, which it was started with. Start it with a larger one, or none."
+            )
+        if config.tail not in self.supported_tails():
+            raise KCacheConfigError(
+                f"kcache_config.tail={config.tail!r}: this engine can change to "
+                f"{', '.join(self.supported_tails())}; 'mean' only if it was started with it"
+            )
+        self.config, self.selection = config, selection
+        return config
+
+    def supported_tails(self) -> tuple[Tail, ...]:
+        """What `tail` may be changed to."""
+        return ("renormalize", "drop")
 
     def run_layer(self, inputs: LayerInputs, step: KCacheMetadata, output: torch.Tensor) -> None:
         """Store K and V of a step's tokens, then attend (see `KCacheImpl.forward`).
@@ -197,8 +246,6 @@ def page_shape_of(vllm_config: Any, specs: dict[str, Any], split_layers: list[st
         KCacheConfigError: The split layers differ in shape.
     """
     from vllm.model_executor.models.utils import extract_layer_index
-
-    from vllm_kcache.config import KCacheConfigError
 
     names = sorted((n for n in split_layers if n in specs), key=extract_layer_index)
     geometry = {

@@ -113,6 +113,22 @@ class SplitCacheWorker:
         """Figures of this rank (see `vllm_kcache.metrics`)."""
         return runtime.current().counters.values.tolist()
 
+    def kcache_reconfigure(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Select and attend by other settings from the next step on (see `Runtime.reconfigure`).
+
+        Callers use `integration.reconfigure.reconfigure`, which also sees to the prefix cache.
+
+        Raises:
+            KCacheConfigError: CUDA graphs hold the present selection, or a setting is refused.
+        """
+        config = self.vllm_config
+        if config.device_config.device_type != "cpu" and not config.model_config.enforce_eager:
+            raise KCacheConfigError(
+                "kcache_config cannot change while the engine runs: its CUDA graphs hold the "
+                "selection. Start it with enforce_eager=True, or start another engine."
+            )
+        return runtime.current().reconfigure(settings).to_json_dict()
+
     def kcache_fill_host_pool(self, std: float) -> None:
         """Fill the host pool with random V, for benchmarks that skip prefill.
 

@@ -2,14 +2,22 @@
 """Decode throughput of whole engines: stock vLLM and the split cache, one after the other.
 
     python -m benchmarks.decode SHAPES/llama-2-7b --context 16384 --top-n 16
+    python -m benchmarks.decode SHAPES/llama-3-8b --mode replay --context 8192 16384 32768
+        --requests 0 1 8 --engines stock stock-fp8 kcache
 
 Each engine runs in a process of its own on the same GPU at the same --gpu-memory-utilization, with
-dummy weights, and decodes as many requests as fit; the cache is filled with random values
-(DecodeBenchConnector; the host pool likewise) instead of prefilled. Step time is the difference of
-two runs of different length. One row per engine is appended to benchmarks/results/decode.jsonl.
+dummy weights, and decodes as many requests as fit, or as many as asked; the cache is filled with
+random values (DecodeBenchConnector; the host pool likewise) instead of prefilled. An engine starts
+once, for the longest context, and runs all contexts and numbers of requests. Step time is the
+difference of two runs of different length, and the split cache's figures are those of the steps
+timed. One row per engine, context and number of requests is appended to
+benchmarks/results/decode.jsonl as soon as it is there.
 
-Dummy weights attend flatly and at random, so selections do not repeat from step to step: the worst
-case for the hot V cache.
+--mode fixed: scores of dummy weights. They attend flatly and at random, so selections do not repeat
+from step to step: the worst case for the hot V cache.
+--mode replay: scores of a real model decoding real text at 4K tokens, recorded (benchmarks/record),
+written over those of the dummy weights (benchmarks/replay). Coverage .95 unless given. The kernel
+that overwrites them is part of the step as timed; what it costs alone is in the row, not taken off.
 """
 
 from __future__ import annotations
@@ -20,6 +28,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -31,37 +40,139 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
+REPLAY_COVERAGE = 0.95
+# Sizes of batches that are captured; a batch between two of them is padded to the larger.
+CAPTURE_SIZES = (
+    1,
+    2,
+    4,
+    7,
+    8,
+    13,
+    14,
+    16,
+    20,
+    24,
+    26,
+    27,
+    28,
+    32,
+    40,
+    48,
+    56,
+    64,
+    80,
+    96,
+    112,
+    128,
+)
+SHORT_STEPS = 8
+# Of `vllm_kcache.metrics`: what steps add up.
+FIGURES = (
+    "fetched_bytes",
+    "eager_decode_steps",
+    "hot_cache_hits",
+    "hot_cache_misses",
+    "direct_host_reads",
+    "selected_lists",
+    "selected_blocks",
+)
 
 
-def measure(options: dict[str, Any]) -> dict[str, Any]:
+def measure(options: dict[str, Any]) -> None:
     """Start one engine and time its decode steps; runs in the process of that engine.
 
+    Prints a line "RESULT {row}" for each context and number of requests.
+
     Args:
-        options: model, context, output, engine ("stock" or "kcache"), kcache_config, utilization,
-            requests (0: all that fit).
+        options: model, contexts, output, engine ("stock" or "kcache"), kv_cache_dtype,
+            kcache_config, mode, utilization, requests (0: all that fit), max_requests, repeats,
+            label, command.
     """
     import torch
+
+    split = options["engine"] == "kcache"
+    replay = None
+    if split and options["mode"] == "replay":
+        replay = _install_replay(min(options["contexts"]))
+    started = time.monotonic()
+    llm = _start_engine(options)
+    start_seconds = time.monotonic() - started
+    if split:
+        llm.collective_rpc("kcache_fill_host_pool", args=(0.5,))
+    cache = llm.llm_engine.vllm_config.cache_config
+    common = {
+        **about_this_machine(),
+        "command": options["command"],
+        "model": Path(options["model"]).name,
+        "utilization": options["utilization"],
+        "label": options["label"],
+        "engine": options["engine"],
+        "kv_cache_dtype": options["kv_cache_dtype"],
+        "mode": options["mode"] if split else None,
+        "kcache_config": options["kcache_config"] if split else None,
+        "hot_cache_bytes": _hot_cache_bytes() if split else None,
+        "max_model_len": _longest(options),
+        "num_blocks": cache.num_gpu_blocks,
+        "start_seconds": round(start_seconds, 1),
+    }
+    for context in options["contexts"]:
+        pages = -(-(context + options["output"]) // cache.block_size)
+        fits = (cache.num_gpu_blocks - 1) // pages  # one block is vLLM's null block
+        most = min(fits, options["max_requests"])
+        for asked, count in _counts(options["requests"], most).items():
+            run = _time_steps(llm, options, context, count)
+            if replay is not None:
+                run["replay_kernel_ms"] = round(replay.cost_ms(count, context), 3)
+            row = {
+                **common,
+                "context": context,
+                "requests_that_fit": fits,
+                "requests_asked": asked,
+                "peak_gpu_bytes": torch.cuda.max_memory_allocated(),
+                "runs": [run],
+            }
+            print("RESULT " + json.dumps(row), flush=True)
+
+
+def _counts(requests: list[int], most: int) -> dict[int, int]:
+    """Numbers of requests as asked, and as they are run; none is run twice."""
+    counts: dict[int, int] = {}
+    for asked in requests:
+        count = min(asked or most, most)
+        if count and count not in counts.values():
+            counts[asked] = count
+    return counts
+
+
+def _longest(options: dict[str, Any]) -> int:
+    """The engine's max_model_len."""
+    return max(options["contexts"]) + options["output"] + 16
+
+
+def _start_engine(options: dict[str, Any]) -> Any:
+    """A vllm.LLM as the options say."""
     from vllm import LLM
 
     split = {}
     if options["engine"] == "kcache":
         split = {"kv_backend": "kcache", "kcache_config": options["kcache_config"]}
-    longest = options["context"] + options["output"] + 16
-    started = time.monotonic()
-    llm = LLM(
+    most = options["max_requests"]
+    capture = {size for size in (*CAPTURE_SIZES, *options["requests"], most) if 0 < size <= most}
+    return LLM(
         options["model"],
         load_format="dummy",
         skip_tokenizer_init=True,
         dtype="bfloat16",
-        max_model_len=longest,
-        max_num_seqs=options["max_requests"],
+        max_model_len=_longest(options),
+        max_num_seqs=most,
         gpu_memory_utilization=options["utilization"],
         enable_prefix_caching=False,
-        kv_cache_dtype=options.get("kv_cache_dtype", "auto"),
+        kv_cache_dtype=options["kv_cache_dtype"],
         compilation_config={
             "mode": 0,
             "cudagraph_mode": "FULL_DECODE_ONLY",
-            "cudagraph_capture_sizes": options["capture"],
+            "cudagraph_capture_sizes": sorted(capture),
         },
         kv_transfer_config={
             "kv_connector": "DecodeBenchConnector",
@@ -70,88 +181,93 @@ def measure(options: dict[str, Any]) -> dict[str, Any]:
         },
         **split,
     )
-    start_seconds = time.monotonic() - started
-    cache = llm.llm_engine.vllm_config.cache_config
-    fits = cache.num_gpu_blocks * cache.block_size // longest
-    if split:
-        llm.collective_rpc("kcache_fill_host_pool", args=(0.5,))
-    rows = []
-    before = _figures(llm) if split else {}
-    for requests in options["requests"]:
-        count = min(requests or fits, fits, options["max_requests"])
-        rows.append(_time_steps(llm, options, count))
-        if split:
-            after = _figures(llm)
-            rows[-1]["kcache_metrics"] = {key: after[key] - before[key] for key in after}
-            before = after
-    return {
-        "engine": options["engine"],
-        "kv_cache_dtype": options.get("kv_cache_dtype", "auto"),
-        "kcache_config": options["kcache_config"] if split else None,
-        "num_blocks": cache.num_gpu_blocks,
-        "requests_that_fit": fits,
-        "start_seconds": round(start_seconds, 1),
-        "peak_gpu_bytes": torch.cuda.max_memory_allocated(),
-        "runs": rows,
-    }
+
+
+def _install_replay(shortest_context: int) -> Any:
+    """Replay in this process, before any graph is captured."""
+    from benchmarks.record import Recording
+    from benchmarks.replay import Replay
+
+    replay = Replay(Recording.load(), "cuda")
+    if shortest_context < replay.shortest_tokens:
+        raise ValueError(
+            f"--context {shortest_context}: replay needs at least {replay.shortest_tokens} tokens, "
+            "as many as were recorded"
+        )
+    replay.install()
+    return replay
+
+
+def _hot_cache_bytes() -> int:
+    """GPU memory of the hot V cache's slots, as this process's runtime made them."""
+    from vllm_kcache.integration import runtime
+
+    cache = runtime.current().hot_cache  # type: ignore[attr-defined]
+    return cache.slots.nbytes + cache.slot_word.nbytes
 
 
 def _figures(llm: Any) -> dict[str, float]:
-    """The split cache's counters since its start."""
+    """The split cache's counters since its start; zeros for stock vLLM."""
     import vllm_kcache
+    from vllm_kcache.integration.settings import settings_of
 
-    return {
-        key: value for key, value in vllm_kcache.metrics(llm).items() if isinstance(value, float)
-    }
+    if settings_of(llm.llm_engine.vllm_config) is None:
+        return dict.fromkeys(FIGURES, 0.0)
+    metrics = vllm_kcache.metrics(llm)
+    return {name: metrics[name] for name in FIGURES}
 
 
-def _time_steps(llm: Any, options: dict[str, Any], count: int) -> dict[str, Any]:
-    """Step time of `count` requests: (long run - short run) / (difference in steps)."""
+def _time_steps(llm: Any, options: dict[str, Any], context: int, count: int) -> dict[str, Any]:
+    """Step time of `count` requests: (long run - short run) / (difference in steps).
+
+    The figures of the split cache are taken in the same way, and so belong to the same steps.
+    """
     from vllm import SamplingParams
 
     generator = random.Random(0)
     prompts = [
-        {"prompt_token_ids": [generator.randrange(3, 31000) for _ in range(options["context"])]}
-        for _ in range(count)
+        {"prompt_token_ids": generator.choices(range(3, 31000), k=context)} for _ in range(count)
     ]
 
-    def seconds(tokens: int) -> float:
+    def run(tokens: int) -> dict[str, float]:
         sampling = SamplingParams(
             max_tokens=tokens, ignore_eos=True, detokenize=False, temperature=0
         )
+        before = _figures(llm)
         begin = time.perf_counter()
         llm.generate(prompts, sampling, use_tqdm=False)
-        return time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
+        after = _figures(llm)
+        return {"seconds": seconds, **{name: after[name] - before[name] for name in FIGURES}}
 
-    short = 8
-    seconds(short)
-    step_ms = sorted(
-        (seconds(options["output"]) - seconds(short)) / (options["output"] - short) * 1e3
-        for _ in range(options["repeats"])
-    )
+    run(SHORT_STEPS)
+    steps = options["output"] - SHORT_STEPS
+    step_ms, sums = [], dict.fromkeys(FIGURES, 0.0)
+    for _ in range(options["repeats"]):
+        long, short = run(options["output"]), run(SHORT_STEPS)
+        step_ms.append((long["seconds"] - short["seconds"]) / steps * 1e3)
+        sums = {name: sums[name] + long[name] - short[name] for name in FIGURES}
+    step_ms.sort()
     middle = step_ms[len(step_ms) // 2]
-    return {
+    result: dict[str, Any] = {
         "requests": count,
         "step_ms": round(middle, 3),
         "step_ms_all": [round(value, 3) for value in step_ms],
         "tokens_per_second": round(count / middle * 1e3, 1),
     }
+    if options["engine"] == "kcache":
+        looked_up = sums["hot_cache_hits"] + sums["hot_cache_misses"] + sums["direct_host_reads"]
+        blocks = sums["selected_blocks"] / max(1, sums["selected_lists"])
+        result["hit_rate"] = round(sums["hot_cache_hits"] / max(1, looked_up), 4)
+        result["mean_selected_tokens"] = round(blocks * _v_block_tokens(), 1)
+        result["kcache_metrics"] = sums
+    return result
 
 
-def run_in_process(options: dict[str, Any]) -> dict[str, Any]:
-    """`measure` in a fresh process; its output is shown when it fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.decode", "--measure", json.dumps(options)],
-        cwd=ROOT,
-        env={**os.environ, **ENVIRONMENT},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if done.returncode != 0 or not lines:
-        raise RuntimeError(f"the engine failed:\n{done.stdout[-1500:]}\n{done.stderr[-4000:]}")
-    return json.loads(lines[-1].removeprefix("RESULT "))
+def _v_block_tokens() -> int:
+    from vllm_kcache.integration import runtime
+
+    return runtime.current().v_block_tokens
 
 
 def about_this_machine() -> dict[str, str]:
@@ -171,74 +287,130 @@ def about_this_machine() -> dict[str, str]:
     }
 
 
+def run_in_process(options: dict[str, Any], table: Table) -> None:
+    """`measure` in a fresh process. Rows are kept and shown as they come.
+
+    Raises:
+        RuntimeError: the engine failed; the message ends with the end of its output.
+    """
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.decode", "--measure", json.dumps(options)],
+            cwd=ROOT,
+            env={**os.environ, **ENVIRONMENT},
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+        assert process.stdout is not None
+        said = []
+        for line in process.stdout:
+            if line.startswith("RESULT "):
+                table.add(json.loads(line.removeprefix("RESULT ")))
+            else:
+                said = [*said[-40:], line]
+        if process.wait() != 0:
+            errors.seek(0)
+            raise RuntimeError(f"the engine failed:\n{''.join(said)}\n{errors.read()[-6000:]}")
+
+
+class Table:
+    """Appends rows to the file of results and prints them beside the first engine's."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.baseline: dict[tuple[int, int], float] = {}
+
+    def add(self, row: dict[str, Any]) -> None:
+        """One row of one run."""
+        self.path.parent.mkdir(exist_ok=True)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        (run,) = row["runs"]
+        name = row["engine"] + ("" if row["kv_cache_dtype"] == "auto" else row["kv_cache_dtype"])
+        first = self.baseline.setdefault(
+            (row["context"], row["requests_asked"]), run["tokens_per_second"]
+        )
+        line = (
+            f"{row['model']:12s} {name:10s} {run['requests']:3d} x {row['context']:6d} "
+            f"{run['step_ms']:8.2f} ms {run['tokens_per_second']:8.1f} tok/s "
+            f"{run['tokens_per_second'] / first:5.2f}x {row['num_blocks']} blocks"
+        )
+        if row["mode"] is not None:
+            line += (
+                f"  {row['mode']}: {run['mean_selected_tokens']} tokens a head, "
+                f"hit rate {run['hit_rate']}"
+            )
+        if "replay_kernel_ms" in run:
+            line += f", of the step the replay kernel is {run['replay_kernel_ms']} ms"
+        print(line, flush=True)
+
+
+def gib(text: str) -> float | str:
+    """A size on the command line: GiB, or "auto"."""
+    return text if text == "auto" else float(text)
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", help="folder with a config.json")
-    parser.add_argument("--context", type=int, default=16384, help="tokens of each request")
+    parser.add_argument("--mode", choices=["fixed", "replay"], default="fixed")
+    parser.add_argument("--context", type=int, nargs="+", default=[16384], help="tokens a request")
     parser.add_argument("--output", type=int, default=72, help="steps of the long run")
     parser.add_argument("--top-n", type=int, default=None, help="V blocks per KV head")
-    parser.add_argument("--coverage", type=float, default=None)
-    parser.add_argument("--hot-cache-gib", type=float, default=None)
+    parser.add_argument(
+        "--coverage", type=float, default=None, help=f"in replay {REPLAY_COVERAGE} unless given"
+    )
+    parser.add_argument("--hot-cache-gib", type=gib, default=None, help='a number or "auto"')
     parser.add_argument("--utilization", type=float, default=0.9)
-    parser.add_argument("--requests", type=int, nargs="*", default=[0, 1], help="0: all that fit")
+    parser.add_argument("--requests", type=int, nargs="+", default=[0, 1], help="0: all that fit")
     parser.add_argument("--max-requests", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--engines", nargs="*", default=["stock", "kcache"])
+    parser.add_argument("--engines", nargs="+", default=["stock", "kcache"])
     parser.add_argument("--label", default="", help="noted in the row")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file that rows go to")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
+    if parsed.measure is None and parsed.model is None:
+        parser.error("needs a model: a folder with a config.json")
+    if parsed.output <= SHORT_STEPS:
+        parser.error(f"--output {parsed.output}: must be above {SHORT_STEPS}")
+    return parsed
 
 
 def main() -> None:
     """Run the engines, append rows, print a table."""
     arguments = parse()
     if arguments.measure:
-        result = measure(json.loads(arguments.measure))
-        print("RESULT " + json.dumps(result), flush=True)
+        measure(json.loads(arguments.measure))
         return
+    coverage = arguments.coverage
+    if coverage is None and arguments.mode == "replay":
+        coverage = REPLAY_COVERAGE
     settings = {
         "top_n": arguments.top_n,
-        "coverage": arguments.coverage,
+        "coverage": coverage,
         "hot_cache_gib": arguments.hot_cache_gib,
     }
     options = {
         "model": str(Path(arguments.model).resolve()),
-        "context": arguments.context,
+        "mode": arguments.mode,
+        "contexts": arguments.context,
         "output": arguments.output,
         "utilization": arguments.utilization,
         "requests": arguments.requests,
         "max_requests": arguments.max_requests,
         "repeats": arguments.repeats,
-        "capture": [1, 2, 4, 7, 8, 13, 14, 16, 20, 24, 26, 27, 28, 32],
+        "label": arguments.label,
+        "command": " ".join(["python -m benchmarks.decode", *sys.argv[1:]]),
         "kcache_config": {key: value for key, value in settings.items() if value is not None},
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    baseline: dict[int, float] = {}
+    table = Table(arguments.results)
     for engine in arguments.engines:
         name, _, kv_cache_dtype = engine.partition("-")
         chosen = {**options, "engine": name, "kv_cache_dtype": kv_cache_dtype or "auto"}
-        result = run_in_process(chosen)
-        row = {
-            **about_this_machine(),
-            "command": " ".join(["python -m benchmarks.decode", *sys.argv[1:]]),
-            "model": Path(options["model"]).name,
-            "context": arguments.context,
-            "utilization": arguments.utilization,
-            "label": arguments.label,
-            **result,
-        }
-        with open(RESULTS, "a") as file:
-            file.write(json.dumps(row) + "\n")
-        for index, run in enumerate(result["runs"]):
-            baseline.setdefault(index, run["tokens_per_second"])
-            ratio = run["tokens_per_second"] / baseline[index]
-            print(
-                f"{row['model']:12s} {engine:10s} {run['requests']:3d} x {arguments.context} "
-                f"{run['step_ms']:8.2f} ms {run['tokens_per_second']:8.1f} tok/s {ratio:5.2f}x "
-                f"{result['num_blocks']} blocks",
-                flush=True,
-            )
+        run_in_process(chosen, table)
 
 
 if __name__ == "__main__":

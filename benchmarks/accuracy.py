@@ -33,8 +33,12 @@ from benchmarks.accuracy_engine import save_passages, stock_logits_path
 from benchmarks.accuracy_grid import GRIDS, EngineSettings, listed, make_grid
 from benchmarks.accuracy_rows import RESULTS, ROOT, Rows, key_of
 from benchmarks.accuracy_texts import hash_of, make_passages
+from vllm_kcache.cache.host_memory import host_budget_bytes
 from vllm_kcache.config import KCacheConfig
 
+GIB = 2**30
+# Where all V fits this much GPU memory, it stays there: nothing is fetched twice.
+MOST_HOT_CACHE_GIB = 24
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -102,11 +106,15 @@ class Sweep:
 
     def v_block_tokens(self) -> int:
         """V block that "auto" means for the model."""
-        config = self.config
-        head_size = getattr(config, "head_dim", None) or (
-            config.hidden_size // config.num_attention_heads
+        return KCacheConfig().resolved_v_block_tokens(
+            self.head_size(), 2, self.engine["block_size"]
         )
-        return KCacheConfig().resolved_v_block_tokens(head_size, 2, self.engine["block_size"])
+
+    def head_size(self) -> int:
+        """D."""
+        config = self.config
+        head_size = getattr(config, "head_dim", None)
+        return head_size or config.hidden_size // config.num_attention_heads
 
     def engines(self) -> list[EngineSettings]:
         """The engines that the options ask for."""
@@ -117,7 +125,9 @@ class Sweep:
 
     def row(self, length: int, setting: dict[str, Any] | None) -> dict[str, Any]:
         """What is known of a row before it is measured."""
-        in_full = None if setting is None else KCacheConfig.from_user(setting).model_dump(mode="json")
+        in_full = (
+            None if setting is None else KCacheConfig.from_user(setting).model_dump(mode="json")
+        )
         key = key_of({**self.common, "length": length, "kcache": in_full})
         now = accuracy_rows.environment(self.command)
         return {"key": key, **self.common, **now, "length": length, "kcache": setting}
@@ -187,8 +197,8 @@ class Sweep:
         free = shutil.disk_usage(self.work).free
         if needed > free:
             raise SystemExit(
-                f"stock's logits need {needed / 2**30:.1f} GiB and {self.work} has "
-                f"{free / 2**30:.1f} GiB: choose another folder with --work, or fewer items"
+                f"stock's logits need {needed / GIB:.1f} GiB and {self.work} has "
+                f"{free / GIB:.1f} GiB: choose another folder with --work, or fewer items"
             )
 
     def _run_engine(
@@ -209,9 +219,29 @@ class Sweep:
         start = dict(engine.start)
         if any(setting.get("tail") == "mean" for setting in engine.settings):
             start["tail"] = "mean"
+        if self.gpu:
+            start.update(self._gpu_memory())
         if self.options.hot_cache_gib is not None:
             start["hot_cache_gib"] = self.options.hot_cache_gib
         return start
+
+    def _gpu_memory(self) -> dict[str, Any]:
+        """Room for just the contexts: pinning what the GPU could fill would take half a minute.
+
+        What is resident changes the speed of a run and nothing else.
+        """
+        config = self.config
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        itemsize = 4 if self.options.dtype == "float32" else 2
+        per_token = config.num_hidden_layers * kv_heads * self.head_size() * itemsize
+        longest = self.lengths[-1] + self.options.forced + 2 * self.engine["block_size"]
+        needed = len(self.passages) * longest * per_token
+        settings: dict[str, Any] = {}
+        if 1.2 * needed < host_budget_bytes("auto", 1):
+            settings["host_memory_gib"] = 1.2 * needed / GIB
+        if needed < MOST_HOT_CACHE_GIB * GIB:
+            settings["hot_cache_gib"] = 1.1 * needed / GIB
+        return settings
 
 
 def run_engine(

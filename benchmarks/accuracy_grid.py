@@ -79,9 +79,8 @@ def make_grid(
     if name == "quick":
         sizes, dense = v_blocks or [v_block_tokens], dense_layers or [0]
     else:
-        sizes = v_blocks or sorted(
-            {v_block_tokens, *V_BLOCK_TOKENS}, key=lambda t: t != v_block_tokens
-        )
+        others = [tokens for tokens in V_BLOCK_TOKENS if tokens != v_block_tokens]
+        sizes = v_blocks or [v_block_tokens, *others]
         dense = dense_layers or [0, *DENSE_LAYERS]
     engines = []
     for size in sizes:

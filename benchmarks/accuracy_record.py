@@ -63,6 +63,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self._files: dict[str, np.memmap] = {}
+        self._stock: tuple[str, torch.Tensor] | None = None
 
     def process(
         self, logits: torch.Tensor, rows: Sequence[int], forced: Sequence[Forced],
@@ -86,18 +87,31 @@ class Recorder:
         shape = (len(first.tokens), first.num_items, logits.shape[1])
         at = (list(steps), [f.item for f in forced])
         if first.save:
-            self._open(first.stock_logits, shape, np.float32, create=True)[at] = (
-                picked.cpu().numpy()
-            )
+            file = self._open(first.stock_logits, shape, np.float32, create=True)
+            file[at] = picked.cpu().numpy()
             stock = picked
         else:
-            saved = self._open(first.stock_logits, shape, np.float32)[at]
-            stock = torch.from_numpy(saved).to(logits.device)
+            saved = self._stock_logits(first.stock_logits, shape, logits.device)
+            stock = saved[at].to(logits.device)
         figures = compare_logits(picked, stock, tokens)
         shape = (*shape[:2], len(FIELDS))
         self._open(first.positions, shape, np.float64)[at] = figures.cpu().numpy()
         logits[list(rows)] = float("-inf")
         logits[list(rows), tokens] = 0.0
+
+    def _stock_logits(
+        self, path: str, shape: tuple[int, ...], device: torch.device
+    ) -> torch.Tensor:
+        """Stock's logits, on the device where there is room: read once for all settings."""
+        if self._stock is None or self._stock[0] != path:
+            self._stock = None
+            saved = torch.from_numpy(self._open(path, shape, np.float32))
+            if device.type == "cuda":
+                free, _ = torch.cuda.mem_get_info(device)
+                if 2 * saved.nbytes < free:
+                    saved = saved.to(device)
+            self._stock = path, saved
+        return self._stock[1]
 
     def _open(
         self, path: str, shape: tuple[int, ...], dtype: Any, create: bool = False

@@ -17,6 +17,7 @@ CSRC = $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
 # On a GPU machine that has vLLM already, without a network: no .venv, and python3 is used.
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 OFFLINE = HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
+SHAPES = benchmarks/shapes
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model serve test test-gpu bench-gpu lint format docs clean
@@ -37,11 +38,15 @@ test: model ## Run all tests that need no GPU (TESTS= chooses)
 	@$(OFFLINE) $(BIN)/python -m pytest -m "not gpu" $(TESTS)
 
 test-gpu: ## Run the GPU tests; in .venv if there is one, else with a python3 that has vLLM
-	@$(OFFLINE) $(GPU_PYTHON) -m pytest -m gpu tests/gpu
+	@$(OFFLINE) PYTHON=$(GPU_PYTHON) tools/test_gpu.sh
 
-bench-gpu: ## Time every operation on the GPU; rows go to benchmarks/results/
+bench-gpu: ## Time operations and engines on the GPU, in short; rows go to benchmarks/results/
 	@set -e; for bench in write score select fetch attend overlap; do \
 	  $(OFFLINE) $(GPU_PYTHON) -m benchmarks.bench_$$bench; done
+	@$(OFFLINE) $(GPU_PYTHON) -m benchmarks.decode $(SHAPES)/llama-3-8b \
+	  --context 32768 --top-n 16 --repeats 1 --label short
+	@$(OFFLINE) $(GPU_PYTHON) -m benchmarks.prefill $(SHAPES)/llama-3-8b \
+	  --layers 16 --prompts 16384 --repeats 2 --label short
 
 lint: setup ## ruff, mypy, clang-format and the house rules; changes nothing
 	@$(BIN)/ruff check .

@@ -4,10 +4,10 @@
     python -m tests.integration.generate SPEC.json OUT.json
 
 The specification: {"engine": keyword arguments of vllm.LLM, "batches": [{"prompts": [...],
-"sampling": {...}, "forced": [[token ids], ...] or absent}]}. Batches run one after the other, so
-that a later one can hit the prefix cache of an earlier one. With "forced", request i must continue
-with those tokens, and the raw log-probability of each is returned: teacher forcing on the decode
-path.
+"sampling": {...} or one for each prompt, "forced": [[token ids], ...] or absent, "lora": [folder
+or null for each prompt] or absent}]}. Batches run one after the other, so that a later one can hit
+the prefix cache of an earlier one. With "forced", request i must continue with those tokens, and
+the raw log-probability of each is returned: teacher forcing on the decode path.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ ENVIRONMENT = {
     # A spinning thread pool on shared cores costs more than the second core gives.
     "OMP_NUM_THREADS": "1",
 }
+# vLLM tells adapters apart by number, in all batches.
+ADAPTER_NUMBERS: dict[str, int] = {}
 
 
 def run(spec: dict[str, Any]) -> dict[str, Any]:
@@ -39,6 +41,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     llm = LLM(disable_log_stats=False, **engine)
     result: dict[str, Any] = {
         "num_blocks": llm.llm_engine.vllm_config.cache_config.num_gpu_blocks,
+        "async_scheduling": bool(llm.llm_engine.vllm_config.scheduler_config.async_scheduling),
         "batches": [_run_batch(llm, batch) for batch in spec["batches"]],
         "vllm_metrics": {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")},
     }
@@ -46,15 +49,18 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
         import vllm_kcache
 
         result["kcache_metrics"] = vllm_kcache.metrics(llm)
+        result["prefill_kernel"] = _prefill_kernel()
     return result
 
 
 def _run_batch(llm: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
     from vllm import SamplingParams
 
+    given = batch["sampling"]
+    each = given if isinstance(given, list) else [given] * len(batch["prompts"])
     sampling = []
-    for index in range(len(batch["prompts"])):
-        options = {"temperature": 0.0, **batch["sampling"]}
+    for index, own in enumerate(each):
+        options = {"temperature": 0.0, **own}
         if "forced" in batch:
             tokens = batch["forced"][index]
             options.update(
@@ -68,16 +74,18 @@ def _run_batch(llm: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
         prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt}
         for prompt in batch["prompts"]
     ]
-    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    outputs = llm.generate(
+        prompts, sampling, use_tqdm=False, lora_request=_adapters(batch.get("lora"))
+    )
     rows = []
-    for output in outputs:
+    for output, own in zip(outputs, each, strict=True):
         row = {
             "texts": [completion.text for completion in output.outputs],
             "tokens": [list(completion.token_ids) for completion in output.outputs],
             "cached_tokens": output.num_cached_tokens,
             "prompt_tokens": len(output.prompt_token_ids),
         }
-        if "logprobs" in batch["sampling"]:
+        if "logprobs" in own:
             row["top"] = [
                 [
                     {str(token): entry.logprob for token, entry in step.items()}
@@ -93,6 +101,30 @@ def _run_batch(llm: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
             ]
         rows.append(row)
     return rows
+
+
+def _prefill_kernel() -> str | None:
+    """Kernel of the worker's prefills on a GPU; None where the worker is another process."""
+    from vllm_kcache.integration import runtime
+
+    try:
+        return getattr(runtime.current(), "kernel_name", None)
+    except RuntimeError:
+        return None
+
+
+def _adapters(folders: list[str | None] | None) -> list[Any] | None:
+    """A LoRA request for each prompt that names a folder."""
+    if folders is None:
+        return None
+    from vllm.lora.request import LoRARequest
+
+    for folder in filter(None, folders):
+        ADAPTER_NUMBERS.setdefault(folder, len(ADAPTER_NUMBERS) + 1)
+    return [
+        None if folder is None else LoRARequest(folder, ADAPTER_NUMBERS[folder], folder)
+        for folder in folders
+    ]
 
 
 def main() -> None:

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Features of vLLM over the split cache on a GPU, in few engines: each batch tries one of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.gpu.adapter import RANK, write_adapter
+from tests.gpu.comparing import GRAPHS, LONG, MEMORY, SHARED, SHORT, assert_same_text_or_tie
+from tests.integration.engines import GATE, MODEL, kjv, run_engine, tokens_of
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+
+GREEDY = {"max_tokens": 40, "logprobs": 5, "ignore_eos": True}
+# Sequences of one prompt go different ways; the most likely token alone takes all of them one way.
+SAMPLED = {"max_tokens": 24, "n": 4, "temperature": 1.0, "seed": 7, "ignore_eos": True}
+SEVERAL = {**GREEDY, "n": 3, "temperature": 1.0, "top_k": 1}
+
+
+def mixed(many: int) -> dict[str, Any]:
+    """Prompts and answers of all lengths: while some decode, others come in chunks."""
+    prompts = [kjv(25 * i, 1 + 7 * i % 40) for i in range(many)]
+    sampling = [{**GREEDY, "max_tokens": 8 + 11 * i % 90} for i in range(many)]
+    return {"prompts": prompts, "sampling": sampling}
+
+
+def test_lora_parallel_sampling_and_chunks_in_float32(tmp_path: Path) -> None:
+    adapter = str(write_adapter(tmp_path / "adapter", Path(MODEL)))
+    plain, adapted, alternating = 0, 1, 2
+    work = [
+        {"prompts": [*SHORT, SHARED], "sampling": GREEDY},
+        {"prompts": [*SHORT, SHARED], "sampling": GREEDY, "lora": [adapter] * 4},
+        {"prompts": [*SHORT, SHARED], "sampling": GREEDY, "lora": [adapter, None] * 2},
+        {"prompts": [kjv(10, 12), SHORT[1]], "sampling": SAMPLED},
+        {"prompts": [kjv(10, 12), LONG], "sampling": SEVERAL},
+        {"prompts": [LONG + " And Jacob said", *SHORT], "sampling": SAMPLED},
+        mixed(24),
+    ]
+    engine = {
+        **GRAPHS,
+        "dtype": "float32",
+        "max_num_batched_tokens": 512,
+        "enable_lora": True,
+        "max_lora_rank": RANK,
+        "max_loras": 2,
+    }
+    stock = run_engine(tmp_path, work, **engine)
+    split = run_engine(tmp_path, work, kcache=GATE, **engine)
+    assert tokens_of(split) == tokens_of(stock)
+    assert split["async_scheduling"] == stock["async_scheduling"]
+    # Each batch did what it is there for.
+    tokens = tokens_of(split)
+    assert all(a != b for a, b in zip(tokens[plain], tokens[adapted], strict=True))
+    assert tokens[alternating][::2] == tokens[adapted][::2]
+    assert tokens[alternating][1::2] == tokens[plain][1::2]
+    assert len(set(map(tuple, tokens[3][0]))) > 1
+    assert all(len(set(map(tuple, several))) == 1 for several in tokens[4])
+    assert split["batches"][5][0]["cached_tokens"] > 2000
+    assert split["prefill_kernel"] in ("torch", None)  # float32; None on the CPU
+
+
+def test_torch_compile_and_flash_attention_in_bfloat16(tmp_path: Path) -> None:
+    """vLLM's own compilation and graphs, asynchronous scheduling, chunks beside decodes."""
+    work = [
+        {"prompts": [*SHORT, LONG, SHARED], "sampling": GREEDY},
+        {"prompts": [LONG + " In the beginning", SHARED + " And"], "sampling": GREEDY},
+        {"prompts": [kjv(10, 12), SHORT[0]], "sampling": SEVERAL},
+        mixed(40),
+    ]
+    engine = {
+        **MEMORY,
+        "enforce_eager": False,
+        "block_size": 16,
+        "dtype": "bfloat16",
+        "max_num_batched_tokens": 512,
+        # Few sizes: each is captured, and compiled code is the same for all.
+        "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 48]},
+    }
+    stock = run_engine(tmp_path, work, **engine)
+    split = run_engine(tmp_path, work, kcache={**GATE, "prefill": "flash_attn"}, **engine)
+    assert_same_text_or_tie(split, stock)
+    assert split["async_scheduling"]
+    assert split["prefill_kernel"] == "flash_attn"
+    assert split["batches"][1][0]["cached_tokens"] > 2000

@@ -18,6 +18,10 @@ mkdir -p "$out"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} PYTHONUNBUFFERED=1
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 
+"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
+  echo "no CUDA GPU is seen by $python: every test would be skipped" >&2
+  exit 1
+}
 files=("$@")
 if [ ${#files[@]} -eq 0 ]; then
   files=(tests/gpu/test_*.py)

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
-from tests.integration.engines import kjv
+from tests.integration.engines import kjv, run_engine
 
 # Several engines and the kernels' tests share the GPU at the same time. So the memory of the cache
 # is set and not measured: another process that ends meanwhile would upset the measurement.
@@ -15,7 +17,12 @@ GRAPHS = {
     **MEMORY,
     "enforce_eager": False,
     "block_size": 16,
-    "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+    # Few sizes, so that most batches are padded and the largest run without a graph.
+    "compilation_config": {
+        "mode": 0,
+        "cudagraph_mode": "FULL_DECODE_ONLY",
+        "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 48],
+    },
 }
 # In bfloat16 two tokens may tie: the model's logits, 16 to 32 in size, come in steps of 0.125, and
 # any difference in the order of sums moves one by a step. The first difference is allowed only
@@ -38,6 +45,16 @@ def batches(max_tokens: int, many: int) -> list[dict[str, Any]]:
         },
         {"prompts": [kjv(20 * i, 4 + i % 9) for i in range(many)], "sampling": sampling},
     ]
+
+
+def run_both(
+    tmp_path: Path, work: list[dict[str, Any]], kcache: dict[str, Any], **engine: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same batches on stock vLLM and on the split cache, side by side on the GPU."""
+    with ThreadPoolExecutor(2) as pool:
+        stock = pool.submit(run_engine, tmp_path, work, **engine)
+        split = pool.submit(run_engine, tmp_path, work, kcache=kcache, **engine)
+        return stock.result(), split.result()
 
 
 def assert_same_text_or_tie(split: dict[str, Any], stock: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.gpu.comparing import GRAPHS, assert_same_text_or_tie, batches
+from tests.gpu.comparing import GRAPHS, assert_same_text_or_tie, batches, run_both
 from tests.integration.engines import GATE, run_engine, tokens_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
@@ -18,14 +18,22 @@ WORK = batches(64, 64)
 
 
 @pytest.fixture(scope="module")
-def stock_in_bfloat16(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Stock vLLM with room for everything."""
-    return run_engine(tmp_path_factory.mktemp("stock"), WORK, **HALF)
+def both_in_bfloat16(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Stock vLLM and the split cache, with room for everything."""
+    return run_both(tmp_path_factory.mktemp("bfloat16"), WORK, GATE, **HALF)
 
 
-def test_text_equals_stock_in_bfloat16(tmp_path: Path, stock_in_bfloat16: dict[str, Any]) -> None:
-    split = run_engine(tmp_path, WORK, kcache=GATE, **HALF)
-    assert_same_text_or_tie(split, stock_in_bfloat16)
+def test_text_equals_stock_in_float32(tmp_path: Path) -> None:
+    engine = {**GRAPHS, "dtype": "float32", "max_num_batched_tokens": 1024}
+    stock, split = run_both(tmp_path, batches(48, 16), GATE, **engine)
+    assert tokens_of(split) == tokens_of(stock)
+
+
+def test_text_equals_stock_in_bfloat16(both_in_bfloat16: tuple[dict[str, Any], ...]) -> None:
+    stock, split = both_in_bfloat16
+    assert_same_text_or_tie(split, stock)
     assert split["batches"][1][0]["cached_tokens"] > 2000
     lists = split["kcache_metrics"]["selected_lists"]
     assert lists > 0
@@ -33,19 +41,11 @@ def test_text_equals_stock_in_bfloat16(tmp_path: Path, stock_in_bfloat16: dict[s
 
 
 def test_few_blocks_and_a_small_hot_cache(
-    tmp_path: Path, stock_in_bfloat16: dict[str, Any]
+    tmp_path: Path, both_in_bfloat16: tuple[dict[str, Any], ...]
 ) -> None:
     """Requests that do not fit are preempted and recomputed; slots change owners all the time."""
     settings = {**GATE, "hot_cache_gib": 0.0005}
     split = run_engine(tmp_path, WORK, kcache=settings, num_gpu_blocks_override=300, **HALF)
+    assert_same_text_or_tie(split, both_in_bfloat16[0])
     assert split["vllm_metrics"]["vllm:num_preemptions"] > 0
     assert split["kcache_metrics"]["direct_host_reads"] > 0
-    assert_same_text_or_tie(split, stock_in_bfloat16)
-
-
-def test_text_equals_stock_in_float32(tmp_path: Path) -> None:
-    work = batches(48, 16)
-    engine = {**GRAPHS, "dtype": "float32", "max_num_batched_tokens": 1024}
-    stock = run_engine(tmp_path, work, **engine)
-    split = run_engine(tmp_path, work, kcache=GATE, **engine)
-    assert tokens_of(split) == tokens_of(stock)

@@ -9,8 +9,16 @@ from typing import Any
 import pytest
 
 from tests.gpu.adapter import RANK, write_adapter
-from tests.gpu.comparing import GRAPHS, LONG, MEMORY, SHARED, SHORT, assert_same_text_or_tie
-from tests.integration.engines import GATE, MODEL, kjv, run_engine, tokens_of
+from tests.gpu.comparing import (
+    GRAPHS,
+    LONG,
+    MEMORY,
+    SHARED,
+    SHORT,
+    assert_same_text_or_tie,
+    run_both,
+)
+from tests.integration.engines import GATE, MODEL, kjv, tokens_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
@@ -27,47 +35,38 @@ def mixed(many: int) -> dict[str, Any]:
     return {"prompts": prompts, "sampling": sampling}
 
 
-def test_lora_parallel_sampling_and_chunks_in_float32(tmp_path: Path) -> None:
-    adapter = str(write_adapter(tmp_path / "adapter", Path(MODEL)))
-    plain, adapted, alternating = 0, 1, 2
+def test_parallel_sampling_and_chunks_in_float32(tmp_path: Path) -> None:
     work = [
-        {"prompts": [*SHORT, SHARED], "sampling": GREEDY},
-        {"prompts": [*SHORT, SHARED], "sampling": GREEDY, "lora": [adapter] * 4},
-        {"prompts": [*SHORT, SHARED], "sampling": GREEDY, "lora": [adapter, None] * 2},
         {"prompts": [kjv(10, 12), SHORT[1]], "sampling": SAMPLED},
         {"prompts": [kjv(10, 12), LONG], "sampling": SEVERAL},
         {"prompts": [LONG + " And Jacob said", *SHORT], "sampling": SAMPLED},
         mixed(24),
     ]
-    engine = {
-        **GRAPHS,
-        "dtype": "float32",
-        "max_num_batched_tokens": 512,
-        "enable_lora": True,
-        "max_lora_rank": RANK,
-        "max_loras": 2,
-    }
-    stock = run_engine(tmp_path, work, **engine)
-    split = run_engine(tmp_path, work, kcache=GATE, **engine)
+    engine = {**GRAPHS, "dtype": "float32", "max_num_batched_tokens": 512}
+    stock, split = run_both(tmp_path, work, GATE, **engine)
     assert tokens_of(split) == tokens_of(stock)
-    assert split["async_scheduling"] == stock["async_scheduling"]
     # Each batch did what it is there for.
-    tokens = tokens_of(split)
-    assert all(a != b for a, b in zip(tokens[plain], tokens[adapted], strict=True))
-    assert tokens[alternating][::2] == tokens[adapted][::2]
-    assert tokens[alternating][1::2] == tokens[plain][1::2]
-    assert len(set(map(tuple, tokens[3][0]))) > 1
-    assert all(len(set(map(tuple, several))) == 1 for several in tokens[4])
-    assert split["batches"][5][0]["cached_tokens"] > 2000
-    assert split["prefill_kernel"] in ("torch", None)  # float32; None on the CPU
+    sampled, several, later, _ = tokens_of(split)
+    assert len(set(map(tuple, sampled[0]))) > 1
+    assert all(len(set(map(tuple, sequences))) == 1 for sequences in several)
+    assert len(set(map(tuple, later[0]))) > 1
+    assert split["batches"][2][0]["cached_tokens"] > 2000
+    assert split["prefill_kernel"] == "torch"
 
 
-def test_torch_compile_and_flash_attention_in_bfloat16(tmp_path: Path) -> None:
-    """vLLM's own compilation and graphs, asynchronous scheduling, chunks beside decodes."""
+def test_lora_torch_compile_and_flash_attention_in_bfloat16(tmp_path: Path) -> None:
+    """vLLM's own compilation and graphs, asynchronous scheduling, chunks beside decodes.
+
+    LoRA is here because vLLM's kernels for it take no float32 on a GPU.
+    """
+    adapter = str(write_adapter(tmp_path / "adapter", Path(MODEL)))
+    plain = [*SHORT, SHARED]
     work = [
-        {"prompts": [*SHORT, LONG, SHARED], "sampling": GREEDY},
+        {"prompts": plain, "sampling": GREEDY},
+        {"prompts": plain, "sampling": GREEDY, "lora": [adapter] * 4},
+        {"prompts": plain, "sampling": GREEDY, "lora": [adapter, None] * 2},
+        {"prompts": [LONG, kjv(10, 12)], "sampling": SEVERAL},
         {"prompts": [LONG + " In the beginning", SHARED + " And"], "sampling": GREEDY},
-        {"prompts": [kjv(10, 12), SHORT[0]], "sampling": SEVERAL},
         mixed(40),
     ]
     engine = {
@@ -76,12 +75,20 @@ def test_torch_compile_and_flash_attention_in_bfloat16(tmp_path: Path) -> None:
         "block_size": 16,
         "dtype": "bfloat16",
         "max_num_batched_tokens": 512,
+        "enable_lora": True,
+        "max_lora_rank": RANK,
         # Few sizes: each is captured, and compiled code is the same for all.
         "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 48]},
     }
-    stock = run_engine(tmp_path, work, **engine)
-    split = run_engine(tmp_path, work, kcache={**GATE, "prefill": "flash_attn"}, **engine)
+    stock, split = run_both(tmp_path, work, {**GATE, "prefill": "flash_attn"}, **engine)
     assert_same_text_or_tie(split, stock)
-    assert split["async_scheduling"]
+    # Adapted texts are others, with and without plain requests beside them.
+    base, adapted, alternating = tokens_of(split)[:3]
+    assert all(a != b for a, b in zip(base, adapted, strict=True))
+    assert all(a != b for a, b in zip(base[::2], alternating[::2], strict=True))
+    # A prefix that was computed without the adapter is none with it, and the other way round.
+    assert split["batches"][1][3]["cached_tokens"] == 0
+    assert split["batches"][2][3]["cached_tokens"] > 500
+    assert split["batches"][4][0]["cached_tokens"] > 2000
     assert split["prefill_kernel"] == "flash_attn"
-    assert split["batches"][1][0]["cached_tokens"] > 2000
+    assert split["async_scheduling"] == stock["async_scheduling"] is True

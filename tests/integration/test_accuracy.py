@@ -1,51 +1,82 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the default selection costs, on real text, through the decode path of the real engine."""
+"""What the default selection costs, on real text, through the decode path of the real engine.
+
+One run of the accuracy benchmark; so this is also its test with real engines.
+"""
 
 from __future__ import annotations
 
-import argparse
-import inspect
-import math
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
 
-from tests.integration.engines import MODEL, kjv, run_engine
+from benchmarks import accuracy
+from tests.integration.engines import MODEL
 
 pytestmark = pytest.mark.slow
 
 CONTEXT_TOKENS = 2048
-FORCED_TOKENS = 160
+FORCED_TOKENS = 40
+ITEMS = 4
+DEFAULT = {"coverage": 0.97}
+SETTINGS = (
+    {"top_n": "all"},
+    DEFAULT,
+    {"top_n": 16, "tail": "mean"},
+    # The default in other words, to be measured again with another setting in between.
+    {"coverage": 0.97, "top_n": "all"},
+)
 
 
-def test_default_keeps_the_perplexity(tmp_path: Path) -> None:
-    """Teacher-forced: prose and source code, against stock vLLM, within 1%."""
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    texts = [kjv(0, 120), kjv(900, 120), kjv(1800, 120), inspect.getsource(argparse)]
-    tokens = [tokenizer(text)["input_ids"] for text in texts]
-    assert min(map(len, tokens)) > CONTEXT_TOKENS + FORCED_TOKENS
-    batch = {
-        "prompts": [row[:CONTEXT_TOKENS] for row in tokens],
-        "forced": [row[CONTEXT_TOKENS : CONTEXT_TOKENS + FORCED_TOKENS] for row in tokens],
-        "sampling": {},
-    }
-    stock = run_engine(tmp_path, [batch])
-    split = run_engine(tmp_path, [batch], kcache={})
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Stock's row, then one for each setting."""
+    folder = tmp_path_factory.mktemp("accuracy")
+    accuracy.main(
+        [
+            "sweep", MODEL, "--lengths", str(CONTEXT_TOKENS), "--items", str(ITEMS),
+            "--forced", str(FORCED_TOKENS), "--settings", json.dumps(SETTINGS),
+            "--cpu-cache-gib", "2", "--results", str(folder / "rows.jsonl"), "--work", str(folder),
+        ]
+    )  # fmt: skip
+    assert [path.name for path in folder.iterdir()] == ["rows.jsonl"], "the logits are still there"
+    return [json.loads(line) for line in Path(folder / "rows.jsonl").read_text().splitlines()]
 
-    def perplexity(result: dict) -> float:
-        logprobs = [value for row in result["batches"][0] for value in row["logprobs"]]
-        assert len(logprobs) == len(texts) * FORCED_TOKENS
-        return math.exp(-sum(logprobs) / len(logprobs))
 
-    forced = [row["tokens"][0] for row in split["batches"][0]]
-    assert forced == batch["forced"], "a token was not forced"
-    metrics = split["kcache_metrics"]
-    selected_tokens = metrics["mean_selected_blocks"] * 16
+def test_stock_agrees_with_what_vllm_reports(rows: list[dict[str, Any]]) -> None:
+    stock = rows[0]
+    assert stock["kcache"] is None
+    assert stock["positions"] == ITEMS * FORCED_TOKENS
+    assert stock["kl"] == 0
+    # vLLM's own log-softmax is in float32.
+    assert stock["logprob_difference"] < 1e-4
+
+
+def test_everything_selected_is_stock(rows: list[dict[str, Any]]) -> None:
+    everything = rows[1]
+    assert everything["kl_max"] < 1e-8
+    assert everything["top1_agreement"] == 1
+    assert everything["selected_tokens"] > CONTEXT_TOKENS
+    assert everything["dropped_mass"][0] == 0
+
+
+def test_default_keeps_the_perplexity(rows: list[dict[str, Any]]) -> None:
+    default = rows[2]
     print(
-        f"perplexity {perplexity(split):.4f} against {perplexity(stock):.4f}, "
-        f"{selected_tokens:.0f} tokens a head of {CONTEXT_TOKENS}"
+        f"perplexity {default['perplexity']:.4f} against {default['stock_perplexity']:.4f}, "
+        f"KL {default['kl']:.5f}, {default['selected_tokens']:.0f} tokens a head"
     )
     # Most of V is not read, or this would show nothing.
-    assert selected_tokens < 0.45 * CONTEXT_TOKENS
-    assert perplexity(split) == pytest.approx(perplexity(stock), rel=0.01)
+    assert default["selected_tokens"] < 0.45 * CONTEXT_TOKENS
+    assert default["perplexity"] == pytest.approx(default["stock_perplexity"], rel=0.01)
+    assert 0 < default["kl"] < 0.01
+
+
+def test_a_setting_gives_the_same_after_another(rows: list[dict[str, Any]]) -> None:
+    _, _, default, fixed, again = rows
+    assert fixed["selected_tokens"] == 16 * 16
+    assert fixed["kl"] > default["kl"]
+    for name in ("perplexity", "kl", "kl_max", "selected_tokens", "by_kind"):
+        assert again[name] == default[name]

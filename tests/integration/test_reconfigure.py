@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What may change while an engine runs, without an engine (with one: test_accuracy.py)."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_kcache.config import KCacheConfig, KCacheConfigError
+from vllm_kcache.integration.counters import Counters
+from vllm_kcache.integration.cpu_runtime import CPURuntime
+from vllm_kcache.integration.reconfigure import reconfigure
+from vllm_kcache.integration.runtime import PageShape
+from vllm_kcache.integration.worker import SplitCacheWorker
+
+SHAPE = PageShape(("model.layers.0",), 2, 32, 64, torch.float32)
+
+
+def runtime(**settings: Any) -> CPURuntime:
+    config = KCacheConfig.from_user(settings)
+    made = CPURuntime(config, SHAPE, Counters(), torch.device("cpu"))
+    made.allocate(4)
+    return made
+
+
+def test_the_selection_changes() -> None:
+    made = runtime(v_block_tokens=8)
+    in_force = made.reconfigure({"top_n": 64, "head_combine": "max", "sink_tokens": 16})
+    assert in_force == made.config
+    assert (made.selection.top_n, made.selection.coverage) == (64, None)
+    assert (made.selection.combine, made.selection.sink_blocks) == ("max", 2)
+    assert made.config.v_block_tokens == 8
+
+
+def test_what_is_not_given_takes_its_default() -> None:
+    made = runtime(coverage=0.9, sink_tokens=32)
+    made.reconfigure({"tail": "drop"})
+    made.reconfigure({})
+    assert made.selection == runtime().selection
+    assert made.config.tail == "renormalize"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"v_block_tokens": 16}, r"v_block_tokens=16: needs a new engine; .* 8\."),
+        ({"dense_layers": 1}, "dense_layers=1: needs a new engine"),
+        ({"hot_cache_gib": 1.0}, "hot_cache_gib=1.0: needs a new engine"),
+        ({"top_m": 3}, "top_m"),
+        ({"coverage": 2.0}, "coverage=2.0"),
+        ({"top_n": 2}, "top_n=2: must be at least"),
+        ({"tail": "mean"}, "only if it was started with it"),
+    ],
+)
+def test_refusals_change_nothing(settings: dict[str, Any], message: str) -> None:
+    made = runtime(v_block_tokens=8)
+    before = made.config, made.selection
+    with pytest.raises(KCacheConfigError, match=message):
+        made.reconfigure({"coverage": 0.5, **settings})
+    assert (made.config, made.selection) == before
+
+
+def test_values_of_the_start_may_be_repeated() -> None:
+    made = runtime(v_block_tokens=8, dense_layers=(0,))
+    made.reconfigure({"v_block_tokens": 8, "dense_layers": [0], "coverage": 0.5})
+    assert made.selection.coverage == 0.5
+
+
+def test_lists_do_not_grow_past_the_cap_of_the_start() -> None:
+    made = runtime(top_n=64)
+    made.reconfigure({"top_n": 64, "coverage": 0.9})
+    for settings in ({"top_n": 65}, {"top_n": "all"}, {"coverage": 0.9}):
+        with pytest.raises(KCacheConfigError, match="top_n=64"):
+            made.reconfigure(settings)
+    everything = runtime(top_n="all")
+    everything.reconfigure({"top_n": 500})
+    everything.reconfigure({"top_n": "all"})
+
+
+def test_means_go_on_where_they_were_begun() -> None:
+    made = runtime(tail="mean")
+    for tail in ("drop", "mean", "renormalize", "mean"):
+        made.reconfigure({"tail": tail})
+        assert made.config.tail == tail
+        assert made.page_means is not None
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("eager", [True, False])
+def test_the_worker_refuses_what_graphs_hold(
+    monkeypatch: pytest.MonkeyPatch, device: str, eager: bool
+) -> None:
+    made = runtime()
+    monkeypatch.setattr("vllm_kcache.integration.runtime.current", lambda: made)
+    config = SimpleNamespace(
+        device_config=SimpleNamespace(device_type=device),
+        model_config=SimpleNamespace(enforce_eager=eager),
+    )
+    worker = SimpleNamespace(vllm_config=config)
+    if device == "cuda" and not eager:
+        with pytest.raises(KCacheConfigError, match="enforce_eager=True"):
+            SplitCacheWorker.kcache_reconfigure(worker, {"coverage": 0.5})
+        assert made.selection == runtime().selection
+    else:
+        in_force = SplitCacheWorker.kcache_reconfigure(worker, {"coverage": 0.5})
+        assert in_force == {"coverage": 0.5}
+        assert made.selection.coverage == 0.5
+
+
+class FakeLLM:
+    """Only what `reconfigure` asks of an LLM."""
+
+    def __init__(self, settings: dict[str, Any] | None, busy: bool, emptied: bool) -> None:
+        additional = {} if settings is None else {"kcache": settings}
+        self.llm_engine = SimpleNamespace(
+            vllm_config=SimpleNamespace(additional_config=additional),
+            has_unfinished_requests=lambda: busy,
+        )
+        self.emptied = emptied
+        self.calls: list[Any] = []
+
+    def collective_rpc(self, method: str, args: tuple) -> list[Any]:
+        self.calls.append((method, args))
+        return [args[0]]
+
+    def reset_prefix_cache(self) -> bool:
+        self.calls.append("reset")
+        return self.emptied
+
+
+def test_the_prefix_cache_is_emptied_unless_kept() -> None:
+    settings = {"coverage": 0.5}
+    for kept in (False, True):
+        llm = FakeLLM({}, busy=False, emptied=True)
+        assert reconfigure(llm, settings, keep_prefix_cache=kept) == settings
+        assert llm.calls == [("kcache_reconfigure", (settings,)), *([] if kept else ["reset"])]
+
+
+@pytest.mark.parametrize(
+    ("llm", "message"),
+    [
+        (FakeLLM(None, busy=False, emptied=True), "without kv_backend"),
+        (FakeLLM({}, busy=True, emptied=True), "requests are running"),
+        (FakeLLM({}, busy=False, emptied=False), "could not be emptied"),
+    ],
+)
+def test_reconfigure_refuses(llm: FakeLLM, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        reconfigure(llm, {"coverage": 0.5})

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# The GPU tests, one process for each file, all side by side: much of their time is compilation and
-# start of engines, and one GPU of 80 GB holds them all.
+# The GPU tests, all files side by side and the large ones in parts: much of their time is compilation
+# and start of engines, and one GPU of 80 GB holds them all.
 #
 #   tools/test_gpu.sh                          every file of tests/gpu
 #   tools/test_gpu.sh tests/gpu/test_ops.py    only these
@@ -28,23 +28,29 @@ if [ ${#files[@]} -eq 0 ]; then
 fi
 declare -A pids
 begin=$SECONDS
+start() { # name of the log, test file, part of it
+  GPU_TEST_SHARD=$3 timeout -k 10 "$limit" "$python" -m pytest -x -q --no-header -p no:cacheprovider \
+    --durations=6 -m gpu "$2" >"$out/$1.log" 2>&1 &
+  pids[$1]=$!
+}
 for file in "${files[@]}"; do
   name=$(basename "$file" .py)
-  timeout -k 10 "$limit" "$python" -m pytest -x -q --no-header -p no:cacheprovider --durations=6 \
-    -m gpu "$file" >"$out/$name.log" 2>&1 &
-  pids[$file]=$!
+  case $name in
+    # Many shapes, each with kernels of its own to compile (tests/gpu/conftest.py).
+    test_ops | test_decode) for part in 1 2 3; do start "${name}_$part" "$file" $part/3; done ;;
+    *) start "$name" "$file" 1/1 ;;
+  esac
 done
 failed=0
 # In the order in which they end, so that a failure is seen at once.
 while [ ${#pids[@]} -gt 0 ]; do
-  for file in "${!pids[@]}"; do
-    if kill -0 "${pids[$file]}" 2>/dev/null; then
+  for name in "${!pids[@]}"; do
+    if kill -0 "${pids[$name]}" 2>/dev/null; then
       continue
     fi
-    name=$(basename "$file" .py)
-    wait "${pids[$file]}"
+    wait "${pids[$name]}"
     code=$?
-    unset "pids[$file]"
+    unset "pids[$name]"
     if [ $code -eq 0 ]; then
       echo "ok    $name: $(tail -n 1 "$out/$name.log")"
     else

@@ -16,6 +16,8 @@ namespace kcache {
 
 constexpr int kThreads = 512, kWarps = kThreads / 32;
 constexpr int kBins = 256;
+// Scores a thread loads before it uses the first: a list is bound by the latency of these loads.
+constexpr int kAhead = 4;
 constexpr unsigned kForcedKey = 0x7f000000u;  // above the bits of any mass
 constexpr float kFixedPointOne = 1073741824.0f;
 constexpr float kLog2E = 1.4426950408889634f;
@@ -118,6 +120,14 @@ class ListSelection {
   __device__ bool forced(int block) const {
     return block < args_.sink_blocks || block >= first_recent_;
   }
+  // Scores of `kAhead` blocks of a query head, in base 2, from `start` in strides of the threads.
+  __device__ void load_ahead(float (&scores)[kAhead], const float* lse, int start) const {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int block = start + i * kThreads;
+      scores[i] = block < num_blocks_ ? __ldg(lse + block) * kLog2E : -INFINITY;
+    }
+  }
   __device__ float head_mass(int in_group, int block) const {
     const float lse = lse_[static_cast<int64_t>(in_group) * args_.max_blocks + block];
     return exp2f(lse * kLog2E - shared_.shift[in_group]);
@@ -140,11 +150,15 @@ class ListSelection {
     for (int g = 0; g < args_.group; ++g) {
       const float* lse = lse_ + static_cast<int64_t>(g) * args_.max_blocks;
       float largest = -INFINITY, sum = 0.0f;
-      for (int block = threadIdx.x; block < num_blocks_; block += kThreads) {
-        const float value = lse[block] * kLog2E;
-        const float larger = fmaxf(largest, value);
+      for (int start = threadIdx.x; start < num_blocks_; start += kThreads * kAhead) {
+        float scores[kAhead], larger = largest;
+        load_ahead(scores, lse, start);
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) larger = fmaxf(larger, scores[i]);
         if (larger > -INFINITY) {
-          sum = sum * exp2f(largest - larger) + exp2f(value - larger);
+          sum *= exp2f(largest - larger);
+#pragma unroll
+          for (int i = 0; i < kAhead; ++i) sum += exp2f(scores[i] - larger);
           largest = larger;
         }
       }
@@ -174,12 +188,21 @@ class ListSelection {
   __device__ void combine() {
     const bool by_max = args_.combine_max;
     for (int g = 0; g < args_.group; ++g) {
+      const float* lse = lse_ + static_cast<int64_t>(g) * args_.max_blocks;
+      const float shift = shared_.shift[g];
       unsigned total = 0;
-      for (int block = threadIdx.x; block < num_blocks_; block += kThreads) {
-        const float mass = head_mass(g, block);
-        const float so_far = g == 0 ? 0.0f : masses_[block];
-        masses_[block] = by_max ? fmaxf(so_far, mass) : so_far + mass;
-        total += fixed_point(mass);
+      for (int start = threadIdx.x; start < num_blocks_; start += kThreads * kAhead) {
+        float scores[kAhead];
+        load_ahead(scores, lse, start);
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+          const int block = start + i * kThreads;
+          if (block >= num_blocks_) break;
+          const float mass = exp2f(scores[i] - shift);
+          const float so_far = g == 0 ? 0.0f : masses_[block];
+          masses_[block] = by_max ? fmaxf(so_far, mass) : so_far + mass;
+          total += fixed_point(mass);
+        }
       }
       if (by_max) {
         total = warp_sum(total);
@@ -221,21 +244,50 @@ class ListSelection {
       const int shift = digit_shift(pass), bits = pass == 3 ? 7 : 8;
       for (int i = threadIdx.x; i < kBins * (1 + num_sums_); i += kThreads) histogram_[i] = 0;
       __syncthreads();
-      const unsigned long long prefix = shared_.threshold >> (shift + bits);
-      for (int block = threadIdx.x; block < num_blocks_; block += kThreads) {
-        const unsigned long long rank = composite(masses_[block], forced(block), block);
-        if (rank >> (shift + bits) != prefix) continue;
-        const int bin = static_cast<int>(rank >> shift) & ((1 << bits) - 1);
-        atomicAdd(histogram_ + bin, 1u);
-        for (int sum = 0; sum < num_sums_; ++sum) {
-          const float mass = args_.combine_max ? head_mass(sum, block) : masses_[block];
-          atomicAdd(histogram_ + (1 + sum) * kBins + bin, fixed_point(mass));
-        }
+      if (pass == 0) {
+        count_exponents(shift, bits);
+      } else {
+        count_digits(shift, bits);
       }
       __syncthreads();
       if (warp_ == 0) find_digit(shift);
       __syncthreads();
       if (!shared_.enough || shared_.in_bin == 1) break;
+    }
+  }
+
+  // Histogram of a digit over the blocks that share all digits before it.
+  __device__ void count_digits(int shift, int bits) {
+    const unsigned long long prefix = shared_.threshold >> (shift + bits);
+    for (int block = threadIdx.x; block < num_blocks_; block += kThreads) {
+      const unsigned long long rank = composite(masses_[block], forced(block), block);
+      if (rank >> (shift + bits) != prefix) continue;
+      const int bin = static_cast<int>(rank >> shift) & ((1 << bits) - 1);
+      atomicAdd(histogram_ + bin, 1u);
+      for (int sum = 0; sum < num_sums_; ++sum) {
+        const float mass = args_.combine_max ? head_mass(sum, block) : masses_[block];
+        atomicAdd(histogram_ + (1 + sum) * kBins + bin, fixed_point(mass));
+      }
+    }
+  }
+
+  // The same for the first digit, the exponent, which many blocks share: lanes of one bin add first.
+  __device__ void count_exponents(int shift, int bits) {
+    for (int start = warp_ * 32; start < num_blocks_; start += kThreads) {
+      const int block = start + lane_;
+      const bool live = block < num_blocks_;
+      const float mass = live ? masses_[block] : 0.0f;
+      const int bin = live ? static_cast<int>(composite(mass, forced(block), block) >> shift) &
+                                 ((1 << bits) - 1)
+                           : -1;
+      const unsigned peers = __match_any_sync(kAllLanes, bin);
+      const bool adds = live && lane_ == __ffs(peers) - 1;
+      if (adds) atomicAdd(histogram_ + bin, static_cast<unsigned>(__popc(peers)));
+      for (int sum = 0; sum < num_sums_; ++sum) {
+        const float of_sum = !live ? 0.0f : args_.combine_max ? head_mass(sum, block) : mass;
+        const unsigned total = __reduce_add_sync(peers, fixed_point(of_sum));
+        if (adds) atomicAdd(histogram_ + (1 + sum) * kBins + bin, total);
+      }
     }
   }
 

@@ -79,10 +79,19 @@ def test_blocks_are_those_of_the_runtime(
 
 
 def test_waves_are_those_of_the_step() -> None:
-    from vllm_kcache.kernels.decode_plan import DecodePlan, plan_decode
+    from vllm_kcache.kernels.decode_plan import plan_decode
 
     for requests, heads, tokens in itertools.product(
         (1, 2, 7, 14, 27, 64, 256), (1, 3, 8, 32), (512, 4096, 32856, 131072)
     ):
         planned = plan_cost.plan_waves(requests, heads, tokens, 128, 2)
         assert planned == plan_decode(requests, heads, tokens, 128, 2).waves
+
+
+def test_shares_of_waves_are_those_of_the_step() -> None:
+    from vllm_kcache.kernels.decode_plan import DecodePlan
+
+    for waves in (1, 2, 3, 4, 8):
+        bounds = DecodePlan(waves).wave_bounds(3200)
+        shares = [(after - before) / 3200 for before, after in itertools.pairwise(bounds)]
+        assert shares == pytest.approx(plan_cost.wave_shares(waves), abs=1e-3)

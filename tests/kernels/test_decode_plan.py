@@ -32,7 +32,11 @@ def test_first_and_last_wave_are_small() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "named"),
-    [({"waves": 0}, "waves=0"), ({"copy_stream": True}, "copy_stream"), ({"outer_wave": 0.0}, "outer_wave")],
+    [
+        ({"waves": 0}, "waves=0"),
+        ({"copy_stream": True}, "copy_stream"),
+        ({"outer_wave": 0.0}, "outer_wave"),
+    ],
 )
 def test_impossible_plans_are_refused(settings: dict, named: str) -> None:
     with pytest.raises(ValueError, match=named):

@@ -43,29 +43,8 @@ ENVIRONMENT = {
 REPLAY_COVERAGE = 0.95
 # Sizes of batches that are captured; a batch between two of them is padded to the larger.
 CAPTURE_SIZES = (
-    1,
-    2,
-    4,
-    7,
-    8,
-    13,
-    14,
-    16,
-    20,
-    24,
-    26,
-    27,
-    28,
-    32,
-    40,
-    48,
-    56,
-    64,
-    80,
-    96,
-    112,
-    128,
-)
+    1, 2, 4, 7, 8, 13, 14, 16, 20, 24, 26, 27, 28, 32, 40, 48, 56, 64, 80, 96, 128
+)  # fmt: skip
 SHORT_STEPS = 8
 # Of `vllm_kcache.metrics`: what steps add up.
 FIGURES = (
@@ -303,7 +282,7 @@ def run_in_process(options: dict[str, Any], table: Table) -> None:
             text=True,
         )
         assert process.stdout is not None
-        said = []
+        said: list[str] = []
         for line in process.stdout:
             if line.startswith("RESULT "):
                 table.add(json.loads(line.removeprefix("RESULT ")))
@@ -327,7 +306,7 @@ class Table:
         with open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
         (run,) = row["runs"]
-        name = row["engine"] + ("" if row["kv_cache_dtype"] == "auto" else row["kv_cache_dtype"])
+        name = f"{row['engine']}-{row['kv_cache_dtype']}".removesuffix("-auto")
         first = self.baseline.setdefault(
             (row["context"], row["requests_asked"]), run["tokens_per_second"]
         )

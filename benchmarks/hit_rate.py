@@ -156,6 +156,8 @@ def measure(
                         "steps": run.steps,
                         "multiple_of_selected_set": multiple,
                         "slots": cache.num_slots,
+                        # One request plays one text, whose lists are not of the mean length.
+                        "slots_over_selected": cache.num_slots * run.steps / counted.selected,
                         "selected_tokens": counted.selected / counted.lists * batch.tokens,
                         "hit_rate": counted.hits / counted.selected,
                         "direct_share": counted.direct / counted.selected,
@@ -172,8 +174,9 @@ def print_row(row: dict[str, Any]) -> None:
     """One line of the table."""
     print(
         f"{row['requests']:3d} requests, {row['multiple_of_selected_set']:3.1f} x selected set "
-        f"({row['slots']:8d} slots): hit rate {row['hit_rate']:.3f}, direct "
-        f"{row['direct_share']:.4f}, {row['selected_tokens']:.0f} tokens a head",
+        f"({row['slots']:7d} slots, {row['slots_over_selected']:.2f} x what these selected): "
+        f"hit rate {row['hit_rate']:.3f}, direct {row['direct_share']:.4f}, "
+        f"{row['selected_tokens']:.0f} tokens a head",
         flush=True,
     )
 

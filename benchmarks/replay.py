@@ -216,28 +216,35 @@ class Replay:
     def cost_ms(self, num_requests: int, tokens: int) -> float:
         """What the kernel adds to a step, measured alone on an idle GPU.
 
-        One graph holds its launches of all layers, cut in waves as the last step of so many
-        requests was, or of the next larger number that there was (a padded batch).
+        Graphs hold its launches of all layers, cut in waves as the last step of so many requests
+        was, or of the next larger number that there was (a padded batch). More requests than any
+        call had decode in several groups, and so are measured.
 
         Args:
             num_requests: requests of the batch.
             tokens: length of each.
         Raises:
-            ValueError: no step of so many requests was seen.
+            ValueError: no step was seen.
         """
+        if not self._launched:
+            raise ValueError("replay: no step was seen")
+        total, largest = 0.0, max(self._launched)
+        for first in range(0, num_requests, largest):
+            total += self._group_cost_ms(min(largest, num_requests - first), tokens)
+        return total
+
+    def _group_cost_ms(self, num_requests: int, tokens: int) -> float:
         from benchmarks.common import time_calls
 
-        sizes = [size for size in self._launched if size >= num_requests]
-        if not sizes:
-            raise ValueError(f"replay: no step of {num_requests} requests was seen")
-        geometry, ranges = self._launched[min(sizes)]
+        size = min(size for size in self._launched if size >= num_requests)
+        geometry, ranges = self._launched[size]
         device = self.codes.device
         block_lse = torch.empty(
-            (min(sizes), geometry.num_query_heads, geometry.max_blocks), device=device
+            (size, geometry.num_query_heads, geometry.max_blocks), device=device
         )
-        lengths = torch.zeros(min(sizes), dtype=torch.int32, device=device)
+        lengths = torch.zeros(size, dtype=torch.int32, device=device)
         lengths[:num_requests] = tokens
-        table = torch.arange(min(sizes), dtype=torch.int32, device=device)[:, None]
+        table = torch.arange(size, dtype=torch.int32, device=device)[:, None]
 
         def one_layer(layer: int) -> None:
             for first_head, last_head in ranges:

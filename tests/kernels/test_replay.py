@@ -85,12 +85,12 @@ def expected_lse(
 # Cases that need the interpreter -------------------------------------------------------------
 
 
-def check_kernel() -> int:
+def check_kernel(device: str = "cpu") -> int:
     """Odd lengths, one of them over several programs; nothing else is written."""
     from benchmarks.replay import Geometry, Replay
 
     recording = a_recording()
-    replay = Replay(recording, "cpu")
+    replay = Replay(recording, device)
     lengths = torch.tensor([112, 0, 1, 40, 113, 2081, 8999], dtype=torch.int32)
     table = torch.tensor([[7, 9], [0, 0], [3, 9], [4, 9], [1000, 9], [12, 9], [54321, 9]]).int()
     max_blocks = 1130
@@ -98,8 +98,9 @@ def check_kernel() -> int:
     cases = 0
     for layer, (first, last) in itertools.product((0, 3), ((0, 2), (1, 2))):
         lse = torch.full((len(lengths), NUM_KV_HEADS * GROUP, max_blocks), torch.nan)
-        replay.launch(geometry, lse, lengths, table, layer, first, last)
-        by_head = lse.unflatten(1, (NUM_KV_HEADS, GROUP))
+        lse = lse.to(device)
+        replay.launch(geometry, lse, lengths.to(device), table.to(device), layer, first, last)
+        by_head = lse.cpu().unflatten(1, (NUM_KV_HEADS, GROUP))
         for row, head in itertools.product(range(len(lengths)), range(NUM_KV_HEADS)):
             tokens = int(lengths[row])
             blocks = -(-tokens // TOKENS) if first <= head < last else 0
@@ -178,6 +179,11 @@ def main() -> None:
 
 def test_kernel_equals_definition() -> None:
     assert "equal the definition" in run_interpreted("tests.kernels.test_replay")
+
+
+@pytest.mark.gpu
+def test_kernel_equals_definition_on_a_gpu() -> None:
+    assert check_kernel("cuda") > 30
 
 
 # What the definition promises ----------------------------------------------------------------

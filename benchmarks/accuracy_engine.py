@@ -59,6 +59,9 @@ class ForcedRun:
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
+        if spec["kcache"] is not None:
+            import vllm_kcache  # noqa: F401  (LLM then knows kv_backend)
+
         from vllm import LLM
 
         from benchmarks.accuracy_record import processor_for

@@ -24,25 +24,22 @@ from benchmarks.common import (
     time_calls,
 )
 from vllm_kcache.cache.hot_cache import HotCache
+from vllm_kcache.kernels import extension
 from vllm_kcache.kernels.decode import DecodeStep, DecodeWorkspace
 from vllm_kcache.kernels.decode_plan import DecodePlan, plan_decode
 from vllm_kcache.kernels.write import write_kv
 from vllm_kcache.types import Fetched, Selection
 
 PLANS = (
-    DecodePlan(4, 0, outer_wave=1.0),
-    DecodePlan(4, 48, outer_wave=1.0),
-    DecodePlan(2, 48),
-    DecodePlan(3, 48),
+    DecodePlan(followers=32),
+    DecodePlan(followers=48),
+    DecodePlan(followers=64),
+    DecodePlan(followers=96),
     DecodePlan(4, 48),
-    DecodePlan(6, 48),
-    DecodePlan(3, 48, copy_stream=True),
     DecodePlan(4, 48, copy_stream=True),
     DecodePlan(6, 48, copy_stream=True),
-    DecodePlan(4, 32, copy_stream=True),
-    DecodePlan(4, 64, copy_stream=True),
-    DecodePlan(4, 48, copy_stream=True, outer_wave=0.5),
 )
+SMALL_PLANS = (DecodePlan(), DecodePlan(followers=32), DecodePlan(followers=64))
 LAYERS = 8
 
 
@@ -91,6 +88,15 @@ class Steps:
         step.run()
 
 
+def describe(plan: DecodePlan) -> str:
+    """A plan in words."""
+    if plan.followers:
+        return f"{plan.followers} followers"
+    copied_by = plan.copy_thread_blocks or "lists"
+    third = ", third stream" if plan.copy_stream else ""
+    return f"{plan.waves} waves, copy by {copied_by}{third}"
+
+
 def fetch_alone(step: DecodeStep) -> None:
     step.hot_cache.begin_epoch()
     step.select_fetch(0, 0, step.k_pages.shape[1])
@@ -103,29 +109,31 @@ def main() -> None:
     for problem in PROBLEMS:
         batch = Batch(problem, with_v=True)
         score = time_score(batch)
-        default = plan_decode(problem.num_requests, problem.num_kv_heads, problem.context, 128, 2)
+        multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+        default = plan_decode(
+            problem.num_requests, problem.num_kv_heads, problem.max_blocks, problem.row_bytes,
+            multiprocessors if extension.available() else 0,
+        )  # fmt: skip
         for blocks in (16, 32, 64):
             words = f"{problem.name}, {blocks * V_BLOCK_TOKENS} tokens"
             cold = Steps(batch, blocks, 1.5)
             fetch = cold.time(fetch_alone, DecodePlan(1, 48), LAYERS)
             longer = max(score.p50, fetch.p50)
             report.add(f"{words}, score / select and fetch alone", score, fetch_ms=fetch.p50)
-            plans = dict.fromkeys((default, *(PLANS if problem.num_requests > 1 else ())))
+            plans = dict.fromkeys((default, *(PLANS if problem.num_requests > 1 else SMALL_PLANS)))
             for plan in plans:
                 both = cold.time(DecodeStep.score_and_fetch, plan, LAYERS)
-                name = f"{plan.waves} waves, copy by {plan.copy_thread_blocks or 'lists'}"
-                name += f", outer {plan.outer_wave:.2f}"
-                name += ", third stream" if plan.copy_stream else ""
-                name += ", default" if plan == default else ""
+                name = describe(plan) + (", default" if plan == default else "")
                 report.add(f"{words}, {name}", both, over_longer=both.p50 / longer)
             warm = Steps(batch, blocks, 2.0 * LAYERS)
             floor_ms = problem.k_bytes / peak * 1e3
-            second = DecodePlan(default.waves, default.copy_thread_blocks)
+            whole_plans = dict.fromkeys(
+                (default, DecodePlan(followers=48), DecodePlan(followers=64), DecodePlan())
+            )
             for state, steps in (("missing", cold), ("hit", warm)):
-                for plan in dict.fromkeys((default, second)):
+                for plan in whole_plans:
                     whole = steps.time(steps.write_and_run, plan, LAYERS)
-                    name = f"{words}, whole layer, all {state}"
-                    name += ", third stream" if plan.copy_stream else ""
+                    name = f"{words}, whole layer, all {state}, {describe(plan)}"
                     report.add(name, whole, over_k_floor=whole.p50 / floor_ms)
         batch.close()
     report.finish()

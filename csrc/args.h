@@ -11,7 +11,7 @@ namespace kcache {
 
 // Words of HotCache.state.
 constexpr int kHand = 0, kEpoch = 1, kFirstMissCount = 2, kMaxWaves = 16;
-constexpr int kStateWords = kFirstMissCount + kMaxWaves;
+constexpr int kEnded = kFirstMissCount + kMaxWaves, kStateWords = kEnded + 1;
 // Words of HotCache.counters.
 constexpr int kLists = 0, kSelected = 1, kHits = 2, kMisses = 3, kDirect = 4;
 constexpr int kFirstDroppedBucket = 8, kDroppedBuckets = 16;
@@ -55,8 +55,16 @@ struct FetchArgs {
   Word* counters;   // null: not counted
   int64_t table_stride, layer_rows, num_rows;
   int blocks_per_page, num_kv_heads, columns, row_bytes;
+  unsigned epochs_ahead;  // epoch of this call, from that in `cache.state`
   bool hot;
   bool pad;  // write -1 past the end of each list; nothing here reads it
+};
+
+// Lists whose scores another kernel is still writing.
+struct FollowArgs {
+  int* parts_scored;  // [B * Hkv] programs of the score kernel that are done with a list
+  int parts;          // all of a list's
+  int num_lists;
 };
 
 }  // namespace kcache

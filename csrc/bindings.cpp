@@ -175,6 +175,37 @@ void select_fetch(Tensor block_lse, Tensor seq_lens, int64_t v_block_tokens, int
   STD_CUDA_CHECK(launch_select_fetch(select, fetch, range, current_stream(block_lse)));
 }
 
+// As select_fetch for all heads, beside the score kernel that counts in `parts_scored`. `state` is
+// that of the epoch before; it moves on when the call ends.
+void follow_scores(Tensor block_lse, Tensor seq_lens, int64_t v_block_tokens, int64_t top_n,
+                   double coverage, int64_t sink_blocks, int64_t recent_tokens, bool combine_max,
+                   Tensor blocks, Tensor counts, Tensor mass, Tensor block_table, Tensor v_pool,
+                   int64_t layer, Tensor rows, Tensor v_rows, Tensor table, Tensor slot_word,
+                   Tensor state, Tensor counters, Tensor parts_scored, int64_t parts,
+                   int64_t num_thread_blocks) {
+  const SelectArgs select =
+      select_args(block_lse, seq_lens, v_block_tokens, top_n, coverage, sink_blocks, recent_tokens,
+                  combine_max, blocks, counts, mass, counters);
+  FetchArgs fetch = fetch_args(blocks, block_table, v_pool, v_block_tokens, layer, true, rows,
+                               v_rows, table, slot_word, state, counters);
+  fetch.epochs_ahead = 1;
+  const int64_t num_lists = blocks.size(0) * blocks.size(1);
+  check_tensor("parts_scored", parts_scored, ScalarType::Int, {kAnySize}, blocks);
+  STD_TORCH_CHECK(parts_scored.size(0) >= num_lists, "parts_scored: has ", parts_scored.size(0),
+                  " entries; must have at least ", num_lists);
+  STD_TORCH_CHECK(parts >= 1, "parts=", parts, ": must be at least 1");
+  // More could leave the score kernel no place to run, and both would wait for ever.
+  STD_TORCH_CHECK(num_thread_blocks >= 1 && num_thread_blocks <= 128,
+                  "num_thread_blocks=", num_thread_blocks, ": must be 1 to 128");
+  if (num_lists == 0) return;
+  const FollowArgs follow{pointer<int>(parts_scored), static_cast<int>(parts),
+                          static_cast<int>(num_lists)};
+  torch::stable::accelerator::DeviceGuard guard(block_lse.get_device_index());
+  STD_CUDA_CHECK(launch_follow(select, fetch, follow,
+                               static_cast<int>(std::min(num_thread_blocks, num_lists)),
+                               current_stream(block_lse)));
+}
+
 void copy_misses(Tensor miss_list, Tensor state, int64_t wave, Tensor v_pool,
                  int64_t v_block_tokens, Tensor v_rows, int64_t num_thread_blocks) {
   check_tensor("miss_list", miss_list, ScalarType::Int, {kAnySize, 2}, miss_list);
@@ -213,6 +244,13 @@ STABLE_TORCH_LIBRARY(kcache, library) {
               "Tensor(f!) table, Tensor(g!) slot_word, Tensor(h!) state, Tensor(i!) counters, "
               "Tensor(j!)? miss_list, int wave) -> ()");
   library.def(
+      "follow_scores(Tensor block_lse, Tensor seq_lens, int v_block_tokens, int top_n, "
+      "float coverage, int sink_blocks, int recent_tokens, bool combine_max, Tensor(a!) blocks, "
+      "Tensor(b!) counts, Tensor(c!) mass, Tensor block_table, Tensor v_pool, int layer, "
+      "Tensor(d!) rows, Tensor(e!) v_rows, Tensor(f!) table, Tensor(g!) slot_word, "
+      "Tensor(h!) state, Tensor(i!) counters, Tensor(j!) parts_scored, int parts, "
+      "int num_thread_blocks) -> ()");
+  library.def(
       "copy_misses(Tensor miss_list, Tensor state, int wave, Tensor v_pool, int v_block_tokens, "
       "Tensor(a!) v_rows, int num_thread_blocks) -> ()");
 }
@@ -221,5 +259,6 @@ STABLE_TORCH_LIBRARY_IMPL(kcache, CUDA, library) {
   library.impl("select_blocks", TORCH_BOX(&kcache::select_blocks));
   library.impl("fetch_blocks", TORCH_BOX(&kcache::fetch_blocks));
   library.impl("select_fetch", TORCH_BOX(&kcache::select_fetch));
+  library.impl("follow_scores", TORCH_BOX(&kcache::follow_scores));
   library.impl("copy_misses", TORCH_BOX(&kcache::copy_misses));
 }

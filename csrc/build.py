@@ -17,7 +17,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parent
 OUTPUT = SOURCE.parent / "vllm_kcache" / "_C.abi3.so"
-SOURCES = ("bindings.cpp", "select.cu", "fetch.cu")
+SOURCES = ("bindings.cpp", "select.cu", "fetch.cu", "follow.cu")
 DEFAULT_ARCHS = "80;90"
 TORCH_TARGET = "0x020b000000000000"  # PyTorch 2.11
 

@@ -48,7 +48,8 @@ __device__ inline void fetch_list(const FetchArgs& args, FetchShared& shared, co
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int64_t first_place =
       (static_cast<int64_t>(request) * args.num_kv_heads + head) * args.columns;
-  const unsigned epoch = args.hot ? static_cast<unsigned>(args.cache.state[kEpoch]) : 0;
+  const unsigned epoch =
+      args.hot ? static_cast<unsigned>(args.cache.state[kEpoch]) + args.epochs_ahead : 0;
   if (threadIdx.x == 0) {
     shared.num_misses = 0;
     shared.hits = shared.misses_total = shared.direct = 0;

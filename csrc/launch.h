@@ -16,6 +16,9 @@ cudaError_t launch_fetch(const FetchArgs& fetch, const int* blocks, const int* c
                          HeadRange range, cudaStream_t stream);
 cudaError_t launch_select_fetch(const SelectArgs& select, const FetchArgs& fetch, HeadRange range,
                                 cudaStream_t stream);
+// Runs beside the kernel that scores, and takes each list as soon as its scores are there.
+cudaError_t launch_follow(const SelectArgs& select, const FetchArgs& fetch,
+                          const FollowArgs& follow, int num_blocks, cudaStream_t stream);
 cudaError_t launch_copy_misses(const FetchArgs& fetch, int num_blocks, cudaStream_t stream);
 
 }  // namespace kcache

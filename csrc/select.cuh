@@ -120,16 +120,16 @@ class ListSelection {
   __device__ bool forced(int block) const {
     return block < args_.sink_blocks || block >= first_recent_;
   }
-  // Scores of `kAhead` blocks of a query head, in base 2, from `start` in strides of the threads.
+  // Scores of `kAhead` blocks of a query head, in base 2, from `start` in strides of the threads,
+  // past the first-level cache, which knows nothing of a score kernel that still runs.
   __device__ void load_ahead(float (&scores)[kAhead], const float* lse, int start) const {
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const int block = start + i * kThreads;
-      scores[i] = block < num_blocks_ ? __ldg(lse + block) * kLog2E : -INFINITY;
+    for (int i = 0, block = start; i < kAhead; ++i, block += kThreads) {
+      scores[i] = block < num_blocks_ ? __ldcg(lse + block) * kLog2E : -INFINITY;
     }
   }
   __device__ float head_mass(int in_group, int block) const {
-    const float lse = lse_[static_cast<int64_t>(in_group) * args_.max_blocks + block];
+    const float lse = __ldcg(lse_ + static_cast<int64_t>(in_group) * args_.max_blocks + block);
     return exp2f(lse * kLog2E - shared_.shift[in_group]);
   }
 
@@ -244,11 +244,7 @@ class ListSelection {
       const int shift = digit_shift(pass), bits = pass == 3 ? 7 : 8;
       for (int i = threadIdx.x; i < kBins * (1 + num_sums_); i += kThreads) histogram_[i] = 0;
       __syncthreads();
-      if (pass == 0) {
-        count_exponents(shift, bits);
-      } else {
-        count_digits(shift, bits);
-      }
+      count_digits(shift, bits);
       __syncthreads();
       if (warp_ == 0) find_digit(shift);
       __syncthreads();
@@ -256,7 +252,6 @@ class ListSelection {
     }
   }
 
-  // Histogram of a digit over the blocks that share all digits before it.
   __device__ void count_digits(int shift, int bits) {
     const unsigned long long prefix = shared_.threshold >> (shift + bits);
     for (int block = threadIdx.x; block < num_blocks_; block += kThreads) {
@@ -267,26 +262,6 @@ class ListSelection {
       for (int sum = 0; sum < num_sums_; ++sum) {
         const float mass = args_.combine_max ? head_mass(sum, block) : masses_[block];
         atomicAdd(histogram_ + (1 + sum) * kBins + bin, fixed_point(mass));
-      }
-    }
-  }
-
-  // The same for the first digit, the exponent, which many blocks share: lanes of one bin add first.
-  __device__ void count_exponents(int shift, int bits) {
-    for (int start = warp_ * 32; start < num_blocks_; start += kThreads) {
-      const int block = start + lane_;
-      const bool live = block < num_blocks_;
-      const float mass = live ? masses_[block] : 0.0f;
-      const int bin = live ? static_cast<int>(composite(mass, forced(block), block) >> shift) &
-                                 ((1 << bits) - 1)
-                           : -1;
-      const unsigned peers = __match_any_sync(kAllLanes, bin);
-      const bool adds = live && lane_ == __ffs(peers) - 1;
-      if (adds) atomicAdd(histogram_ + bin, static_cast<unsigned>(__popc(peers)));
-      for (int sum = 0; sum < num_sums_; ++sum) {
-        const float of_sum = !live ? 0.0f : args_.combine_max ? head_mass(sum, block) : mass;
-        const unsigned total = __reduce_add_sync(peers, fixed_point(of_sum));
-        if (adds) atomicAdd(histogram_ + (1 + sum) * kBins + bin, total);
       }
     }
   }

@@ -175,7 +175,7 @@ def decode_bytes(
 
     def of_requests(count: int) -> int:
         lists = count * kv_heads
-        words = count * query_heads * max_blocks + 4 * lists * columns + 2 * lists
+        words = count * query_heads * max_blocks + 4 * lists * columns + 3 * lists
         parts = (ATTEND_PROGRAMS + lists) * (query_heads // kv_heads)
         return 4 * (words + parts * (padded_head + 2) + lists)
 

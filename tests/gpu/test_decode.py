@@ -98,7 +98,15 @@ def _workspace(case, selection) -> DecodeWorkspace:
 
 @pytest.mark.parametrize(
     "plan",
-    [DecodePlan(), DecodePlan(2), DecodePlan(4), DecodePlan(3, 16), DecodePlan(4, 16, True)],
+    [
+        DecodePlan(),
+        DecodePlan(2),
+        DecodePlan(4),
+        DecodePlan(3, 16),
+        DecodePlan(4, 16, True),
+        DecodePlan(followers=3),
+        DecodePlan(followers=64),
+    ],
     ids=str,
 )
 def test_waves_and_graph_replay_agree(plan: DecodePlan) -> None:
@@ -124,8 +132,9 @@ def test_waves_and_graph_replay_agree(plan: DecodePlan) -> None:
         assert_close(out, expected)
 
 
+@pytest.mark.parametrize("plan", [DecodePlan(), DecodePlan(followers=5)], ids=str)
 @pytest.mark.parametrize("update", [True, False], ids=["coherent", "update-switched-off"])
-def test_reused_pages_never_serve_stale_v(update: bool) -> None:
+def test_reused_pages_never_serve_stale_v(update: bool, plan: DecodePlan) -> None:
     """Random writes over few pages with a small cache: copies follow every write.
 
     With the cache's write update switched off the same rounds must go wrong, or the test is blind.
@@ -146,7 +155,7 @@ def test_reused_pages_never_serve_stale_v(update: bool) -> None:
         # No slot is allocated: these tokens lie in the midst of V blocks, they do not begin them.
         write_kv(key, torch.randn_like(key), slots, case.k_pages, case.v_pool, cache, 0)
         case.query.normal_()
-        got = _attended(case, workspace, selection, cache, torch.empty_like(case.query))
+        got = _attended(case, workspace, selection, cache, torch.empty_like(case.query), plan)
         expected = _attended(
             case, workspace, selection, _cache(case, 1 << 12), torch.empty_like(case.query)
         )

@@ -97,6 +97,21 @@ def test_score_of_a_range_of_heads() -> None:
     assert (out[:, 2 * group :] == 7).all()
 
 
+def test_score_counts_the_programs_of_each_list() -> None:
+    """What a kernel that follows the scoring waits for."""
+    case = build_case(ODD_SHAPES[3], torch.bfloat16)
+    there, shape = on(case, "cuda"), case.shape
+    out = torch.empty(scored(case).shape, device="cuda")
+    lists = (len(shape.seq_lens), shape.num_kv_heads)
+    parts_scored = torch.zeros(lists, dtype=torch.int32, device="cuda")
+    programs = launch_score(
+        there.query, there.k_pages, there.block_table, there.seq_lens, case.scale,
+        shape.v_block_tokens, out, parts_scored=parts_scored,
+    )  # fmt: skip
+    assert programs >= 1
+    assert (parts_scored == programs).all()
+
+
 def assert_selects(
     selected: Selected, block_lse: torch.Tensor, case_lens: list[int], tokens: int, rule: Selection
 ) -> None:

@@ -7,7 +7,13 @@ import itertools
 
 import pytest
 
-from vllm_kcache.kernels.decode_plan import MOST_WAVES, DecodePlan, plan_decode
+from vllm_kcache.kernels.decode_plan import (
+    FOLLOWED_BLOCKS,
+    FOLLOWERS,
+    MOST_WAVES,
+    DecodePlan,
+    plan_decode,
+)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +42,7 @@ def test_first_and_last_wave_are_small() -> None:
         ({"waves": 0}, "waves=0"),
         ({"copy_stream": True}, "copy_stream"),
         ({"outer_wave": 0.0}, "outer_wave"),
+        ({"followers": 8, "waves": 2}, "followers=8"),
     ],
 )
 def test_impossible_plans_are_refused(settings: dict, named: str) -> None:
@@ -44,5 +51,12 @@ def test_impossible_plans_are_refused(settings: dict, named: str) -> None:
 
 
 def test_small_batches_are_one_wave() -> None:
-    assert plan_decode(1, 32, 16384, 128, 2) == DecodePlan()
-    assert plan_decode(26, 8, 32768, 128, 2).waves == MOST_WAVES
+    assert plan_decode(1, 32, 2048, 2048, 132) == DecodePlan()
+    assert plan_decode(26, 8, 4096, 2048).waves == MOST_WAVES
+
+
+def test_followers_leave_half_of_the_gpu() -> None:
+    assert plan_decode(26, 8, 4096, 2048, 132) == DecodePlan(followers=FOLLOWERS)
+    assert plan_decode(26, 8, 4096, 2048, 58).followers == 29
+    # Too long for shared memory beside scoring.
+    assert plan_decode(26, 8, FOLLOWED_BLOCKS + 1, 2048, 132).followers == 0

@@ -15,7 +15,8 @@ import torch
 # Words of `HotCache.state`.
 HAND, EPOCH, FIRST_MISS_COUNT = 0, 1, 2
 MAX_WAVES = 16
-STATE_WORDS = FIRST_MISS_COUNT + MAX_WAVES
+ENDED = FIRST_MISS_COUNT + MAX_WAVES
+STATE_WORDS = ENDED + 1
 
 # Words of `HotCache.counters`.
 COUNTER_NAMES = ("lists", "selected", "hits", "misses", "direct")
@@ -57,7 +58,8 @@ class HotCache:
         table: [layers, M * Hkv * S / T] int32, GPU. Slot of a physical V block, or -1.
         slot_word: [R] int64, GPU. Owner (upper 32 bits: flat index into `table`) and epoch of the
             last use (lower 32 bits); -1 when empty.
-        state: [STATE_WORDS] int32, GPU. Clock hand, epoch, and misses listed by each wave.
+        state: [STATE_WORDS] int32, GPU. Clock hand, epoch, misses listed by each wave, and thread
+            blocks that have followed a step's scores to their end.
         counters: [COUNTER_WORDS] int64, GPU. See `CacheCounters`.
         write_update: tests set this to False to show that stale copies would be served without it.
     """
@@ -128,7 +130,7 @@ class HotCache:
     def begin_epoch(self) -> None:
         """Begin a new epoch on the current stream. `decode_step` does this in its score kernel."""
         self.state[EPOCH] += 1
-        self.state[FIRST_MISS_COUNT:] = 0
+        self.state[FIRST_MISS_COUNT:ENDED] = 0
 
     def flush(self) -> None:
         """Forget every copy, on the current stream. Needed after V was stored around `write_kv`."""

@@ -1,161 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One decode step of one layer: score, select and fetch, attend, in one or two streams.
+"""One decode step of one layer: score, select and fetch, attend, in one or more streams.
 
-A large batch is cut in waves of KV heads. While the GPU scores wave i + 1, the link fetches what
-wave i selected, on a stream of high priority that is forked and joined inside the step; attention
-over the first waves then runs beside the fetch of the last. A small batch is one wave on one
-stream: there the launches cost more than the overlap gains. The plan depends on shapes only, so
-all of it is captured.
+In a large batch a second kernel follows the scoring on a stream of high priority: it selects and
+fetches each list as soon as it is scored. Where that kernel cannot run (no extension, a small GPU),
+the batch is cut in waves of KV heads: while the GPU scores wave i + 1, the link fetches what wave i
+selected, and attention over the first waves runs beside the fetch of the last. A small batch is one
+wave on one stream: there the launches cost more than the overlap gains. The plan depends on shapes
+only, so all of it is captured.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from vllm_kcache.cache.hot_cache import MAX_WAVES, HotCache
+from vllm_kcache.cache.hot_cache import HotCache
 from vllm_kcache.kernels import extension
-from vllm_kcache.kernels.attend import AttendBuffers, attend_blocks
+from vllm_kcache.kernels.attend import attend_blocks
 from vllm_kcache.kernels.decode_plan import DecodePlan, plan_decode
+from vllm_kcache.kernels.decode_workspace import DecodeWorkspace, front
 from vllm_kcache.kernels.fetch import check_geometry, launch_fetch
 from vllm_kcache.kernels.score import launch_score
 from vllm_kcache.kernels.select import launch_select, selection_arguments
 from vllm_kcache.types import Fetched, Selected, Selection, Tail
 
-# Higher than that of the stream that scores; otherwise scoring starves the fetch.
-FETCH_PRIORITY = -1
 # For benchmarks: called on the stream that scores with (step, first KV head, one past the last),
 # captured like the rest. It may overwrite these heads' block_lse (benchmarks/replay.py).
 after_score: Callable[[DecodeStep, int, int], None] | None = None
-
-
-@dataclass
-class DecodeWorkspace:
-    """Buffers of `decode_step`, made once and shared by all layers and batch sizes.
-
-    Attributes:
-        block_lse: [B * Hq * P] float32, GPU.
-        blocks, rows: [B * Hkv * N] int32, GPU.
-        counts, mass: [B * Hkv] int32 and float32, GPU.
-        scratch: [B * Hkv * P] int32, GPU; empty when the extension selects.
-        miss_list: [B * Hkv * N, 2] int32, GPU; empty unless asked for.
-        attend: partial results of attention.
-        fetch_stream, copy_stream: streams of high priority; None on the CPU (the interpreter).
-        scored, listed, fetched: events of the waves; none on the CPU.
-    """
-
-    max_requests: int
-    num_query_heads: int
-    num_kv_heads: int
-    max_blocks: int
-    block_lse: torch.Tensor
-    blocks: torch.Tensor
-    rows: torch.Tensor
-    counts: torch.Tensor
-    mass: torch.Tensor
-    scratch: torch.Tensor
-    miss_list: torch.Tensor
-    attend: AttendBuffers
-    fetch_stream: torch.cuda.Stream | None
-    copy_stream: torch.cuda.Stream | None
-    scored: list[torch.cuda.Event] = field(default_factory=list)
-    listed: list[torch.cuda.Event] = field(default_factory=list)
-    fetched: list[torch.cuda.Event] = field(default_factory=list)
-
-    @classmethod
-    def make(
-        cls,
-        max_requests: int,
-        num_query_heads: int,
-        num_kv_heads: int,
-        head_size: int,
-        max_blocks: int,
-        selection: Selection,
-        device: torch.device | str,
-        with_miss_list: bool = False,
-    ) -> DecodeWorkspace:
-        """Allocate for batches of up to `max_requests` requests of up to `max_blocks` V blocks.
-
-        Args:
-            with_miss_list: for plans with `copy_thread_blocks`.
-        """
-        device = torch.device(device)
-        lists = max_requests * num_kv_heads
-        places = lists * _columns(selection, max_blocks)
-        on_gpu = device.type == "cuda"
-
-        def integers(*shape: int) -> torch.Tensor:
-            return torch.empty(shape, dtype=torch.int32, device=device)
-
-        return cls(
-            max_requests=max_requests,
-            num_query_heads=num_query_heads,
-            num_kv_heads=num_kv_heads,
-            max_blocks=max_blocks,
-            block_lse=torch.empty(max_requests * num_query_heads * max_blocks, device=device),
-            blocks=integers(places),
-            rows=integers(places),
-            counts=integers(lists),
-            mass=torch.empty(lists, device=device),
-            scratch=integers(0 if extension.available() else lists * max_blocks),
-            miss_list=integers(places if with_miss_list else 0, 2),
-            attend=AttendBuffers.make(lists, num_query_heads // num_kv_heads, head_size, device),
-            fetch_stream=torch.cuda.Stream(device, FETCH_PRIORITY) if on_gpu else None,
-            copy_stream=torch.cuda.Stream(device, FETCH_PRIORITY) if on_gpu else None,
-            scored=[torch.cuda.Event() for _ in range(MAX_WAVES if on_gpu else 0)],
-            listed=[torch.cuda.Event() for _ in range(MAX_WAVES if on_gpu else 0)],
-            fetched=[torch.cuda.Event() for _ in range(MAX_WAVES if on_gpu else 0)],
-        )
-
-    @staticmethod
-    def bytes(
-        max_requests: int,
-        num_query_heads: int,
-        num_kv_heads: int,
-        head_size: int,
-        max_blocks: int,
-        selection: Selection,
-        with_miss_list: bool = False,
-    ) -> int:
-        """GPU memory that `make` takes."""
-        lists = max_requests * num_kv_heads
-        places = lists * _columns(selection, max_blocks)
-        words = max_requests * num_query_heads * max_blocks + 2 * places + 2 * lists
-        words += 0 if extension.available() else lists * max_blocks
-        words += 2 * places if with_miss_list else 0
-        group = num_query_heads // num_kv_heads
-        return words * 4 + AttendBuffers.bytes(lists, group, head_size)
-
-    def views(
-        self, num_requests: int, max_blocks: int, selection: Selection
-    ) -> tuple[torch.Tensor, Selected, torch.Tensor]:
-        """block_lse [B, Hq, P], the selection and its rows [B, Hkv, N], for one batch."""
-        if num_requests > self.max_requests or max_blocks > self.max_blocks:
-            raise ValueError(
-                f"workspace: made for {self.max_requests} requests of {self.max_blocks} V blocks; "
-                f"this batch has {num_requests} of {max_blocks}"
-            )
-        lists = (num_requests, self.num_kv_heads)
-        places = (*lists, _columns(selection, max_blocks))
-        scores = (num_requests, self.num_query_heads, max_blocks)
-        selected = Selected(
-            _front(self.blocks, places), _front(self.counts, lists), _front(self.mass, lists)
-        )
-        return _front(self.block_lse, scores), selected, _front(self.rows, places)
-
-
-def _columns(selection: Selection, max_blocks: int) -> int:
-    return max_blocks if selection.top_n is None else min(selection.top_n, max_blocks)
-
-
-def _front(buffer: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    size = 1
-    for extent in shape:
-        size *= extent
-    return buffer[:size].view(shape)
 
 
 def decode_step(
@@ -194,11 +70,11 @@ def decode_step(
     if num_requests == 0:
         return out
     if plan is None:
-        tokens = max_blocks * v_block_tokens
+        block_bytes = v_block_tokens * query.shape[2] * query.element_size()
         plan = plan_decode(
-            num_requests, k_pages.shape[1], tokens, query.shape[2], query.element_size()
+            num_requests, k_pages.shape[1], max_blocks, block_bytes, workspace.multiprocessors
         )
-        if workspace.miss_list.numel() == 0:
+        if workspace.miss_list.numel() == 0 and not plan.followers:
             plan = DecodePlan(plan.waves)
     block_lse, selected, rows = workspace.views(num_requests, max_blocks, selection)
     step = DecodeStep(
@@ -207,6 +83,16 @@ def decode_step(
     )  # fmt: skip
     step.run()
     return out
+
+
+@functools.cache
+def _replaced_scores_of(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.empty(shape, device=device)
+
+
+def _replaced_scores(block_lse: torch.Tensor) -> torch.Tensor:
+    """A second buffer of scores; made in the warm-up of a capture, which runs eagerly."""
+    return _replaced_scores_of(tuple(block_lse.shape), block_lse.device)
 
 
 @dataclass(frozen=True)
@@ -234,10 +120,11 @@ class DecodeStep:
     def run(self) -> None:
         """All of it."""
         bounds = self.wave_bounds()
-        self.score_and_fetch(join=False)
         if len(bounds) == 2:
+            self.score_and_fetch()
             self.attend(0, bounds[-1])
             return
+        self.score_and_fetch(join=False)
         # All but the last wave were fetched while the last was scored, or nearly so.
         main = torch.cuda.current_stream(self.query.device)
         main.wait_event(self.workspace.fetched[len(bounds) - 3])
@@ -256,6 +143,9 @@ class DecodeStep:
             join: make the current stream wait for the fetches; `run` waits for them piecemeal.
         """
         bounds = self.wave_bounds()
+        if self.plan.followers:
+            self._score_and_follow()
+            return
         if len(bounds) == 2:
             self._score(0, bounds[-1], new_epoch=True)
             self.select_fetch(0, 0, bounds[-1])
@@ -280,6 +170,38 @@ class DecodeStep:
         if join:
             main.wait_event(workspace.fetched[len(bounds) - 2])
 
+    def _score_and_follow(self) -> None:
+        """Scoring, and the kernel that selects and fetches behind it, joined.
+
+        Scoring is launched first: should something run kernels one after the other, the one that
+        waits must be the second.
+        """
+        workspace, cache, selected = self.workspace, self.hot_cache, self.selected
+        assert workspace.fetch_stream is not None
+        assert workspace.begun is not None
+        block_lse = self.block_lse
+        if after_score is not None:
+            # The follower does not wait for a kernel after scoring: its scores come before.
+            block_lse = _replaced_scores(self.block_lse)
+            after_score(dataclasses.replace(self, block_lse=block_lse), 0, self.k_pages.shape[1])
+        main = torch.cuda.current_stream(self.query.device)
+        workspace.begun.record(main)
+        parts = launch_score(
+            self.query, self.k_pages, self.block_table, self.seq_lens, self.scale,
+            self.v_block_tokens, self.block_lse, parts_scored=workspace.parts_scored,
+        )  # fmt: skip
+        workspace.fetch_stream.wait_event(workspace.begun)
+        with torch.cuda.stream(workspace.fetch_stream):
+            torch.ops.kcache.follow_scores(
+                block_lse, self.seq_lens, self.v_block_tokens,
+                *selection_arguments(self.selection), selected.blocks, selected.counts,
+                selected.mass, self.block_table, self.v_pool, self.layer, self.fetched.rows,
+                cache.slots, cache.table, cache.slot_word, cache.state, cache.counters,
+                workspace.parts_scored, parts, self.plan.followers,
+            )  # fmt: skip
+            workspace.fetched[0].record(workspace.fetch_stream)
+        main.wait_event(workspace.fetched[0])
+
     def _score(self, first_head: int, last_head: int, new_epoch: bool) -> None:
         launch_score(
             self.query, self.k_pages, self.block_table, self.seq_lens, self.scale,
@@ -303,7 +225,7 @@ class DecodeStep:
             launch_select(
                 self.block_lse, self.seq_lens, self.v_block_tokens, self.selection, selected,
                 first_head=first_head, num_heads=num_heads,
-                scratch=_front(
+                scratch=front(
                     workspace.scratch, (*selected.counts.shape, self.block_lse.shape[2])
                 ),
                 hot_cache=cache,

@@ -19,6 +19,10 @@ COPY_THREAD_BLOCKS = 48
 # Size of the first and the last wave, as a share of the others: nothing is fetched beside the first
 # one's scoring, and nothing is scored beside the last one's fetch.
 OUTER_WAVE = 1 / 3
+# Thread blocks that follow the scoring; and the V blocks of a request up to which their shared
+# memory leaves scoring the multiprocessor's.
+FOLLOWERS = 64
+FOLLOWED_BLOCKS = 8192
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,8 @@ class DecodePlan:
     """How a step is laid out.
 
     Attributes:
+        followers: thread blocks of a kernel beside scoring that selects and fetches each list as
+            soon as it is scored. 0 does without: lists are selected after a wave of them is scored.
         waves: parts of the KV heads; 1 runs on the current stream alone.
         copy_thread_blocks: 0 lets the thread block of a list copy its misses; otherwise misses are
             listed and this many thread blocks copy them, in a launch of their own for each wave.
@@ -38,6 +44,7 @@ class DecodePlan:
     copy_thread_blocks: int = 0
     copy_stream: bool = False
     outer_wave: float = OUTER_WAVE
+    followers: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.waves <= MAX_WAVES:
@@ -46,6 +53,8 @@ class DecodePlan:
             raise ValueError("copy_stream=True: needs copy_thread_blocks of at least 1")
         if not 0 < self.outer_wave <= 1:
             raise ValueError(f"outer_wave={self.outer_wave}: must be above 0 and at most 1")
+        if self.followers and (self.waves > 1 or self.copy_thread_blocks):
+            raise ValueError(f"followers={self.followers}: needs one wave whose lists copy")
 
     def wave_bounds(self, num_heads: int) -> list[int]:
         """First KV head of each wave, and `num_heads`; no wave is empty."""
@@ -63,12 +72,26 @@ class DecodePlan:
 
 
 def plan_decode(
-    num_requests: int, num_kv_heads: int, max_tokens: int, head_size: int, itemsize: int
+    num_requests: int,
+    num_kv_heads: int,
+    max_blocks: int,
+    block_bytes: int,
+    multiprocessors: int = 0,
 ) -> DecodePlan:
-    """The plan for a batch whose longest request may have `max_tokens` tokens."""
-    k_bytes = num_requests * num_kv_heads * max_tokens * head_size * itemsize
+    """The plan for a batch.
+
+    Args:
+        max_blocks: P, V blocks that the longest request may have.
+        block_bytes: bytes of K of one V block.
+        multiprocessors: of the GPU, where a kernel may follow the scoring; 0 where none can.
+    """
+    k_bytes = num_requests * num_kv_heads * max_blocks * block_bytes
     by_lists = num_requests * num_kv_heads // WAVE_LISTS
     waves = max(1, min(k_bytes // WAVE_BYTES, by_lists, num_kv_heads, MOST_WAVES))
     if waves == 1:
         return DecodePlan()
+    # Half of the GPU stays free of followers: scoring must have a place to run.
+    followers = min(FOLLOWERS, multiprocessors // 2)
+    if followers and max_blocks <= FOLLOWED_BLOCKS:
+        return DecodePlan(followers=followers)
     return DecodePlan(waves, COPY_THREAD_BLOCKS, copy_stream=True)

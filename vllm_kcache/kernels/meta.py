@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-NAMES = ("select_blocks", "fetch_blocks", "select_fetch", "copy_misses")
+NAMES = ("select_blocks", "fetch_blocks", "select_fetch", "follow_scores", "copy_misses")
 
 
 def _returns_nothing(*_arguments: Any) -> None:

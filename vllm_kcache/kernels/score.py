@@ -52,12 +52,12 @@ def lse_by_block(scores, BLOCK_TOKENS: tl.constexpr):
 # Batch sizes and waves differ in these numbers only, and share one compiled kernel.
 @triton.jit(do_not_specialize=["max_blocks", "first_head"])
 def score_kernel(
-    query, k_pages, block_table, seq_lens, block_lse, state, scale, query_stride, page_stride,
-    table_stride, max_blocks, first_head,
+    query, k_pages, block_table, seq_lens, block_lse, state, parts_scored, scale, query_stride,
+    page_stride, table_stride, max_blocks, first_head,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr,
     HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr, PAGE_TOKENS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, PAD: tl.constexpr,
-    NEW_EPOCH: tl.constexpr,
+    NEW_EPOCH: tl.constexpr, SIGNAL: tl.constexpr,
 ):  # fmt: skip
     split, splits = tl.program_id(0), tl.num_programs(0)
     head = first_head + tl.program_id(1)
@@ -104,6 +104,10 @@ def score_kernel(
             beyond = (blocks < max_blocks) & (blocks >= num_chunks * chunk_blocks)
             out_mask = group_mask[:, None] & beyond[None, :]
             tl.store(out_rows[:, None] + blocks[None, :], nothing, mask=out_mask)
+    if SIGNAL:
+        # All threads' stores come before the one thread's count.
+        tl.debug_barrier()
+        tl.atomic_add(parts_scored + request * (NUM_HEADS // GROUP) + head, 1, sem="release")
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,8 @@ def launch_score(
     new_epoch: HotCache | None = None,
     pad: bool = False,
     config: ScoreConfig | None = None,
-) -> None:
+    parts_scored: torch.Tensor | None = None,
+) -> int:
     """Score a range of KV heads on the current stream.
 
     Args:
@@ -179,13 +184,18 @@ def launch_score(
         new_epoch: begin a new epoch of this hot cache and zero its miss counts.
         pad: write -inf past `seq_lens`. The other kernels stop at `seq_lens` and need no padding.
         config: launch shape, chosen by `score_config` unless given.
+        parts_scored: [B * Hkv] int32, GPU. Each program of a list adds one when its scores are
+            there, for a kernel that runs beside (csrc/follow.cu).
+
+    Returns:
+        Programs of each list.
     """
     num_requests, num_query_heads, head_size = query.shape
     _, num_kv_heads, page_tokens, _ = k_pages.shape
     num_heads = num_kv_heads - first_head if num_heads is None else num_heads
     check_query_strides(query)
     if num_requests == 0 or num_heads == 0:
-        return
+        return 0
     max_blocks = block_lse.shape[2]
     group = num_query_heads // num_kv_heads
     if config is None:
@@ -204,6 +214,7 @@ def launch_score(
         seq_lens,
         block_lse,
         new_epoch.state if new_epoch is not None else seq_lens,
+        parts_scored if parts_scored is not None else seq_lens,
         scale,
         query.stride(0),
         k_pages.stride(0),
@@ -221,6 +232,8 @@ def launch_score(
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         PAD=pad,
         NEW_EPOCH=new_epoch is not None,
+        SIGNAL=parts_scored is not None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+    return config.splits

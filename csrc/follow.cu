@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+// Select and fetch list by list, beside the kernel that scores them. Definitions:
+// vllm_kcache/reference/select.py and fetch.py.
+#include "fetch.cuh"
+#include "launch.h"
+#include "select.cuh"
+
+namespace kcache {
+namespace {
+
+// Some hundred times the longest step there is: whoever waits longer waits for nothing.
+constexpr long long kPatienceNs = 20'000'000'000;
+constexpr unsigned kPauseNs = 100;
+
+__device__ inline int load_acquire(const int* pointer) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(pointer) : "memory");
+  return value;
+}
+
+__device__ inline long long now_ns() {
+  long long time;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(time));
+  return time;
+}
+
+// Wait until all parts of a list are scored, and make its count ready for the next step.
+__device__ inline void wait_for_scores(const FollowArgs& follow, int list) {
+  if (threadIdx.x == 0) {
+    int* scored = follow.parts_scored + list;
+    if (load_acquire(scored) < follow.parts) {
+      const long long begin = now_ns();
+      while (load_acquire(scored) < follow.parts) {
+        __nanosleep(kPauseNs);
+        // An error that ends the process is better than a GPU that never comes back.
+        if (now_ns() - begin > kPatienceNs) __trap();
+      }
+    }
+    *scored = 0;
+  }
+  __syncthreads();
+}
+
+// Lists are scored in ascending order, so a thread block that takes every n-th seldom waits.
+__global__ void __launch_bounds__(kThreads, 2)
+    follow_kernel(const __grid_constant__ SelectArgs select,
+                  const __grid_constant__ FetchArgs fetch,
+                  const __grid_constant__ FollowArgs follow) {
+  extern __shared__ float masses[];
+  __shared__ union Shared {
+    SelectShared select;
+    FetchShared fetch;
+  } shared;
+  for (int list = blockIdx.x; list < follow.num_lists; list += gridDim.x) {
+    wait_for_scores(follow, list);
+    const int request = list / select.num_kv_heads, head = list % select.num_kv_heads;
+    const int count = ListSelection(select, shared.select, masses, request, head).run();
+    __syncthreads();
+    fetch_list(fetch, shared.fetch, select.blocks, count, request, head);
+    __syncthreads();
+  }
+  // The last one out begins the next epoch: none of the others reads it any more.
+  if (threadIdx.x == 0) {
+    __threadfence();
+    if (atomicAdd(fetch.cache.state + kEnded, 1) == static_cast<int>(gridDim.x) - 1) {
+      fetch.cache.state[kEnded] = 0;
+      fetch.cache.state[kEpoch] += 1;
+    }
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_follow(const SelectArgs& select, const FetchArgs& fetch,
+                          const FollowArgs& follow, int num_blocks, cudaStream_t stream) {
+  const size_t shared_bytes = select_shared_bytes(
+      select.max_blocks, num_sums(select.combine_max, select.coverage >= 0.0f, select.group));
+  if (shared_bytes > 32 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        follow_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  follow_kernel<<<num_blocks, kThreads, shared_bytes, stream>>>(select, fetch, follow);
+  return cudaGetLastError();
+}
+
+}  // namespace kcache

@@ -34,17 +34,19 @@ class Forced:
     """What a request must say, and where its figures go.
 
     Attributes:
-        item: Row of the request in the files.
-        num_items: Rows of the files.
+        first_row: Row of the files for the first token.
+        row_stride: From a token's row to that of the next token.
+        num_rows: Rows of the files.
         prompt_tokens: Tokens of the prompt.
         tokens: What must follow.
-        stock_logits: File of stock's logits, [steps, items, vocabulary] float32.
-        positions: File of the figures, [steps, items, 4] float64, there already.
+        stock_logits: File of stock's logits, [rows, vocabulary] float32.
+        positions: File of the figures, [rows, 4] float64, there already.
         save: This is stock: write the logits instead of comparing with them.
     """
 
-    item: int
-    num_items: int
+    first_row: int
+    row_stride: int
+    num_rows: int
     prompt_tokens: int
     tokens: tuple[int, ...]
     stock_logits: str
@@ -78,14 +80,17 @@ class Recorder:
             steps: Tokens that each request has said. One that has not finished its prompt counts
                 as 0; it is recorded again, over this, when it has.
         """
-        if not rows:
+        # What an asynchronous scheduler runs past a request's end is dropped by vLLM.
+        kept = [i for i, f in enumerate(forced) if steps[i] < len(f.tokens)]
+        if not kept:
             return
+        rows, forced, steps = ([part[i] for i in kept] for part in (rows, forced, steps))
         tokens = torch.tensor([f.tokens[step] for f, step in zip(forced, steps, strict=True)])
         tokens = tokens.to(logits.device)
-        picked = logits[list(rows)]
+        picked = logits[rows]
         first = forced[0]
-        shape = (len(first.tokens), first.num_items, logits.shape[1])
-        at = (list(steps), [f.item for f in forced])
+        shape = (first.num_rows, logits.shape[1])
+        at = [f.first_row + step * f.row_stride for f, step in zip(forced, steps, strict=True)]
         if first.save:
             file = self._open(first.stock_logits, shape, np.float32, create=True)
             file[at] = picked.cpu().numpy()
@@ -94,10 +99,10 @@ class Recorder:
             saved = self._stock_logits(first.stock_logits, shape, logits.device)
             stock = saved[at].to(logits.device)
         figures = compare_logits(picked, stock, tokens)
-        shape = (*shape[:2], len(FIELDS))
+        shape = (first.num_rows, len(FIELDS))
         self._open(first.positions, shape, np.float64)[at] = figures.cpu().numpy()
-        logits[list(rows)] = float("-inf")
-        logits[list(rows), tokens] = 0.0
+        logits[rows] = float("-inf")
+        logits[rows, tokens] = 0.0
 
     def _stock_logits(
         self, path: str, shape: tuple[int, ...], device: torch.device

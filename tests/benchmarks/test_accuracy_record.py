@@ -26,8 +26,9 @@ def parameters(folder: Path, item: int, save: bool) -> SamplingParams:
     if not positions.exists():
         np.full((3, 2, len(FIELDS)), np.nan).tofile(positions)
     forced = {
-        "item": item,
-        "num_items": 2,
+        "first_row": item,
+        "row_stride": 2,
+        "num_rows": 6,
         "prompt_tokens": PROMPT_TOKENS,
         "tokens": TOKENS[item],
         "stock_logits": str(folder / "stock.f32"),

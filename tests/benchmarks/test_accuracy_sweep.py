@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import accuracy
+from benchmarks import accuracy, accuracy_process, accuracy_rows
 from benchmarks.accuracy_grid import COVERAGES, listed, make_grid
 from benchmarks.accuracy_rows import Rows, key_of
 from benchmarks.accuracy_texts import Passage, cut, hash_of, make_passages, read_text
@@ -155,7 +155,7 @@ def sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
                 with open(spec["results"], "a") as file:
                     file.write(json.dumps(setting["row"]) + "\n")
 
-    monkeypatch.setattr(accuracy, "run_engine", run_engine)
+    monkeypatch.setattr(accuracy_process, "run_engine", run_engine)
 
     def sweep(*more: str) -> list[tuple[str, list[tuple[int, int]]]]:
         started.clear()
@@ -178,7 +178,7 @@ def test_a_repeated_sweep_runs_what_is_missing(sweeps: Any, monkeypatch: Any) ->
     more = ["--settings", '[{"coverage": 0.9}, {"coverage": 0.8}]']
     assert sweeps("--lengths", "300", "500", *more) == [("stock", both), (one, both)]
     # Other code is another measurement.
-    monkeypatch.setattr(accuracy.accuracy_rows, "commit", lambda: "another")
+    monkeypatch.setattr(accuracy_rows, "commit", lambda: "another")
     assert sweeps("--lengths", "300", "500", *settings) == first
 
 

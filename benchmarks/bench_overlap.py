@@ -35,9 +35,8 @@ PLANS = (
     DecodePlan(followers=48),
     DecodePlan(followers=64),
     DecodePlan(followers=96),
-    DecodePlan(4, 48),
+    DecodePlan(followers=128),
     DecodePlan(4, 48, copy_stream=True),
-    DecodePlan(6, 48, copy_stream=True),
 )
 SMALL_PLANS = (DecodePlan(), DecodePlan(followers=32), DecodePlan(followers=64))
 LAYERS = 8

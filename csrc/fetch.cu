@@ -5,13 +5,13 @@
 namespace kcache {
 namespace {
 
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kMaxThreads, 2)
     fetch_kernel(const __grid_constant__ FetchArgs fetch, const int* blocks, const int* counts,
                  int first_head) {
   __shared__ FetchShared shared;
   const int head = first_head + blockIdx.x, request = blockIdx.y;
   const int count = counts[request * fetch.num_kv_heads + head];
-  fetch_list(fetch, shared, blocks, count, request, head);
+  fetch_list<kMaxThreads>(fetch, shared, blocks, count, request, head);
 }
 
 constexpr int kCopyThreads = 256;
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kCopyThreads)
 cudaError_t launch_fetch(const FetchArgs& fetch, const int* blocks, const int* counts,
                          HeadRange range, cudaStream_t stream) {
   const dim3 grid(range.num_heads, range.num_requests);
-  fetch_kernel<<<grid, kThreads, 0, stream>>>(fetch, blocks, counts, range.first_head);
+  fetch_kernel<<<grid, kMaxThreads, 0, stream>>>(fetch, blocks, counts, range.first_head);
   return cudaGetLastError();
 }
 

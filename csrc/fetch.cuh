@@ -11,7 +11,7 @@
 namespace kcache {
 
 struct FetchShared {
-  int2 misses[kThreads];
+  int2 misses[kMaxThreads];
   int num_misses;
   unsigned hits, misses_total, direct;
 };
@@ -43,6 +43,7 @@ __device__ inline void copy_miss(const FetchArgs& args, int2 miss) {
 }
 
 // Rows of the first `count` blocks of a list; -1 in the columns past them.
+template <int kThreads>
 __device__ inline void fetch_list(const FetchArgs& args, FetchShared& shared, const int* blocks,
                                   int count, int request, int head) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -105,7 +106,7 @@ __device__ inline void fetch_list(const FetchArgs& args, FetchShared& shared, co
     if (args.miss_list == nullptr) {
       __syncthreads();
       const int num_misses = shared.num_misses;
-      for (int i = warp; i < num_misses; i += kWarps) copy_miss(args, shared.misses[i]);
+      for (int i = warp; i < num_misses; i += kThreads / 32) copy_miss(args, shared.misses[i]);
       __syncthreads();
       if (threadIdx.x == 0) shared.num_misses = 0;
       __syncthreads();

@@ -8,6 +8,8 @@
 namespace kcache {
 namespace {
 
+// Small thread blocks leave registers for the kernel beside, and more lists are under way at once.
+constexpr int kFollowThreads = 256;
 // Some hundred times the longest step there is: whoever waits longer waits for nothing.
 constexpr long long kPatienceNs = 20'000'000'000;
 constexpr unsigned kPauseNs = 100;
@@ -42,7 +44,7 @@ __device__ inline void wait_for_scores(const FollowArgs& follow, int list) {
 }
 
 // Lists are scored in ascending order, so a thread block that takes every n-th seldom waits.
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kFollowThreads, 4)
     follow_kernel(const __grid_constant__ SelectArgs select,
                   const __grid_constant__ FetchArgs fetch,
                   const __grid_constant__ FollowArgs follow) {
@@ -54,9 +56,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int list = blockIdx.x; list < follow.num_lists; list += gridDim.x) {
     wait_for_scores(follow, list);
     const int request = list / select.num_kv_heads, head = list % select.num_kv_heads;
-    const int count = ListSelection(select, shared.select, masses, request, head).run();
+    const int count =
+        ListSelection<kFollowThreads>(select, shared.select, masses, request, head).run();
     __syncthreads();
-    fetch_list(fetch, shared.fetch, select.blocks, count, request, head);
+    fetch_list<kFollowThreads>(fetch, shared.fetch, select.blocks, count, request, head);
     __syncthreads();
   }
   // The last one out begins the next epoch: none of the others reads it any more.
@@ -80,7 +83,7 @@ cudaError_t launch_follow(const SelectArgs& select, const FetchArgs& fetch,
         follow_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
   }
-  follow_kernel<<<num_blocks, kThreads, shared_bytes, stream>>>(select, fetch, follow);
+  follow_kernel<<<num_blocks, kFollowThreads, shared_bytes, stream>>>(select, fetch, follow);
   return cudaGetLastError();
 }
 

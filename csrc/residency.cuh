@@ -4,12 +4,12 @@
 #pragma once
 
 #include "args.h"
+#include "warp.cuh"
 
 namespace kcache {
 
 // Slots looked at by one try to claim, and tries before a claim gives up.
 constexpr int kWindow = 8, kAttempts = 8;
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 __device__ inline Word word_of(int64_t owner, unsigned epoch) {
   return (static_cast<Word>(owner) << 32) | epoch;

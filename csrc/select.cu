@@ -8,7 +8,7 @@ namespace {
 
 // One thread block a list. Fetching in the same launch saves one, and the list is at hand.
 template <bool kFetch>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kMaxThreads, 2)
     select_kernel(const __grid_constant__ SelectArgs select,
                   const __grid_constant__ FetchArgs fetch, int first_head) {
   extern __shared__ float masses[];
@@ -17,10 +17,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     FetchShared fetch;
   } shared;
   const int head = first_head + blockIdx.x, request = blockIdx.y;
-  const int count = ListSelection(select, shared.select, masses, request, head).run();
+  const int count = ListSelection<kMaxThreads>(select, shared.select, masses, request, head).run();
   if constexpr (kFetch) {
     __syncthreads();
-    fetch_list(fetch, shared.fetch, select.blocks, count, request, head);
+    fetch_list<kMaxThreads>(fetch, shared.fetch, select.blocks, count, request, head);
   }
 }
 
@@ -36,7 +36,8 @@ cudaError_t launch(const SelectArgs& select, const FetchArgs& fetch, HeadRange r
     if (error != cudaSuccess) return error;
   }
   const dim3 grid(range.num_heads, range.num_requests);
-  select_kernel<kFetch><<<grid, kThreads, shared_bytes, stream>>>(select, fetch, range.first_head);
+  select_kernel<kFetch>
+      <<<grid, kMaxThreads, shared_bytes, stream>>>(select, fetch, range.first_head);
   return cudaGetLastError();
 }
 

@@ -11,10 +11,12 @@
 #include <cstdint>
 
 #include "residency.cuh"
+#include "warp.cuh"
 
 namespace kcache {
 
-constexpr int kThreads = 512, kWarps = kThreads / 32;
+// Threads that a list may have.
+constexpr int kMaxThreads = 512, kMaxWarps = kMaxThreads / 32;
 constexpr int kBins = 256;
 // Scores a thread loads before it uses the first: a list is bound by the latency of these loads.
 constexpr int kAhead = 4;
@@ -31,9 +33,9 @@ __host__ __device__ inline size_t select_shared_bytes(int max_blocks, int sums) 
 }
 
 struct SelectShared {
-  float reduce_max[kMaxGroup][kWarps];
-  float reduce_sum[kMaxGroup][kWarps];
-  unsigned reduce_total[kMaxGroup][kWarps];
+  float reduce_max[kMaxGroup][kMaxWarps];
+  float reduce_sum[kMaxGroup][kMaxWarps];
+  unsigned reduce_total[kMaxGroup][kMaxWarps];
   float shift[kMaxGroup];          // log2 of the sum of exp over the request, each query head
   unsigned totals[kMaxGroup];      // all mass, fixed point
   unsigned above[kMaxGroup];       // mass of the blocks ranked above the digit being found
@@ -41,25 +43,8 @@ struct SelectShared {
   unsigned long long threshold;    // composite of the last block kept
   int count_above, in_bin;
   bool enough;
-  int warp_counts[kWarps];
+  int warp_counts[kMaxWarps];
 };
-
-__device__ inline float warp_max(float value) {
-  for (int i = 16; i; i >>= 1) value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, i));
-  return value;
-}
-template <typename T>
-__device__ inline T warp_sum(T value) {
-  for (int i = 16; i; i >>= 1) value += __shfl_xor_sync(kAllLanes, value, i);
-  return value;
-}
-__device__ inline int warp_inclusive(int value, int lane) {
-  for (int i = 1; i < 32; i <<= 1) {
-    const int other = __shfl_up_sync(kAllLanes, value, i);
-    if (lane >= i) value += other;
-  }
-  return value;
-}
 
 __device__ inline unsigned fixed_point(float mass) {
   return static_cast<unsigned>(mass * kFixedPointOne + 0.5f);
@@ -76,7 +61,10 @@ __device__ inline int digit_shift(int pass) {
   return pass < 3 ? 39 - 8 * pass : 16 - 8 * (pass - 3);
 }
 
+template <int kThreads>
 class ListSelection {
+  static constexpr int kWarps = kThreads / 32;
+
  public:
   __device__ ListSelection(const SelectArgs& args, SelectShared& shared, float* masses, int request,
                            int head)
@@ -171,15 +159,15 @@ class ListSelection {
       }
     }
     __syncthreads();
-    if (warp_ < args_.group) {
+    for (int g = warp_; g < args_.group; g += kWarps) {
       const bool live = lane_ < kWarps;
-      const float largest = live ? shared_.reduce_max[warp_][lane_] : -INFINITY;
+      const float largest = live ? shared_.reduce_max[g][lane_] : -INFINITY;
       const float all_largest = warp_max(largest);
       float sum = live && largest > -INFINITY
-                      ? shared_.reduce_sum[warp_][lane_] * exp2f(largest - all_largest)
+                      ? shared_.reduce_sum[g][lane_] * exp2f(largest - all_largest)
                       : 0.0f;
       sum = warp_sum(sum);
-      if (lane_ == 0) shared_.shift[warp_] = all_largest + log2f(sum);
+      if (lane_ == 0) shared_.shift[g] = all_largest + log2f(sum);
     }
     __syncthreads();
   }
@@ -220,12 +208,11 @@ class ListSelection {
       if (lane_ == 0) shared_.reduce_total[0][warp_] = total;
     }
     __syncthreads();
-    if (warp_ < (by_max ? args_.group : 1)) {
-      unsigned total = lane_ < kWarps ? shared_.reduce_total[warp_][lane_] : 0;
-      total = warp_sum(total);
+    for (int g = warp_; g < (by_max ? args_.group : 1); g += kWarps) {
+      const unsigned total = warp_sum(lane_ < kWarps ? shared_.reduce_total[g][lane_] : 0u);
       if (lane_ == 0) {
-        shared_.totals[warp_] = total;
-        shared_.above[warp_] = 0;
+        shared_.totals[g] = total;
+        shared_.above[g] = 0;
       }
     }
     if (threadIdx.x == 0) {
@@ -252,6 +239,7 @@ class ListSelection {
     }
   }
 
+  // Histogram of a digit over the blocks that share all digits before it.
   __device__ void count_digits(int shift, int bits) {
     const unsigned long long prefix = shared_.threshold >> (shift + bits);
     for (int block = threadIdx.x; block < num_blocks_; block += kThreads) {

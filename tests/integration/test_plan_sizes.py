@@ -85,7 +85,7 @@ def test_waves_are_those_of_the_step() -> None:
         (1, 2, 7, 14, 27, 64, 256), (1, 3, 8, 32), (512, 4096, 32856, 131072)
     ):
         planned = plan_cost.plan_waves(requests, heads, tokens, 128, 2)
-        assert planned == plan_decode(requests, heads, tokens, 128, 2).waves
+        assert planned == plan_decode(requests, heads, tokens // 8, 8 * 128 * 2).waves
 
 
 def test_shares_of_waves_are_those_of_the_step() -> None:

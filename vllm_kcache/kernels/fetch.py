@@ -169,7 +169,7 @@ def launch_fetch(
     page_tokens, head_size = v_pool.shape[2:]
     num_heads = num_kv_heads - first_head if num_heads is None else num_heads
     row_values = v_block_tokens * head_size
-    programs = max(1, min(columns, 1024 // max(1, num_requests * num_heads)))
+    programs = max(1, min(columns, 4096 // max(1, num_requests * num_heads)))
     unused = selected.counts
     fetch_kernel[(programs, num_heads, num_requests)](
         selected.blocks,
@@ -192,7 +192,9 @@ def launch_fetch(
         ROW_VALUES=row_values,
         ROW_PADDED=triton.next_power_of_2(row_values),
         HOT=hot_cache is not None,
-        num_warps=4,
+        # Each warp loads a scalar for itself. Two warps of a program could see a slot before and
+        # after another program's change, and part ways.
+        num_warps=1,
     )
 
 

@@ -17,8 +17,8 @@ from tests.integration.engines import MODEL
 
 pytestmark = pytest.mark.slow
 
-CONTEXT_TOKENS = 2048
-FORCED_TOKENS = 40
+CONTEXT_TOKENS = 1024
+FORCED_TOKENS = 32
 ITEMS = 4
 DEFAULT = {"coverage": 0.97}
 SETTINGS = (
@@ -71,7 +71,7 @@ def test_default_keeps_the_perplexity(rows: list[dict[str, Any]]) -> None:
     # Most of V is not read, or this would show nothing.
     assert default["selected_tokens"] < 0.45 * CONTEXT_TOKENS
     assert default["perplexity"] == pytest.approx(default["stock_perplexity"], rel=0.01)
-    assert 0 < default["kl"] < 0.01
+    assert 0 < default["kl"] < 0.004
 
 
 def test_a_setting_gives_the_same_after_another(rows: list[dict[str, Any]]) -> None:

@@ -107,7 +107,10 @@ class Recording:
             ValueError: the parts of the file do not fit together.
         """
         with np.load(path) as file:
-            codes = np.cumsum(file["differences"].swapaxes(3, 4), axis=3, dtype=np.uint8)
+            # Contiguous: kernels index it flat.
+            codes = np.ascontiguousarray(
+                np.cumsum(file["differences"].swapaxes(3, 4), axis=3, dtype=np.uint8)
+            )
             recording = cls(
                 torch.from_numpy(codes),
                 torch.from_numpy(file["seq_lens"]),

@@ -149,7 +149,7 @@ class Replay:
                 f"{RECENT_BLOCKS}"
             )
         self.recording = recording
-        self.codes = recording.codes.to(device)
+        self.codes = recording.codes.to(device).contiguous()
         self.lengths = recording.num_blocks.to(device=device, dtype=torch.int32)
         # By number of requests: the first layer of the last step, as ranges of KV heads.
         self._launched: dict[int, tuple[Geometry, list[tuple[int, int]]]] = {}

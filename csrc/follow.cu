@@ -8,8 +8,8 @@
 namespace kcache {
 namespace {
 
-// Small thread blocks leave registers for the kernel beside, and more lists are under way at once.
-constexpr int kFollowThreads = 256;
+// With 256, more lists are under way, but each takes longer: measured slower at every size.
+constexpr int kFollowThreads = 512;
 // Some hundred times the longest step there is: whoever waits longer waits for nothing.
 constexpr long long kPatienceNs = 20'000'000'000;
 constexpr unsigned kPauseNs = 100;
@@ -44,7 +44,7 @@ __device__ inline void wait_for_scores(const FollowArgs& follow, int list) {
 }
 
 // Lists are scored in ascending order, so a thread block that takes every n-th seldom waits.
-__global__ void __launch_bounds__(kFollowThreads, 4)
+__global__ void __launch_bounds__(kFollowThreads, 2)
     follow_kernel(const __grid_constant__ SelectArgs select,
                   const __grid_constant__ FetchArgs fetch,
                   const __grid_constant__ FollowArgs follow) {

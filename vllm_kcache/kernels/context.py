@@ -15,6 +15,8 @@ import triton.language as tl
 # Enough to fill PCIe 5 x16 with rows of 2 KiB and more, few enough to leave the GPU to others.
 LINK_PROGRAMS = 32
 GPU_PROGRAMS = 528
+# Bytes that a program has in flight: with a page of one head (4 KiB) the link ran at half its speed.
+RUN_BYTES = 16384
 
 
 @triton.jit
@@ -28,30 +30,34 @@ def gather_kernel(
     page_stride,
     table_stride,
     num_requests,
-    max_pages,
+    max_length,
     NUM_HEADS: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
+    RUN_TOKENS: tl.constexpr,
 ):
-    # One item is one head of one page: PAGE_TOKENS rows that lie together in the page.
-    total = num_requests * max_pages * NUM_HEADS
+    # One item is one head of RUN_TOKENS tokens: all of its loads are in flight at once, and few
+    # programs must keep the link busy.
+    runs = tl.cdiv(max_length, RUN_TOKENS)
+    total = num_requests * runs * NUM_HEADS
     in_head = tl.arange(0, HEAD_PADDED)
-    offsets = tl.arange(0, PAGE_TOKENS)
+    offsets = tl.arange(0, RUN_TOKENS)
     for item in range(tl.program_id(0), total, tl.num_programs(0)):
         head = item % NUM_HEADS
-        page = (item // NUM_HEADS) % max_pages
-        request = item // (NUM_HEADS * max_pages)
+        token = (item // NUM_HEADS) % runs * RUN_TOKENS + offsets
+        request = item // (NUM_HEADS * runs)
         length = tl.load(lengths + request)
-        if page * PAGE_TOKENS < length:
-            first_page = tl.load(starts + request) // PAGE_TOKENS
-            page_id = tl.load(page_table + request * table_stride + first_page + page)
-            source = page_id.to(tl.int64) * page_stride + head * (PAGE_TOKENS * HEAD_SIZE)
-            row = tl.load(first_rows + request).to(tl.int64) + page * PAGE_TOKENS + offsets
-            mask = (page * PAGE_TOKENS + offsets < length)[:, None] & (in_head < HEAD_SIZE)[None, :]
-            values = tl.load(
-                pages + source + offsets[:, None] * HEAD_SIZE + in_head[None, :], mask=mask
-            )
+        if (item // NUM_HEADS) % runs * RUN_TOKENS < length:
+            exists = token < length
+            page = (tl.load(starts + request) + token) // PAGE_TOKENS
+            page_ids = tl.load(page_table + request * table_stride + page, mask=exists, other=0)
+            source = page_ids.to(tl.int64) * page_stride + (
+                head * PAGE_TOKENS + token % PAGE_TOKENS
+            ) * HEAD_SIZE
+            row = tl.load(first_rows + request).to(tl.int64) + token
+            mask = exists[:, None] & (in_head < HEAD_SIZE)[None, :]
+            values = tl.load(pages + source[:, None] + in_head[None, :], mask=mask)
             target = (row * NUM_HEADS + head) * HEAD_SIZE
             tl.store(out + target[:, None] + in_head[None, :], values, mask=mask)
 
@@ -146,9 +152,9 @@ def gather_context(
     """
     num_requests = page_table.shape[0]
     _, num_heads, page_tokens, head_size = pages.shape
-    max_pages = -(-max_length // page_tokens)
-    if num_requests == 0 or max_pages == 0:
+    if num_requests == 0 or max_length == 0:
         return
+    head_padded = triton.next_power_of_2(head_size)
     gather_kernel[(num_programs,)](
         pages,
         page_table,
@@ -159,11 +165,12 @@ def gather_context(
         pages.stride(0),
         page_table.stride(0),
         num_requests,
-        max_pages,
+        max_length,
         NUM_HEADS=num_heads,
         PAGE_TOKENS=page_tokens,
         HEAD_SIZE=head_size,
-        HEAD_PADDED=triton.next_power_of_2(head_size),
+        HEAD_PADDED=head_padded,
+        RUN_TOKENS=max(16, RUN_BYTES // (head_padded * pages.element_size())),
         num_warps=4,
     )
 

@@ -19,9 +19,10 @@ COPY_THREAD_BLOCKS = 48
 # Size of the first and the last wave, as a share of the others: nothing is fetched beside the first
 # one's scoring, and nothing is scored beside the last one's fetch.
 OUTER_WAVE = 1 / 3
-# Thread blocks that follow the scoring; and the V blocks of a request up to which their shared
+# Thread blocks that follow the scoring: with fewer long lists wait, more take multiprocessors from
+# scoring (docs/benchmarks.md, overlap). And the V blocks of a request up to which their shared
 # memory leaves scoring the multiprocessor's.
-FOLLOWERS = 64
+FOLLOWERS = 48
 FOLLOWED_BLOCKS = 8192
 
 

@@ -20,7 +20,7 @@ OFFLINE = HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 SHAPES = benchmarks/shapes
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model serve test test-gpu bench-gpu lint format docs clean
+.PHONY: help setup model serve test test-gpu bench-gpu lint format figures docs clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -59,6 +59,10 @@ format: setup ## Let ruff and clang-format rewrite the sources
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 	@$(if $(CSRC),$(BIN)/clang-format -i $(CSRC))
+
+figures: ## Draw docs/figures from the rows in benchmarks/results
+	@$(PYTHON) tools/setup_env.py --venv $(VENV) --flavor $(FLAVOR) --extras dev,docs
+	@$(BIN)/python -m benchmarks.figures
 
 docs: ## Build the documentation into site/
 	@$(PYTHON) tools/setup_env.py --venv $(VENV) --flavor $(FLAVOR) --extras dev,docs

@@ -4,6 +4,7 @@
     python -m benchmarks.accuracy sweep MODEL --lengths 2048 4096 8000 --grid default
     python -m benchmarks.accuracy sweep MODEL --settings '[{"coverage": 0.97}, {"top_n": 32}]'
     python -m benchmarks.accuracy tasks MODEL --lengths 1024 2048 4096 8000 --items 20
+    python -m benchmarks.accuracy table
 
 `sweep` forces the tokens of real text one by one on the decode path. Stock vLLM runs first and its
 logits are kept; each setting of the split cache is then compared with them at every position, over
@@ -95,7 +96,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     _add_common(tasks, 20, "items of each task")
     tasks.add_argument("--records", type=int, default=4, help="records of an extraction")
     tasks.add_argument("--dtype", help="(GPU bfloat16, CPU float32)")
+    table = commands.add_parser("table", help="Markdown tables of the rows that are there")
+    table.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
+    if options.command == "table":
+        return options
     try:
         options.settings = _settings(options.settings)
     except ValueError as error:
@@ -111,6 +116,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
     given = sys.argv[1:] if arguments is None else arguments
     options = parse(given)
+    if options.command == "table":
+        from benchmarks.accuracy_table import load_rows, tables
+
+        print(tables(load_rows(options.results)))
+        return
     # The parent must not touch the network, either.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     command = shlex.join(["python", "-m", "benchmarks.accuracy", *given])

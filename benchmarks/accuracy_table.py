@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Markdown tables of the accuracy benchmark's rows, for docs/accuracy.md.
+
+Of rows that say the same thing twice, as after a change of the code, the last one counts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accuracy_extraction import TASK as EXTRACTION
+from benchmarks.accuracy_ruler import TASKS
+from benchmarks.accuracy_tasks import CONTINUATION
+
+Row = dict[str, Any]
+Group = dict[tuple[Any, ...], list[Row]]
+# What only a new engine can change has its own table.
+_START = ("v_block_tokens", "dense_layers")
+
+
+def load_rows(path: Path) -> list[Row]:
+    """Rows that were measured, in the order of the file; the last of those that are equal.
+
+    Raises:
+        SystemExit: there is no such file.
+    """
+    if not path.exists():
+        raise SystemExit(f"{path}: no such file; `python -m benchmarks.accuracy sweep` makes it")
+    last: dict[str, Row] = {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        if "length" in row:
+            last[_identity(row)] = row
+    return list(last.values())
+
+
+def _identity(row: Row) -> str:
+    """What a row is about, whatever the code and the versions were."""
+    names = ("kind", "model", "device", "texts", "items", "forced", "records", "length", "kcache")
+    about = {name: row.get(name) for name in names} | {"dtype": row["engine"]["dtype"]}
+    return json.dumps(about, sort_keys=True)
+
+
+def grouped(rows: Iterable[Row], *names: str) -> Group:
+    """Rows by the values of some names; those of `engine` and `kcache` are found, too."""
+    groups: Group = {}
+    for row in rows:
+        groups.setdefault(tuple(value_of(row, name) for name in names), []).append(row)
+    return groups
+
+
+def value_of(row: Row, name: str) -> Any:
+    """A value of a row, of its engine's arguments, or of its setting."""
+    for part in (row, row["engine"], row["kcache"] or {}):
+        if name in part:
+            return part[name]
+    return None
+
+
+def selection_name(setting: Row | None) -> str:
+    """A setting in words, without what the table's heading says."""
+    if setting is None:
+        return "stock"
+    rest = {name: value for name, value in setting.items() if name not in _START}
+    coverage, top_n = rest.pop("coverage", None), rest.pop("top_n", None)
+    if coverage is not None:
+        parts = [f"coverage {coverage:g}".replace("0.", ".")]
+        if top_n not in (None, "all"):
+            parts.append(f"at most {top_n * setting['v_block_tokens']} tokens")
+    elif top_n == "all":
+        parts = ["everything"]
+    elif top_n is not None:
+        parts = [f"{top_n * setting['v_block_tokens']} tokens"]
+    else:
+        parts = ["default"]
+    words = {"head_combine": "combine", "sink_tokens": "sink", "recent_tokens": "recent"}
+    parts += [f"{words.get(name, name)} {value}" for name, value in rest.items()]
+    return ", ".join(parts)
+
+
+def tables(rows: list[Row]) -> str:
+    """All tables, under a heading for each kind, model, dtype and device."""
+    parts = []
+    for key, group in grouped(rows, "kind", "model", "dtype", "device", "items").items():
+        kind, model, dtype, device, items = key
+        what = "Forced text" if kind == "forced" else "Tasks"
+        commits = ", ".join(dict.fromkeys(row["commit"] for row in group))
+        amount = f"{items} texts" if kind == "forced" else f"{items} items of each task"
+        parts.append(f"### {what}: {model}, {dtype}\n\n{device}, {amount}; commit {commits}.\n")
+        parts += _forced_tables(group) if kind == "forced" else _task_tables(group)
+    return "\n".join(parts)
+
+
+def _with_stock(group: list[Row]) -> Iterable[tuple[str, Row | None, list[Row]]]:
+    """Heading, stock's row and the others, for each length, V block and dense layers."""
+    for (length,), of_length in grouped(group, "length").items():
+        stock = next((row for row in of_length if row["kcache"] is None), None)
+        others = [row for row in of_length if row["kcache"] is not None]
+        for (tokens, layers), rows in grouped(others, *_START).items():
+            heading = f"{length} tokens of context, V blocks of {tokens}"
+            if layers:
+                heading += f", {layers} dense layer{'s' if layers != 1 else ''}"
+            yield heading, stock, rows
+
+
+def _table(heading: str, columns: list[str], lines: list[list[str]]) -> str:
+    rows = [columns, ["---"] * len(columns), *lines]
+    return f"**{heading}**\n\n" + "\n".join("| " + " | ".join(r) + " |" for r in rows) + "\n"
+
+
+def _forced_tables(group: list[Row]) -> list[str]:
+    columns = ["selection", "tokens a head", "perplexity", "change", "KL, nats", "KL, 99%",
+               "same first token", "dropped mass"]  # fmt: skip
+    parts = []
+    for heading, stock, rows in _with_stock(group):
+        lines = []
+        if stock is not None:
+            lines.append(["stock", "all", f"{stock['perplexity']:.4f}", *[""] * 5])
+        for row in rows:
+            low, high = row["dropped_mass"]
+            lines.append(
+                [
+                    selection_name(row["kcache"]),
+                    f"{row['selected_tokens']:.0f}",
+                    f"{row['perplexity']:.4f}",
+                    _with_error(row, "perplexity_change", "+.2%", ".2%"),
+                    f"{row['kl']:.5f} ± {_number(row['kl_error'], '.5f')}",
+                    f"{row['kl_p99']:.4f}",
+                    f"{row['top1_agreement']:.2%}",
+                    f"{low:.3f} to {high:.3f}",
+                ]
+            )
+        parts.append(_table(heading, columns, lines))
+    return parts
+
+
+def _task_tables(group: list[Row]) -> list[str]:
+    parts = []
+    for heading, stock, rows in _with_stock(group):
+        both = [*([stock] if stock is not None else []), *rows]
+        parts.append(_score_table(f"Scores: {heading}", both))
+        parts.append(_answer_table(f"Right answers and agreement: {heading}", rows))
+    return parts
+
+
+def _score_table(heading: str, rows: list[Row]) -> str:
+    columns = ["selection", "tokens a head", *TASKS, "average", "less stock", EXTRACTION,
+               "less stock"]  # fmt: skip
+    lines = []
+    for row in rows:
+        is_stock = row["kcache"] is None
+        line = [selection_name(row["kcache"])]
+        line.append("all" if is_stock else f"{row['selected_tokens']:.0f}")
+        line += [f"{row['tasks'][task]['score']:.1f}" for task in TASKS]
+        for figures in (row["average"], row["tasks"][EXTRACTION]):
+            line.append(f"{figures['score']:.1f}")
+            line.append("" if is_stock else _with_error(figures, "difference", "+.1f", ".1f"))
+        lines.append(line)
+    return _table(heading, columns, lines)
+
+
+def _answer_table(heading: str, rows: list[Row]) -> str:
+    columns = ["selection", "tasks: nats a token", "KL", f"{EXTRACTION}: nats a token", "KL",
+               "same answer: tasks", EXTRACTION, CONTINUATION,
+               f"{CONTINUATION}: first other token"]  # fmt: skip
+    lines = []
+    for row in rows:
+        extraction, continuation = row["tasks"][EXTRACTION], row["tasks"][CONTINUATION]
+        line = [selection_name(row["kcache"])]
+        for figures in (row["average"], extraction):
+            line.append(_with_error(figures, "answer_logprob_change", "+.4f", ".4f"))
+            line.append(f"{figures['answer_kl']:.5f}")
+        line += [f"{f['identical']:.0%}" for f in (row["average"], extraction, continuation)]
+        line.append(_number(continuation["first_difference"], ".0f"))
+        lines.append(line)
+    return _table(heading, columns, lines)
+
+
+def _with_error(figures: Row, name: str, value_format: str, error_format: str) -> str:
+    error = _number(figures[f"{name}_error"], error_format)
+    value = f"{figures[name]:{value_format}}"
+    # What rounds to nothing has no sign.
+    return f"{value if value.strip('+-0.%') else value.replace('-', '+')} ± {error}"
+
+
+def _number(value: float | None, number_format: str) -> str:
+    """A figure, or a dash where there is none."""
+    return "-" if value is None else f"{value:{number_format}}"

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rows the figures show, and that they are drawn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import figures
+from benchmarks.figures_rows import (
+    FIXED,
+    MAX,
+    SUM,
+    NoRowsError,
+    accuracy_panels,
+    crossover,
+    decode_runs,
+    hit_rate_panels,
+    read_jsonl,
+    selection_family,
+    throughput_panels,
+)
+from tests.benchmarks.result_rows import decode_row, forced_row, hit_row, task_row
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("setting", "family"),
+    [
+        ({"coverage": 0.9}, SUM),
+        ({"coverage": 0.9, "head_combine": "sum"}, SUM),
+        ({"coverage": 0.9, "head_combine": "max"}, MAX),
+        ({"top_n": 8}, FIXED),
+        ({"top_n": 4, "sink_tokens": 8, "recent_tokens": 1}, FIXED),
+        ({"top_n": "all"}, None),
+        ({"top_n": 8, "tail": "drop"}, None),
+        ({"coverage": 0.9, "top_n": 8}, None),
+        ({"coverage": 0.9, "dense_layers": 1}, None),
+    ],
+)
+def test_families(setting: dict[str, Any], family: str | None) -> None:
+    assert selection_family({"v_block_tokens": 8, "dense_layers": 0, **setting}) == family
+
+
+def accuracy_rows() -> list[dict[str, Any]]:
+    rows = [forced_row(None), task_row({"coverage": 0.9}), forced_row({"top_n": "all"})]
+    for length in (2048, 4096):
+        rows += [
+            forced_row({"coverage": 0.95}, length=length, selected_tokens=700.0, kl=0.002),
+            forced_row({"coverage": 0.9}, length=length, selected_tokens=500.0),
+            forced_row({"coverage": 0.9, "head_combine": "max"}, length=length, kl=0.005),
+            forced_row({"top_n": 64}, length=length, selected_tokens=512.0),
+            # Everything is selected.
+            forced_row({"top_n": 1024}, length=length, selected_tokens=float(length), kl=0.0),
+        ]
+    return rows
+
+
+def test_accuracy_panels(tmp_path: Path) -> None:
+    path = write(tmp_path / "accuracy.jsonl", accuracy_rows())
+    panels = accuracy_panels(path, "kl")
+    assert list(panels) == ["model, float32, GPU, 4 texts"]
+    assert set(panels["model, float32, GPU, 4 texts"]) == {(8, 2048), (8, 4096)}
+    curves = panels["model, float32, GPU, 4 texts"][8, 4096]
+    assert curves == {
+        SUM: [(500.0, 0.01, 0.001), (700.0, 0.002, 0.001)],
+        MAX: [(400.0, 0.005, 0.001)],
+        FIXED: [(512.0, 0.01, 0.001)],
+    }
+    with pytest.raises(NoRowsError, match="no rows of forced text"):
+        accuracy_panels(write(path, [task_row({"coverage": 0.9})]), "kl")
+    with pytest.raises(NoRowsError, match="there is no"):
+        accuracy_panels(tmp_path / "missing", "kl")
+
+
+def decode_rows() -> list[dict[str, Any]]:
+    rows = []
+    for context, stock, ours in ((4096, 1000, 900), (16384, 400, 500), (32768, 200, 400)):
+        rows += [
+            decode_row("stock", context, 10, 0, stock),
+            decode_row("stock-fp8", context, 20, 0, 1.6 * stock),
+            decode_row("kcache", context, 20, 0, ours),
+            decode_row("stock", context, 1, 1, 100),
+            decode_row("kcache", context, 1, 1, 90),
+        ]
+    return rows
+
+
+def test_throughput_panels(tmp_path: Path) -> None:
+    rows = [decode_row("kcache", 4096, 20, 0, 1.0), *decode_rows()]
+    rows += [decode_row("stock", 8192, 10, 0, 1.0, label="short")]
+    rows += [decode_row("stock", 8192, 10, 0, 1.0, gpu="another")]
+    runs = decode_runs(write(tmp_path / "decode.jsonl", rows))
+    panels = throughput_panels(runs, "context")
+    assert panels == {
+        "llama, as many requests as fit\nGPU, commit abc": {
+            "stock bf16": [(4096, 1000, 0), (16384, 400, 0), (32768, 200, 0)],
+            "stock fp8": [(4096, 1600, 0), (16384, 640, 0), (32768, 320, 0)],
+            "kcache, coverage .95, recorded selections": [
+                (4096, 900, 0), (16384, 500, 0), (32768, 400, 0)
+            ],
+        }
+    }  # fmt: skip
+    by_requests = throughput_panels(runs, "requests")
+    assert len(by_requests) == 3
+    curves = by_requests["llama, 4096 tokens of context\nGPU, commit abc"]
+    assert curves["stock bf16"] == [(1, 100, 0), (10, 1000, 0)]
+    with pytest.raises(NoRowsError, match="no two contexts"):
+        throughput_panels(runs[:5], "context")
+
+
+def test_rows_of_several_runs_are_read(tmp_path: Path) -> None:
+    """As the first version of benchmarks/decode wrote them."""
+    row = decode_row("kcache", 4096, 20, 0, 1.0, requests_that_fit=20, kcache_config={"top_n": 16})
+    del row["requests_asked"], row["mode"]
+    row["runs"].append({"requests": 1, "tokens_per_second": 2.0})
+    full, one = decode_runs(write(tmp_path / "decode.jsonl", [row]))
+    assert (full["requests"], full["is_full"], full["tokens_per_second"]) == (20, True, 1.0)
+    assert (one["requests"], one["is_full"]) == (1, False)
+    assert one["series"] == "kcache, 16 V blocks, random"
+
+
+def test_committed_rows_are_read() -> None:
+    assert len(decode_runs(figures.RESULTS / "decode.jsonl")) >= 4
+
+
+def test_crossover() -> None:
+    stock = [(1.0, 100.0, 0.0), (16.0, 1600.0, 0.0)]
+    assert crossover([(1, 50, 0), (16, 3200, 0)], stock) == pytest.approx(4)
+    # Beyond what stock covers, and between its points.
+    assert crossover([(4, 250, 0), (64, 16000, 0)], stock) == pytest.approx(10.24)
+    assert crossover([(1, 110, 0), (16, 3200, 0)], stock) is None
+    assert crossover([(1, 50, 0), (16, 1500, 0)], stock) is None
+    assert crossover([(32, 1, 0)], stock) is None
+    assert crossover([], stock) is None
+
+
+def test_hit_rate_panels(tmp_path: Path) -> None:
+    rows = [hit_row(1, 2.0, 0.5), hit_row(8, 2.0, 0.8), hit_row(1, 2.0, 0.9), hit_row(1, 1.0, 0.4)]
+    panels = hit_rate_panels(write(tmp_path / "hit_rate.jsonl", rows))
+    assert panels == {
+        "coverage .95, 4096 tokens of context\nGPU": {
+            "1 request": [(1.0, 0.4, 0.0), (2.0, 0.9, 0.0)],
+            "8 requests": [(2.0, 0.8, 0.0)],
+        }
+    }
+
+
+def test_empty_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(NoRowsError, match="is empty"):
+        read_jsonl(write(tmp_path / "rows.jsonl", []))
+
+
+def test_figures_without_rows_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason="of the docs extra")
+    written = figures.draw_all(tmp_path, tmp_path / "out")
+    assert [path.name for path in written] == ["data_flow.svg", "data_flow.png"]
+    said = capsys.readouterr().out
+    for name in ("kl", "perplexity", "throughput_context", "throughput_batch", "hit_rate"):
+        assert f"{name}: left out, there is no {tmp_path}" in said
+
+
+def test_all_figures_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="of the docs extra")
+    write(tmp_path / "accuracy.jsonl", accuracy_rows())
+    write(tmp_path / "decode.jsonl", decode_rows())
+    write(tmp_path / "hit_rate.jsonl", [hit_row(1, m, 0.5 + m / 10) for m in (1.0, 2.0)])
+    written = figures.draw_all(tmp_path, tmp_path / "one")
+    names = {path.name for path in written if path.suffix == ".svg"}
+    assert names == {
+        "data_flow.svg", "kl-model.svg", "perplexity-model.svg", "throughput_context.svg",
+        "throughput_batch.svg", "hit_rate.svg",
+    }  # fmt: skip
+    assert all(path.stat().st_size > 5000 for path in written)
+    # The same rows give the same files.
+    again = figures.draw_all(tmp_path, tmp_path / "two")
+    for one, two in zip(written, again, strict=True):
+        assert one.read_bytes() == two.read_bytes()
+
+
+def test_unknown_figures_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        figures.main(["kll"])
+    assert "kll: choose from data_flow, kl" in capsys.readouterr().err

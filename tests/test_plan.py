@@ -108,7 +108,7 @@ def test_stock_blocks(name: str) -> None:
 def test_prototype_rows(
     name: str, context: int, requests: int, waves: int, measured_ms: float
 ) -> None:
-    prototype = Kernels(7, 2, waves, select_share=0.13, select_hidden=False)
+    prototype = Kernels(7, 2, False, waves, select_share=0.13, select_hidden=False)
     work = SplitWork(selected_tokens=128, hit_rate=0, v_block_tokens=8)
     cost = split_step(
         shape_of(name), H100, engine_of(context), Batch(requests, context), work, prototype
@@ -133,7 +133,8 @@ def test_rows_of_the_benchmark(row: dict[str, Any], run: dict[str, Any]) -> None
     hardware = next((one for one in HARDWARE.values() if one.name == row["gpu"]), None)
     assert hardware is not None, f"plan_cost.HARDWARE has no {row['gpu']}: add it"
     shape, context = shape_of(row["model"]), row["context"]
-    engine = engine_of(context, gpu_memory_utilization=row["utilization"])
+    longest = row.get("max_model_len", context + 88)
+    engine = engine_of(longest - 88, gpu_memory_utilization=row["utilization"])
     batch = Batch(run["requests"], context)
     if row["engine"] == "stock":
         itemsize = 1 if row["kv_cache_dtype"].startswith("fp8") else None

@@ -82,6 +82,13 @@ WAVE_BYTES = 192 << 20
 WAVE_LISTS = 48
 MOST_WAVES = 4
 OUTER_WAVE = 1 / 3
+FOLLOWED_BLOCKS = 8192
+# A kernel that selects and fetches behind the scoring: what it leaves exposed at the end, what it
+# takes from scoring, and what each second of fetching costs. Fitted to benchmarks/bench_overlap: 48
+# followers, 128 to 512 tokens a head, two shapes.
+FOLLOW_SECONDS = 25e-6
+FOLLOW_SHARE_OF_SCORE = 0.03
+FOLLOW_SHARE_OF_FETCH = 0.1
 
 # Tokens a head that coverage selected, mean over layers and heads of SmolLM2-135M on English text
 # of 4096 tokens, combine "sum" (.97: measured at 2K, 1.29 times what .95 took there); by the length
@@ -127,13 +134,15 @@ class Kernels:
     Attributes:
         per_wave: Kernels of each wave.
         per_layer: Kernels beside the waves; one more where attention is cut in two.
-        waves: Waves, or None for `plan_waves`.
+        follows: A large batch is selected and fetched behind its scoring, list by list.
+        waves: Waves where it is not, or None for `plan_waves`.
         select_share: Time of select as a share of that of score.
         select_hidden: Select runs beside the score of the next wave.
     """
 
     per_wave: int = 2
     per_layer: int = 2
+    follows: bool = True
     waves: int | None = None
     select_share: float = SELECT_SHARE
     select_hidden: bool = True
@@ -282,7 +291,11 @@ def split_step(
         batch.requests, heads, engine.max_model_len, shape.head_size, shape.itemsize
     )
     behind = fetch + (select if kernels.select_hidden else 0.0)
-    exposed = exposed_seconds(score, behind, attend, waves)
+    max_blocks = engine.max_model_len / work.v_block_tokens
+    if kernels.follows and waves > 1 and max_blocks <= FOLLOWED_BLOCKS:
+        waves, exposed = 1, followed_seconds(score, fetch)
+    else:
+        exposed = exposed_seconds(score, behind, attend, waves)
     extra = waves * kernels.per_wave + kernels.per_layer + (waves > 1) - STOCK_KERNELS
     dense = stock_step(shape, hardware, engine, batch)
     dense_share = work.dense_layers / shape.num_layers
@@ -332,3 +345,13 @@ def exposed_seconds(score: float, behind: float, attend: float, waves: int) -> f
         fetched = max(scored, fetched) + behind * share
     ended = max(scored, before_last) + attend * (1 - shares[-1])
     return max(ended, fetched) + attend * shares[-1] - score - attend
+
+
+def followed_seconds(score: float, fetch: float) -> float:
+    """What a layer waits for select and fetch where they follow the scoring list by list.
+
+    Args:
+        score, fetch: Seconds of a layer's scoring, and of its fetch alone.
+    """
+    beside = FOLLOW_SECONDS + FOLLOW_SHARE_OF_SCORE * score + FOLLOW_SHARE_OF_FETCH * fetch
+    return max(beside, fetch - score)

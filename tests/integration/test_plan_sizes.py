@@ -95,3 +95,9 @@ def test_shares_of_waves_are_those_of_the_step() -> None:
         bounds = DecodePlan(waves).wave_bounds(3200)
         shares = [(after - before) / 3200 for before, after in itertools.pairwise(bounds)]
         assert shares == pytest.approx(plan_cost.wave_shares(waves), abs=1e-3)
+
+
+def test_followed_lengths_are_those_of_the_step() -> None:
+    from vllm_kcache.kernels import decode_plan
+
+    assert plan_cost.FOLLOWED_BLOCKS == decode_plan.FOLLOWED_BLOCKS

@@ -37,7 +37,7 @@ from benchmarks.accuracy_grid import GRIDS
 from benchmarks.accuracy_rows import RESULTS
 
 
-def _settings(given: list[str] | None) -> list[dict[str, Any]] | None:
+def parse_settings(given: list[str] | None) -> list[dict[str, Any]] | None:
     """Objects and lists of objects, in order.
 
     Raises:
@@ -102,7 +102,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.command == "table":
         return options
     try:
-        options.settings = _settings(options.settings)
+        options.settings = parse_settings(options.settings)
     except ValueError as error:
         parser.error(str(error))
     counts = [options.items, min(options.lengths)]

@@ -26,6 +26,7 @@ import argparse
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -226,12 +227,11 @@ def _time_steps(llm: Any, options: dict[str, Any], context: int, count: int) -> 
         long, short = run(options["output"]), run(SHORT_STEPS)
         step_ms.append((long["seconds"] - short["seconds"]) / steps * 1e3)
         sums = {name: sums[name] + long[name] - short[name] for name in FIGURES}
-    step_ms.sort()
-    middle = step_ms[len(step_ms) // 2]
+    middle = statistics.median(step_ms)
     result: dict[str, Any] = {
         "requests": count,
         "step_ms": round(middle, 3),
-        "step_ms_all": [round(value, 3) for value in step_ms],
+        "step_ms_all": [round(value, 3) for value in sorted(step_ms)],
         "tokens_per_second": round(count / middle * 1e3, 1),
     }
     if options["engine"] == "kcache":

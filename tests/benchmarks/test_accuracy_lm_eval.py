@@ -67,8 +67,9 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> Harness:
 
 def test_stock_and_settings_are_paired(harness: Harness, tmp_path: Path) -> None:
     results = tmp_path / "rows.jsonl"
-    adapter.main(["some/model", "--tasks", "both", "--settings", '{"coverage": 0.9}', "--limit", "2",
-                  "--model-args", '{"max_model_len": 512}', "--results", str(results)])  # fmt: skip
+    command = ["some/model", "--tasks", "both", "--settings", '{"coverage": 0.9}', "--limit", "2"]
+    command += ["--model-args", '{"max_model_len": 512}', "--results", str(results)]
+    adapter.main(command)
     first, second = (call["model_args"] for call in harness.calls)
     assert first == {"pretrained": "some/model", "enforce_eager": False, "max_model_len": 512}
     assert second == {**first, "kv_backend": "kcache", "kcache_config": {"coverage": 0.9}}

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 HeadCombine = Literal["sum", "max"]
-Tail = Literal["renormalize", "drop", "mean"]
+Tail = Literal["renormalize", "clip", "drop", "mean"]
 
 # Values of `Fetched.rows` that are not a row of `v_rows`.
 PADDING_ROW = -1
@@ -23,13 +23,15 @@ class Selection:
     Attributes:
         top_n: most V blocks kept per (request, KV head); None for no cap.
         coverage: softmax mass to reach, in (0, 1]; None keeps `top_n` blocks whatever they cover.
+        mass_threshold: every V block of at least this mass is kept, in (0, 1]; None for no such
+            rule. Not together with a coverage.
         sink_blocks: first V blocks of a request that are always kept.
         recent_tokens: every V block that overlaps the last so many tokens is always kept. At
             least 1.
         combine: how the query heads of a KV head speak as one. "sum": the mean of their masses;
             "max": the largest mass ranks a block, and coverage must hold for every head.
 
-    With `top_n` and `coverage` both None, everything is selected.
+    With `top_n`, `coverage` and `mass_threshold` all None, everything is selected.
     """
 
     top_n: int | None
@@ -37,11 +39,21 @@ class Selection:
     sink_blocks: int
     recent_tokens: int
     combine: HeadCombine
+    mass_threshold: float | None = None
 
     @property
     def selects_everything(self) -> bool:
         """True when the rule keeps every V block of every request, whatever the scores are."""
-        return self.top_n is None and self.coverage is None
+        return self.top_n is None and self.coverage is None and self.mass_threshold is None
+
+    @property
+    def clip(self) -> float | None:
+        """Probability at which the tail "clip" cuts a token's claim on the dropped mass.
+
+        Half of the mass threshold: the tokens left out are like the weakest of those kept
+        (docs/selection.md). None without a mass threshold.
+        """
+        return None if self.mass_threshold is None else self.mass_threshold / 2
 
     def most_recent_blocks(self, v_block_tokens: int) -> int:
         """Most V blocks that the last `recent_tokens` tokens can overlap.
@@ -64,13 +76,16 @@ class Selected:
         counts: [B, Hkv] int32. Blocks of each list.
         mass: [B, Hkv] float32. Covered mass: mean over the group's query heads (combine "sum") or
             least (combine "max"). 1 for a padded row.
+        lse: [B, Hq] float32. Log-sum-exp of each query head's scores over the whole request; any
+            value for a padded row. None where nobody asked: only the tail "clip" needs it.
 
-    All three lie on the device of the query.
+    All lie on the device of the query.
     """
 
     blocks: torch.Tensor
     counts: torch.Tensor
     mass: torch.Tensor
+    lse: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from vllm_kcache.config import ACCEPTED_VALUES, KCacheConfig, KCacheConfigError
 from vllm_kcache.types import Selection
 
 KEYS = (
-    "top_n, coverage, v_block_tokens, sink_tokens, recent_tokens, dense_layers, tail, "
-    "head_combine, host_memory_gib, hot_cache_gib, prefill"
+    "top_n, coverage, mass_threshold, v_block_tokens, sink_tokens, recent_tokens, dense_layers, "
+    "tail, head_combine, host_memory_gib, hot_cache_gib, prefill"
 )
 
 
@@ -25,7 +25,7 @@ def test_defaults():
     assert config == KCacheConfig.from_user({}) == KCacheConfig.from_user("{}") == KCacheConfig()
     assert (config.resolved_top_n, config.resolved_coverage) == (None, 0.97)
     assert (config.sink_tokens, config.recent_tokens, config.dense_layers) == (8, 32, 0)
-    assert (config.tail, config.head_combine) == ("renormalize", "sum")
+    assert (config.resolved_tail, config.selection(8).combine) == ("renormalize", "sum")
     assert config.host_memory_gib == config.hot_cache_gib == config.prefill == "auto"
 
 
@@ -56,9 +56,36 @@ def test_top_n_and_coverage_together(given, top_n, coverage):
     assert selection.selects_everything == (top_n is None and coverage is None)
 
 
+def test_mass_threshold_brings_its_own_tail_and_combination():
+    config = KCacheConfig.from_user({"mass_threshold": 0.002})
+    assert config.selection(8) == Selection(None, None, 1, 32, "max", 0.002)
+    assert config.selection(8).clip == 0.001
+    assert not config.selection(8).selects_everything
+    assert config.resolved_tail == "clip"
+    config = KCacheConfig.from_user(
+        {"mass_threshold": 0.002, "top_n": 64, "coverage": None, "tail": "drop"}
+        | {"head_combine": "sum"}
+    )
+    assert config.selection(8) == Selection(64, None, 1, 32, "sum", 0.002)
+    assert config.resolved_tail == "drop"
+
+
+def test_settings_that_exclude_each_other():
+    assert refusal({"tail": "clip"}) == (
+        "kcache_config.tail='clip': needs kcache_config.mass_threshold, which says where to clip"
+    )
+    assert refusal({"mass_threshold": 0.002, "coverage": 0.9}) == (
+        "kcache_config.mass_threshold=0.002: not together with kcache_config.coverage=0.9; give one "
+        "of them"
+    )
+    with pytest.raises(KCacheConfigError, match="needs kcache_config.mass_threshold"):
+        KCacheConfig(tail="clip").selection(8)
+
+
 BAD_VALUES = {
     "top_n": [0, -1, 1.5, 64.0, True, "some", "64", [1], {}],
     "coverage": [0, 0.0, -0.5, 1.5, 2, math.nan, math.inf, True, "0.9", "high", []],
+    "mass_threshold": [0, 0.0, -0.5, 1.5, 2, math.nan, True, "0.002", "auto", []],
     "v_block_tokens": [0, -8, 3, 24, 64, 8.0, True, None, "8", "big"],
     "sink_tokens": [-1, 0.5, 8.0, False, None, "8", "auto"],
     "recent_tokens": [0, -1, 0.5, 32.0, True, None, "32"],
@@ -88,6 +115,7 @@ def test_the_texts_of_what_is_accepted():
     assert [refusal({key: values[0]}) for key, values in BAD_VALUES.items()] == [
         'kcache_config.top_n=0: must be an integer of at least 1, "all" or null',
         'kcache_config.coverage=0: must be greater than 0 and at most 1, null or "auto"',
+        "kcache_config.mass_threshold=0: must be greater than 0 and at most 1, or null",
         'kcache_config.v_block_tokens=0: must be 1, 2, 4, 8, 16, 32 or "auto"',
         "kcache_config.sink_tokens=-1: must be an integer of at least 0",
         "kcache_config.recent_tokens=0: must be an integer of at least 1",
@@ -95,8 +123,8 @@ def test_the_texts_of_what_is_accepted():
             "kcache_config.dense_layers=-1: must be an integer of at least 0 "
             "(count from the bottom) or a list of layer numbers"
         ),
-        'kcache_config.tail=\'none\': must be "renormalize", "drop" or "mean"',
-        'kcache_config.head_combine=\'mean\': must be "sum" or "max"',
+        'kcache_config.tail=\'none\': must be "auto", "renormalize", "clip", "drop" or "mean"',
+        'kcache_config.head_combine=\'mean\': must be "auto", "sum" or "max"',
         'kcache_config.host_memory_gib=0: must be a finite number greater than 0 or "auto"',
         'kcache_config.hot_cache_gib=-0.1: must be a finite number of at least 0 or "auto"',
         'kcache_config.prefill=\'cudnn\': must be "auto", "flash_attn", "xformers" or "torch"',
@@ -106,12 +134,13 @@ def test_the_texts_of_what_is_accepted():
 GOOD_VALUES = {
     "top_n": [1, 5000, "all", None],
     "coverage": [0.01, 0.95, 1.0, 1, None, "auto"],
+    "mass_threshold": [0.002, 1.0, None],
     "v_block_tokens": [1, 2, 4, 8, 16, 32, "auto"],
     "sink_tokens": [0, 8, 100],
     "recent_tokens": [1, 32, 100],
     "dense_layers": [0, 2, [], [0, 5]],
-    "tail": ["renormalize", "drop", "mean"],
-    "head_combine": ["sum", "max"],
+    "tail": ["auto", "renormalize", "drop", "mean"],
+    "head_combine": ["auto", "sum", "max"],
     "host_memory_gib": [0.5, 4, "auto"],
     "hot_cache_gib": [0, 0.5, 4, "auto"],
     "prefill": ["auto", "flash_attn", "xformers", "torch"],
@@ -148,7 +177,7 @@ def test_several_bad_values_make_one_message():
     assert message == (
         'kcache_config.top_n=0: must be an integer of at least 1, "all" or null; '
         'kcache_config.coverage=1.5: must be greater than 0 and at most 1, null or "auto"; '
-        'kcache_config.tail=\'x\': must be "renormalize", "drop" or "mean"'
+        'kcache_config.tail=\'x\': must be "auto", "renormalize", "clip", "drop" or "mean"'
     )
 
 

@@ -23,12 +23,13 @@ V_BLOCK_TOKENS_ACCEPTED = (1, 2, 4, 8, 16, 32)
 ACCEPTED_VALUES = {
     "top_n": 'an integer of at least 1, "all" or null',
     "coverage": 'greater than 0 and at most 1, null or "auto"',
+    "mass_threshold": "greater than 0 and at most 1, or null",
     "v_block_tokens": '1, 2, 4, 8, 16, 32 or "auto"',
     "sink_tokens": "an integer of at least 0",
     "recent_tokens": "an integer of at least 1",
     "dense_layers": "an integer of at least 0 (count from the bottom) or a list of layer numbers",
-    "tail": '"renormalize", "drop" or "mean"',
-    "head_combine": '"sum" or "max"',
+    "tail": '"auto", "renormalize", "clip", "drop" or "mean"',
+    "head_combine": '"auto", "sum" or "max"',
     "host_memory_gib": 'a finite number greater than 0 or "auto"',
     "hot_cache_gib": 'a finite number of at least 0 or "auto"',
     "prefill": '"auto", "flash_attn", "xformers" or "torch"',
@@ -48,7 +49,8 @@ class KCacheConfigError(ValueError):
 class KCacheConfig(BaseModel):
     """What a user may set, as JSON in `--kcache-config` or as a dict. Everything has a default.
 
-    Which V blocks a decode step attends follows from `top_n` and `coverage` together:
+    Which V blocks a decode step attends follows from `top_n` and `coverage` together, or from
+    `top_n` and `mass_threshold`:
 
     | top_n | coverage | selected, per request and KV head |
     |---|---|---|
@@ -59,16 +61,21 @@ class KCacheConfig(BaseModel):
     | N | c | the fewest blocks that reach coverage c, at most N |
     | not given or "all" | null | every block |
     | N | null | the N blocks of most mass |
+    | not given, "all" or N | not given or null, and mass_threshold m | every block that holds at
+      least m of the softmax mass of one query head; at most N |
 
     Fields:
         top_n: most V blocks kept per KV head. `None` is "not given", `"all"` is every block.
         coverage: share of the softmax mass that the selected blocks hold. `"auto"` is "not given".
+        mass_threshold: least share of the softmax mass for which a block is selected.
         v_block_tokens: tokens of a V block. `"auto"`: 2 KiB a block at 2 bytes a value.
         sink_tokens: first tokens of a request, always attended; rounded up to V blocks.
         recent_tokens: last tokens of a request, always attended; rounded out to V blocks.
         dense_layers: layers that keep K and V in GPU memory: a count from the bottom, or a list.
-        tail: what happens to the mass that was not selected (see `ops.attend_blocks`).
+        tail: what happens to the mass that was not selected (see `ops.attend_blocks`). "auto":
+            "clip" with a mass threshold, else "renormalize".
         head_combine: how the query heads of a KV head choose together (see `types.Selection`).
+            "auto": "max" with a mass threshold, else "sum".
         host_memory_gib: host memory for V, of all ranks on this machine together.
         hot_cache_gib: GPU memory for copies of V blocks, per rank. 0 switches the cache off.
         prefill: the kernel of exact prefill.
@@ -78,12 +85,13 @@ class KCacheConfig(BaseModel):
 
     top_n: PositiveInt | Literal["all"] | None = None
     coverage: Fraction | Literal["auto"] | None = "auto"
+    mass_threshold: Fraction | None = None
     v_block_tokens: PositiveInt | Literal["auto"] = "auto"
     sink_tokens: NonNegativeInt = 8
     recent_tokens: PositiveInt = 32
     dense_layers: NonNegativeInt | tuple[NonNegativeInt, ...] = 0
-    tail: Tail = "renormalize"
-    head_combine: HeadCombine = "sum"
+    tail: Tail | Literal["auto"] = "auto"
+    head_combine: HeadCombine | Literal["auto"] = "auto"
     host_memory_gib: PositiveFloat | Literal["auto"] = "auto"
     hot_cache_gib: NonNegativeFloat | Literal["auto"] = "auto"
     prefill: Literal["auto", "flash_attn", "xformers", "torch"] = "auto"
@@ -122,12 +130,28 @@ class KCacheConfig(BaseModel):
             if key not in cls.model_fields:
                 raise KCacheConfigError(_unknown_key_message(key, given[key]))
         try:
-            return cls.model_validate(given)
+            config = cls.model_validate(given)
         except ValidationError as error:
             # A union reports one error per member; the user made one mistake per field.
             fields = dict.fromkeys(str(item["loc"][0]) for item in error.errors())
             messages = [_bad_value(field, given[field]) for field in fields]
             raise KCacheConfigError("; ".join(messages)) from None
+        config.check_together()
+        return config
+
+    def check_together(self) -> None:
+        """Raise KCacheConfigError for values that are accepted each, and not together."""
+        if self.mass_threshold is None:
+            if self.tail == "clip":
+                raise KCacheConfigError(
+                    f"{KEY_PREFIX}.tail='clip': needs {KEY_PREFIX}.mass_threshold, which says where "
+                    "to clip"
+                )
+        elif isinstance(self.coverage, float):
+            raise KCacheConfigError(
+                f"{KEY_PREFIX}.mass_threshold={self.mass_threshold}: not together with "
+                f"{KEY_PREFIX}.coverage={self.coverage}; give one of them"
+            )
 
     def to_json_dict(self) -> dict[str, Any]:
         """The settings that were given, JSON-serialisable. `from_user` of it gives this back."""
@@ -143,7 +167,14 @@ class KCacheConfig(BaseModel):
         """The coverage to reach, or None where `top_n` alone decides (see the class's table)."""
         if self.coverage != "auto":
             return self.coverage
-        return DEFAULT_COVERAGE if self.top_n is None else None
+        return DEFAULT_COVERAGE if self.top_n is None and self.mass_threshold is None else None
+
+    @property
+    def resolved_tail(self) -> Tail:
+        """What happens to the mass that was not selected."""
+        if self.tail != "auto":
+            return self.tail
+        return "renormalize" if self.mass_threshold is None else "clip"
 
     def resolved_v_block_tokens(self, head_size: int, itemsize: int, page_tokens: int) -> int:
         """Tokens of a V block for one model.
@@ -184,14 +215,20 @@ class KCacheConfig(BaseModel):
         """The selection rule in V blocks of `v_block_tokens` tokens.
 
         Raises:
-            KCacheConfigError: `top_n` is below the blocks that sink and recent force in.
+            KCacheConfigError: `top_n` is below the blocks that sink and recent force in, or settings
+                exclude each other.
         """
+        self.check_together()
+        combine = self.head_combine
+        if combine == "auto":
+            combine = "sum" if self.mass_threshold is None else "max"
         selection = Selection(
             top_n=self.resolved_top_n,
             coverage=self.resolved_coverage,
             sink_blocks=-(-self.sink_tokens // v_block_tokens),
             recent_tokens=self.recent_tokens,
-            combine=self.head_combine,
+            combine=combine,
+            mass_threshold=self.mass_threshold,
         )
         forced = selection.most_forced_blocks(v_block_tokens)
         if selection.top_n is not None and selection.top_n < forced:

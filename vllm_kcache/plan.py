@@ -184,6 +184,12 @@ def split_work(setup: Setup, load: Load, fit: Fit, requests: float) -> SplitWork
 def _selected_tokens(config: KCacheConfig, v_block_tokens: int, context: float) -> float:
     selection = config.selection(v_block_tokens)
     tokens = context
+    if selection.mass_threshold is not None:
+        raise PlanError(
+            f"mass_threshold={selection.mass_threshold}: how many tokens it selects is a property of "
+            "the model and the text; measure them (vllm_kcache_selected_blocks) and give "
+            "--selected-tokens"
+        )
     if selection.coverage is not None:
         # Whole V blocks, and the forced ones, are in what was measured.
         tokens = selected_tokens_of(selection.coverage, context, selection.combine)

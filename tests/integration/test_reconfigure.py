@@ -40,7 +40,7 @@ def test_what_is_not_given_takes_its_default() -> None:
     made.reconfigure({"tail": "drop"})
     made.reconfigure({})
     assert made.selection == runtime().selection
-    assert made.config.tail == "renormalize"
+    assert made.config.resolved_tail == "renormalize"
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ def decode(case, selection: Selection, tail: str, into_buffers: bool):
         lse_out = torch.full((requests, shape.num_heads, width), torch.nan, dtype=accumulated)
         columns = torch.full((*lists, width), 77, dtype=torch.int32)
         mass = torch.full(lists, torch.nan)
-        selected_out = Selected(columns, columns[..., 0].clone(), mass)
+        all_lse = torch.full((requests, shape.num_heads), torch.nan, dtype=accumulated)
+        selected_out = Selected(columns, columns[..., 0].clone(), mass, all_lse)
         rows = torch.full(
             (requests * shape.num_kv_heads * width, tokens, shape.head_size), torch.nan
         )
@@ -35,8 +36,9 @@ def decode(case, selection: Selection, tail: str, into_buffers: bool):
     fetched = ops.fetch_blocks(selected, table, pool, tokens, out=fetched_out)
     means = case.v_page_means if tail == "mean" else None
     result = ops.attend_blocks(
-        query, pages, pool, fetched, selected, table, seq_lens, scale, tokens, tail, lse, means, out
-    )
+        query, pages, pool, fetched, selected, table, seq_lens, scale, tokens, tail, lse, means, out,
+        selection.clip,
+    )  # fmt: skip
     if into_buffers:
         assert lse is lse_out
         assert selected is selected_out
@@ -70,6 +72,22 @@ def test_what_is_selected_is_attended(tail, dtype, into_buffers):
         assert bool(tokens) == bool(lists[0])
         if tokens:
             assert_close(result[request], brute_force.attend(case, request, lists, tail))
+        else:
+            assert not result[request].any()
+
+
+@pytest.mark.parametrize("into_buffers", [False, True], ids=["made", "buffers"])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_what_is_left_out_goes_to_the_weak_of_what_is_kept(dtype, into_buffers):
+    case = build_case(Shape((300, 17, 0, 129), 2, 3, 64, 32, 8), dtype)
+    rule = Selection(None, None, 1, 16, "max", 0.05)
+    selected, result = decode(case, rule, "clip", into_buffers)
+    assert int(selected.counts[0].max()) < 38
+    for request, tokens in enumerate(case.shape.seq_lens):
+        lists = [[b for b in row if b >= 0] for row in selected.blocks[request].tolist()]
+        if tokens:
+            expected = brute_force.attend(case, request, lists, "clip", rule.clip)
+            assert_close(result[request], expected)
         else:
             assert not result[request].any()
 

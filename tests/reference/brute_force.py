@@ -64,6 +64,9 @@ def select(
     others = [block for block in range(num_blocks) if block not in first]
     ranked = first + sorted(others, key=lambda block: (-combined[block], block))
     most = num_blocks if selection.top_n is None else min(selection.top_n, num_blocks)
+    if selection.mass_threshold is not None:
+        heavy = [block for block in others if combined[block] >= selection.mass_threshold]
+        return ranked[: min(most, len(first) + len(heavy))]
     if selection.coverage is None:
         return ranked[:most]
     for count in range(len(first), most):
@@ -72,7 +75,9 @@ def select(
     return ranked[:most]
 
 
-def attend(case: Case, request: int, blocks: list[list[int]], tail: str) -> torch.Tensor:
+def attend(
+    case: Case, request: int, blocks: list[list[int]], tail: str, clip: float = 0.0
+) -> torch.Tensor:
     """Attention over the selected V blocks of each KV head: [Hq, D] float64."""
     shape = case.shape
     _, values = dense_kv(case, request)
@@ -88,6 +93,11 @@ def attend(case: Case, request: int, blocks: list[list[int]], tail: str) -> torc
             continue
         weights = scores[head].softmax(0)
         result = (weights * chosen) @ values[head]
+        if tail == "clip":
+            claims = [min(float(weights[t]), clip) if chosen[t] else 0.0 for t in tokens]
+            dropped = 1 - sum(float(weights[t]) for t in tokens if chosen[t])
+            shares = torch.tensor(claims, dtype=torch.float64) / sum(claims)
+            result = result + dropped * shares @ values[head]
         if tail == "mean":
             for page in tokens.split(shape.page_tokens):
                 dropped = (weights * ~chosen)[page].sum()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -15,7 +15,8 @@ from vllm_kcache.reference.score import score_blocks
 from vllm_kcache.reference.select import select_blocks
 from vllm_kcache.types import Fetched, Selected, Selection
 
-TAILS = ["renormalize", "drop", "mean"]
+TAILS = ["renormalize", "clip", "drop", "mean"]
+CLIP = 0.01
 
 
 @dataclass
@@ -36,14 +37,16 @@ class Step:
         )  # fmt: skip
         table, pool = case.block_table, case.v_pool
         fetched = fetch_blocks(selected, table, pool, shape.v_block_tokens)
-        return cls(case, selected, lse, fetched)
+        exists = torch.arange(shape.max_blocks) * shape.v_block_tokens < case.seq_lens[:, None]
+        all_lse = lse.masked_fill(~exists[:, None], -torch.inf).logsumexp(-1)
+        return cls(case, replace(selected, lse=all_lse), lse, fetched)
 
     def attend(self, tail: str, fetched: Fetched | None = None, out=None) -> torch.Tensor:
         case = self.case
         return attend_blocks(
             case.query, case.k_pages, case.v_pool, fetched or self.fetched, self.selected,
             case.block_table, case.seq_lens, case.scale, case.shape.v_block_tokens, tail,
-            self.block_lse, case.v_page_means if tail == "mean" else None, out,
+            self.block_lse, case.v_page_means if tail == "mean" else None, out, CLIP,
         )  # fmt: skip
 
     def assert_result(self, result: torch.Tensor, tail: str) -> None:
@@ -53,7 +56,7 @@ class Step:
                 assert not result[request].any()
                 continue
             lists = [[b for b in row if b >= 0] for row in self.selected.blocks[request].tolist()]
-            expected = brute_force.attend(self.case, request, lists, tail)
+            expected = brute_force.attend(self.case, request, lists, tail, CLIP)
             assert_close(result[request], expected)
 
 
@@ -105,11 +108,12 @@ def test_rows_read_straight_from_the_host_pool(every):
     step.assert_result(step.attend("renormalize", mixed), "renormalize")
 
 
-def test_error_bound_of_renormalize():
+@pytest.mark.parametrize("tail", ["renormalize", "clip"])
+def test_error_bound(tail):
     shape = Shape((300,), 2, 4, 64, 32, 8)
     case = build_case(shape, torch.float64)
     step = Step.of(case, some_blocks(shape))
-    result = step.attend("renormalize")
+    result = step.attend(tail)
     masses = step.block_lse.softmax(-1)
     largest = case.values[0].norm(dim=-1).amax(0).repeat_interleave(4)
     full = brute_force.full_attention(case, 0)

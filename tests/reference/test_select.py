@@ -15,6 +15,9 @@ RULES = {
     "coverage-max": Selection(None, 0.7, 1, 4, "max"),
     "coverage-one": Selection(None, 1.0, 0, 1, "sum"),
     "capped": Selection(6, 0.95, 1, 4, "sum"),
+    "threshold-sum": Selection(None, None, 1, 4, "sum", 0.02),
+    "threshold-max": Selection(None, None, 1, 4, "max", 0.05),
+    "threshold-capped": Selection(6, None, 1, 4, "max", 0.01),
     "fixed-sum": Selection(6, None, 1, 4, "sum"),
     "fixed-max": Selection(6, None, 1, 4, "max"),
     "more-than-there-are": Selection(10_000, None, 2, 40, "max"),
@@ -36,6 +39,7 @@ def buffers(shape, columns):
         torch.full((*rows, columns), 77, dtype=torch.int32),
         torch.full(rows, 77, dtype=torch.int32),
         torch.full(rows, torch.nan),
+        torch.full((len(shape.seq_lens), shape.num_heads), torch.nan),
     )
 
 
@@ -59,8 +63,12 @@ def test_odd_shapes(shape, rule, extra_columns):
     if out is None:
         longest = max(selected.counts.flatten().tolist(), default=0)
         assert selected.blocks.shape[2] == longest
+    assert (selected.lse is None) == (out is None and selection.mass_threshold is None)
     for request, tokens in enumerate(shape.seq_lens):
         masses = brute_force.block_lse(case, request).softmax(-1)
+        if tokens and selected.lse is not None:
+            expected_lse = brute_force.token_scores(case, request).logsumexp(-1)
+            assert_close(selected.lse[request].float(), expected_lse.float())
         for head in range(shape.num_kv_heads):
             row = selected.blocks[request, head].tolist()
             count = int(selected.counts[request, head])

@@ -50,10 +50,12 @@ class Drawn:
 COVERAGE = st.floats(0.01, 1.0)
 ANY_COVERAGE = st.none() | COVERAGE
 EITHER = st.booleans()
+NO_THRESHOLD = st.none()
+THRESHOLD = st.floats(1e-4, 1.0)
 
 
 @st.composite
-def drawn(draw, coverage=ANY_COVERAGE, capped=EITHER) -> Drawn:
+def drawn(draw, coverage=ANY_COVERAGE, capped=EITHER, threshold=NO_THRESHOLD) -> Drawn:
     v_block_tokens = draw(st.sampled_from([1, 4, 8, 16, 32]))
     group_size = draw(st.sampled_from([1, 2, 3, 4, 8, 16]))
     num_kv_heads = draw(st.integers(1, 3))
@@ -64,6 +66,7 @@ def drawn(draw, coverage=ANY_COVERAGE, capped=EITHER) -> Drawn:
         draw(st.integers(0, 3)),
         draw(st.integers(1, 3 * v_block_tokens)),
         draw(st.sampled_from(["sum", "max"])),
+        draw(threshold),
     )
     if draw(capped):
         top_n = rule.most_forced_blocks(v_block_tokens) + draw(st.integers(0, 20))
@@ -157,3 +160,18 @@ def test_no_block_left_out_ranks_before_one_kept(case):
         worst_kept = max((-float(combined[block]), block) for block in free)
         best_left_out = min((-float(combined[block]), block) for block in left_out)
         assert worst_kept < best_left_out
+
+
+@given(drawn(coverage=st.none(), threshold=THRESHOLD))
+def test_threshold_keeps_what_is_heavy_and_nothing_else_but_what_is_forced(case):
+    rule = case.selection
+    for tokens, masses, row, count, _ in case.lists():
+        kept = set(row[:count].tolist())
+        combined = masses.float().mean(0) if rule.combine == "sum" else masses.float().amax(0)
+        heavy = {block for block, mass in enumerate(combined) if mass >= rule.mass_threshold}
+        wanted = heavy | brute_force.forced(tokens, case.v_block_tokens, rule)
+        if rule.top_n is None or len(wanted) <= rule.top_n:
+            assert kept == wanted
+        else:
+            assert count == rule.top_n
+            assert kept < wanted

@@ -93,10 +93,11 @@ class CPURuntime(Runtime):
             seq_lens,
             inputs.scale,
             tokens,
-            self.config.tail,
+            self.config.resolved_tail,
             block_lse,
             v_page_means=self._means(inputs.name),
             out=output,
+            clip=self.selection.clip,
         )
         row_bytes = tokens * self.shape.head_size * self.shape.dtype.itemsize
         self.counters.add_selection(selected.counts, selected.mass, row_bytes)

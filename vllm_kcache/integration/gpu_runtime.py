@@ -301,7 +301,7 @@ class GPURuntime(Runtime):
                 self.v_block_tokens,
                 max_blocks,
                 self.selection,
-                self.config.tail,
+                self.config.resolved_tail,
                 self.hot_cache,
                 layer,
                 output[rows],

@@ -18,7 +18,9 @@ from vllm_kcache.integration.metadata import KCacheMetadata
 from vllm_kcache.types import Tail
 
 # Settings that `Runtime.reconfigure` may change; buffers and layers depend on all others.
-RECONFIGURABLE = ("top_n", "coverage", "sink_tokens", "recent_tokens", "tail", "head_combine")
+RECONFIGURABLE = (
+    "top_n", "coverage", "mass_threshold", "sink_tokens", "recent_tokens", "tail", "head_combine"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -160,9 +162,9 @@ class Runtime:
                 f"kcache_config.top_n={config.top_n!r}: this engine's buffers hold lists of up to "
                 f"top_n={most}, which it was started with. Start it with a larger one, or none."
             )
-        if config.tail not in self.supported_tails():
+        if config.resolved_tail not in self.supported_tails():
             raise KCacheConfigError(
-                f"kcache_config.tail={config.tail!r}: this engine can change to "
+                f"kcache_config.tail={config.resolved_tail!r}: this engine can change to "
                 f"{', '.join(self.supported_tails())}; 'mean' only if it was started with it"
             )
         self.config, self.selection = config, selection
@@ -170,7 +172,7 @@ class Runtime:
 
     def supported_tails(self) -> tuple[Tail, ...]:
         """What `tail` may be changed to."""
-        return ("renormalize", "drop")
+        return ("renormalize", "clip", "drop")
 
     def run_layer(self, inputs: LayerInputs, step: KCacheMetadata, output: torch.Tensor) -> None:
         """Store K and V of a step's tokens, then attend (see `KCacheImpl.forward`).

@@ -26,6 +26,7 @@ def attend_blocks(
     block_lse: torch.Tensor,
     v_page_means: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    clip: float | None = None,
 ) -> torch.Tensor:
     """Softmax over the selected tokens and the product with their V.
 
@@ -33,10 +34,13 @@ def attend_blocks(
 
     - "renormalize": the selected tokens. The error of a head is then at most 2 x its dropped mass x
       the largest |v|.
+    - "clip": all tokens of the request, from `selected.lse`; the dropped mass goes to the selected
+      tokens in proportion to min(p, clip): what was left out is like the weakest that were kept
+      (docs/selection.md). The same bound holds.
     - "drop": all tokens of the request, from `block_lse`; the dropped mass adds nothing.
     - "mean": all tokens of the request; the dropped mass of each K page is given the page's mean V.
 
-    With everything selected, all three equal full attention.
+    With everything selected, all of them equal full attention.
 
     Args:
         query: [B, Hq, D] model dtype, GPU. One query per request.
@@ -49,10 +53,11 @@ def attend_blocks(
         seq_lens: [B] int32, GPU. Tokens, the current one included; 0 marks a padded row.
         scale: factor on the scores.
         v_block_tokens: T, tokens of a V block: a power of two that divides S.
-        tail: "renormalize", "drop" or "mean".
+        tail: "renormalize", "clip", "drop" or "mean".
         block_lse: [B, Hq, P] float32, GPU. From `score_blocks`.
         v_page_means: [M, Hkv, D] float32, GPU, from `update_page_means`. Only for tail "mean".
         out: [B, Hq, D] model dtype, GPU, written and returned when given.
+        clip: in (0, 1]. Only for tail "clip".
     Returns:
         [B, Hq, D] model dtype, GPU. 0 for a padded row.
     Raises:
@@ -77,7 +82,16 @@ def attend_blocks(
     )
     checks.check_block_lse("block_lse", block_lse, num_requests, num_heads, None, query)
     if tail not in get_args(Tail):
-        raise ValueError(f'tail={tail!r}: must be "renormalize", "drop" or "mean"')
+        raise ValueError(f'tail={tail!r}: must be "renormalize", "clip", "drop" or "mean"')
+    if tail == "clip":
+        if clip is None or not 0 < clip <= 1:
+            raise ValueError(f'clip={clip}: must be above 0 and at most 1 for the tail "clip"')
+        if selected.lse is None:
+            raise ValueError('selected.lse=None: must be given for the tail "clip"')
+        shape = {"B": num_requests, "Hq": num_heads}
+        checks.check_tensor(
+            "selected.lse", selected.lse, shape, checks.accumulation_dtypes(query.dtype), device
+        )
     if tail == "mean":
         if v_page_means is None:
             raise ValueError('v_page_means=None: must be given for the tail "mean"')
@@ -101,4 +115,5 @@ def attend_blocks(
         block_lse,
         v_page_means,
         out,
+        clip=clip,
     )

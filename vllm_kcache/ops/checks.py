@@ -149,6 +149,17 @@ def check_selection(selection: Selection, v_block_tokens: int) -> None:
             f"selection.coverage={selection.coverage}: must be greater than 0 and at most 1, "
             "or None"
         )
+    if selection.mass_threshold is not None:
+        if not 0 < selection.mass_threshold <= 1:
+            raise ValueError(
+                f"selection.mass_threshold={selection.mass_threshold}: must be greater than 0 and "
+                "at most 1, or None"
+            )
+        if selection.coverage is not None:
+            raise ValueError(
+                f"selection.mass_threshold={selection.mass_threshold}: not together with "
+                f"selection.coverage={selection.coverage}"
+            )
     if selection.sink_blocks < 0:
         raise ValueError(f"selection.sink_blocks={selection.sink_blocks}: must be at least 0")
     if selection.recent_tokens < 1:

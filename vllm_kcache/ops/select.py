@@ -24,7 +24,8 @@ def select_blocks(
     the mean (combine "sum") or the largest (combine "max") of its query heads' masses. Sink and
     recent blocks come first, then the others by falling mass. With a coverage, the fewest blocks in
     that order are kept whose covered mass, mean (combine "sum") or least (combine "max") over the
-    query heads, reaches it; `top_n` caps them. Without, `min(top_n, blocks of the request)`.
+    query heads, reaches it; `top_n` caps them. With a mass threshold, every block that holds as much
+    is kept, at most `top_n`. Without either, `min(top_n, blocks of the request)`.
 
     Args:
         block_lse: [B, Hq, P] float32, GPU. From `score_blocks`.
@@ -36,13 +37,15 @@ def select_blocks(
         out: buffers to write and return. `blocks` has at least `min(top_n, P)` columns.
     Returns:
         Selected: blocks [B, Hkv, N] int32 ascending and padded with -1, counts [B, Hkv] int32,
-        mass [B, Hkv] float32. Without `out`, N is the longest list. A padded row has an
+        mass [B, Hkv] float32, and lse [B, Hq] float32 where `out` has it or the rule has a mass
+        threshold. Without `out`, N is the longest list. A padded row has an
         empty list and mass 1.
     Raises:
         TypeError, ValueError: a dtype, shape, device or rule that does not fit, by name.
 
     Ties: the lower block wins. On a GPU: current stream; graph-safe when `out` is given.
-    Source: N scores of most mass, KCache (arXiv 2404.18057); selection by coverage is ours.
+    Source: N scores of most mass, KCache (arXiv 2404.18057); selection by coverage
+    and by mass are ours.
     Definition: reference/select.py.
     """
     num_requests = seq_lens.shape[0]

@@ -29,6 +29,7 @@ def attend_blocks(
     block_lse: torch.Tensor,
     v_page_means: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    clip: float | None = None,
 ) -> torch.Tensor:
     """Softmax over the selected tokens and the product with V. See `ops.attend_blocks`."""
     _, num_kv_heads, page_tokens, head_size = k_pages.shape
@@ -52,6 +53,14 @@ def attend_blocks(
         values = _values(v_pool, fetched.v_rows, fetched.rows[group, :, :width]).to(dtype)
         # V past the length may hold NaN, and a weight of 0 does not cancel it.
         values[tokens < 0] = 0.0
+        if tail == "clip":
+            assert selected.lse is not None
+            assert clip is not None
+            lse = selected.lse[group].to(dtype).view(*scores.shape[:3], 1)
+            # The score of padding is -inf, and the lse of a padded row anything.
+            weights = torch.where(torch.isneginf(scores), 0.0, (scores - lse).exp())
+            out[group] = (clipped_weights(weights, clip) @ values).flatten(1, 2)
+            continue
         attended = scores if tail == "renormalize" else block_lse[group].to(dtype)
         denominator = attended.logsumexp(-1).view(*scores.shape[:3], 1)
         # Where nothing is selected (a padded row) every score is -inf: weights of 0, not NaN.
@@ -70,6 +79,19 @@ def attend_blocks(
             ).to(dtype)
         out[group] = result.flatten(1, 2)
     return out
+
+
+def clipped_weights(weights: torch.Tensor, clip: float) -> torch.Tensor:
+    """Weights of the selected tokens, the dropped mass shared out by min(p, clip); rows sum to 1.
+
+    Args:
+        weights: [..., N], full-softmax probabilities p of the selected tokens, 0 for padding.
+    """
+    kept = weights.sum(-1, keepdim=True)
+    dropped = (1 - kept).clamp_min(0)
+    flat = weights.clamp_max(clip)
+    weights = weights + dropped * flat / flat.sum(-1, keepdim=True).clamp_min(1e-30)
+    return weights / (kept + dropped)
 
 
 def _tokens(blocks: torch.Tensor, seq_lens: torch.Tensor, v_block_tokens: int) -> torch.Tensor:

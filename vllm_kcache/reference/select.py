@@ -20,10 +20,13 @@ def select_blocks(
     block_ids = torch.arange(block_lse.shape[-1], device=block_lse.device)
     num_blocks = torch.div(seq_lens + v_block_tokens - 1, v_block_tokens, rounding_mode="floor")
     exists = block_ids < num_blocks[:, None]
+    lse = None
+    if selection.clip is not None or (out is not None and out.lse is not None):
+        lse = block_lse.masked_fill(~exists[:, None], -torch.inf).logsumexp(-1)
     if selection.selects_everything:
         chosen = torch.where(exists, block_ids, -1)[:, None].expand(-1, num_kv_heads, -1)
         counts = num_blocks[:, None].expand(-1, num_kv_heads)
-        return _into(chosen, counts, torch.ones_like(counts, dtype=torch.float32), out)
+        return _into(chosen, counts, torch.ones_like(counts, dtype=torch.float32), lse, out)
 
     masses = block_masses(block_lse, exists).unflatten(1, (num_kv_heads, -1))
     combined = masses.mean(2) if selection.combine == "sum" else masses.amax(2)
@@ -40,6 +43,9 @@ def select_blocks(
     if selection.coverage is not None:
         reaching = (~(covered >= selection.coverage)).sum(-1) + 1
         counts = torch.minimum(counts, torch.maximum(reaching, forced.sum(-1)[:, None]))
+    if selection.mass_threshold is not None:
+        heavy = exists[:, None] & (combined >= selection.mass_threshold)
+        counts = (heavy | forced[:, None]).sum(-1)
     if selection.top_n is not None:
         counts = counts.clamp_max(selection.top_n)
 
@@ -55,7 +61,7 @@ def select_blocks(
         else covered.new_zeros(counts.shape)
     )
     mass = torch.where(counts > 0, mass.clamp_max(1.0), 1.0)
-    return _into(chosen, counts, mass, out)
+    return _into(chosen, counts, mass, lse, out)
 
 
 def block_masses(block_lse: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
@@ -79,16 +85,22 @@ def forced_blocks(
 
 
 def _into(
-    blocks: torch.Tensor, counts: torch.Tensor, mass: torch.Tensor, out: Selected | None
+    blocks: torch.Tensor,
+    counts: torch.Tensor,
+    mass: torch.Tensor,
+    lse: torch.Tensor | None,
+    out: Selected | None,
 ) -> Selected:
     """Copy into `out`, padded with -1 to its width, or make tensors of just the width needed."""
     if out is None:
         width = int(counts.max()) if counts.numel() else 0
         blocks = blocks[..., :width].to(torch.int32).contiguous()
-        return Selected(blocks, counts.to(torch.int32).contiguous(), mass.to(torch.float32))
+        return Selected(blocks, counts.to(torch.int32).contiguous(), mass.to(torch.float32), lse)
     out.blocks.fill_(-1)
     width = min(blocks.shape[-1], out.blocks.shape[-1])
     out.blocks[..., :width] = blocks[..., :width]
     out.counts.copy_(counts)
     out.mass.copy_(mass)
+    if out.lse is not None and lse is not None:
+        out.lse.copy_(lse)
     return out

@@ -35,10 +35,12 @@ struct SelectArgs {
   int* blocks;             // [B, Hkv, N]
   int* counts;             // [B, Hkv]
   float* mass;             // [B, Hkv]
+  float* lse;              // [B, Hq] log-sum-exp over the request; null: not written
   Word* counters;          // null: not counted
   int v_block_tokens, group, num_kv_heads, max_blocks, columns;
-  int top_n;       // -1: no cap
-  float coverage;  // negative: none
+  int top_n;             // -1: no cap
+  float coverage;        // negative: none
+  float mass_threshold;  // every block of at least this mass; negative: no such rule
   int sink_blocks, recent_tokens;
   bool combine_max;
   bool pad;  // write -1 past the end of each list; nothing here reads it

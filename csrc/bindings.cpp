@@ -23,9 +23,10 @@ Word* counter_pointer(const std::optional<Tensor>& counters, const Tensor& besid
 }
 
 SelectArgs select_args(const Tensor& block_lse, const Tensor& seq_lens, int64_t v_block_tokens,
-                       int64_t top_n, double coverage, int64_t sink_blocks, int64_t recent_tokens,
-                       bool combine_max, const Tensor& blocks, const Tensor& counts,
-                       const Tensor& mass, const std::optional<Tensor>& counters) {
+                       int64_t top_n, double coverage, double mass_threshold, int64_t sink_blocks,
+                       int64_t recent_tokens, bool combine_max, const Tensor& blocks,
+                       const Tensor& counts, const Tensor& mass, const std::optional<Tensor>& lse,
+                       const std::optional<Tensor>& counters) {
   check_tensor("block_lse", block_lse, ScalarType::Float, {kAnySize, kAnySize, kAnySize},
                block_lse);
   const int64_t num_requests = block_lse.size(0), num_heads = block_lse.size(1);
@@ -43,6 +44,8 @@ SelectArgs select_args(const Tensor& block_lse, const Tensor& seq_lens, int64_t 
                   " V blocks a request; at most 49152 fit the GPU's shared memory");
   STD_TORCH_CHECK(v_block_tokens >= 1, "v_block_tokens=", v_block_tokens, ": must be at least 1");
   STD_TORCH_CHECK(recent_tokens >= 1, "recent_tokens=", recent_tokens, ": must be at least 1");
+  STD_TORCH_CHECK(coverage < 0 || mass_threshold < 0, "mass_threshold=", mass_threshold,
+                  ": not together with coverage=", coverage);
   const int64_t needed = top_n < 0 ? max_blocks : std::min(top_n, max_blocks);
   STD_TORCH_CHECK(blocks.size(2) >= needed, "blocks: has N=", blocks.size(2),
                   " columns; must have at least ", needed);
@@ -52,6 +55,10 @@ SelectArgs select_args(const Tensor& block_lse, const Tensor& seq_lens, int64_t 
   args.blocks = pointer<int>(blocks);
   args.counts = pointer<int>(counts);
   args.mass = pointer<float>(mass);
+  if (lse.has_value()) {
+    check_tensor("lse", *lse, ScalarType::Float, {num_requests, num_heads}, block_lse);
+    args.lse = pointer<float>(*lse);
+  }
   args.counters = counter_pointer(counters, block_lse);
   args.v_block_tokens = static_cast<int>(v_block_tokens);
   args.group = static_cast<int>(num_heads / num_kv_heads);
@@ -60,6 +67,7 @@ SelectArgs select_args(const Tensor& block_lse, const Tensor& seq_lens, int64_t 
   args.columns = static_cast<int>(blocks.size(2));
   args.top_n = static_cast<int>(top_n);
   args.coverage = static_cast<float>(coverage);
+  args.mass_threshold = static_cast<float>(mass_threshold);
   args.sink_blocks = static_cast<int>(sink_blocks);
   args.recent_tokens = static_cast<int>(recent_tokens);
   args.combine_max = combine_max;
@@ -129,11 +137,13 @@ void use_miss_list(FetchArgs& args, const Tensor& miss_list, int64_t wave, const
 }
 
 void select_blocks(Tensor block_lse, Tensor seq_lens, int64_t v_block_tokens, int64_t top_n,
-                   double coverage, int64_t sink_blocks, int64_t recent_tokens, bool combine_max,
-                   int64_t first_head, int64_t num_heads, Tensor blocks, Tensor counts, Tensor mass,
+                   double coverage, double mass_threshold, int64_t sink_blocks,
+                   int64_t recent_tokens, bool combine_max, int64_t first_head, int64_t num_heads,
+                   Tensor blocks, Tensor counts, Tensor mass, std::optional<Tensor> lse,
                    std::optional<Tensor> counters) {
-  SelectArgs args = select_args(block_lse, seq_lens, v_block_tokens, top_n, coverage, sink_blocks,
-                                recent_tokens, combine_max, blocks, counts, mass, counters);
+  SelectArgs args =
+      select_args(block_lse, seq_lens, v_block_tokens, top_n, coverage, mass_threshold, sink_blocks,
+                  recent_tokens, combine_max, blocks, counts, mass, lse, counters);
   args.pad = true;
   const HeadRange range = head_range(blocks, first_head, num_heads);
   if (range.num_requests == 0 || range.num_heads == 0) return;
@@ -158,14 +168,15 @@ void fetch_blocks(Tensor blocks, Tensor counts, Tensor block_table, Tensor v_poo
 
 // The columns past the end of a list are left alone: `counts` says where it ends.
 void select_fetch(Tensor block_lse, Tensor seq_lens, int64_t v_block_tokens, int64_t top_n,
-                  double coverage, int64_t sink_blocks, int64_t recent_tokens, bool combine_max,
-                  int64_t first_head, int64_t num_heads, Tensor blocks, Tensor counts, Tensor mass,
+                  double coverage, double mass_threshold, int64_t sink_blocks,
+                  int64_t recent_tokens, bool combine_max, int64_t first_head, int64_t num_heads,
+                  Tensor blocks, Tensor counts, Tensor mass, std::optional<Tensor> lse,
                   Tensor block_table, Tensor v_pool, int64_t layer, Tensor rows, Tensor v_rows,
                   Tensor table, Tensor slot_word, Tensor state, Tensor counters,
                   std::optional<Tensor> miss_list, int64_t wave) {
   const SelectArgs select =
-      select_args(block_lse, seq_lens, v_block_tokens, top_n, coverage, sink_blocks, recent_tokens,
-                  combine_max, blocks, counts, mass, counters);
+      select_args(block_lse, seq_lens, v_block_tokens, top_n, coverage, mass_threshold, sink_blocks,
+                  recent_tokens, combine_max, blocks, counts, mass, lse, counters);
   FetchArgs fetch = fetch_args(blocks, block_table, v_pool, v_block_tokens, layer, true, rows,
                                v_rows, table, slot_word, state, counters);
   if (miss_list.has_value()) use_miss_list(fetch, *miss_list, wave, blocks, num_heads);
@@ -178,14 +189,15 @@ void select_fetch(Tensor block_lse, Tensor seq_lens, int64_t v_block_tokens, int
 // As select_fetch for all heads, beside the score kernel that counts in `parts_scored`. `state` is
 // that of the epoch before; it moves on when the call ends.
 void follow_scores(Tensor block_lse, Tensor seq_lens, int64_t v_block_tokens, int64_t top_n,
-                   double coverage, int64_t sink_blocks, int64_t recent_tokens, bool combine_max,
-                   Tensor blocks, Tensor counts, Tensor mass, Tensor block_table, Tensor v_pool,
+                   double coverage, double mass_threshold, int64_t sink_blocks,
+                   int64_t recent_tokens, bool combine_max, Tensor blocks, Tensor counts,
+                   Tensor mass, std::optional<Tensor> lse, Tensor block_table, Tensor v_pool,
                    int64_t layer, Tensor rows, Tensor v_rows, Tensor table, Tensor slot_word,
                    Tensor state, Tensor counters, Tensor parts_scored, int64_t parts,
                    int64_t num_thread_blocks) {
   const SelectArgs select =
-      select_args(block_lse, seq_lens, v_block_tokens, top_n, coverage, sink_blocks, recent_tokens,
-                  combine_max, blocks, counts, mass, counters);
+      select_args(block_lse, seq_lens, v_block_tokens, top_n, coverage, mass_threshold, sink_blocks,
+                  recent_tokens, combine_max, blocks, counts, mass, lse, counters);
   FetchArgs fetch = fetch_args(blocks, block_table, v_pool, v_block_tokens, layer, true, rows,
                                v_rows, table, slot_word, state, counters);
   fetch.epochs_ahead = 1;
@@ -228,28 +240,29 @@ void copy_misses(Tensor miss_list, Tensor state, int64_t wave, Tensor v_pool,
 }  // namespace
 }  // namespace kcache
 
-#define KCACHE_SELECT_SCHEMA                                                              \
-  "Tensor block_lse, Tensor seq_lens, int v_block_tokens, int top_n, float coverage, "    \
-  "int sink_blocks, int recent_tokens, bool combine_max, int first_head, int num_heads, " \
-  "Tensor(a!) blocks, Tensor(b!) counts, Tensor(c!) mass"
+#define KCACHE_SELECT_SCHEMA                                                               \
+  "Tensor block_lse, Tensor seq_lens, int v_block_tokens, int top_n, float coverage, "     \
+  "float mass_threshold, int sink_blocks, int recent_tokens, bool combine_max, "           \
+  "int first_head, int num_heads, Tensor(a!) blocks, Tensor(b!) counts, Tensor(c!) mass, " \
+  "Tensor(d!)? lse"
 
 STABLE_TORCH_LIBRARY(kcache, library) {
-  library.def("select_blocks(" KCACHE_SELECT_SCHEMA ", Tensor(d!)? counters) -> ()");
+  library.def("select_blocks(" KCACHE_SELECT_SCHEMA ", Tensor(e!)? counters) -> ()");
   library.def(
       "fetch_blocks(Tensor blocks, Tensor counts, Tensor block_table, Tensor v_pool, "
       "int v_block_tokens, int layer, bool hot, Tensor(a!) rows, Tensor(b!) v_rows, "
       "Tensor(c!) table, Tensor(d!) slot_word, Tensor(e!) state, Tensor(f!) counters) -> ()");
   library.def("select_fetch(" KCACHE_SELECT_SCHEMA
-              ", Tensor block_table, Tensor v_pool, int layer, Tensor(d!) rows, Tensor(e!) v_rows, "
-              "Tensor(f!) table, Tensor(g!) slot_word, Tensor(h!) state, Tensor(i!) counters, "
-              "Tensor(j!)? miss_list, int wave) -> ()");
+              ", Tensor block_table, Tensor v_pool, int layer, Tensor(e!) rows, Tensor(f!) v_rows, "
+              "Tensor(g!) table, Tensor(h!) slot_word, Tensor(i!) state, Tensor(j!) counters, "
+              "Tensor(k!)? miss_list, int wave) -> ()");
   library.def(
       "follow_scores(Tensor block_lse, Tensor seq_lens, int v_block_tokens, int top_n, "
-      "float coverage, int sink_blocks, int recent_tokens, bool combine_max, Tensor(a!) blocks, "
-      "Tensor(b!) counts, Tensor(c!) mass, Tensor block_table, Tensor v_pool, int layer, "
-      "Tensor(d!) rows, Tensor(e!) v_rows, Tensor(f!) table, Tensor(g!) slot_word, "
-      "Tensor(h!) state, Tensor(i!) counters, Tensor(j!) parts_scored, int parts, "
-      "int num_thread_blocks) -> ()");
+      "float coverage, float mass_threshold, int sink_blocks, int recent_tokens, "
+      "bool combine_max, Tensor(a!) blocks, Tensor(b!) counts, Tensor(c!) mass, "
+      "Tensor(d!)? lse, Tensor block_table, Tensor v_pool, int layer, Tensor(e!) rows, "
+      "Tensor(f!) v_rows, Tensor(g!) table, Tensor(h!) slot_word, Tensor(i!) state, "
+      "Tensor(j!) counters, Tensor(k!) parts_scored, int parts, int num_thread_blocks) -> ()");
   library.def(
       "copy_misses(Tensor miss_list, Tensor state, int wave, Tensor v_pool, int v_block_tokens, "
       "Tensor(a!) v_rows, int num_thread_blocks) -> ()");

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 
+#include "rank.cuh"
 #include "residency.cuh"
 #include "warp.cuh"
 
@@ -20,9 +21,8 @@ constexpr int kMaxThreads = 512, kMaxWarps = kMaxThreads / 32;
 constexpr int kBins = 256;
 // Scores a thread loads before it uses the first: a list is bound by the latency of these loads.
 constexpr int kAhead = 4;
-constexpr unsigned kForcedKey = 0x7f000000u;  // above the bits of any mass
 constexpr float kFixedPointOne = 1073741824.0f;
-constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // Shared memory of a list: masses of all blocks, then the histogram.
 __host__ __device__ inline int num_sums(bool combine_max, bool cover, int group) {
@@ -48,17 +48,6 @@ struct SelectShared {
 
 __device__ inline unsigned fixed_point(float mass) {
   return static_cast<unsigned>(mass * kFixedPointOne + 0.5f);
-}
-
-// Rank of a block: the mass's bits, then the lower block.
-__device__ inline unsigned long long composite(float mass, bool forced, int block) {
-  const unsigned key = forced ? kForcedKey : __float_as_uint(mass);
-  return (static_cast<unsigned long long>(key) << 16) | static_cast<unsigned>(0xffff - block);
-}
-
-// Shift of each digit of a composite (47 bits), from the top; all have 8 bits but one with 7.
-__device__ inline int digit_shift(int pass) {
-  return pass < 3 ? 39 - 8 * pass : 16 - 8 * (pass - 3);
 }
 
 template <int kThreads>
@@ -95,7 +84,9 @@ class ListSelection {
     }
     normalise();
     combine();
-    if (cap_ == num_blocks_ && !cover_) {
+    if (args_.mass_threshold >= 0.0f) {
+      if (!threshold_within_cap()) find_threshold();
+    } else if (cap_ == num_blocks_ && !cover_) {
       if (threadIdx.x == 0) shared_.threshold = 0;
       __syncthreads();
     } else {
@@ -107,6 +98,9 @@ class ListSelection {
  private:
   __device__ bool forced(int block) const {
     return block < args_.sink_blocks || block >= first_recent_;
+  }
+  __device__ unsigned long long rank(int block) const {
+    return composite(masses_[block], forced(block), block);
   }
   // Scores of `kAhead` blocks of a query head, in base 2, from `start` in strides of the threads,
   // past the first-level cache, which knows nothing of a score kernel that still runs.
@@ -167,7 +161,11 @@ class ListSelection {
                       ? shared_.reduce_sum[g][lane_] * exp2f(largest - all_largest)
                       : 0.0f;
       sum = warp_sum(sum);
-      if (lane_ == 0) shared_.shift[g] = all_largest + log2f(sum);
+      if (lane_ == 0) {
+        const float shift = all_largest + log2f(sum);
+        shared_.shift[g] = shift;
+        if (args_.lse != nullptr) args_.lse[list_ * args_.group + g] = shift * kLn2;
+      }
     }
     __syncthreads();
   }
@@ -225,6 +223,20 @@ class ListSelection {
     return static_cast<float>(mass) >= args_.coverage * static_cast<float>(shared_.totals[sum]);
   }
 
+  // Keep what is forced or has the threshold's mass, all ties included, unless the cap forbids.
+  __device__ bool threshold_within_cap() {
+    const unsigned long long least = composite(args_.mass_threshold, false, 0xffff);
+    int count = 0;
+    for (int start = 0; start < num_blocks_; start += kThreads) {
+      const int block = start + threadIdx.x;  // that this thread combined
+      count += __syncthreads_count(block < num_blocks_ && rank(block) >= least);
+    }
+    if (count > cap_) return false;
+    if (threadIdx.x == 0) shared_.threshold = least;
+    __syncthreads();
+    return true;
+  }
+
   // Composite of the last block kept, digit by digit.
   __device__ void find_threshold() {
     for (int pass = 0; pass < 6; ++pass) {
@@ -243,9 +255,9 @@ class ListSelection {
   __device__ void count_digits(int shift, int bits) {
     const unsigned long long prefix = shared_.threshold >> (shift + bits);
     for (int block = threadIdx.x; block < num_blocks_; block += kThreads) {
-      const unsigned long long rank = composite(masses_[block], forced(block), block);
-      if (rank >> (shift + bits) != prefix) continue;
-      const int bin = static_cast<int>(rank >> shift) & ((1 << bits) - 1);
+      const unsigned long long its_rank = rank(block);
+      if (its_rank >> (shift + bits) != prefix) continue;
+      const int bin = static_cast<int>(its_rank >> shift) & ((1 << bits) - 1);
       atomicAdd(histogram_ + bin, 1u);
       for (int sum = 0; sum < num_sums_; ++sum) {
         const float mass = args_.combine_max ? head_mass(sum, block) : masses_[block];
@@ -302,9 +314,7 @@ class ListSelection {
     shared_.enough = true;
   }
 
-  __device__ bool kept(int block) const {
-    return composite(masses_[block], forced(block), block) >= shared_.threshold;
-  }
+  __device__ bool kept(int block) const { return rank(block) >= shared_.threshold; }
 
   // Write the kept blocks in ascending order, each warp a contiguous share, and the mass covered.
   __device__ int compact() {

@@ -18,7 +18,7 @@ from tests.integration.engines import MODEL
 pytestmark = pytest.mark.slow
 
 CONTEXT_TOKENS = 1024
-FORCED_TOKENS = 32
+FORCED_TOKENS = 24
 ITEMS = 4
 DEFAULT = {"coverage": 0.97}
 SETTINGS = (

@@ -9,6 +9,7 @@ from typing import Any
 from vllm_kcache.config import KCacheConfig, KCacheConfigError
 
 COVERAGES = (0.85, 0.9, 0.95, 0.97, 0.98, 0.99)
+THRESHOLDS = (0.0005, 0.001, 0.0015, 0.002, 0.003, 0.005)
 FIXED_TOKENS = (32, 64, 128, 256, 512, 1024)
 CAP_TOKENS = (512, 1024)
 V_BLOCK_TOKENS = (4, 8, 16)
@@ -74,7 +75,7 @@ def make_grid(
         v_block_tokens: V block that "auto" means for the model.
         v_blocks: V blocks to measure; None is the grid's own choice.
         dense_layers: numbers of dense layers to measure; None is the grid's own choice.
-        has_mean_tail: the engine can keep mean V (on the CPU).
+        has_mean_tail: the engine can keep mean V, and select by a mass threshold (on the CPU).
     """
     if name == "quick":
         sizes, dense = v_blocks or [v_block_tokens], dense_layers or [0]
@@ -118,6 +119,12 @@ def _full(engine: EngineSettings, has_mean_tail: bool) -> None:
     for tokens in FIXED_TOKENS:
         engine.add_fixed(tokens)
     engine.settings += [{"coverage": c, "head_combine": "max"} for c in COVERAGES]
+    for threshold in THRESHOLDS:
+        if has_mean_tail:
+            engine.settings.append({"mass_threshold": threshold})
+        else:
+            reason = "a mass threshold is not yet verified on a GPU"
+            engine.skipped.append(({"mass_threshold": threshold}, reason))
     for cap in CAP_TOKENS:
         for combine in ("sum", "max"):
             for coverage in (0.95, 0.97, 0.99):

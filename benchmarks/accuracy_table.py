@@ -66,8 +66,10 @@ def selection_name(setting: Row | None) -> str:
         return "stock"
     rest = {name: value for name, value in setting.items() if name not in _START}
     coverage, top_n = rest.pop("coverage", None), rest.pop("top_n", None)
-    if coverage is not None:
-        parts = [f"coverage {coverage:g}".replace("0.", ".")]
+    threshold = rest.pop("mass_threshold", None)
+    if coverage is not None or threshold is not None:
+        name, value = ("coverage", coverage) if threshold is None else ("threshold", threshold)
+        parts = [f"{name} {value:g}".replace("0.", ".", 1)]
         if top_n not in (None, "all"):
             parts.append(f"at most {top_n * setting['v_block_tokens']} tokens")
     elif top_n == "all":

@@ -18,6 +18,7 @@ from benchmarks.figures_rows import (
     FIXED,
     MAX,
     SUM,
+    THRESHOLD,
     Curves,
     NoRowsError,
     accuracy_panels,
@@ -53,7 +54,7 @@ def draw_accuracy(value: str, label: str, log: bool) -> Callable[[Path], dict[st
             )  # fmt: skip
             for (i, block), (j, length) in itertools.product(enumerate(blocks), enumerate(lengths)):
                 axis = axes[i][j]
-                _curves(axis, panels.get((block, length), {}), order=(FIXED, SUM, MAX))
+                _curves(axis, panels.get((block, length), {}), order=(FIXED, SUM, MAX, THRESHOLD))
                 axis.set_xscale("log", base=2)
                 axis.xaxis.set_major_formatter("{x:.0f}")
                 axis.set_title(f"{length} tokens, V blocks of {block}", fontsize=9)

@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks.accuracy_table import Row, grouped, load_rows
 
 FIXED, SUM, MAX = "fixed N", "coverage, mean of the heads", "coverage, every head"
+THRESHOLD = "mass threshold, clipped tail"
 Point = tuple[float, float, float]
 Curves = dict[str, list[Point]]
 
@@ -44,6 +45,8 @@ def selection_family(setting: Row) -> str | None:
     rest = {k: v for k, v in setting.items() if k not in ("v_block_tokens", "dense_layers")}
     if setting.get("dense_layers"):
         return None
+    if rest.keys() == {"mass_threshold"}:
+        return THRESHOLD
     if rest.keys() == {"coverage"}:
         return SUM
     if rest.keys() == {"coverage", "head_combine"}:

@@ -172,11 +172,12 @@ def decode_bytes(
     max_blocks = -(-engine.max_model_len // v_block_tokens)
     columns = max_blocks if selection.top_n is None else min(selection.top_n, max_blocks)
     padded_head = 1 << (shape.head_size - 1).bit_length()
+    rows_of_head = 1 if selection.clip is None else 2
 
     def of_requests(count: int) -> int:
         lists = count * kv_heads
-        words = count * query_heads * max_blocks + 4 * lists * columns + 3 * lists
-        parts = (ATTEND_PROGRAMS + lists) * (query_heads // kv_heads)
+        words = count * query_heads * (max_blocks + 1) + 4 * lists * columns + 3 * lists
+        parts = (ATTEND_PROGRAMS + lists) * (query_heads // kv_heads) * rows_of_head
         return 4 * (words + parts * (padded_head + 2) + lists)
 
     room = max(1, WORKSPACE_BYTES // of_requests(1))

@@ -14,14 +14,17 @@ import torch
 from tests.conftest import assert_close
 from tests.shapes import Case, Shape, build_case
 from vllm_kcache.cache.hot_cache import HotCache
+from vllm_kcache.kernels.attend import attend_blocks as attend_kernel_blocks
+from vllm_kcache.kernels.attend_plan import AttendBuffers, AttendConfig
 from vllm_kcache.kernels.context import gather_context, patch_context, store_value
 from vllm_kcache.kernels.decode import DecodeWorkspace, decode_step
+from vllm_kcache.kernels.select import launch_select
 from vllm_kcache.kernels.write import write_kv
 from vllm_kcache.reference.attend import attend_blocks
 from vllm_kcache.reference.fetch import fetch_blocks
 from vllm_kcache.reference.score import score_blocks
 from vllm_kcache.reference.select import select_blocks
-from vllm_kcache.types import Selection
+from vllm_kcache.types import Fetched, Selected, Selection
 
 SHAPES = (
     Shape(seq_lens=(37, 1, 0, 64), num_kv_heads=2, group_size=2, head_size=64, page_tokens=16,
@@ -37,6 +40,20 @@ SELECTIONS = (
     Selection(None, 0.6, 1, 1, "sum"),
     Selection(4, 0.9, 0, 1, "max"),
 )
+# The longest list of the first is long, the second ends at its cap, the last keeps everything.
+THRESHOLDS = (
+    Selection(None, None, 1, 1, "max", 0.08),
+    Selection(3, None, 0, 1, "max", 0.08),
+    Selection(None, None, 0, 9, "sum", 0.15),
+    Selection(None, None, 1, 1, "sum", 1e-9),
+)
+# Group sizes 1 and 3, a padded row, one token, a last V block that is partly filled.
+CLIPPED_SHAPES = (
+    Shape(seq_lens=(75, 0, 1), num_kv_heads=2, group_size=3, head_size=64, page_tokens=16,
+          v_block_tokens=4),
+    Shape(seq_lens=(131,), num_kv_heads=2, group_size=1, head_size=80, page_tokens=32,
+          v_block_tokens=8),
+)  # fmt: skip
 
 
 def on(case: Case, device: str) -> Case:
@@ -68,6 +85,7 @@ def check_decode(
         case.query, case.k_pages, case.v_pool, fetch_blocks(
             chosen, case.block_table, case.v_pool, tokens
         ), chosen, case.block_table, case.seq_lens, case.scale, tokens, tail, block_lse,
+        clip=selection.clip,
     )  # fmt: skip
     rows = case.v_pool[..., 0].numel() // tokens
     cache = HotCache.make(num_slots, 2, rows, tokens, shape.head_size, case.query.dtype, device)
@@ -90,11 +108,75 @@ def check_decode(
         ours = selected.blocks[..., : chosen.blocks.shape[2]].cpu()
         assert torch.equal(ours[listed], chosen.blocks[listed]), "another selection"
         assert_close(out.cpu(), expected)
+        if chosen.lse is not None:
+            full = case.seq_lens.cpu() > 0
+            assert_close(selected.lse.cpu()[full], chosen.lse[full])
     counted = cache.read_counters()
     total = int(chosen.counts.sum())
     assert counted.selected == counted.hits + counted.misses + counted.direct == 2 * total
     if num_slots >= 2 * total:
         assert counted.hits == total
+
+
+def check_select(selection: Selection, device: str = "cpu") -> None:
+    """Lists by a threshold, many masses equal, and the log-sum-exp, also where a list is capped."""
+    torch.manual_seed(0)
+    lengths = torch.tensor((300, 0, 5, 121), dtype=torch.int32)
+    block_lse = (2 * torch.randn(4, 6, 38)).round()
+    chosen = select_blocks(block_lse, lengths, 2, 8, selection)
+    columns = 38 if selection.top_n is None else selection.top_n
+    out = Selected(
+        torch.full((4, 2, columns), -99, dtype=torch.int32, device=device),
+        torch.full((4, 2), -99, dtype=torch.int32, device=device),
+        torch.full((4, 2), torch.nan, device=device),
+        torch.full((4, 6), torch.nan, device=device),
+    )
+    launch_select(block_lse.to(device), lengths.to(device), 8, selection, out)
+    assert torch.equal(out.counts.cpu(), chosen.counts)
+    width = chosen.blocks.shape[2]
+    assert torch.equal(out.blocks[..., :width].cpu(), chosen.blocks)
+    assert (out.blocks[..., width:] == -1).all()
+    assert_close(out.mass, chosen.mass)
+    assert out.lse is not None
+    blocks = torch.arange(38) * 8 < lengths[:, None]
+    expected = block_lse.masked_fill(~blocks[:, None], -torch.inf).logsumexp(-1)
+    assert_close(out.lse[lengths > 0], expected[lengths > 0])
+
+
+def check_clip(shape: Shape, selection: Selection, splits: int, device: str = "cpu") -> None:
+    """The clipped tail over lists in `splits` parts of 16 tokens or more, poison in the buffers."""
+    case = build_case(shape, sharpness=3.0)
+    tokens, heads = shape.v_block_tokens, shape.num_kv_heads
+    block_lse = score_blocks(
+        case.query, case.k_pages, case.block_table, case.seq_lens, case.scale, tokens,
+        shape.max_blocks,
+    )  # fmt: skip
+    chosen = select_blocks(block_lse, case.seq_lens, heads, tokens, selection)
+    fetched = fetch_blocks(chosen, case.block_table, case.v_pool, tokens)
+    expected = attend_blocks(
+        case.query, case.k_pages, case.v_pool, fetched, chosen, case.block_table, case.seq_lens,
+        case.scale, tokens, "clip", block_lse, clip=selection.clip,
+    )  # fmt: skip
+    assert chosen.lse is not None
+    # A padded row's log-sum-exp may be anything.
+    lse = chosen.lse.masked_fill(case.seq_lens[:, None] == 0, torch.nan)
+    there = on(case, device)
+    selected = Selected(*(part.to(device) for part in (chosen.blocks, chosen.counts, chosen.mass)),
+                        lse.to(device))  # fmt: skip
+    lists = len(shape.seq_lens) * heads
+    buffers = AttendBuffers.make(lists, shape.group_size, shape.head_size, device, clipped=True)
+    buffers.sums.fill_(torch.nan)
+    buffers.weights.fill_(torch.nan)
+    config = AttendConfig(max(1, 16 // tokens), splits, 4, 2)
+    for _ in range(2):
+        out = torch.full_like(there.query, torch.nan)
+        attend_kernel_blocks(
+            there.query, there.k_pages, there.v_pool,
+            Fetched(fetched.rows.to(device), fetched.v_rows.to(device)), selected,
+            there.block_table, there.seq_lens, case.scale, tokens, "clip", block_lse.to(device),
+            out=out, clip=selection.clip, buffers=buffers, config=config,
+        )  # fmt: skip
+        assert_close(out.cpu(), expected)
 
 
 def check_prefill_copies(shape: Shape, device: str = "cpu") -> None:
@@ -175,6 +257,15 @@ def main() -> None:
         check_decode(build_case(shape), SELECTIONS[0], 2, "renormalize")
         check_prefill_copies(shape)
         cases += 2
+    for selection in THRESHOLDS:
+        check_select(selection)
+        for shape, splits in itertools.product(CLIPPED_SHAPES, (1, 3)):
+            check_clip(shape, selection, splits)
+        cases += 5
+    check_decode(build_case(SHAPES[0]), THRESHOLDS[0], 64, "clip")
+    check_decode(build_case(SHAPES[2]), THRESHOLDS[1], 2, "clip")
+    check_decode(build_case(SHAPES[0]), THRESHOLDS[2], 64, "renormalize")
+    cases += 3
     check_write_keeps_copies_fresh()
     print(f"{cases + 1} cases equal the reference")
 

@@ -15,7 +15,7 @@ import triton.language as tl
 # Enough to fill PCIe 5 x16 with rows of 2 KiB and more, few enough to leave the GPU to others.
 LINK_PROGRAMS = 32
 GPU_PROGRAMS = 528
-# Bytes that a program has in flight: with a page of one head (4 KiB) the link ran at half its speed.
+# Bytes that a program has in flight: with one head of a page (4 KiB) the link ran at half speed.
 RUN_BYTES = 16384
 
 
@@ -52,9 +52,10 @@ def gather_kernel(
             exists = token < length
             page = (tl.load(starts + request) + token) // PAGE_TOKENS
             page_ids = tl.load(page_table + request * table_stride + page, mask=exists, other=0)
-            source = page_ids.to(tl.int64) * page_stride + (
-                head * PAGE_TOKENS + token % PAGE_TOKENS
-            ) * HEAD_SIZE
+            source = (
+                page_ids.to(tl.int64) * page_stride
+                + (head * PAGE_TOKENS + token % PAGE_TOKENS) * HEAD_SIZE
+            )
             row = tl.load(first_rows + request).to(tl.int64) + token
             mask = exists[:, None] & (in_head < HEAD_SIZE)[None, :]
             values = tl.load(pages + source[:, None] + in_head[None, :], mask=mask)

@@ -56,6 +56,7 @@ def decode_step(
     Args:
         workspace: buffers; the batch must fit. Its contents are those of the last step.
         max_blocks: P, V blocks of the longest request there may be: part of the captured shape.
+        tail: "clip" takes its bound from the selection's mass threshold.
         hot_cache, layer: where V blocks are resident; this call is one epoch of it.
         out: [B, Hq, D] model dtype, GPU. Written and returned.
         plan: layout of the step; from `plan_decode` unless given. Without a miss list in the
@@ -195,9 +196,9 @@ class DecodeStep:
             torch.ops.kcache.follow_scores(
                 block_lse, self.seq_lens, self.v_block_tokens,
                 *selection_arguments(self.selection), selected.blocks, selected.counts,
-                selected.mass, self.block_table, self.v_pool, self.layer, self.fetched.rows,
-                cache.slots, cache.table, cache.slot_word, cache.state, cache.counters,
-                workspace.parts_scored, parts, self.plan.followers,
+                selected.mass, selected.lse, self.block_table, self.v_pool, self.layer,
+                self.fetched.rows, cache.slots, cache.table, cache.slot_word, cache.state,
+                cache.counters, workspace.parts_scored, parts, self.plan.followers,
             )  # fmt: skip
             workspace.fetched[0].record(workspace.fetch_stream)
         main.wait_event(workspace.fetched[0])
@@ -239,8 +240,8 @@ class DecodeStep:
         torch.ops.kcache.select_fetch(
             self.block_lse, self.seq_lens, self.v_block_tokens,
             *selection_arguments(self.selection), first_head, num_heads, selected.blocks,
-            selected.counts, selected.mass, self.block_table, self.v_pool, self.layer,
-            self.fetched.rows, cache.slots, cache.table, cache.slot_word, cache.state,
+            selected.counts, selected.mass, selected.lse, self.block_table, self.v_pool,
+            self.layer, self.fetched.rows, cache.slots, cache.table, cache.slot_word, cache.state,
             cache.counters, misses, wave,
         )  # fmt: skip
 
@@ -273,6 +274,7 @@ class DecodeStep:
             self.tail,
             self.block_lse,
             out=self.out,
+            clip=self.selection.clip,
             buffers=self.workspace.attend,
             first_head=first_head,
             last_head=last_head,

@@ -9,7 +9,7 @@ import torch
 
 from vllm_kcache.cache.hot_cache import MAX_WAVES
 from vllm_kcache.kernels import extension
-from vllm_kcache.kernels.attend import AttendBuffers
+from vllm_kcache.kernels.attend_plan import AttendBuffers
 from vllm_kcache.types import Selected, Selection
 
 # Higher than that of the stream that scores; otherwise scoring starves the fetch.
@@ -24,6 +24,7 @@ class DecodeWorkspace:
         block_lse: [B * Hq * P] float32, GPU.
         blocks, rows: [B * Hkv * N] int32, GPU.
         counts, mass: [B * Hkv] int32 and float32, GPU.
+        lse: [B * Hq] float32, GPU.
         scratch: [B * Hkv * P] int32, GPU; empty when the extension selects.
         miss_list: [B * Hkv * N, 2] int32, GPU; empty unless asked for.
         parts_scored: [B * Hkv] int32, GPU. Zero between steps.
@@ -43,6 +44,7 @@ class DecodeWorkspace:
     rows: torch.Tensor
     counts: torch.Tensor
     mass: torch.Tensor
+    lse: torch.Tensor
     scratch: torch.Tensor
     miss_list: torch.Tensor
     parts_scored: torch.Tensor
@@ -76,6 +78,7 @@ class DecodeWorkspace:
         lists = max_requests * num_kv_heads
         places = lists * _columns(selection, max_blocks)
         on_gpu = device.type == "cuda"
+        group, clipped = num_query_heads // num_kv_heads, selection.clip is not None
 
         def integers(*shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=torch.int32, device=device)
@@ -90,10 +93,11 @@ class DecodeWorkspace:
             rows=integers(places),
             counts=integers(lists),
             mass=torch.empty(lists, device=device),
+            lse=torch.empty(max_requests * num_query_heads, device=device),
             scratch=integers(0 if extension.available() else lists * max_blocks),
             miss_list=integers(places if with_miss_list else 0, 2),
             parts_scored=torch.zeros(lists, dtype=torch.int32, device=device),
-            attend=AttendBuffers.make(lists, num_query_heads // num_kv_heads, head_size, device),
+            attend=AttendBuffers.make(lists, group, head_size, device, clipped),
             fetch_stream=torch.cuda.Stream(device, FETCH_PRIORITY) if on_gpu else None,
             copy_stream=torch.cuda.Stream(device, FETCH_PRIORITY) if on_gpu else None,
             multiprocessors=_multiprocessors(device) if extension.available() else 0,
@@ -116,11 +120,11 @@ class DecodeWorkspace:
         """GPU memory that `make` takes."""
         lists = max_requests * num_kv_heads
         places = lists * _columns(selection, max_blocks)
-        words = max_requests * num_query_heads * max_blocks + 2 * places + 3 * lists
+        words = max_requests * num_query_heads * (max_blocks + 1) + 2 * places + 3 * lists
         words += 0 if extension.available() else lists * max_blocks
         words += 2 * places if with_miss_list else 0
         group = num_query_heads // num_kv_heads
-        return words * 4 + AttendBuffers.bytes(lists, group, head_size)
+        return words * 4 + AttendBuffers.bytes(lists, group, head_size, selection.clip is not None)
 
     def views(
         self, num_requests: int, max_blocks: int, selection: Selection
@@ -135,7 +139,10 @@ class DecodeWorkspace:
         places = (*lists, _columns(selection, max_blocks))
         scores = (num_requests, self.num_query_heads, max_blocks)
         selected = Selected(
-            front(self.blocks, places), front(self.counts, lists), front(self.mass, lists)
+            front(self.blocks, places),
+            front(self.counts, lists),
+            front(self.mass, lists),
+            front(self.lse, (num_requests, self.num_query_heads)),
         )
         return front(self.block_lse, scores), selected, front(self.rows, places)
 

@@ -9,6 +9,8 @@ csrc/select.cu agree.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -23,6 +25,7 @@ from vllm_kcache.kernels import extension
 from vllm_kcache.types import Selected, Selection
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 FIXED_POINT_ONE = tl.constexpr(float(1 << 30))
 FORCED_KEY = tl.constexpr(0x7F000000)  # above the bits of any mass
 _LISTS = tl.constexpr(COUNTER_NAMES.index("lists"))
@@ -181,11 +184,11 @@ def write_list(
     ]
 )
 def select_kernel(
-    block_lse, seq_lens, scratch, blocks, counts, mass_out, counters, top_n, coverage, sink_blocks,
-    recent_tokens, max_blocks, columns, first_head,
+    block_lse, seq_lens, scratch, blocks, counts, mass_out, lse_out, counters, top_n, coverage,
+    mass_threshold, sink_blocks, recent_tokens, max_blocks, columns, first_head,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, MAX: tl.constexpr, COVER: tl.constexpr, CHUNK: tl.constexpr,
-    COUNT: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, MAX: tl.constexpr, COVER: tl.constexpr, THRESHOLD: tl.constexpr,
+    CHUNK: tl.constexpr, WRITE_LSE: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     head = first_head + tl.program_id(0)
     request = tl.program_id(1).to(tl.int64)
@@ -196,16 +199,30 @@ def select_kernel(
     lse_rows = block_lse + (list_id * GROUP + in_group) * max_blocks
     keys = scratch + list_id * max_blocks
     shift = head_shifts(lse_rows, num_blocks, in_group, GROUP, CHUNK)
+    if WRITE_LSE:
+        tl.store(lse_out + list_id * GROUP + in_group, shift * LN_2, mask=in_group < GROUP)
     first_recent = tl.maximum(num_tokens - recent_tokens, 0) // BLOCK_TOKENS
     sinks = tl.minimum(sink_blocks, num_blocks)
     num_forced = sinks + num_blocks - first_recent - tl.maximum(sinks - first_recent, 0)
     totals = rank_blocks(
         lse_rows, keys, shift, num_blocks, sink_blocks, first_recent, in_group, GROUP, MAX, CHUNK
     )
-    least_key, last_tie = last_kept(
-        keys, lse_rows, shift, totals, num_blocks, tl.minimum(top_n, num_blocks), num_forced,
-        coverage, in_group, GROUP, MAX, COVER, CHUNK,
-    )  # fmt: skip
+    cap = tl.minimum(top_n, num_blocks)
+    search = True
+    least_key = tl.full((), 0, tl.int32)
+    last_tie = num_blocks
+    if THRESHOLD:
+        # All ties at the threshold are kept, unless that is more than the cap.
+        least_key = tl.full((), mass_threshold, tl.float32).to(tl.int32, bitcast=True)
+        search = suffices(
+            keys, lse_rows, shift, totals, num_blocks, least_key, num_blocks, cap + 1, num_forced,
+            coverage, in_group, GROUP, MAX, False, CHUNK,
+        )  # fmt: skip
+    if search:
+        least_key, last_tie = last_kept(
+            keys, lse_rows, shift, totals, num_blocks, cap, num_forced, coverage, in_group,
+            GROUP, MAX, COVER, CHUNK,
+        )  # fmt: skip
     count, covered = write_list(
         blocks + list_id * columns, columns, keys, lse_rows, shift, num_blocks, least_key,
         last_tie, in_group, GROUP, CHUNK,
@@ -252,12 +269,13 @@ def select_blocks(
             seq_lens.new_empty((*shape, columns)),
             seq_lens.new_empty(shape),
             block_lse.new_empty(shape),
+            None if selection.clip is None else block_lse.new_empty(block_lse.shape[:2]),
         )
     if num_requests:
         launch_select(block_lse, seq_lens, v_block_tokens, selection, made)
     if out is None:
         width = int(made.counts.max()) if num_requests else 0
-        made = Selected(made.blocks[..., :width].contiguous(), made.counts, made.mass)
+        made = replace(made, blocks=made.blocks[..., :width].contiguous())
     return made
 
 
@@ -276,6 +294,7 @@ def launch_select(
     """Select for a range of KV heads, on the current stream.
 
     Args:
+        out: written, its lse too when it has one.
         scratch: [B, Hkv, P] int32, GPU: only the Triton kernel needs it, and makes it if not given.
         hot_cache: its counters take the lists and the dropped mass.
     """
@@ -295,6 +314,7 @@ def launch_select(
             out.blocks,
             out.counts,
             out.mass,
+            out.lse,
             hot_cache.counters if hot_cache is not None else None,
         )
         return
@@ -307,9 +327,11 @@ def launch_select(
         out.blocks,
         out.counts,
         out.mass,
+        out.lse if out.lse is not None else out.mass,
         hot_cache.counters if hot_cache is not None else out.counts,
         max_blocks if selection.top_n is None else selection.top_n,
         2.0 if selection.coverage is None else selection.coverage,
+        2.0 if selection.mass_threshold is None else selection.mass_threshold,
         selection.sink_blocks,
         selection.recent_tokens,
         max_blocks,
@@ -321,17 +343,20 @@ def launch_select(
         BLOCK_TOKENS=v_block_tokens,
         MAX=selection.combine == "max",
         COVER=selection.coverage is not None,
+        THRESHOLD=selection.mass_threshold is not None,
         CHUNK=1024,
+        WRITE_LSE=out.lse is not None,
         COUNT=hot_cache is not None,
         num_warps=8,
     )
 
 
-def selection_arguments(selection: Selection) -> tuple[int, float, int, int, bool]:
-    """The rule as the extension takes it: top_n and coverage are -1 for none."""
+def selection_arguments(selection: Selection) -> tuple[int, float, float, int, int, bool]:
+    """The rule as the extension takes it: top_n, coverage and mass_threshold are -1 for none."""
     return (
         -1 if selection.top_n is None else selection.top_n,
         -1.0 if selection.coverage is None else selection.coverage,
+        -1.0 if selection.mass_threshold is None else selection.mass_threshold,
         selection.sink_blocks,
         selection.recent_tokens,
         selection.combine == "max",

@@ -75,10 +75,10 @@ def test_settings_that_exclude_each_other():
         "kcache_config.tail='clip': needs kcache_config.mass_threshold, which says where to clip"
     )
     assert refusal({"mass_threshold": 0.002, "coverage": 0.9}) == (
-        "kcache_config.mass_threshold=0.002: not together with kcache_config.coverage=0.9; give one "
-        "of them"
+        "kcache_config.mass_threshold=0.002: not together with kcache_config.coverage=0.9; give "
+        "one of them"
     )
-    with pytest.raises(KCacheConfigError, match="needs kcache_config.mass_threshold"):
+    with pytest.raises(KCacheConfigError, match=r"needs kcache_config\.mass_threshold"):
         KCacheConfig(tail="clip").selection(8)
 
 

@@ -144,8 +144,8 @@ class KCacheConfig(BaseModel):
         if self.mass_threshold is None:
             if self.tail == "clip":
                 raise KCacheConfigError(
-                    f"{KEY_PREFIX}.tail='clip': needs {KEY_PREFIX}.mass_threshold, which says where "
-                    "to clip"
+                    f"{KEY_PREFIX}.tail='clip': needs {KEY_PREFIX}.mass_threshold, which says "
+                    "where to clip"
                 )
         elif isinstance(self.coverage, float):
             raise KCacheConfigError(
@@ -215,8 +215,8 @@ class KCacheConfig(BaseModel):
         """The selection rule in V blocks of `v_block_tokens` tokens.
 
         Raises:
-            KCacheConfigError: `top_n` is below the blocks that sink and recent force in, or settings
-                exclude each other.
+            KCacheConfigError: `top_n` is below the blocks that sink and recent force in, or
+                settings exclude each other.
         """
         self.check_together()
         combine = self.head_combine

@@ -186,8 +186,8 @@ def _selected_tokens(config: KCacheConfig, v_block_tokens: int, context: float) 
     tokens = context
     if selection.mass_threshold is not None:
         raise PlanError(
-            f"mass_threshold={selection.mass_threshold}: how many tokens it selects is a property of "
-            "the model and the text; measure them (vllm_kcache_selected_blocks) and give "
+            f"mass_threshold={selection.mass_threshold}: how many tokens it selects is a property "
+            "of the model and the text; measure them (vllm_kcache_selected_blocks) and give "
             "--selected-tokens"
         )
     if selection.coverage is not None:

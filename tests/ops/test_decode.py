@@ -36,8 +36,8 @@ def decode(case, selection: Selection, tail: str, into_buffers: bool):
     fetched = ops.fetch_blocks(selected, table, pool, tokens, out=fetched_out)
     means = case.v_page_means if tail == "mean" else None
     result = ops.attend_blocks(
-        query, pages, pool, fetched, selected, table, seq_lens, scale, tokens, tail, lse, means, out,
-        selection.clip,
+        query, pages, pool, fetched, selected, table, seq_lens, scale, tokens, tail, lse, means,
+        out, selection.clip,
     )  # fmt: skip
     if into_buffers:
         assert lse is lse_out

@@ -24,8 +24,8 @@ def select_blocks(
     the mean (combine "sum") or the largest (combine "max") of its query heads' masses. Sink and
     recent blocks come first, then the others by falling mass. With a coverage, the fewest blocks in
     that order are kept whose covered mass, mean (combine "sum") or least (combine "max") over the
-    query heads, reaches it; `top_n` caps them. With a mass threshold, every block that holds as much
-    is kept, at most `top_n`. Without either, `min(top_n, blocks of the request)`.
+    query heads, reaches it; `top_n` caps them. With a mass threshold, every block that holds that
+    much is kept, at most `top_n`. Without either, `min(top_n, blocks of the request)`.
 
     Args:
         block_lse: [B, Hq, P] float32, GPU. From `score_blocks`.

@@ -61,13 +61,23 @@ def draw_accuracy(value: str, label: str, log: bool) -> Callable[[Path], dict[st
                 if log:
                     axis.set_yscale("log")
                 else:
-                    axis.yaxis.set_major_formatter(lambda y, _: f"{y:+.1%}")
+                    # Straight to 1%, then by decades.
+                    axis.set_yscale("symlog", linthresh=0.01, linscale=1.5)
+                    axis.yaxis.set_major_formatter(lambda y, _: f"{y:+.0%}" if y else "0")
                     axis.axhline(0, color="#888888", linewidth=0.8)
             _finish(figure, axes, title, "selected tokens of a KV head, mean", label)
-            figures[title.split(",")[0]] = figure
+            figures[_part_name(title, figures)] = figure
         return figures
 
     return draw
+
+
+def _part_name(title: str, taken: Iterable[str]) -> str:
+    """Name of one of several figures: the model, and what tells it from those before."""
+    model, dtype, device = title.replace("\n", ", ").split(", ")[:3]
+    names = [model, f"{model}-{dtype}", f"{model}-{dtype}-{device}".replace(" ", "-")]
+    numbered = (f"{names[-1]}-{number}" for number in itertools.count(2))
+    return next(name for name in itertools.chain(names, numbered) if name not in taken)
 
 
 def draw_throughput(against: str, label: str) -> Callable[[Path], dict[str, Any]]:

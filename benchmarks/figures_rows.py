@@ -18,6 +18,8 @@ from benchmarks.accuracy_table import Row, grouped, load_rows
 
 FIXED, SUM, MAX = "fixed N", "coverage, mean of the heads", "coverage, every head"
 THRESHOLD = "mass threshold, clipped tail"
+# What one line is drawn of, at one context.
+_ENGINE = ("machine", "series", "context")
 Point = tuple[float, float, float]
 Curves = dict[str, list[Point]]
 
@@ -72,7 +74,7 @@ def accuracy_panels(path: Path, value: str) -> dict[str, dict[tuple[int, int], C
     panels: dict[str, dict[tuple[int, int], Curves]] = {}
     for key, group in grouped(forced, "model", "dtype", "device", "items").items():
         model, dtype, device, items = key
-        title = f"{model}, {dtype}, {device}, {items} texts"
+        title = f"{model}, {dtype}\n{device}, {items} texts"
         for (tokens, length), rows in grouped(group, "v_block_tokens", "length").items():
             curves: Curves = {}
             for row in rows:
@@ -94,29 +96,32 @@ def accuracy_panels(path: Path, value: str) -> dict[str, dict[tuple[int, int], C
 def decode_runs(path: Path) -> list[Row]:
     """Runs of whole engines: one each, with its context and the number of requests.
 
+    Of an engine's runs at one context those of the last commit count: a line joins no two states
+    of the code.
+
     Raises:
         NoRowsError: see `read_jsonl`.
     """
-    last: dict[tuple[Any, ...], Row] = {}
+    runs: list[Row] = []
     for row in read_jsonl(path):
         if row["label"] == "short":  # of make bench-gpu: one repeat
             continue
         for run in row["runs"]:
             asked = row.get("requests_asked", run["requests"])
-            is_full = asked == 0 or run["requests"] == row["requests_that_fit"]
             found = {
                 "machine": (row["model"], row["gpu"]),
                 "series": engine_name(row),
                 "context": row["context"],
                 "requests": run["requests"],
-                "is_full": is_full,
+                "is_full": asked == 0 or run["requests"] == row["requests_that_fit"],
                 "tokens_per_second": run["tokens_per_second"],
                 "commit": row["commit"],
             }
-            last[(*(found[n] for n in ("machine", "series", "context", "requests")), is_full)] = (
-                found
-            )
-    return list(last.values())
+            runs.append(found)
+    newest = {tuple(run[n] for n in _ENGINE): run["commit"] for run in runs}
+    runs = [run for run in runs if run["commit"] == newest[tuple(run[n] for n in _ENGINE)]]
+    names = (*_ENGINE, "requests", "is_full")
+    return list({tuple(run[n] for n in names): run for run in runs}.values())
 
 
 def engine_name(row: Row) -> str:

@@ -69,9 +69,9 @@ def accuracy_rows() -> list[dict[str, Any]]:
 def test_accuracy_panels(tmp_path: Path) -> None:
     path = write(tmp_path / "accuracy.jsonl", accuracy_rows())
     panels = accuracy_panels(path, "kl")
-    assert list(panels) == ["model, float32, GPU, 4 texts"]
-    assert set(panels["model, float32, GPU, 4 texts"]) == {(8, 2048), (8, 4096)}
-    curves = panels["model, float32, GPU, 4 texts"][8, 4096]
+    assert list(panels) == ["model, float32\nGPU, 4 texts"]
+    assert set(panels["model, float32\nGPU, 4 texts"]) == {(8, 2048), (8, 4096)}
+    curves = panels["model, float32\nGPU, 4 texts"][8, 4096]
     assert curves == {
         SUM: [(500.0, 0.01, 0.001), (700.0, 0.002, 0.001)],
         MAX: [(400.0, 0.005, 0.001)],
@@ -128,6 +128,16 @@ def test_rows_of_several_runs_are_read(tmp_path: Path) -> None:
     assert (full["requests"], full["is_full"], full["tokens_per_second"]) == (20, True, 1.0)
     assert (one["requests"], one["is_full"]) == (1, False)
     assert one["series"] == "kcache, 16 V blocks, random"
+
+
+def test_a_line_joins_no_two_commits(tmp_path: Path) -> None:
+    old = [decode_row("kcache", 4096, n, n, 1.0, commit="old") for n in (1, 13, 14)]
+    new = [decode_row("kcache", 4096, n, n, 2.0, commit="new") for n in (1, 14)]
+    other = decode_row("stock", 4096, 13, 0, 3.0, commit="old")
+    runs = decode_runs(write(tmp_path / "decode.jsonl", [*old, other, *new]))
+    assert [(r["series"][:5], r["requests"], r["commit"]) for r in runs] == [
+        ("stock", 13, "old"), ("kcach", 1, "new"), ("kcach", 14, "new")
+    ]  # fmt: skip
 
 
 def test_committed_rows_are_read() -> None:
@@ -188,6 +198,13 @@ def test_all_figures_are_drawn(tmp_path: Path) -> None:
     again = figures.draw_all(tmp_path, tmp_path / "two")
     for one, two in zip(written, again, strict=True):
         assert one.read_bytes() == two.read_bytes()
+
+
+def test_models_measured_twice_have_a_figure_each() -> None:
+    taken: list[str] = []
+    for device in ("GPU A", "GPU A", "CPU, B", "CPU, B"):
+        taken.append(figures._part_name(f"model, float32\n{device}, 4 texts", taken))
+    assert taken == ["model", "model-float32", "model-float32-CPU", "model-float32-CPU-2"]
 
 
 def test_unknown_figures_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

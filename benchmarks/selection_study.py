@@ -55,8 +55,9 @@ class Case:
 
 def clipped(level: float, share: float = 0.5, **fields: Any) -> Rule:
     """The threshold rule, the largest mass of the group, with the clipped tail."""
-    clip = {"clip": share * level, "tail": "clip"}
-    return Rule(**({"stop": "threshold", "combine": "max", "level": level} | clip | fields))
+    own: dict[str, Any] = {"stop": "threshold", "combine": "max", "level": level}
+    own |= {"tail": "clip", "clip": share * level}
+    return Rule(**(own | fields))
 
 
 def cases() -> list[Case]:

@@ -16,14 +16,10 @@ from vllm_kcache.config import KCacheConfig, KCacheConfigError
 from vllm_kcache.plan import Load, Setup, make_plan, ratio_at
 from vllm_kcache.plan_cost import (
     HARDWARE,
-    HIT_RATES,
-    LINK_SHARE,
     Batch,
     Kernels,
     SplitWork,
     exposed_seconds,
-    interpolate,
-    selected_tokens_of,
     split_step,
     stock_step,
 )
@@ -223,26 +219,6 @@ def test_dense_layers_cost_what_stock_layers_cost() -> None:
     assert dense.seconds == pytest.approx(stock.seconds)
     assert dense.hbm_bytes == pytest.approx(stock.hbm_bytes)
     assert dense.pcie_bytes == 0
-
-
-@pytest.mark.parametrize("points", [LINK_SHARE, HIT_RATES])
-def test_curves_rise_and_pass_through_their_points(points: tuple) -> None:
-    assert [interpolate(points, x) for x, _ in points] == [y for _, y in points]
-    lowest, highest = points[0][0], points[-1][0]
-    values = [interpolate(points, lowest + i * (highest - lowest) / 50) for i in range(-5, 60)]
-    assert values == sorted(values)
-
-
-def test_selected_tokens_are_the_measured_ones() -> None:
-    """Coverage .95, combine sum, at 2K, 4K and 8K: 424, 577, 850."""
-    measured = {2048: 424, 4096: 577, 8192: 850}
-    for context, tokens in measured.items():
-        assert selected_tokens_of(0.95, context) == pytest.approx(tokens, rel=0.05)
-    assert selected_tokens_of(0.9, 4096) == pytest.approx(345)
-    assert selected_tokens_of(0.95, 4096, "max") == pytest.approx(818, rel=0.05)
-    assert selected_tokens_of(1.0, 4096) == 4096
-    assert selected_tokens_of(0.99, 256) == 256
-    assert selected_tokens_of(0.99, 4096) > selected_tokens_of(0.98, 4096) > 746
 
 
 # What fits.

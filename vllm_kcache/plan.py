@@ -12,18 +12,16 @@ from typing import Any
 
 from vllm_kcache.config import KCacheConfig
 from vllm_kcache.plan_cost import (
-    HIT_RATES,
     Batch,
     Hardware,
     Kernels,
     SplitWork,
     StepCost,
-    interpolate,
-    selected_tokens_of,
     split_step,
     stock_step,
 )
 from vllm_kcache.plan_memory import Engine, Fit, fit_split, fit_stock, kv_heads_of_rank
+from vllm_kcache.plan_selection import HIT_RATES, interpolate, selected_tokens_of
 from vllm_kcache.plan_shape import ModelShape, PlanError
 
 SHORTEST_CONTEXT = 512
@@ -170,7 +168,7 @@ def split_work(setup: Setup, load: Load, fit: Fit, requests: float) -> SplitWork
     dense = len(config.resolved_dense_layers(shape.num_layers))
     selected = load.selected_tokens
     if selected is None:
-        selected = _selected_tokens(config, tokens, load.context)
+        selected = selected_tokens_of(config.selection(tokens), tokens, load.context)
     selected = min(selected, load.context)
     hit_rate = load.hit_rate
     if hit_rate is None:
@@ -179,23 +177,6 @@ def split_work(setup: Setup, load: Load, fit: Fit, requests: float) -> SplitWork
         wanted = requests * selected * (shape.num_layers - dense) * row
         hit_rate = interpolate(HIT_RATES, fit.hot_cache_bytes / wanted)
     return SplitWork(selected, hit_rate, tokens, dense)
-
-
-def _selected_tokens(config: KCacheConfig, v_block_tokens: int, context: float) -> float:
-    selection = config.selection(v_block_tokens)
-    tokens = context
-    if selection.mass_threshold is not None:
-        raise PlanError(
-            f"mass_threshold={selection.mass_threshold}: how many tokens it selects is a property "
-            "of the model and the text; measure them (vllm_kcache_selected_blocks) and give "
-            "--selected-tokens"
-        )
-    if selection.coverage is not None:
-        # Whole V blocks, and the forced ones, are in what was measured.
-        tokens = selected_tokens_of(selection.coverage, context, selection.combine)
-    if selection.top_n is not None:
-        tokens = min(tokens, selection.top_n * v_block_tokens)
-    return tokens
 
 
 def _check(setup: Setup, load: Load) -> None:
@@ -318,9 +299,10 @@ def _notes(setup: Setup, load: Load, split: Prediction) -> list[str]:
     notes = []
     if setup.hardware.source != "measured":
         notes.append(f"{setup.hardware.name}: {setup.hardware.source}.")
-    if load.selected_tokens is None and setup.config.resolved_coverage is not None:
+    selects = (setup.config.resolved_coverage, setup.config.mass_threshold) != (None, None)
+    if load.selected_tokens is None and selects:
         notes.append(
-            "Tokens selected for a coverage are an estimate from SmolLM2-135M; measure your model "
+            "The tokens selected are an estimate from SmolLM2-135M; measure your model "
             "(vllm_kcache_selected_blocks) and give --selected-tokens."
         )
     if load.hit_rate is None:

@@ -6,13 +6,11 @@ The model and how well it fits: docs/plan.md. Times are seconds, of one rank.
 
 from __future__ import annotations
 
-import itertools
-import math
 from dataclasses import dataclass
 
 from vllm_kcache.plan_memory import Engine, kv_heads_of_rank
+from vllm_kcache.plan_selection import interpolate
 from vllm_kcache.plan_shape import ModelShape, PlanError
-from vllm_kcache.types import HeadCombine
 
 
 @dataclass(frozen=True)
@@ -89,42 +87,6 @@ FOLLOWED_BLOCKS = 8192
 FOLLOW_SECONDS = 25e-6
 FOLLOW_SHARE_OF_SCORE = 0.03
 FOLLOW_SHARE_OF_FETCH = 0.1
-
-# Tokens a head that coverage selected, mean over layers and heads of SmolLM2-135M on English text
-# of 4096 tokens, combine "sum" (.97: measured at 2K, 1.29 times what .95 took there); by the length
-# they grow with its square root (424, 577, 850 at 2K, 4K, 8K). Combine "max" took 531 and 818 where
-# "sum" took 345 and 577.
-SELECTED_AT_4K = ((0.90, 345), (0.95, 577), (0.97, 746))
-SELECTED_GROWTH = 0.5
-COMBINE_MAX_FACTOR = 1.45
-# Hit rate of one pool by its size in multiples of the mean selected set: two texts, one request.
-HIT_RATES = ((0.0, 0.0), (1.0, 0.37), (1.5, 0.80), (2.0, 0.90), (3.0, 0.96), (4.0, 0.98))
-
-
-def interpolate(points: tuple[tuple[float, float], ...], at: float) -> float:
-    """Straight lines between points; constant outside them."""
-    if at <= points[0][0]:
-        return points[0][1]
-    for (x0, y0), (x1, y1) in itertools.pairwise(points):
-        if at <= x1:
-            return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
-    return points[-1][1]
-
-
-def selected_tokens_of(coverage: float, context: float, combine: HeadCombine = "sum") -> float:
-    """Tokens a head that a coverage is expected to select: an estimate from one small model.
-
-    A power law of the dropped mass between the measured points; outside them the nearest one's.
-    """
-    if coverage >= 1:
-        return context
-    points = [(-math.log(1 - share), math.log(tokens)) for share, tokens in SELECTED_AT_4K]
-    at = -math.log(1 - coverage)
-    pairs = list(itertools.pairwise(points))
-    (x0, y0), (x1, y1) = next((pair for pair in pairs if at <= pair[1][0]), pairs[-1])
-    at_4k = math.exp(y0 + (y1 - y0) * (at - x0) / (x1 - x0))
-    factor = COMBINE_MAX_FACTOR if combine == "max" else 1.0
-    return min(context, factor * at_4k * (context / 4096) ** SELECTED_GROWTH)
 
 
 @dataclass(frozen=True)

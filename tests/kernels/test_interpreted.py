@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernels on small odd shapes, under Triton's interpreter, against the reference.
+"""The Triton kernels without a GPU: interpreted against the reference, and compiled.
 
-The interpreter must be on before Triton is imported, so the cases run in a process of their own.
+The interpreter must be on before Triton is imported, and the compiler needs it off, so the cases
+run in processes of their own.
 """
 
 from __future__ import annotations
@@ -9,17 +10,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_interpreted(module: str) -> str:
-    """Run `python -m module` under the interpreter; what it printed."""
+def run(module: str, *arguments: str, interpret: bool) -> str:
+    """Run `python -m module`; what it printed."""
     done = subprocess.run(
-        [sys.executable, "-m", module],
+        [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "TRITON_INTERPRET": str(int(interpret)), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -29,8 +33,21 @@ def run_interpreted(module: str) -> str:
 
 
 def test_kernels_equal_reference() -> None:
-    assert "cases equal the reference" in run_interpreted("tests.kernels.checks")
+    assert "cases equal the reference" in run("tests.kernels.checks", interpret=True)
 
 
 def test_reused_pages_never_serve_stale_v() -> None:
-    assert "every step equals the reference" in run_interpreted("tests.kernels.simulation")
+    printed = run("tests.kernels.simulation", interpret=True)
+    assert "every step equals the reference" in printed
+
+
+@pytest.mark.slow
+def test_kernels_compile() -> None:
+    """For the GPUs with the least and the most shared memory of those that are served."""
+    with ThreadPoolExecutor() as pool:
+        printed = pool.map(
+            lambda capability: run("tests.kernels.compilation", capability, interpret=False),
+            ("86", "90"),
+        )
+        for capability, lines in zip(("8.6", "9.0"), printed, strict=True):
+            assert f"kernels compiled for compute capability {capability}" in lines

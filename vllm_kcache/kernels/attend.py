@@ -228,14 +228,14 @@ def attend_kernel(
             weight = weight_of_all(lse_rows, largest, num_blocks, group_mask, LSE_CHUNK)
         if CLIP:
             result = share_out(weight, sums, GROUP_PADDED, HEAD_PADDED)
-            in_half = tl.arange(0, side_rows)
-            values_mask = (in_half < GROUP)[:, None] & (in_head < HEAD_SIZE)[None, :]
-            values = (head * GROUP + in_half)[:, None] * HEAD_SIZE + in_head[None, :]
         else:
             # A padded row has sums of 0 and gives 0.
             result = sums / tl.where(count > 0, weight, 1.0)[:, None]
+        in_side = tl.arange(0, side_rows)
         tl.store(
-            out + request * out_stride + values, result.to(out.dtype.element_ty), mask=values_mask
+            out + request * out_stride + (head * GROUP + in_side)[:, None] * HEAD_SIZE + in_head,
+            result.to(out.dtype.element_ty),
+            mask=(in_side < GROUP)[:, None] & (in_head < HEAD_SIZE)[None, :],
         )
 
 

@@ -9,6 +9,8 @@ PORT ?= 8000
 ARGS ?=
 # More arguments for pytest: make test TESTS="tests/ops -k select"
 TESTS ?= tests
+# Test files that run at once; each may hold an engine of 4 GiB
+WORKERS ?= 2
 # auto, cpu or cuda
 FLAVOR ?= auto
 
@@ -35,7 +37,8 @@ serve: model ## Serve the model with --kv-backend kcache (PORT=, MODEL=, ARGS=)
 	@exec $(BIN)/python tools/serve.py $(MODEL) --port $(PORT) -- $(ARGS)
 
 test: model ## Run all tests that need no GPU (TESTS= chooses)
-	@$(OFFLINE) $(BIN)/python -m pytest -m "not gpu" $(TESTS)
+	@$(OFFLINE) $(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile \
+	  --no-loadscope-reorder $(TESTS)
 
 test-gpu: ## Run the GPU tests; in .venv if there is one, else with a python3 that has vLLM
 	@$(OFFLINE) PYTHON=$(GPU_PYTHON) tools/test_gpu.sh

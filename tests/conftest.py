@@ -27,6 +27,8 @@ def assert_close(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Long ones first: files that run side by side then end together.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU")

@@ -15,7 +15,13 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_interpreted(module: str) -> str:
+    """Run `python -m module` under the interpreter; what it printed."""
+    return run(module, interpret=True)
 
 
 def run(module: str, *arguments: str, interpret: bool) -> str:
@@ -33,15 +39,13 @@ def run(module: str, *arguments: str, interpret: bool) -> str:
 
 
 def test_kernels_equal_reference() -> None:
-    assert "cases equal the reference" in run("tests.kernels.checks", interpret=True)
+    assert "cases equal the reference" in run_interpreted("tests.kernels.checks")
 
 
 def test_reused_pages_never_serve_stale_v() -> None:
-    printed = run("tests.kernels.simulation", interpret=True)
-    assert "every step equals the reference" in printed
+    assert "every step equals the reference" in run_interpreted("tests.kernels.simulation")
 
 
-@pytest.mark.slow
 def test_kernels_compile() -> None:
     """For the GPUs with the least and the most shared memory of those that are served."""
     with ThreadPoolExecutor() as pool:

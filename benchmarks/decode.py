@@ -16,8 +16,9 @@ benchmarks/results/decode.jsonl as soon as it is there.
 --mode fixed: scores of dummy weights. They attend flatly and at random, so selections do not repeat
 from step to step: the worst case for the hot V cache.
 --mode replay: scores of a real model decoding real text at 4K tokens, recorded (benchmarks/record),
-written over those of the dummy weights (benchmarks/replay). Coverage .95 unless given. The kernel
-that overwrites them is part of the step as timed; what it costs alone is in the row, not taken off.
+written over those of the dummy weights (benchmarks/replay). Coverage .95 unless another rule is
+given. The kernel that overwrites them is part of the step as timed; what it costs alone is in the
+row, not taken off.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def measure(options: dict[str, Any]) -> None:
     split = options["engine"] == "kcache"
     replay = None
     if split and options["mode"] == "replay":
-        replay = _install_replay(min(options["contexts"]))
+        by_threshold = "mass_threshold" in options["kcache_config"]
+        replay = _install_replay(min(options["contexts"]), "max" if by_threshold else "sum")
     started = time.monotonic()
     llm = _start_engine(options)
     start_seconds = time.monotonic() - started
@@ -163,12 +165,12 @@ def _start_engine(options: dict[str, Any]) -> Any:
     )
 
 
-def _install_replay(shortest_context: int) -> Any:
+def _install_replay(shortest_context: int, combine: str) -> Any:
     """Replay in this process, before any graph is captured."""
-    from benchmarks.record import Recording
+    from benchmarks.record import RECORDINGS, Recording
     from benchmarks.replay import Replay
 
-    replay = Replay(Recording.load(), "cuda")
+    replay = Replay(Recording.load(RECORDINGS[combine]), "cuda")
     if shortest_context < replay.shortest_tokens:
         raise ValueError(
             f"--context {shortest_context}: replay needs at least {replay.shortest_tokens} tokens, "
@@ -338,10 +340,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--context", type=int, nargs="+", default=[16384], help="tokens a request")
     parser.add_argument("--output", type=int, default=72, help="steps of the long run")
     parser.add_argument("--top-n", type=int, default=None, help="V blocks per KV head")
-    parser.add_argument(
-        "--coverage", type=float, default=None, help=f"in replay {REPLAY_COVERAGE} unless given"
-    )
-    parser.add_argument("--hot-cache-gib", type=gib, default=None, help='a number or "auto"')
+    parser.add_argument("--coverage", type=float, help=f"in replay {REPLAY_COVERAGE} unless given")
+    parser.add_argument("--mass-threshold", type=float, help="in place of a coverage")
+    parser.add_argument("--hot-cache-gib", type=gib, help='a number or "auto"')
     parser.add_argument("--utilization", type=float, default=0.9)
     parser.add_argument("--requests", type=int, nargs="+", default=[0, 1], help="0: all that fit")
     parser.add_argument("--max-requests", type=int, default=32)
@@ -365,11 +366,12 @@ def main() -> None:
         measure(json.loads(arguments.measure))
         return
     coverage = arguments.coverage
-    if coverage is None and arguments.mode == "replay":
+    if (coverage, arguments.mass_threshold, arguments.mode) == (None, None, "replay"):
         coverage = REPLAY_COVERAGE
     settings = {
         "top_n": arguments.top_n,
         "coverage": coverage,
+        "mass_threshold": arguments.mass_threshold,
         "hot_cache_gib": arguments.hot_cache_gib,
     }
     options = {

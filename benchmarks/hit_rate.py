@@ -23,14 +23,14 @@ from typing import Any
 import torch
 
 from benchmarks.common import PAGE_TOKENS, RESULTS, environment
-from benchmarks.record import Recording, decode_mass, selected_blocks, statistics
+from benchmarks.record import RECORDINGS, Recording, decode_mass, selected_blocks, statistics
 from benchmarks.replay import Replay
 from vllm_kcache.cache import HostPool
 from vllm_kcache.cache.hot_cache import CacheCounters, HotCache
 from vllm_kcache.kernels import decode
 from vllm_kcache.kernels.decode import DecodeWorkspace, decode_step
 from vllm_kcache.kernels.write import write_kv
-from vllm_kcache.types import Selection
+from vllm_kcache.types import Selection, Tail
 
 HEAD_SIZE = 64
 MULTIPLES = (1.0, 1.5, 2.0, 4.0)
@@ -51,11 +51,18 @@ class Run:
     steps: int
     selection: Selection
 
+    @property
+    def tail(self) -> Tail:
+        """What goes with the rule by default."""
+        return "renormalize" if self.selection.mass_threshold is None else "clip"
+
 
 def mean_list_blocks(recording: Recording, selection: Selection) -> float:
     """V blocks of a recorded list under a rule of selection, mean over all of them."""
-    masses = decode_mass(recording.codes).flatten(0, 2)
-    chosen = selected_blocks(masses, recording.seq_lens, selection, recording.v_block_tokens)
+    chosen = selected_blocks(
+        decode_mass(recording.codes).flatten(0, 2), recording.seq_lens, selection,
+        recording.v_block_tokens, recording.group,
+    )  # fmt: skip
     return statistics(chosen, recording.v_block_tokens).tokens / recording.v_block_tokens
 
 
@@ -69,6 +76,7 @@ class Requests:
         self, recording: Recording, num_requests: int, run: Run, device: torch.device
     ) -> None:
         _, self.num_layers, heads, _, _ = recording.codes.shape
+        heads //= recording.group
         self.tokens, self.run, self.device = recording.v_block_tokens, run, device
         self.context = Replay(recording, device).shortest_tokens
         columns = -(-(self.context + run.warm_steps + run.steps) // PAGE_TOKENS)
@@ -78,7 +86,7 @@ class Requests:
         self.v_pool = self.pool.layer(0)
         self.k_pages = torch.randn(shape, dtype=dtype, device=device)
         self.block_table = torch.randperm(pages, device=device).int().view(num_requests, columns)
-        # As in a model with three query heads to a KV head; replay gives them all the same scores.
+        # As in a model with three query heads to a KV head.
         self.query = torch.randn((num_requests, heads * 3, HEAD_SIZE), dtype=dtype, device=device)
         self.token = torch.randn((num_requests, heads, HEAD_SIZE), dtype=dtype, device=device)
         self.max_blocks = columns * PAGE_TOKENS // self.tokens
@@ -116,7 +124,7 @@ class Requests:
             )  # fmt: skip
             decode_step(
                 self.workspace, self.query, self.k_pages, self.v_pool, self.block_table, lengths,
-                HEAD_SIZE**-0.5, self.tokens, self.max_blocks, self.run.selection, "renormalize",
+                HEAD_SIZE**-0.5, self.tokens, self.max_blocks, self.run.selection, self.run.tail,
                 cache, layer, out,
             )  # fmt: skip
 
@@ -135,6 +143,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Rows of all sizes, printed as they come."""
     _, layers, heads, _, _ = recording.codes.shape
+    heads //= recording.group
     blocks = mean_list_blocks(recording, run.selection)
     rows = []
     replay = Replay(recording, device)
@@ -152,6 +161,7 @@ def measure(
                         "lists": layers * heads * num_requests,
                         "context": batch.context,
                         "coverage": run.selection.coverage,
+                        "mass_threshold": run.selection.mass_threshold,
                         "warm_steps": run.warm_steps,
                         "steps": run.steps,
                         "multiple_of_selected_set": multiple,
@@ -268,10 +278,11 @@ def print_simulation(recording: Recording, run: Run, multiples: list[float]) -> 
     for text, codes in zip(recording.texts, recording.codes, strict=True):
         masses = decode_mass(codes)
         chosen = selected_blocks(
-            masses.flatten(0, 1), recording.seq_lens, run.selection, recording.v_block_tokens
-        )
+            masses.flatten(0, 1), recording.seq_lens, run.selection, recording.v_block_tokens,
+            recording.group,
+        )  # fmt: skip
         selected_set = float(chosen.sum((0, 2)).float().mean())
-        chosen = chosen.unflatten(0, codes.shape[:2])
+        chosen = chosen.unflatten(0, (len(codes), -1))
         for multiple in multiples:
             slots = max(1, round(multiple * selected_set))
             exact = simulate(chosen, ExactLRU(slots), run)
@@ -289,14 +300,18 @@ def main() -> None:
     parser.add_argument("--requests", type=int, nargs="+", default=list(REQUESTS))
     parser.add_argument("--multiples", type=float, nargs="+", default=list(MULTIPLES))
     parser.add_argument("--coverage", type=float, default=0.95)
+    parser.add_argument("--mass-threshold", type=float, help="in place of the coverage")
     parser.add_argument("--warm-steps", type=int, default=16)
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--simulate", action="store_true", help="plain Python, no GPU, no row")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON lines")
     options = parser.parse_args()
+    threshold = options.mass_threshold
     selection = Selection(None, options.coverage, 1, 32, "sum")
+    if threshold is not None:
+        selection = Selection(None, None, 1, 32, "max", threshold)
     run = Run(options.warm_steps, options.steps, selection)
-    recording = Recording.load()
+    recording = Recording.load(RECORDINGS[selection.combine])
     if options.simulate:
         print_simulation(recording, run, options.multiples)
         return

@@ -6,13 +6,14 @@
 Runs on the CPU. Each text is read to `--context` tokens; then the text itself is forced, one token
 a step, through the decode path of the split cache with everything selected, that is under full
 attention. Of each step, layer and KV head the softmax mass of every V block of 8 tokens is kept, as
-selection sees it: exact scores, normalised for each query head, mean over the heads that share the
-KV head.
+selection sees it: exact scores, normalised for each query head. There are two recordings: of the
+mean over the heads that share the KV head, which a coverage with `head_combine="sum"` goes by, and
+of each query head, for a mass threshold.
 
-What is lost: the query heads of a group can no longer be told apart (which `head_combine="max"`
-would need), a mass is rounded to a twelfth of an octave (at most 3%), and one below 2^-21 is gone.
-Ranks stay, but masses that round to one code tie, and the lower block wins. The program prints the
-length and repeats of the lists before and after rounding.
+What is lost: a mass is rounded to a twelfth of an octave (at most 3%), and one below 2^-21 is gone,
+for query heads one below 2^-12; there the first block, which is always selected, gets what is
+missing. Ranks stay, but masses that round to one code tie, and the lower block wins. The program
+prints the length and repeats of the lists before and after.
 """
 
 from __future__ import annotations
@@ -30,14 +31,20 @@ import torch
 
 from vllm_kcache import ops
 from vllm_kcache.reference.select import select_blocks
-from vllm_kcache.types import Selection
+from vllm_kcache.types import HeadCombine, Selection
 
 ROOT = Path(__file__).resolve().parents[1]
-RECORDING = ROOT / "benchmarks/data/selection.npz"
+# For rules that combine query heads by their mean, and for rules that look at each.
+RECORDINGS: dict[HeadCombine, Path] = {
+    "sum": ROOT / "benchmarks/data/selection.npz",
+    "max": ROOT / "benchmarks/data/selection_by_head.npz",
+}
 V_BLOCK_TOKENS = 8
 # A code c of 1 to 255 is the mass 2^((c - 255) / OCTAVE_CODES); 0 is less than the least of these.
 OCTAVE_CODES = 12
 LARGEST_CODE = 255
+# Of query heads, smaller masses are not kept: no threshold in question is as low.
+LEAST_OF_HEAD = 2.0**-12
 # "top_n all": what is recorded must not depend on a setting of the selection.
 KCACHE_CONFIG = {"top_n": "all", "v_block_tokens": V_BLOCK_TOKENS}
 ENVIRONMENT = {
@@ -65,11 +72,13 @@ class Recording:
     """The masses of one model's V blocks over consecutive decode steps.
 
     Attributes:
-        codes: [texts, layers, Hkv, steps, P] uint8, host. See `decode_mass`; 0 past the length.
+        codes: [texts, layers, Hkv * group, steps, P] uint8, host. See `decode_mass`; 0 past the
+            length.
         seq_lens: [steps] int32, host. Tokens of each step, the current one included.
         texts: what was decoded, one name each.
         model: whose masses these are.
         v_block_tokens: T.
+        group: query heads of a KV head that were recorded; 1 is their mean.
     """
 
     codes: torch.Tensor
@@ -77,6 +86,7 @@ class Recording:
     texts: tuple[str, ...]
     model: str
     v_block_tokens: int
+    group: int = 1
 
     @property
     def num_blocks(self) -> torch.Tensor:
@@ -96,10 +106,11 @@ class Recording:
             texts=np.array(self.texts),
             model=np.array(self.model),
             v_block_tokens=np.array(self.v_block_tokens),
+            group=np.array(self.group),
         )
 
     @classmethod
-    def load(cls, path: Path = RECORDING) -> Recording:
+    def load(cls, path: Path = RECORDINGS["sum"]) -> Recording:
         """Read what `save` wrote.
 
         Raises:
@@ -117,6 +128,7 @@ class Recording:
                 tuple(map(str, file["texts"])),
                 str(file["model"]),
                 int(file["v_block_tokens"]),
+                int(file["group"]) if "group" in file else 1,
             )
         texts, steps, blocks = (codes.shape[axis] for axis in (0, 3, 4))
         lengths = recording.seq_lens
@@ -125,6 +137,8 @@ class Recording:
                 f"{path}: codes {list(codes.shape)} beside {len(recording.texts)} texts and "
                 f"{len(lengths)} steps; needs [texts, layers, heads, steps, blocks], steps >= 2"
             )
+        if codes.shape[2] % recording.group:
+            raise ValueError(f"{path}: {codes.shape[2]} heads are not groups of {recording.group}")
         if blocks != int(recording.num_blocks[-1]) or not bool((lengths.diff() == 1).all()):
             raise ValueError(
                 f"{path}: {blocks} blocks for lengths {lengths[0]} to {lengths[-1]}; lengths must "
@@ -152,13 +166,18 @@ class Statistics:
 
 
 def selected_blocks(
-    masses: torch.Tensor, seq_lens: torch.Tensor, selection: Selection, v_block_tokens: int
+    masses: torch.Tensor,
+    seq_lens: torch.Tensor,
+    selection: Selection,
+    v_block_tokens: int,
+    group: int = 1,
 ) -> torch.Tensor:
-    """Which blocks are selected: [lists, steps, P] bool, from masses of the same shape."""
-    num_lists, num_steps, num_blocks = masses.shape
+    """Which blocks are selected: [lists, steps, P] bool, from masses [lists * group, steps, P]."""
+    masses = masses.unflatten(0, (-1, group))
+    num_lists, _, num_steps, num_blocks = masses.shape
     chosen = torch.zeros((num_lists, num_steps, num_blocks + 1), dtype=torch.bool)
     for step in range(num_steps):
-        lse = masses[:, step].log()[:, None]
+        lse = masses[:, :, step].log()
         lengths = seq_lens[step].expand(num_lists).to(torch.int32)
         selected = select_blocks(lse, lengths, 1, v_block_tokens, selection)
         # Padding goes to a column that is cut off.
@@ -180,14 +199,22 @@ def statistics(chosen: torch.Tensor, v_block_tokens: int) -> Statistics:
     return Statistics(float(counts.float().mean()) * v_block_tokens, *shares)
 
 
-def print_statistics(name: str, masses: torch.Tensor, seq_lens: torch.Tensor) -> None:
-    """One line for each coverage: masses [layers, Hkv, steps, P] of one text."""
-    for coverage in (0.95, 0.97):
-        selection = Selection(None, coverage, 1, 32, "sum")
-        chosen = selected_blocks(masses.flatten(0, 1), seq_lens, selection, V_BLOCK_TOKENS)
+def rules_of(combine: HeadCombine) -> dict[str, Selection]:
+    """The rules whose lists are printed."""
+    if combine == "max":
+        return {f"threshold {m}": Selection(None, None, 1, 32, "max", m) for m in (0.002, 0.003)}
+    return {f"coverage {c}": Selection(None, c, 1, 32, "sum") for c in (0.95, 0.97)}
+
+
+def print_statistics(
+    name: str, masses: torch.Tensor, seq_lens: torch.Tensor, combine: HeadCombine, group: int
+) -> None:
+    """One line for each rule: masses [layers, Hkv * group, steps, P] of one text."""
+    for rule, selection in rules_of(combine).items():
+        chosen = selected_blocks(masses.flatten(0, 1), seq_lens, selection, V_BLOCK_TOKENS, group)
         found = statistics(chosen, V_BLOCK_TOKENS)
         print(
-            f"{name:24s} coverage {coverage}: {found.tokens:6.1f} tokens a head, "
+            f"{name:24s} {rule:15s}: {found.tokens:6.1f} tokens a head, "
             f"{found.in_previous:.3f} in the step before, {found.in_last_8:.3f} in the last 8",
             flush=True,
         )
@@ -216,21 +243,27 @@ class ScoreRecorder:
         if query.shape[0] != 1:
             raise RuntimeError(f"{query.shape[0]} requests decode at once: expected 1")
         by_head = block_lse[0].float().softmax(-1).unflatten(0, (self.num_kv_heads, -1))
-        self.masses.append(by_head.mean(1))
+        self.masses.append(by_head)
         self.seq_lens.append(int(seq_lens[0]))
         return block_lse
 
     def take(self, num_layers: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Masses [layers, Hkv, steps, P] and lengths [steps] of the calls so far; forget them."""
+        """Masses [layers, Hkv, G, steps, P], lengths [steps] of the calls so far; forget them."""
         num_steps, rest = divmod(len(self.masses), num_layers)
         lengths = torch.tensor(self.seq_lens, dtype=torch.int32).view(num_steps, -1)
         if rest or not bool((lengths == lengths[:, :1]).all()):
             raise RuntimeError(f"{len(self.masses)} scored layers are not steps of {num_layers}")
-        most = self.masses[-1].shape[1]
-        padded = [torch.nn.functional.pad(mass, (0, most - mass.shape[1])) for mass in self.masses]
-        masses = torch.stack(padded).unflatten(0, (num_steps, num_layers)).permute(1, 2, 0, 3)
+        most = self.masses[-1].shape[2]
+        padded = [torch.nn.functional.pad(mass, (0, most - mass.shape[2])) for mass in self.masses]
+        masses = torch.stack(padded).unflatten(0, (num_steps, num_layers)).permute(1, 2, 3, 0, 4)
         self.masses, self.seq_lens = [], []
         return masses, lengths[:, 0]
+
+
+def without_small(masses: torch.Tensor) -> torch.Tensor:
+    """Masses [..., P] of query heads, the small ones added to the first block's."""
+    kept = torch.where(masses < LEAST_OF_HEAD, 0.0, masses)
+    return torch.cat([1 - kept[..., 1:].sum(-1, keepdim=True), kept[..., 1:]], -1)
 
 
 def real_texts() -> dict[str, str]:
@@ -241,7 +274,7 @@ def real_texts() -> dict[str, str]:
     }
 
 
-def record(model: str, context: int, steps: int) -> Recording:
+def record(model: str, context: int, steps: int) -> dict[HeadCombine, Recording]:
     """Decode `steps` tokens of each text behind `context` tokens of it, in this process."""
     from transformers import AutoTokenizer
     from vllm import LLM, SamplingParams
@@ -264,7 +297,8 @@ def record(model: str, context: int, steps: int) -> Recording:
     shape = runtime.current().shape
     recorder = ScoreRecorder(ops.score_blocks, shape.num_kv_heads)
     ops.score_blocks = recorder  # the CPU runtime looks it up at each call
-    texts, codes = real_texts(), []
+    texts = real_texts()
+    codes: dict[HeadCombine, list[torch.Tensor]] = {"sum": [], "max": []}
     for name, text in texts.items():
         # The first token after the prompt comes from the prefill: one more than there are steps.
         enough = text[: 8 * (context + steps)]  # a token has some 4 characters
@@ -281,13 +315,23 @@ def record(model: str, context: int, steps: int) -> Recording:
         if list(output.outputs[0].token_ids) != tokens[context:]:
             raise RuntimeError(f"{name}: the engine did not decode the text")
         masses, seq_lens = recorder.take(len(shape.layer_names))
-        if masses.shape[2] != steps:
-            raise RuntimeError(f"{name}: {masses.shape[2]} steps were scored, not {steps}")
-        print_statistics(f"{name}, exact", masses, seq_lens)
-        codes.append(encode_mass(masses))
-        print_statistics(f"{name}, stored", decode_mass(codes[-1]), seq_lens)
+        if masses.shape[3] != steps:
+            raise RuntimeError(f"{name}: {masses.shape[3]} steps were scored, not {steps}")
+        for combine, exact, kept in (
+            ("sum", masses.mean(2), masses.mean(2)),
+            ("max", masses.flatten(1, 2), without_small(masses).flatten(1, 2)),
+        ):
+            group = exact.shape[1] // masses.shape[1]
+            print_statistics(f"{name}, exact", exact, seq_lens, combine, group)
+            codes[combine].append(encode_mass(kept))
+            stored = decode_mass(codes[combine][-1])
+            print_statistics(f"{name}, stored", stored, seq_lens, combine, group)
     ops.score_blocks = recorder.score
-    return Recording(torch.stack(codes), seq_lens, tuple(texts), Path(model).name, V_BLOCK_TOKENS)
+    about = (seq_lens, tuple(texts), Path(model).name, V_BLOCK_TOKENS)
+    return {
+        combine: Recording(torch.stack(parts), *about, parts[0].shape[1] // shape.num_kv_heads)
+        for combine, parts in codes.items()
+    }
 
 
 def main() -> None:
@@ -296,14 +340,16 @@ def main() -> None:
     parser.add_argument("model", help="folder of the model")
     parser.add_argument("--context", type=int, default=4096, help="tokens before the first step")
     parser.add_argument("--steps", type=int, default=64)
-    parser.add_argument("--file", type=Path, default=RECORDING)
+    parser.add_argument("--folder", type=Path, default=RECORDINGS["sum"].parent)
     options = parser.parse_args()
     if options.steps < 9:
         parser.error(f"--steps {options.steps}: needs at least 9, to tell what repeats")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    record(options.model, options.context, options.steps).save(options.file)
-    print(f"{options.file}: {options.file.stat().st_size / 1e6:.2f} MB")
+    for combine, recording in record(options.model, options.context, options.steps).items():
+        path = options.folder / RECORDINGS[combine].name
+        recording.save(path)
+        print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ replay a step runs as ever, scoring included; only then its scores are overwritt
 kernel, with recorded masses. Selection, look-up, fetch and attention are those of production.
 
 Which recording: (layer, KV head) i of n is played the recorded (layer, KV head) i * m // n of m, so
-that depth stays depth. A request is known by its first physical page; a hash of it chooses the
-text and where in it to begin. Each further token is the next step of the recording, which is played
-forth and back, so that no jump spoils the repeats. The time is read from `seq_lens`: there is no
-state, and running a step twice changes nothing.
+that depth stays depth. Where its query heads were recorded, query head g is played number (g + i)
+modulo as many; otherwise all are played their mean. A request is known by its first physical page;
+a hash of it chooses the text and where in it to begin. Each further token is the next step of the
+recording, which is played forth and back, so that no jump spoils the repeats. The time is read from
+`seq_lens`: there is no state, and running a step twice changes nothing.
 
 Which block: recorded block j of some 500 takes the place j * stride + (a hash below stride) of a
 longer request, the same at every step; the first (sink) stays first, and the last ones (recent)
@@ -62,12 +63,12 @@ def hash_number(number):
 @triton.jit(
     do_not_specialize=[
         "table_stride", "max_blocks", "first_head", "layer", "num_layers", "num_texts",
-        "num_traces", "num_steps", "trace_blocks",
+        "num_traces", "trace_group", "num_steps", "trace_blocks",
     ]
 )  # fmt: skip
 def replay_kernel(
     codes, trace_lengths, seq_lens, block_table, block_lse, table_stride, max_blocks, first_head,
-    layer, num_layers, num_texts, num_traces, num_steps, trace_blocks,
+    layer, num_layers, num_texts, num_traces, trace_group, num_steps, trace_blocks,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -84,7 +85,7 @@ def replay_kernel(
         turns = 2 * (num_steps - 1)
         time = (num_tokens + key // num_texts) % turns
         step = tl.minimum(time, turns - time)
-        row = ((key % num_texts) * num_traces + trace) * num_steps + step
+        first_row = ((key % num_texts) * num_traces + trace) * trace_group
         recorded = tl.load(trace_lengths + step)
         # Which recorded block, if any, lies at each place.
         stride = tl.maximum((num_blocks - _RECENT) // (trace_blocks - _RECENT), 1)
@@ -96,13 +97,14 @@ def replay_kernel(
         is_recent = from_end < _RECENT
         source = tl.where(is_recent, recorded - 1 - from_end, spread)
         exists = block < num_blocks
-        code = tl.load(
-            codes + row * trace_blocks + source, mask=exists & (is_recent | is_spread), other=0
-        ).to(tl.int32)
-        log_mass = (code - _LARGEST_CODE).to(tl.float32) * _LOG_OF_CODE
-        log_mass = tl.where(code > 0, log_mass, _NOTHING)
         out = block_lse + ((request * NUM_KV_HEADS + head) * GROUP) * max_blocks + block
-        for _ in tl.static_range(GROUP):
+        for in_group in tl.static_range(GROUP):
+            row = (first_row + (in_group + list_number) % trace_group) * num_steps + step
+            code = tl.load(
+                codes + row * trace_blocks + source, mask=exists & (is_recent | is_spread), other=0
+            ).to(tl.int32)
+            log_mass = (code - _LARGEST_CODE).to(tl.float32) * _LOG_OF_CODE
+            log_mass = tl.where(code > 0, log_mass, _NOTHING)
             tl.store(out, log_mass, mask=exists)
             out += max_blocks
 
@@ -204,11 +206,13 @@ class Replay:
                 f"blocks of {self.recording.v_block_tokens}"
             )
         num_texts, layers, heads, num_steps, trace_blocks = self.codes.shape
+        group = self.recording.group
         chunks = triton.cdiv(geometry.max_blocks, _CHUNK)
         replay_kernel[(chunks, last_head - first_head, block_lse.shape[0])](
             self.codes, self.lengths, seq_lens, block_table, block_lse, block_table.stride(0),
-            geometry.max_blocks, first_head, layer, geometry.num_layers, num_texts, layers * heads,
-            num_steps, trace_blocks, NUM_KV_HEADS=geometry.num_kv_heads,
+            geometry.max_blocks, first_head, layer, geometry.num_layers, num_texts,
+            layers * heads // group, group, num_steps, trace_blocks,
+            NUM_KV_HEADS=geometry.num_kv_heads,
             GROUP=geometry.num_query_heads // geometry.num_kv_heads,
             BLOCK_TOKENS=geometry.v_block_tokens, CHUNK=_CHUNK,
         )  # fmt: skip

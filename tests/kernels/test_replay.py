@@ -23,16 +23,17 @@ NUM_LAYERS, NUM_KV_HEADS, GROUP, TOKENS = 4, 2, 3, 8
 NOTHING, RECENT = -80.0, 5
 
 
-def a_recording(seed: int = 0, steps: int = 9, first_tokens: int = 97) -> Recording:
-    """Two texts, three layers of two heads: masses that sum to 1, few of them large."""
+def a_recording(seed: int = 0, steps: int = 9, first_tokens: int = 97, group: int = 1) -> Recording:
+    """Two texts, three layers of two KV heads: masses that sum to 1, few of them large."""
     torch.manual_seed(seed)
     lengths = torch.arange(first_tokens, first_tokens + steps, dtype=torch.int32)
     blocks = -(-int(lengths[-1]) // TOKENS)
-    scores = 3 * torch.randn(2, 3, 2, 1, blocks) + 0.3 * torch.randn(2, 3, 2, steps, blocks)
+    scores = 3 * torch.randn(2, 3, 2 * group, 1, blocks)
+    scores = scores + 0.3 * torch.randn(2, 3, 2 * group, steps, blocks)
     exists = torch.arange(blocks) < -(-lengths // TOKENS)[:, None]
     masses = scores.masked_fill(~exists, -torch.inf).softmax(-1)
     codes = (255 + 12 * masses.clamp_min(1e-30).log2()).round().clamp(0, 255).to(torch.uint8)
-    return Recording(codes, lengths, ("one", "two"), "nobody", TOKENS)
+    return Recording(codes, lengths, ("one", "two"), "nobody", TOKENS, group)
 
 
 def hashed(number: int) -> int:
@@ -51,7 +52,7 @@ def played(
     # Forth and back: 0 1 2 3 2 1 0 1 ...
     around = [*range(num_steps), *range(num_steps - 2, 0, -1)]
     step = around[(tokens + key // num_texts) % len(around)]
-    trace = list_number * layers * heads // num_lists
+    trace = list_number * (layers * heads // recording.group) // num_lists
     recorded, blocks = int(recording.num_blocks[step]), -(-tokens // TOKENS)
     stride = max(1, (blocks - RECENT) // (trace_blocks - RECENT))
     places = {}
@@ -69,11 +70,13 @@ def played(
 
 
 def expected_lse(
-    recording: Recording, page: int, tokens: int, list_number: int, num_lists: int
-) -> torch.Tensor:
-    """Log-masses [P] of one list, up to the length of the request."""
+    recording: Recording, page: int, tokens: int, list_number: int, num_lists: int,
+    in_group: int = 0,
+) -> torch.Tensor:  # fmt: skip
+    """Log-masses [P] of a query head of one list, up to the length of the request."""
     text, trace, step, places = played(recording, page, tokens, list_number, num_lists)
-    codes = recording.codes.flatten(1, 2)[text, trace, step]
+    by_head = recording.codes.flatten(1, 2).unflatten(1, (-1, recording.group))
+    codes = by_head[text, trace, (in_group + list_number) % recording.group, step]
     lse = torch.full((-(-tokens // TOKENS),), NOTHING)
     for block, place in places.items():
         code = int(codes[block])
@@ -85,11 +88,11 @@ def expected_lse(
 # Cases that need the interpreter -------------------------------------------------------------
 
 
-def check_kernel(device: str = "cpu") -> int:
+def check_kernel(device: str = "cpu", recorded_group: int = 1) -> int:
     """Odd lengths, one of them over several programs; nothing else is written."""
     from benchmarks.replay import Geometry, Replay
 
-    recording = a_recording()
+    recording = a_recording(group=recorded_group)
     replay = Replay(recording, device)
     lengths = torch.tensor([112, 0, 1, 40, 113, 2081, 8999], dtype=torch.int32)
     table = torch.tensor([[7, 9], [0, 0], [3, 9], [4, 9], [1000, 9], [12, 9], [54321, 9]]).int()
@@ -108,10 +111,11 @@ def check_kernel(device: str = "cpu") -> int:
             if blocks == 0:
                 continue
             list_number = layer * NUM_KV_HEADS + head
-            expected = expected_lse(
-                recording, int(table[row, 0]), tokens, list_number, NUM_LAYERS * NUM_KV_HEADS
-            )
             for in_group in range(GROUP):
+                expected = expected_lse(
+                    recording, int(table[row, 0]), tokens, list_number,
+                    NUM_LAYERS * NUM_KV_HEADS, in_group,
+                )  # fmt: skip
                 ours = by_head[row, head, in_group, :blocks]
                 assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-5), (layer, row, head)
             cases += 1
@@ -169,7 +173,7 @@ def main() -> None:
     """Every case; any difference raises."""
     from benchmarks.replay import Replay
 
-    cases = check_kernel()
+    cases = check_kernel() + check_kernel(recorded_group=2)
     check_step()
     too_short = dataclasses.replace(a_recording(), seq_lens=a_recording().seq_lens - 70)
     with pytest.raises(ValueError, match="4 V blocks were recorded; needs more than 5"):
@@ -184,6 +188,7 @@ def test_kernel_equals_definition() -> None:
 @pytest.mark.gpu
 def test_kernel_equals_definition_on_a_gpu() -> None:
     assert check_kernel("cuda") > 30
+    assert check_kernel("cuda", recorded_group=2) > 30
 
 
 # What the definition promises ----------------------------------------------------------------

@@ -2,7 +2,7 @@
 """Attend: share of the HBM copy bandwidth. `python -m benchmarks.bench_attend`.
 
 Bytes counted: K and V of the selected blocks, all of V in GPU memory. Lists are of one length, or
-of lengths that differ as those of a coverage do (log-normal).
+of lengths that differ as those of a coverage do (log-normal); those also with the clipped tail.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from benchmarks.common import (
     random_selection,
     time_calls,
 )
-from vllm_kcache.kernels.attend import AttendBuffers, AttendConfig, attend_blocks, attend_config
-from vllm_kcache.types import Fetched, Selected
+from vllm_kcache.kernels.attend import attend_blocks
+from vllm_kcache.kernels.attend_plan import AttendBuffers, AttendConfig, attend_config
+from vllm_kcache.types import Fetched, Selected, Tail
 
 
 def ragged_counts(batch: Batch, mean: int) -> torch.Tensor:
@@ -35,7 +36,11 @@ def ragged_counts(batch: Batch, mean: int) -> torch.Tensor:
 
 
 def time_attend(
-    batch: Batch, counts: torch.Tensor, columns: int, config: AttendConfig | None = None
+    batch: Batch,
+    counts: torch.Tensor,
+    columns: int,
+    config: AttendConfig | None = None,
+    tail: Tail = "renormalize",
 ) -> Timing:
     """Time over four selections whose rows lie anywhere in a slot pool larger than the L2 cache."""
     p = batch.problem
@@ -45,19 +50,21 @@ def time_attend(
     out = torch.empty_like(batch.query)
     usual = attend_config(p.num_lists, columns, p.head_size, 2, V_BLOCK_TOKENS)
     splits = max(usual.splits, config.splits if config else 0)
-    buffers = AttendBuffers.make(p.num_lists * splits, p.group, p.head_size, "cuda")
+    clipped = tail == "clip"
+    buffers = AttendBuffers.make(p.num_lists * splits, p.group, p.head_size, "cuda", clipped)
     mass = torch.ones(counts.shape, device="cuda")
+    lse = torch.full((p.num_requests, p.num_heads), 8.0, device="cuda")
 
     def call(k_pages: torch.Tensor, selected: Selected, fetched: Fetched) -> None:
         attend_blocks(
             batch.query, k_pages, batch.v_pool, fetched, selected, batch.block_table,
-            batch.seq_lens, batch.scale, V_BLOCK_TOKENS, "renormalize", block_lse, out=out,
-            buffers=buffers, config=config,
+            batch.seq_lens, batch.scale, V_BLOCK_TOKENS, tail, block_lse, out=out,
+            clip=0.001 if clipped else None, buffers=buffers, config=config,
         )  # fmt: skip
 
     calls = []
     for index in range(4):
-        selected = Selected(*random_selection(p, counts, columns), mass)
+        selected = Selected(*random_selection(p, counts, columns), mass, lse)
         rows = torch.randint(num_slots, selected.blocks.shape, device="cuda").int()
         k_pages = batch.k_layers[index % len(batch.k_layers)]
         calls.append(functools.partial(call, k_pages, selected, Fetched(rows, slots)))
@@ -86,17 +93,20 @@ def main() -> None:
     for problem in PROBLEMS:
         batch = Batch(problem, with_v=True)
         lists = (problem.num_requests, problem.num_kv_heads)
-        cases = {
+        cases: dict[str, tuple[torch.Tensor, int, Tail]] = {
             f"{blocks * V_BLOCK_TOKENS} tokens": (
                 torch.full(lists, blocks, device="cuda"),
                 blocks,
+                "renormalize",
             )
             for blocks in (16, 64)
         }
         ragged = ragged_counts(batch, 72)
-        cases["576 tokens on average, ragged"] = (ragged, problem.max_blocks)
-        for words, (counts, columns) in cases.items():
-            timing = time_attend(batch, counts, columns)
+        words = "576 tokens on average, ragged"
+        cases[words] = (ragged, problem.max_blocks, "renormalize")
+        cases[f"{words}, clipped tail"] = (ragged, problem.max_blocks, "clip")
+        for words, (counts, columns, tail) in cases.items():
+            timing = time_attend(batch, counts, columns, tail=tail)
             moved = int(counts.sum()) * 2 * problem.row_bytes
             rate = moved / timing.p50 * 1e3
             report.add(

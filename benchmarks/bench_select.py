@@ -27,6 +27,7 @@ RULES = {
     "coverage .95": Selection(None, 0.95, 1, 32, "sum"),
     "coverage .95, cap 128": Selection(128, 0.95, 1, 32, "sum"),
     "coverage .90, max": Selection(None, 0.9, 1, 32, "max"),
+    "threshold .002": Selection(None, None, 1, 32, "max", 0.002),
 }
 # Spread of the log-sum-exps: 0.1 is what random weights give, 3 a sparse head.
 SPREADS = {"flat": 0.1, "sparse": 3.0}
@@ -44,6 +45,7 @@ def empty_selected(problem: Problem, selection: Selection) -> Selected:
         torch.empty((*shape, columns), dtype=torch.int32, device="cuda"),
         torch.empty(shape, dtype=torch.int32, device="cuda"),
         torch.empty(shape, device="cuda"),
+        torch.empty((problem.num_requests, problem.num_heads), device="cuda"),
     )
 
 

@@ -12,7 +12,14 @@ import pytest
 import torch
 
 from tests.conftest import assert_close
-from tests.kernels.checks import SELECTIONS, SHAPES, check_decode, check_prefill_copies, on
+from tests.kernels.checks import (
+    SELECTIONS,
+    SHAPES,
+    THRESHOLDS,
+    check_decode,
+    check_prefill_copies,
+    on,
+)
 from tests.shapes import Shape, build_case
 from vllm_kcache.cache.hot_cache import HotCache
 from vllm_kcache.kernels import extension
@@ -42,6 +49,12 @@ def test_step_equals_reference(shape: Shape, selection: Selection, tail: str) ->
 
 
 @pytest.mark.parametrize("shape", MORE_SHAPES, ids=str)
+@pytest.mark.parametrize("selection", THRESHOLDS, ids=str)
+def test_step_with_a_mass_threshold(shape: Shape, selection: Selection) -> None:
+    check_decode(build_case(shape), selection, 1 << 14, "clip", "cuda")
+
+
+@pytest.mark.parametrize("shape", MORE_SHAPES, ids=str)
 def test_step_without_room_in_the_cache(shape: Shape) -> None:
     check_decode(build_case(shape), SELECTIONS[0], 3, "renormalize", "cuda")
 
@@ -58,6 +71,8 @@ def test_triton_kernels_alone() -> None:
         "for shape in SHAPES:\n"
         "    for selection in SELECTIONS:\n"
         "        check_decode(build_case(shape), selection, 64, 'renormalize', 'cuda')\n"
+        "    for selection in THRESHOLDS:\n"
+        "        check_decode(build_case(shape), selection, 64, 'clip', 'cuda')\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -71,11 +86,10 @@ def test_triton_kernels_alone() -> None:
 
 
 def _attended(case, workspace, selection, cache, out, plan=None) -> torch.Tensor:
-    shape = case.shape
+    shape, tail = case.shape, "renormalize" if selection.clip is None else "clip"
     decode_step(
         workspace, case.query, case.k_pages, case.v_pool, case.block_table, case.seq_lens,
-        case.scale, shape.v_block_tokens, shape.max_blocks, selection, "renormalize", cache, 0, out,
-        plan,
+        case.scale, shape.v_block_tokens, shape.max_blocks, selection, tail, cache, 0, out, plan,
     )  # fmt: skip
     return out
 
@@ -109,9 +123,12 @@ def _workspace(case, selection) -> DecodeWorkspace:
     ],
     ids=str,
 )
-def test_waves_and_graph_replay_agree(plan: DecodePlan) -> None:
+@pytest.mark.parametrize(
+    "selection", [Selection(None, 0.8, 1, 8, "sum"), Selection(None, None, 1, 8, "max", 0.01)],
+    ids=["coverage", "threshold"],
+)  # fmt: skip
+def test_waves_and_graph_replay_agree(plan: DecodePlan, selection: Selection) -> None:
     """A captured step in waves, replayed on changed lengths, equals an eager one in one wave."""
-    selection = Selection(None, 0.8, 1, 8, "sum")
     case = on(build_case(MORE_SHAPES[6]), "cuda")
     workspace, cache = _workspace(case, selection), _cache(case, 256)
     out = torch.empty_like(case.query)

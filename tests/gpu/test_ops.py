@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.conftest import assert_close
-from tests.kernels.checks import on
+from tests.kernels.checks import CLIPPED_SHAPES, THRESHOLDS, check_clip, check_select, on
 from tests.reference import brute_force
 from tests.shapes import ODD_SHAPES, Case, Shape, build_case
 from vllm_kcache import ops
@@ -183,6 +183,16 @@ def test_select(rule: Selection, triton_only: bool, monkeypatch: pytest.MonkeyPa
         assert_selects(out, block_lse, lens, shape.v_block_tokens, rule)
 
 
+@pytest.mark.parametrize("triton_only", [False, True], ids=["best", "triton"])
+@pytest.mark.parametrize("rule", THRESHOLDS, ids=identity)
+def test_select_by_threshold(
+    rule: Selection, triton_only: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if triton_only:
+        monkeypatch.setattr(extension, "available", lambda: False)
+    check_select(rule, "cuda")
+
+
 @pytest.mark.parametrize("kind", ["random", "all equal", "ties", "one block has all", "tiny"])
 @pytest.mark.parametrize("triton_only", [False, True], ids=["best", "triton"])
 def test_select_of_long_requests(
@@ -268,6 +278,14 @@ def test_attend(case: Case, tail: str) -> None:
     assert_close(out, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=identity)
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("shape", [*CLIPPED_SHAPES, *ODD_SHAPES[5:9]], ids=str)
+def test_attend_with_the_clipped_tail(shape: Shape, splits: int, dtype: torch.dtype) -> None:
+    for rule in THRESHOLDS:
+        check_clip(shape, rule, splits, "cuda", dtype)
+
+
 def test_write(case: Case) -> None:
     """Random slots, padding and strided input; a slot that is resident is written as well."""
     shape, there = case.shape, on(case, "cuda")
@@ -299,7 +317,8 @@ def test_schema_and_meta_of_the_extension() -> None:
     counts = torch.empty((3, 3), dtype=torch.int32, device="cuda")
     mass = torch.empty((3, 3), device="cuda")
     arguments = (
-        block_lse, lengths, 8, *selection_arguments(RULES[1]), 0, 3, blocks, counts, mass, None,
+        block_lse, lengths, 8, *selection_arguments(RULES[1]), 0, 3, blocks, counts, mass,
+        torch.empty((3, 9), device="cuda"), None,
     )  # fmt: skip
     torch.library.opcheck(
         torch.ops.kcache.select_blocks.default,

@@ -143,9 +143,12 @@ def check_select(selection: Selection, device: str = "cpu") -> None:
     assert_close(out.lse[lengths > 0], expected[lengths > 0])
 
 
-def check_clip(shape: Shape, selection: Selection, splits: int, device: str = "cpu") -> None:
+def check_clip(
+    shape: Shape, selection: Selection, splits: int, device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> None:  # fmt: skip
     """The clipped tail over lists in `splits` parts of 16 tokens or more, poison in the buffers."""
-    case = build_case(shape, sharpness=3.0)
+    case = build_case(shape, dtype, sharpness=3.0)
     tokens, heads = shape.v_block_tokens, shape.num_kv_heads
     block_lse = score_blocks(
         case.query, case.k_pages, case.block_table, case.seq_lens, case.scale, tokens,

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The documentation against the code: settings, refusals, metrics, rows of the study, links."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks import selection_table
+from vllm_kcache.config import ACCEPTED_VALUES, KCacheConfig
+from vllm_kcache.integration import counters, refusals
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+
+
+def cells_of(line: str) -> list[str]:
+    """Cells of a row of a Markdown table."""
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def settings_rows(page: Path) -> dict[str, list[str]]:
+    """Rows of the table that begins with the column "key", by key."""
+    lines = page.read_text().splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("| key |"))
+    rows = {}
+    for line in lines[first + 2 :]:
+        if not line.startswith("|"):
+            break
+        cells = cells_of(line)
+        rows[re.findall(r"`(\w+)`", cells[0])[0]] = cells
+    return rows
+
+
+@pytest.mark.parametrize(
+    "page", [DOCS / "configuration.md", ROOT / "README.md"], ids=lambda p: p.name
+)
+def test_every_setting_has_a_row(page: Path) -> None:
+    rows = settings_rows(page)
+    assert set(rows) == set(KCacheConfig.model_fields)
+    for key, cells in rows.items():
+        for word in re.findall(r'"\w+"', ACCEPTED_VALUES[key]):
+            assert f"`{word}`" in cells[2], f"{page.name}: {key} does not name {word}"
+
+
+def test_every_default_is_named() -> None:
+    for key, cells in settings_rows(DOCS / "configuration.md").items():
+        default = json.dumps(KCacheConfig.model_fields[key].default)
+        assert cells[1] == f"`{default}`", key
+
+
+def test_every_refusal_is_named() -> None:
+    """In the first column of a table of limits.md: the feature without its value."""
+    text = (DOCS / "limits.md").read_text().splitlines()
+    features = "\n".join(cells_of(line)[0] for line in text if line.startswith("|"))
+    for refusal in refusals.REFUSALS:
+        name = re.sub(r" \(.*\)|=?\{value\} ?", "", refusal.feature)
+        assert name.lower() in features.lower(), f"limits.md does not name {name!r}"
+
+
+def test_every_metric_is_named() -> None:
+    text = (DOCS / "metrics.md").read_text()
+    for name in (*counters.SCALARS, "mean_selected_blocks", "dropped_mass"):
+        assert f"`{name}`" in text, f"metrics.md does not name {name}"
+
+
+def test_the_study_shows_its_rows() -> None:
+    """Every row of selection.md is part of a row that the table prints. Labels may differ."""
+    rows = [json.loads(line) for line in selection_table.RESULTS.read_text().splitlines()]
+    printed = []
+    for group in {(row["rule"]["block_tokens"], row["context"]) for row in rows}:
+        chosen = [row for row in rows if (row["rule"]["block_tokens"], row["context"]) == group]
+        printed += [cells_of(line) for line in selection_table.table(chosen)]
+    shown = [
+        [cell for cell in cells_of(line)[1:] if cell]
+        for line in (DOCS / "selection.md").read_text().splitlines()
+        if line.startswith("|") and line.count("±") == 2
+    ]
+    assert len(shown) > 50
+    for cells in shown:
+        assert any(set(cells) <= set(row) for row in printed), f"no such row: {cells}"
+
+
+def without_code(text: str) -> str:
+    """Markdown without fenced and indented blocks and code spans, which may look like links."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^    .*$", "", text, flags=re.MULTILINE)
+    return re.sub(r"`[^`\n]*`", "code", text)
+
+
+def anchors_of(page: Path) -> set[str]:
+    """Anchors of a page's headings, as Python-Markdown makes them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    found = set()
+    for heading in re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE):
+        plain = unicodedata.normalize("NFKD", heading).encode("ascii", "ignore").decode()
+        found.add(re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", plain).strip().lower()))
+    return found
+
+
+def links_of(page: Path) -> Iterator[str]:
+    """Targets of the links and images of a page that lie in the repository."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text())):
+        if not re.match(r"[a-z]+:", target):
+            yield target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in links_of(page):
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        assert file.is_file(), f"{page.name}: {target} does not exist"
+        if page.parent == DOCS:
+            # The site holds what lies in docs/ only.
+            assert DOCS in file.resolve().parents, f"{page.name}: {target} lies outside docs/"
+        if anchor:
+            assert anchor in anchors_of(file), f"{page.name}: {target} has no such heading"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = re.findall(r"^ +- (?:.*: )?([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    assert sorted(listed) == [page.name for page in PAGES if page.parent == DOCS]

@@ -49,7 +49,7 @@ def table(rows: list[dict[str, Any]]) -> Iterable[str]:
     yield "|---" * (HEAD.count("|") - 1) + "|"
     for row in sorted(rows, key=lambda row: (row["label"] != BASE, row["label"], row["tokens"])):
         cells = [
-            row["label"],
+            row["label"].replace("|", "\\|"),
             f"{row['rule']['level']:g}",
             f"{row['tokens']:.0f}",
             f"{row['fetched_tokens']:.1f}",

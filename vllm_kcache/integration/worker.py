@@ -32,6 +32,8 @@ class SplitCacheWorker:
     vllm_config: Any
     device: torch.device
     rank: int
+    # Host bytes for V as they were before any rank of this machine took its share.
+    _first_host_budget: int | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, then make sure that every layer runs the split cache."""
@@ -58,6 +60,7 @@ class SplitCacheWorker:
         specs = self.get_kv_cache_spec()  # type: ignore[attr-defined]
         page_bytes = sum(spec.page_size_bytes for spec in specs.values())
         v_bytes = runtime.current().shape.v_bytes_per_page
+        self._first_host_budget = self._host_budget(0)
         pages_device = self._device_pages(available, page_bytes, v_bytes)
         pages_host = self._host_budget(pages_device * page_bytes) // v_bytes
         pages = min(pages_device, pages_host)
@@ -98,9 +101,15 @@ class SplitCacheWorker:
         )
 
     def _check_host_memory(self, num_blocks: int) -> None:
-        """num_gpu_blocks_override goes past `determine_available_memory`: look again."""
+        """num_gpu_blocks_override goes past `determine_available_memory`: look again.
+
+        At the budget of that time: meanwhile another rank may have taken its share, which must not
+        count against this one's.
+        """
         needed = num_blocks * runtime.current().shape.v_bytes_per_page
-        budget = self._host_budget(0)
+        budget = self._first_host_budget
+        if budget is None:
+            budget = self._host_budget(0)
         if needed > budget:
             raise KCacheConfigError(
                 f"num_gpu_blocks_override={num_blocks}: V of that many blocks needs "

@@ -170,7 +170,7 @@ def sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_a_repeated_sweep_runs_what_is_missing(sweeps: Any, monkeypatch: Any) -> None:
     settings = ["--settings", '[{"coverage": 0.9}, {"top_n": 8, "dense_layers": 1}]']
-    one, other = (json.dumps({"v_block_tokens": 16, "dense_layers": layers}) for layers in (0, 1))
+    one, other = (json.dumps({"v_block_tokens": 8, "dense_layers": layers}) for layers in (0, 1))
     first = sweeps("--lengths", "500", "300", *settings)
     both = [(300, 1), (500, 1)]
     assert first == [("stock", both), (one, both), (other, both)]
@@ -184,7 +184,7 @@ def test_a_repeated_sweep_runs_what_is_missing(sweeps: Any, monkeypatch: Any) ->
 
 def test_stock_is_not_run_again_while_its_logits_are_there(sweeps: Any) -> None:
     kept = ["--lengths", "300", "--keep-work", "--settings"]
-    one = json.dumps({"v_block_tokens": 16, "dense_layers": 0})
+    one = json.dumps({"v_block_tokens": 8, "dense_layers": 0})
     assert sweeps(*kept, '[{"coverage": 0.9}]') == [("stock", [(300, 1)]), (one, [(300, 1)])]
     assert sweeps(*kept, '[{"coverage": 0.8}]') == [(one, [(300, 1)])]
 

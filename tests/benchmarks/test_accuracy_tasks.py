@@ -257,8 +257,8 @@ def test_a_command_pairs_the_answers_and_repeats_nothing(command: Any) -> None:
 def test_default_settings(command: Any) -> None:
     _, rows = command()
     assert [row["kcache"] for row in rows[1:]] == [
-        {"v_block_tokens": 16, "dense_layers": 0, "coverage": 0.97},
-        {"v_block_tokens": 16, "dense_layers": 0, "top_n": 32},
+        {"v_block_tokens": 8, "dense_layers": 0, "coverage": 0.97},
+        {"v_block_tokens": 8, "dense_layers": 0, "top_n": 64},
     ]
 
 

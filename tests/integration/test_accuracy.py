@@ -76,7 +76,7 @@ def test_default_keeps_the_perplexity(rows: list[dict[str, Any]]) -> None:
 
 def test_a_setting_gives_the_same_after_another(rows: list[dict[str, Any]]) -> None:
     _, _, default, fixed, again = rows
-    assert fixed["selected_tokens"] == 16 * 16
+    assert fixed["selected_tokens"] == 16 * 8
     assert fixed["kl"] > default["kl"]
     for name in ("perplexity", "kl", "kl_max", "selected_tokens", "by_kind"):
         assert again[name] == default[name]

@@ -152,7 +152,7 @@ def test_what_the_plugin_sets_itself(
             {"block_size": 16},
             "kcache_config.v_block_tokens=32: must divide the KV block size of 16 tokens",
         ),
-        ({"top_n": 2}, {}, "kcache_config.top_n=2: must be at least 4"),
+        ({"top_n": 2}, {}, "kcache_config.top_n=2: must be at least 6"),
         ({"dense_layers": 2}, {}, "kcache_config.dense_layers=2: must be at most 1"),
         ({"dense_layers": [5]}, {}, "kcache_config.dense_layers=[5]: must be layer numbers from 0"),
         ({"prefill": "flash_attn"}, {}, "kcache_config.prefill='flash_attn': needs a GPU"),

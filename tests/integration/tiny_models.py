@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model folders with nothing but a config.json, for tests that never load weights."""
+"""Model folders: most with nothing but a config.json, for tests that never load weights."""
 
 from __future__ import annotations
 
@@ -191,3 +191,19 @@ def model_folder(parent: Path, config: dict[str, Any]) -> str:
     parent.mkdir(parents=True, exist_ok=True)
     (parent / "config.json").write_text(json.dumps(config))
     return str(parent)
+
+
+def write_llama(folder: Path, **changes: Any) -> str:
+    """A Llama model with random float32 weights; returns its folder.
+
+    The weights are large enough for greedy decoding to leave no ties.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **{**_COMMON, "torch_dtype": "float32", "initializer_range": 0.1, **changes}
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)

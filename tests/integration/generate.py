@@ -5,9 +5,10 @@
 
 The specification: {"engine": keyword arguments of vllm.LLM, "batches": [{"prompts": [...],
 "sampling": {...} or one for each prompt, "forced": [[token ids], ...] or absent, "lora": [folder
-or null for each prompt] or absent}]}. Batches run one after the other, so that a later one can hit
-the prefix cache of an earlier one. With "forced", request i must continue with those tokens, and
-the raw log-probability of each is returned: teacher forcing on the decode path.
+or null for each prompt] or absent}]}; or a batch is {"prompts": [...], "beam_search": {...}}.
+Batches run one after the other, so that a later one can hit the prefix cache of an earlier one.
+With "forced", request i must continue with those tokens, and the raw log-probability of each is
+returned: teacher forcing on the decode path.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
 def _run_batch(llm: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
     from vllm import SamplingParams
 
+    if "beam_search" in batch:
+        return _search_beams(llm, batch)
     given = batch["sampling"]
     each = given if isinstance(given, list) else [given] * len(batch["prompts"])
     sampling = []
@@ -101,6 +104,15 @@ def _run_batch(llm: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
             ]
         rows.append(row)
     return rows
+
+
+def _search_beams(llm: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """The sequences that were found, the prompt before each."""
+    from vllm.sampling_params import BeamSearchParams
+
+    prompts = [{"prompt": prompt} for prompt in batch["prompts"]]
+    outputs = llm.beam_search(prompts, BeamSearchParams(**batch["beam_search"]))
+    return [{"tokens": [beam.tokens for beam in output.sequences]} for output in outputs]
 
 
 def _prefill_kernel() -> str | None:

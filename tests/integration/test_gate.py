@@ -34,6 +34,8 @@ BATCHES: list[dict[str, Any]] = [
         "prompts": [kjv(10, 12)],
         "sampling": {"max_tokens": 24, "n": 4, "temperature": 1.0, "seed": 7},
     },
+    # Each step makes new requests of the best sequences: prefix hits of half-filled blocks.
+    {"prompts": [SHORT[0], kjv(10, 12)], "beam_search": {"beam_width": 3, "max_tokens": 12}},
 ]
 
 
@@ -54,6 +56,8 @@ def test_text_equals_stock(stock: dict[str, Any], split: dict[str, Any]) -> None
     assert all(row["cached_tokens"] > 500 for row in split["batches"][1])
     samples = split["batches"][2][0]["tokens"]
     assert len({tuple(tokens) for tokens in samples}) > 1
+    beams = [row["tokens"] for row in split["batches"][3]]
+    assert all(len({tuple(tokens) for tokens in found}) == 3 for found in beams)
     assert tokens_of(split) == tokens_of(stock)
     # Decode went through the selection, in every layer.
     assert split["kcache_metrics"]["decode_layer_steps"] >= 30 * 2 * 40

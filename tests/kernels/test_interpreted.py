@@ -46,6 +46,10 @@ def test_reused_pages_never_serve_stale_v() -> None:
     assert "every step equals the reference" in run_interpreted("tests.kernels.simulation")
 
 
+def test_the_check_at_start_finds_faults() -> None:
+    assert "faults are found" in run_interpreted("tests.kernels.self_checking")
+
+
 def test_kernels_compile() -> None:
     """For the GPUs with the least and the most shared memory of those that are served."""
     with ThreadPoolExecutor() as pool:

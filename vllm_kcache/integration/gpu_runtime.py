@@ -18,6 +18,7 @@ from vllm_kcache.integration.counters import Counters
 from vllm_kcache.integration.metadata import KCacheMetadata
 from vllm_kcache.integration.runtime import LayerInputs, PageShape, Runtime
 from vllm_kcache.kernels.decode import DecodeWorkspace, decode_step
+from vllm_kcache.kernels.self_check import LayerShape
 from vllm_kcache.kernels.write import WriteParts, write_kv
 
 logger = init_logger(__name__)
@@ -106,6 +107,19 @@ class GPURuntime(Runtime):
         self.transfer = PrefillTransfer(*self._transfer_arguments(), device)
         self._copy = torch.zeros(COUNTER_WORDS, dtype=torch.int64, pin_memory=True)
         self._copied: torch.cuda.Event | None = None
+
+    def layer_shape(self) -> LayerShape:
+        """What decides the kernels of a split layer."""
+        return LayerShape(
+            self.num_query_heads,
+            self.shape.num_kv_heads,
+            self.shape.head_size,
+            self.shape.page_tokens,
+            self.v_block_tokens,
+            self.shape.dtype,
+            self.selection,
+            self.config.resolved_tail,
+        )
 
     # Memory ----------------------------------------------------------------------------------
 

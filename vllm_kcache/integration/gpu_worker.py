@@ -6,12 +6,17 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import torch
+from vllm.logger import init_logger
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_kcache.config import KCacheConfig, KCacheConfigError
 from vllm_kcache.integration import counters, runtime
 from vllm_kcache.integration.gpu_runtime import GPULimits, GPURuntime
 from vllm_kcache.integration.worker import GIB, SplitCacheWorker
+from vllm_kcache.kernels import self_check
+
+logger = init_logger(__name__)
 
 # Counters of the GPU are copied to the shared file no more often than this.
 _PUBLISH_SECONDS = 1.0
@@ -19,6 +24,22 @@ _PUBLISH_SECONDS = 1.0
 
 class KCacheGPUWorker(SplitCacheWorker, Worker):
     """vLLM's GPU worker with the split cache."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        if self_check.is_wanted():
+            self._check_kernels()
+
+    def _check_kernels(self) -> None:
+        """Do not start where this GPU's kernels differ from the reference."""
+        active = self._gpu_runtime()
+        begin = time.monotonic()
+        self_check.check_kernels(active.layer_shape(), self.device)
+        # What it took is not what the model needs: vLLM measures next.
+        torch.cuda.empty_cache()
+        logger.info(
+            "KCache: kernels checked against the reference in %.1f s.", time.monotonic() - begin
+        )
 
     def _make_runtime(
         self, config: KCacheConfig, shape: runtime.PageShape, figures: counters.Counters

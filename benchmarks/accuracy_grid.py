@@ -75,7 +75,7 @@ def make_grid(
         v_block_tokens: V block that "auto" means for the model.
         v_blocks: V blocks to measure; None is the grid's own choice.
         dense_layers: numbers of dense layers to measure; None is the grid's own choice.
-        has_mean_tail: the engine can keep mean V, and select by a mass threshold (on the CPU).
+        has_mean_tail: the engine can keep mean V (on the CPU).
     """
     if name == "quick":
         sizes, dense = v_blocks or [v_block_tokens], dense_layers or [0]
@@ -120,11 +120,7 @@ def _full(engine: EngineSettings, has_mean_tail: bool) -> None:
         engine.add_fixed(tokens)
     engine.settings += [{"coverage": c, "head_combine": "max"} for c in COVERAGES]
     for threshold in THRESHOLDS:
-        if has_mean_tail:
-            engine.settings.append({"mass_threshold": threshold})
-        else:
-            reason = "a mass threshold is not yet verified on a GPU"
-            engine.skipped.append(({"mass_threshold": threshold}, reason))
+        engine.settings.append({"mass_threshold": threshold})
     for cap in CAP_TOKENS:
         for combine in ("sum", "max"):
             for coverage in (0.95, 0.97, 0.99):

@@ -23,7 +23,7 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(PLAN) == 0
     shown = capsys.readouterr().out
     rows = {line[:26].strip(): line[26:].split() for line in shown.splitlines() if line[26:]}
-    assert rows["requests that fit"] == ["13", "27", "23"]
+    assert rows["requests that fit"] == ["13", "27", "25"]
     assert float(rows["step, ms"][0]) == pytest.approx(24.7, abs=0.3)
     assert re.fullmatch(r"1\.[678]\dx", rows["kcache against it"][0])
     for text in ("NVIDIA H100", "pays (more tokens/s than stock): from", "limited by: "):
@@ -35,7 +35,7 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
 def test_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*PLAN, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert [plan[name]["fits"] for name in ("stock", "stock_fp8", "kcache")] == [13, 27, 23]
+    assert [plan[name]["fits"] for name in ("stock", "stock_fp8", "kcache")] == [13, 27, 25]
     assert plan["kcache"]["cost"]["pcie_bytes"] > 0
     assert plan["setup"]["config"] == {"top_n": 16}
     assert plan["limited_by"] in (
@@ -78,8 +78,9 @@ def test_settings(capsys: pytest.CaptureFixture[str]) -> None:
         )
         return json.loads(capsys.readouterr().out)["selected_tokens"]
 
-    assert selected() == pytest.approx(746)
+    assert selected() == pytest.approx(497)
     assert selected("--coverage", "0.9") == pytest.approx(345)
+    assert selected("--coverage", "0.97") == pytest.approx(746)
     assert selected("--top-n", "16") == 128
     assert selected("--top-n", "all") == 4096
     assert selected("--kcache-config", '{"coverage": 0.95, "top_n": 32}') == 256

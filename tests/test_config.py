@@ -23,17 +23,17 @@ def refusal(value) -> str:
 def test_defaults():
     config = KCacheConfig.from_user(None)
     assert config == KCacheConfig.from_user({}) == KCacheConfig.from_user("{}") == KCacheConfig()
-    assert (config.resolved_top_n, config.resolved_coverage) == (None, 0.97)
+    assert (config.resolved_top_n, config.resolved_coverage) == (None, None)
+    assert config.resolved_mass_threshold == 0.002
     assert (config.sink_tokens, config.recent_tokens, config.dense_layers) == (8, 32, 0)
-    assert (config.resolved_tail, config.selection(8).combine) == ("renormalize", "sum")
+    assert (config.resolved_tail, config.selection(8).combine) == ("clip", "max")
     assert config.host_memory_gib == config.hot_cache_gib == config.prefill == "auto"
 
 
 @pytest.mark.parametrize(
     ("given", "top_n", "coverage"),
     [
-        ({}, None, 0.97),
-        ({"top_n": None}, None, 0.97),
+        ({"mass_threshold": None}, None, None),
         ({"top_n": "all"}, None, None),
         ({"top_n": 64}, 64, None),
         ({"coverage": 0.9}, None, 0.9),
@@ -44,7 +44,7 @@ def test_defaults():
         ({"top_n": "all", "coverage": None}, None, None),
         ({"top_n": 64, "coverage": None}, 64, None),
         ({"top_n": "all", "coverage": "auto"}, None, None),
-        ({"coverage": "auto"}, None, 0.97),
+        ({"coverage": "auto", "mass_threshold": None}, None, None),
     ],
     ids=str,
 )
@@ -56,12 +56,26 @@ def test_top_n_and_coverage_together(given, top_n, coverage):
     assert selection.selects_everything == (top_n is None and coverage is None)
 
 
-def test_mass_threshold_brings_its_own_tail_and_combination():
-    config = KCacheConfig.from_user({"mass_threshold": 0.002})
-    assert config.selection(8) == Selection(None, None, 1, 32, "max", 0.002)
-    assert config.selection(8).clip == 0.001
+@pytest.mark.parametrize(
+    ("given", "threshold"),
+    [
+        ({}, 0.002),
+        ({"top_n": None, "coverage": "auto", "mass_threshold": "auto"}, 0.002),
+        ({"mass_threshold": 0.01}, 0.01),
+        ({"mass_threshold": 0.01, "coverage": None}, 0.01),
+        ({"mass_threshold": 0.01, "top_n": "all"}, 0.01),
+    ],
+    ids=str,
+)
+def test_mass_threshold_brings_its_own_tail_and_combination(given, threshold):
+    config = KCacheConfig.from_user(given)
+    assert config.selection(8) == Selection(None, None, 1, 32, "max", threshold)
+    assert config.selection(8).clip == threshold / 2
     assert not config.selection(8).selects_everything
     assert config.resolved_tail == "clip"
+
+
+def test_mass_threshold_with_a_cap_and_another_tail():
     config = KCacheConfig.from_user(
         {"mass_threshold": 0.002, "top_n": 64, "coverage": None, "tail": "drop"}
         | {"head_combine": "sum"}
@@ -71,7 +85,8 @@ def test_mass_threshold_brings_its_own_tail_and_combination():
 
 
 def test_settings_that_exclude_each_other():
-    assert refusal({"tail": "clip"}) == (
+    assert KCacheConfig.from_user({"tail": "clip"}).selection(8).clip == 0.001
+    assert refusal({"tail": "clip", "top_n": 64}) == (
         "kcache_config.tail='clip': needs kcache_config.mass_threshold, which says where to clip"
     )
     assert refusal({"mass_threshold": 0.002, "coverage": 0.9}) == (
@@ -79,13 +94,13 @@ def test_settings_that_exclude_each_other():
         "one of them"
     )
     with pytest.raises(KCacheConfigError, match=r"needs kcache_config\.mass_threshold"):
-        KCacheConfig(tail="clip").selection(8)
+        KCacheConfig(tail="clip", coverage=0.9).selection(8)
 
 
 BAD_VALUES = {
     "top_n": [0, -1, 1.5, 64.0, True, "some", "64", [1], {}],
     "coverage": [0, 0.0, -0.5, 1.5, 2, math.nan, math.inf, True, "0.9", "high", []],
-    "mass_threshold": [0, 0.0, -0.5, 1.5, 2, math.nan, True, "0.002", "auto", []],
+    "mass_threshold": [0, 0.0, -0.5, 1.5, 2, math.nan, True, "0.002", "all", []],
     "v_block_tokens": [0, -8, 3, 24, 64, 8.0, True, None, "8", "big"],
     "sink_tokens": [-1, 0.5, 8.0, False, None, "8", "auto"],
     "recent_tokens": [0, -1, 0.5, 32.0, True, None, "32"],
@@ -115,7 +130,7 @@ def test_the_texts_of_what_is_accepted():
     assert [refusal({key: values[0]}) for key, values in BAD_VALUES.items()] == [
         'kcache_config.top_n=0: must be an integer of at least 1, "all" or null',
         'kcache_config.coverage=0: must be greater than 0 and at most 1, null or "auto"',
-        "kcache_config.mass_threshold=0: must be greater than 0 and at most 1, or null",
+        'kcache_config.mass_threshold=0: must be greater than 0 and at most 1, null or "auto"',
         'kcache_config.v_block_tokens=0: must be 1, 2, 4, 8, 16, 32 or "auto"',
         "kcache_config.sink_tokens=-1: must be an integer of at least 0",
         "kcache_config.recent_tokens=0: must be an integer of at least 1",
@@ -134,7 +149,7 @@ def test_the_texts_of_what_is_accepted():
 GOOD_VALUES = {
     "top_n": [1, 5000, "all", None],
     "coverage": [0.01, 0.95, 1.0, 1, None, "auto"],
-    "mass_threshold": [0.002, 1.0, None],
+    "mass_threshold": [0.002, 1.0, None, "auto"],
     "v_block_tokens": [1, 2, 4, 8, 16, 32, "auto"],
     "sink_tokens": [0, 8, 100],
     "recent_tokens": [1, 32, 100],

@@ -12,10 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from vllm_kcache.types import HeadCombine, Selection, Tail
 
 KEY_PREFIX = "kcache_config"
-# .95 cost more than 1% of perplexity on one sample of two (docs/accuracy.md).
-DEFAULT_COVERAGE = 0.97
+# At 2K to 8K tokens the perplexity is within .3%, at 500 tokens a head (docs/accuracy.md).
+DEFAULT_MASS_THRESHOLD = 0.002
 
-# Blocks of 16 tokens take 13% more tokens for the same accuracy (docs/selection.md).
+# What the threshold is for: larger blocks take a quarter more tokens (docs/selection.md).
 V_BLOCK_TOKENS_AUTO = 8
 V_BLOCK_TOKENS_LEAST = 4
 # The smallest row that reads mapped host memory at the full speed of the link; larger blocks gain
@@ -26,7 +26,7 @@ V_BLOCK_TOKENS_ACCEPTED = (1, 2, 4, 8, 16, 32)
 ACCEPTED_VALUES = {
     "top_n": 'an integer of at least 1, "all" or null',
     "coverage": 'greater than 0 and at most 1, null or "auto"',
-    "mass_threshold": "greater than 0 and at most 1, or null",
+    "mass_threshold": 'greater than 0 and at most 1, null or "auto"',
     "v_block_tokens": '1, 2, 4, 8, 16, 32 or "auto"',
     "sink_tokens": "an integer of at least 0",
     "recent_tokens": "an integer of at least 1",
@@ -57,7 +57,7 @@ class KCacheConfig(BaseModel):
 
     | top_n | coverage | selected, per request and KV head |
     |---|---|---|
-    | not given | not given | the fewest blocks that reach coverage .97 |
+    | not given | not given | every block that holds .002 of the mass of one query head |
     | "all" | not given | every block: equal to full attention |
     | N | not given | the N blocks of most mass (the paper's mode, arXiv 2404.18057) |
     | not given or "all" | c | the fewest blocks that reach coverage c |
@@ -66,11 +66,13 @@ class KCacheConfig(BaseModel):
     | N | null | the N blocks of most mass |
     | not given, "all" or N | not given or null, and mass_threshold m | every block that holds at
       least m of the softmax mass of one query head; at most N |
+    | not given or "all" | not given, and mass_threshold null | every block |
 
     Fields:
         top_n: most V blocks kept per KV head. `None` is "not given", `"all"` is every block.
         coverage: share of the softmax mass that the selected blocks hold. `"auto"` is "not given".
-        mass_threshold: least share of the softmax mass for which a block is selected.
+        mass_threshold: least share of the softmax mass for which a block is selected. `"auto"` is
+            "not given".
         v_block_tokens: tokens of a V block. `"auto"`: 8, or 2 KiB at 2 bytes a value where that is
             less.
         sink_tokens: first tokens of a request, always attended; rounded up to V blocks.
@@ -89,7 +91,7 @@ class KCacheConfig(BaseModel):
 
     top_n: PositiveInt | Literal["all"] | None = None
     coverage: Fraction | Literal["auto"] | None = "auto"
-    mass_threshold: Fraction | None = None
+    mass_threshold: Fraction | Literal["auto"] | None = "auto"
     v_block_tokens: PositiveInt | Literal["auto"] = "auto"
     sink_tokens: NonNegativeInt = 8
     recent_tokens: PositiveInt = 32
@@ -145,7 +147,7 @@ class KCacheConfig(BaseModel):
 
     def check_together(self) -> None:
         """Raise KCacheConfigError for values that are accepted each, and not together."""
-        if self.mass_threshold is None:
+        if self.resolved_mass_threshold is None:
             if self.tail == "clip":
                 raise KCacheConfigError(
                     f"{KEY_PREFIX}.tail='clip': needs {KEY_PREFIX}.mass_threshold, which says "
@@ -168,17 +170,23 @@ class KCacheConfig(BaseModel):
 
     @property
     def resolved_coverage(self) -> float | None:
-        """The coverage to reach, or None where `top_n` alone decides (see the class's table)."""
-        if self.coverage != "auto":
-            return self.coverage
-        return DEFAULT_COVERAGE if self.top_n is None and self.mass_threshold is None else None
+        """The coverage to reach, or None where it does not decide (see the class's table)."""
+        return None if self.coverage == "auto" else self.coverage
+
+    @property
+    def resolved_mass_threshold(self) -> float | None:
+        """The least mass of a selected block, or None where it does not decide."""
+        if self.mass_threshold != "auto":
+            return self.mass_threshold
+        is_default = self.top_n is None and self.coverage == "auto"
+        return DEFAULT_MASS_THRESHOLD if is_default else None
 
     @property
     def resolved_tail(self) -> Tail:
         """What happens to the mass that was not selected."""
         if self.tail != "auto":
             return self.tail
-        return "renormalize" if self.mass_threshold is None else "clip"
+        return "renormalize" if self.resolved_mass_threshold is None else "clip"
 
     def resolved_v_block_tokens(self, head_size: int, itemsize: int, page_tokens: int) -> int:
         """Tokens of a V block for one model.
@@ -224,14 +232,14 @@ class KCacheConfig(BaseModel):
         self.check_together()
         combine = self.head_combine
         if combine == "auto":
-            combine = "sum" if self.mass_threshold is None else "max"
+            combine = "sum" if self.resolved_mass_threshold is None else "max"
         selection = Selection(
             top_n=self.resolved_top_n,
             coverage=self.resolved_coverage,
             sink_blocks=-(-self.sink_tokens // v_block_tokens),
             recent_tokens=self.recent_tokens,
             combine=combine,
-            mass_threshold=self.mass_threshold,
+            mass_threshold=self.resolved_mass_threshold,
         )
         forced = selection.most_forced_blocks(v_block_tokens)
         if selection.top_n is not None and selection.top_n < forced:

@@ -299,7 +299,8 @@ def _notes(setup: Setup, load: Load, split: Prediction) -> list[str]:
     notes = []
     if setup.hardware.source != "measured":
         notes.append(f"{setup.hardware.name}: {setup.hardware.source}.")
-    selects = (setup.config.resolved_coverage, setup.config.mass_threshold) != (None, None)
+    config = setup.config
+    selects = (config.resolved_coverage, config.resolved_mass_threshold) != (None, None)
     if load.selected_tokens is None and selects:
         notes.append(
             "The tokens selected are an estimate from SmolLM2-135M; measure your model "

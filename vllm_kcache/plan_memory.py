@@ -19,7 +19,7 @@ GIB = 2**30
 # activations nor as cache (docs/plan.md, "Memory").
 OTHER_GPU_BYTES = 450_000_000
 # Shares and sizes of integration/gpu_runtime.py.
-HOT_CACHE_SHARE = 0.13
+HOT_CACHE_SHARE = 0.07
 GROUP_REQUESTS = 64
 WORKSPACE_BYTES = 256 << 20
 PIECE_BYTES = 64 << 20

@@ -257,7 +257,7 @@ def test_a_command_pairs_the_answers_and_repeats_nothing(command: Any) -> None:
 def test_default_settings(command: Any) -> None:
     _, rows = command()
     assert [row["kcache"] for row in rows[1:]] == [
-        {"v_block_tokens": 8, "dense_layers": 0, "coverage": 0.97},
+        {"v_block_tokens": 8, "dense_layers": 0, "mass_threshold": 0.002},
         {"v_block_tokens": 8, "dense_layers": 0, "top_n": 64},
     ]
 

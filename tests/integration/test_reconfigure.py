@@ -40,7 +40,7 @@ def test_what_is_not_given_takes_its_default() -> None:
     made.reconfigure({"tail": "drop"})
     made.reconfigure({})
     assert made.selection == runtime().selection
-    assert made.config.resolved_tail == "renormalize"
+    assert made.config.resolved_tail == "clip"
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_what_is_not_given_takes_its_default() -> None:
         ({"top_m": 3}, "top_m"),
         ({"coverage": 2.0}, "coverage=2.0"),
         ({"top_n": 2}, "top_n=2: must be at least"),
-        ({"tail": "mean"}, "only if it was started with it"),
+        ({"tail": "mean"}, "another only if it was started with it"),
     ],
 )
 def test_refusals_change_nothing(settings: dict[str, Any], message: str) -> None:

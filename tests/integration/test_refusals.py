@@ -181,14 +181,6 @@ def test_mean_tail_needs_the_cpu(folders: Callable[[str], str]) -> None:
     assert "'renormalize'" in found
 
 
-def test_mass_threshold_waits_for_a_gpu_run(folders: Callable[[str], str]) -> None:
-    vllm_config = stock_config(folders("llama"))
-    assert messages(vllm_config, mass_threshold=0.002) == []
-    on_gpu = changed(vllm_config, {"device_config.device_type": "cuda"})
-    (found,) = messages(on_gpu, mass_threshold=0.002)
-    assert found.startswith("kcache_config.mass_threshold=0.002: not yet verified on a GPU")
-
-
 def test_all_refusals_are_found_at_once(folders: Callable[[str], str]) -> None:
     """What `vllm-kcache check` lists."""
     vllm_config = stock_config(folders("gemma2"), kv_sharing_fast_prefill=True)

@@ -20,6 +20,7 @@ from vllm_kcache.integration.runtime import LayerInputs, PageShape, Runtime
 from vllm_kcache.kernels.decode import DecodeWorkspace, decode_step
 from vllm_kcache.kernels.self_check import LayerShape
 from vllm_kcache.kernels.write import WriteParts, write_kv
+from vllm_kcache.types import Tail
 
 logger = init_logger(__name__)
 
@@ -30,8 +31,8 @@ WORKSPACE_BYTES = 256 << 20
 # Bytes of one gathered piece of V (and as many for K) while a prompt chunk attends to its context.
 PIECE_BYTES = 64 << 20
 # Share of the memory for K pages that the hot V cache takes when its size is "auto": where the
-# planner finds the most throughput at the default coverage (docs/plan.md).
-HOT_CACHE_SHARE = 0.13
+# planner finds the most throughput with the default selection (docs/plan.md).
+HOT_CACHE_SHARE = 0.07
 
 
 @dataclass(frozen=True)
@@ -110,16 +111,16 @@ class GPURuntime(Runtime):
 
     def layer_shape(self) -> LayerShape:
         """What decides the kernels of a split layer."""
+        shape = self.shape
         return LayerShape(
-            self.num_query_heads,
-            self.shape.num_kv_heads,
-            self.shape.head_size,
-            self.shape.page_tokens,
-            self.v_block_tokens,
-            self.shape.dtype,
-            self.selection,
-            self.config.resolved_tail,
-        )
+            self.num_query_heads, shape.num_kv_heads, shape.head_size, shape.page_tokens,
+            self.v_block_tokens, shape.dtype, self.selection, self.config.resolved_tail,
+        )  # fmt: skip
+
+    def supported_tails(self) -> tuple[Tail, ...]:
+        # The clipped tail needs twice the buffers.
+        tails = super().supported_tails()
+        return tails if self.workspace.attend.clipped else tuple(t for t in tails if t != "clip")
 
     # Memory ----------------------------------------------------------------------------------
 

@@ -119,12 +119,6 @@ def _settings_that_do_not_fit(vllm_config: Any, config: KCacheConfig) -> Iterato
             "kcache_config.tail='mean': only the CPU implementation has it; on a GPU use "
             "'renormalize' (as accurate in our measurements, docs/accuracy.md) or 'drop'."
         )
-    elif config.mass_threshold is not None:
-        # The kernels have it, and no GPU has run them with it yet (docs/benchmarks.md).
-        yield (
-            f"kcache_config.mass_threshold={config.mass_threshold}: not yet verified on a GPU; use "
-            "kcache_config.coverage there."
-        )
 
 
 REFUSALS: tuple[Refusal, ...] = (

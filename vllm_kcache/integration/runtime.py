@@ -165,7 +165,7 @@ class Runtime:
         if config.resolved_tail not in self.supported_tails():
             raise KCacheConfigError(
                 f"kcache_config.tail={config.resolved_tail!r}: this engine can change to "
-                f"{', '.join(self.supported_tails())}; 'mean' only if it was started with it"
+                f"{', '.join(self.supported_tails())}; another only if it was started with it"
             )
         self.config, self.selection = config, selection
         return config

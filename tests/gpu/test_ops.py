@@ -13,6 +13,7 @@ from tests.shapes import ODD_SHAPES, Case, Shape, build_case
 from vllm_kcache import ops
 from vllm_kcache.cache.hot_cache import HotCache
 from vllm_kcache.kernels import extension
+from vllm_kcache.kernels.attend import attend_blocks as attend_kernel_blocks
 from vllm_kcache.kernels.score import launch_score
 from vllm_kcache.kernels.select import launch_select, selection_arguments
 from vllm_kcache.reference import attend, fetch, score, select, write
@@ -274,6 +275,37 @@ def test_attend(case: Case, tail: str) -> None:
         there.query, there.k_pages, there.v_pool, Fetched(rows.cuda(), v_rows.cuda()),
         moved(selected), there.block_table, there.seq_lens, case.scale, tokens, tail,
         scored(case).cuda(), None, out,
+    )  # fmt: skip
+    assert_close(out, expected)
+
+
+def test_rows_eight_gib_away() -> None:
+    """Rows that are read past the slots: their distance, times the bytes of a value, needs 64 bits.
+
+    GPU memory stands in for the host's, so that the distance is known.
+    """
+    case = build_case(ODD_SHAPES[6], torch.bfloat16)
+    shape, there = case.shape, on(case, "cuda")
+    tokens, selected = shape.v_block_tokens, chosen(case)
+    host = fetch.physical_v_blocks(
+        selected.blocks, case.block_table, shape.num_kv_heads, shape.page_tokens // tokens
+    )
+    rows = (-2 - host).masked_fill(selected.blocks < 0, -1).int()
+    far = torch.empty((8 << 30) + case.v_pool.nbytes, dtype=torch.uint8, device="cuda")
+    v_pool = far[8 << 30 :].view(torch.bfloat16).view(case.v_pool.shape)
+    v_pool.copy_(case.v_pool)
+    v_rows = far[: tokens * shape.head_size * 2].view(torch.bfloat16)
+    v_rows = v_rows.view(1, tokens, shape.head_size).fill_(torch.nan)
+    out = torch.full_like(there.query, torch.nan)
+    attend_kernel_blocks(
+        there.query, there.k_pages, v_pool, Fetched(rows.cuda(), v_rows), moved(selected),
+        there.block_table, there.seq_lens, case.scale, tokens, "renormalize", scored(case).cuda(),
+        out=out,
+    )  # fmt: skip
+    by_definition = fetch.fetch_blocks(selected, case.block_table, case.v_pool, tokens)
+    expected = attend.attend_blocks(
+        case.query, case.k_pages, case.v_pool, by_definition, selected, case.block_table,
+        case.seq_lens, case.scale, tokens, "renormalize", scored(case),
     )  # fmt: skip
     assert_close(out, expected)
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ import vllm_kcache.kernels
 from tests.shapes import Shape, build_case
 from vllm_kcache.cache.hot_cache import HotCache
 from vllm_kcache.kernels.attend import attend_blocks
-from vllm_kcache.kernels.attend_plan import AttendConfig
+from vllm_kcache.kernels.attend_plan import attend_config
 from vllm_kcache.kernels.context import gather_context, patch_context, store_value
 from vllm_kcache.kernels.fetch import launch_fetch
 from vllm_kcache.kernels.score import launch_score
@@ -37,6 +39,9 @@ CASES = (
     (Shape((300,), 1, 3, 80, 32, 16), torch.float16),
     (Shape((37,), 2, 1, 64, 16, 4), torch.float32),
     (Shape((300,), 1, 16, 256, 16, 4), torch.bfloat16),
+    # The most shared memory of the score kernel, and of attention.
+    (Shape((300,), 1, 4, 64, 16, 1), torch.bfloat16),
+    (Shape((300,), 1, 16, 256, 32, 32), torch.float32),
 )
 RULES = (
     (Selection(4, None, 1, 1, "sum"), "renormalize"),
@@ -75,6 +80,8 @@ def compile_instead_of_running(capability: int) -> set[str]:
         kernel = run(self, *args, **{**options, "warmup": True})
         assert kernel.asm["cubin"], self
         assert kernel.metadata.shared <= MOST_SHARED[capability], (self, kernel.metadata.shared)
+        # Of two memories less than 32 GiB apart: a product in 32 bits would not fit.
+        assert not re.search(r"muli %host_distance\S* .*: i32", kernel.asm["ttir"]), self
         compiled.add(self.fn.__name__)
         return kernel
 
@@ -111,12 +118,13 @@ def launch_all(shape: Shape, dtype: torch.dtype) -> None:
         fetched = Fetched(torch.zeros_like(selected.blocks), cache.slots)
         for hot in (cache, None):
             launch_fetch(selected, case.block_table, case.v_pool, tokens, hot, 0, fetched)
+        usual = attend_config(2, columns, shape.head_size, dtype.itemsize, tokens)
         # Whether lists are split is a compiled-in choice, apart from what the tail does.
         for splits in (1, 4) if tail == "clip" else (4,):
             attend_blocks(
                 case.query, case.k_pages, case.v_pool, fetched, selected, case.block_table,
                 case.seq_lens, case.scale, tokens, tail, block_lse, clip=selection.clip,
-                config=AttendConfig(max(1, 64 // tokens), splits, 4, 2),
+                config=replace(usual, splits=splits),
             )  # fmt: skip
     context = torch.zeros(shape.seq_lens[0], heads, shape.head_size, dtype=dtype)
     one = (case.block_table, case.seq_lens * 0, case.seq_lens, case.seq_lens * 0)

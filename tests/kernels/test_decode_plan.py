@@ -14,6 +14,8 @@ from vllm_kcache.kernels.decode_plan import (
     DecodePlan,
     plan_decode,
 )
+from vllm_kcache.kernels.select import most_blocks
+from vllm_kcache.types import Selection
 
 
 @pytest.mark.parametrize(
@@ -60,3 +62,18 @@ def test_followers_leave_half_of_the_gpu() -> None:
     assert plan_decode(26, 8, 4096, 2048, 58).followers == 29
     # Too long for shared memory beside scoring.
     assert plan_decode(26, 8, FOLLOWED_BLOCKS + 1, 2048, 132).followers == 0
+
+
+def test_blocks_that_a_selection_holds() -> None:
+    """Masses, the histogram and what else a list takes fit the GPU's shared memory."""
+    fixed = Selection(16, None, 1, 32, "sum")
+    covered = Selection(None, 0.9, 1, 32, "max")
+    for shared in (99 << 10, 163 << 10, 227 << 10):
+        for rule, sums in ((fixed, 0), (covered, 8)):
+            most = most_blocks(rule, 8, shared)
+            assert 4 * (most + 256 * (1 + sums)) + 7168 <= shared
+            assert most == 49152 or 4 * (most + 1 + 256 * (1 + sums)) + 7168 > shared
+    # 8 tokens a block: 392K tokens on an H100, 307K on an A100, 176K on an L4.
+    assert most_blocks(fixed, 4, 227 << 10) == 49152
+    assert 38000 < most_blocks(fixed, 4, 163 << 10) < 40000
+    assert 22000 < most_blocks(fixed, 4, 99 << 10) < 24000

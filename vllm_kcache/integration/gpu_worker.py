@@ -14,7 +14,8 @@ from vllm_kcache.config import KCacheConfig, KCacheConfigError
 from vllm_kcache.integration import counters, runtime
 from vllm_kcache.integration.gpu_runtime import GPULimits, GPURuntime
 from vllm_kcache.integration.worker import GIB, SplitCacheWorker
-from vllm_kcache.kernels import self_check
+from vllm_kcache.kernels import extension, self_check
+from vllm_kcache.kernels.select import most_blocks
 
 logger = init_logger(__name__)
 
@@ -27,8 +28,26 @@ class KCacheGPUWorker(SplitCacheWorker, Worker):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
+        self._check_length()
         if self_check.is_wanted():
             self._check_kernels()
+
+    def _check_length(self) -> None:
+        """Refuse requests of more V blocks than the selection of this GPU can hold."""
+        active = self._gpu_runtime()
+        if not extension.available():
+            return
+        gpu = torch.cuda.get_device_properties(self.device)
+        group = active.num_query_heads // active.shape.num_kv_heads
+        shared = gpu.shared_memory_per_block_optin  # type: ignore[attr-defined]  # not in the stubs
+        most = most_blocks(active.selection, group, shared)
+        if active.max_blocks > most:
+            raise KCacheConfigError(
+                f"max_model_len={active.limits.max_model_len}: {active.max_blocks} V blocks of "
+                f"{active.v_block_tokens} tokens, and the selection of a {gpu.name} holds {most}. "
+                f"Lower --max-model-len to {most * active.v_block_tokens}, raise "
+                f"kcache_config.v_block_tokens, or set {extension.SWITCH}=0."
+            )
 
     def _check_kernels(self) -> None:
         """Do not start where this GPU's kernels differ from the reference."""

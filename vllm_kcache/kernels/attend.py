@@ -65,7 +65,9 @@ def attend_share(
         # One base pointer and a distance reach both memories. Both are aligned to 16 bytes, which
         # the compiler must know to load as much at once.
         here = row.to(tl.int64) * row_values
-        host = host_distance * VALUES_OF_16_BYTES + (-2 - row).to(tl.int64) * row_values
+        # A distance below 32 GiB arrives in 32 bits, where its product would not fit.
+        host = host_distance.to(tl.int64) * VALUES_OF_16_BYTES
+        host += (-2 - row).to(tl.int64) * row_values
         v_offset = tl.multiple_of(tl.where(row >= 0, here, host), VALUES_OF_16_BYTES)
         v_offset += in_block * HEAD_SIZE
         v = tl.load(v_rows + v_offset[:, None] + in_head[None, :], mask=mask, other=0.0)
@@ -158,7 +160,7 @@ def share_out(weight, sums, GROUP_PADDED: tl.constexpr, HEAD_PADDED: tl.constexp
 
 
 # Batch sizes and waves differ in these numbers only, and share one compiled kernel.
-@triton.jit(do_not_specialize=["columns", "max_blocks", "first_head"])
+@triton.jit(do_not_specialize=["columns", "max_blocks", "first_head", "host_distance"])
 def attend_kernel(
     query, k_pages, v_rows, rows, blocks, counts, block_table, seq_lens, block_lse, request_lse,
     partial_sums, partial_weights, arrivals, out, scale, clip, host_distance, query_stride,

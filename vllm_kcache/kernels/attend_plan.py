@@ -94,4 +94,6 @@ def attend_config(
     splits = min(
         MAX_SPLITS, -(-TARGET_PROGRAMS // max(1, num_lists)), -(-max(1, columns) // chunk_blocks)
     )
-    return AttendConfig(chunk_blocks, max(1, splits), 4, 2)
+    # Two stages of larger chunks do not fit GPUs with 99 KiB of shared memory.
+    num_stages = 2 if tokens * row_bytes <= 16384 else 1
+    return AttendConfig(chunk_blocks, max(1, splits), 4, num_stages)

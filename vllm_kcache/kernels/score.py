@@ -19,6 +19,7 @@ from vllm_kcache.cache.hot_cache import EPOCH, FIRST_MISS_COUNT, MAX_WAVES, HotC
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+MOST_QUERY_HEADS = 16  # of a KV head: the least rows of a product on tensor cores
 _EPOCH = tl.constexpr(EPOCH)
 _FIRST_MISS_COUNT = tl.constexpr(FIRST_MISS_COUNT)
 _MAX_WAVES = tl.constexpr(MAX_WAVES)
@@ -127,6 +128,8 @@ def score_config(
     padded_bytes = triton.next_power_of_2(head_size) * itemsize
     # Three stages of one chunk must leave room for two or more programs on a multiprocessor.
     chunk_bytes = 65536 if group > 1 and padded_bytes <= 256 else 32768
+    if v_block_tokens == 1 and padded_bytes <= 128:
+        chunk_bytes = 32768  # one result a token takes shared memory, too
     chunk = max(16, v_block_tokens, chunk_bytes // padded_bytes)
     chunks = max(1, -(-max_blocks * v_block_tokens // chunk))
     # Many more programs than fit at once even out the tail; more than one chunk each hides latency.
@@ -198,6 +201,10 @@ def launch_score(
         return 0
     max_blocks = block_lse.shape[2]
     group = num_query_heads // num_kv_heads
+    if group > MOST_QUERY_HEADS:
+        raise ValueError(
+            f"query: has {group} heads for a KV head; the kernels take at most {MOST_QUERY_HEADS}"
+        )
     if config is None:
         config = score_config(
             num_requests * num_heads,
@@ -223,7 +230,7 @@ def launch_score(
         first_head,
         NUM_HEADS=num_query_heads,
         GROUP=group,
-        GROUP_PADDED=16,
+        GROUP_PADDED=MOST_QUERY_HEADS,
         HEAD_SIZE=head_size,
         HEAD_PADDED=triton.next_power_of_2(head_size),
         PAGE_TOKENS=page_tokens,

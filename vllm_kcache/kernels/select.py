@@ -28,6 +28,10 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 FIXED_POINT_ONE = tl.constexpr(float(1 << 30))
 FORCED_KEY = tl.constexpr(0x7F000000)  # above the bits of any mass
+_MOST_INT32 = 2**31 - 1
+# Of csrc/select.cuh: bins of a digit; what a list takes beside its masses and its histogram; and
+# the check of csrc/bindings.cpp.
+_BINS, _OTHER_SHARED_BYTES, _MOST_BLOCKS = 256, 7168, 49152
 _LISTS = tl.constexpr(COUNTER_NAMES.index("lists"))
 _SELECTED = tl.constexpr(COUNTER_NAMES.index("selected"))
 _FIRST_DROPPED = tl.constexpr(FIRST_DROPPED_BUCKET)
@@ -354,10 +358,25 @@ def launch_select(
 def selection_arguments(selection: Selection) -> tuple[int, float, float, int, int, bool]:
     """The rule as the extension takes it: top_n, coverage and mass_threshold are -1 for none."""
     return (
-        -1 if selection.top_n is None else selection.top_n,
+        -1 if selection.top_n is None else min(selection.top_n, _MOST_INT32),
         -1.0 if selection.coverage is None else selection.coverage,
         -1.0 if selection.mass_threshold is None else selection.mass_threshold,
-        selection.sink_blocks,
-        selection.recent_tokens,
+        min(selection.sink_blocks, _MOST_INT32),
+        min(selection.recent_tokens, _MOST_INT32),
         selection.combine == "max",
     )
+
+
+def most_blocks(selection: Selection, group: int, shared_bytes: int) -> int:
+    """V blocks of a request that the extension can select from: a list's masses lie in shared
+    memory (csrc/select.cuh).
+
+    Args:
+        group: query heads of a KV head.
+        shared_bytes: that a thread block of the GPU may have.
+    """
+    sums = 0
+    if selection.coverage is not None:
+        sums = group if selection.combine == "max" else 1
+    room = (shared_bytes - _OTHER_SHARED_BYTES) // 4 - _BINS * (1 + sums)
+    return min(_MOST_BLOCKS, room)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from vllm_kcache.types import HeadCombine, Selection, Tail
 
 KEY_PREFIX = "kcache_config"
-# At 2K to 8K tokens the perplexity is within .3%, at 500 tokens a head (docs/accuracy.md).
+# At 2K to 8K tokens the perplexity is within .4%, below 500 tokens a head (docs/accuracy.md).
 DEFAULT_MASS_THRESHOLD = 0.002
 
 # What the threshold is for: larger blocks take a quarter more tokens (docs/selection.md).

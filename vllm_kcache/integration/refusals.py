@@ -117,7 +117,7 @@ def _settings_that_do_not_fit(vllm_config: Any, config: KCacheConfig) -> Iterato
     elif config.tail == "mean":
         yield (
             "kcache_config.tail='mean': only the CPU implementation has it; on a GPU use "
-            "'renormalize' (as accurate in our measurements, docs/accuracy.md) or 'drop'."
+            "'clip' (with a mass_threshold), 'renormalize' or 'drop'."
         )
 
 

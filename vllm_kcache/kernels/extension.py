@@ -37,8 +37,8 @@ def available() -> bool:
         return False
     if not path().exists():
         logger.warning(
-            "vllm-kcache was installed without its CUDA extension (nvcc or PyTorch for CUDA was not "
-            "found then): select and fetch run on the slower Triton kernels"
+            "vllm-kcache was installed without its CUDA extension (nvcc or PyTorch for CUDA was "
+            "not found then): select and fetch run on the slower Triton kernels"
         )
         return False
     try:

@@ -180,7 +180,8 @@ def decode_bytes(
         parts = (ATTEND_PROGRAMS + lists) * (query_heads // kv_heads) * rows_of_head
         return 4 * (words + parts * (padded_head + 2) + lists)
 
-    room = max(1, WORKSPACE_BYTES // of_requests(1))
+    one, two = of_requests(1), of_requests(2)
+    room = 1 + max(0, WORKSPACE_BYTES - one) // (two - one)
     return of_requests(min(GROUP_REQUESTS, engine.max_num_seqs, room))
 
 

@@ -50,6 +50,24 @@ def runtime_of(shape: ModelShape, engine: Engine, config: KCacheConfig) -> Any:
     return runtime
 
 
+def test_groups_are_as_large_as_their_buffers_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 query heads, 8 KV heads, 32K: 158 requests would fit, so the cap of 64 decides."""
+    from vllm_kcache.integration import gpu_runtime
+    from vllm_kcache.kernels import extension
+    from vllm_kcache.kernels.decode import DecodeWorkspace
+
+    monkeypatch.setattr(extension, "available", lambda: True)
+    for length, fewer in ((32768, False), (131072, True)):
+        made = runtime_of(shape_of(64, 8, 128), Engine(length, 256), KCacheConfig())
+        arguments = made._workspace_arguments()
+        group = arguments["max_requests"]
+        assert (group < gpu_runtime.GROUP_REQUESTS) == fewer
+        assert DecodeWorkspace.bytes(**arguments) <= gpu_runtime.WORKSPACE_BYTES
+        if fewer:
+            more = {**arguments, "max_requests": group + 1}
+            assert DecodeWorkspace.bytes(**more) > gpu_runtime.WORKSPACE_BYTES
+
+
 @pytest.mark.parametrize(
     ("heads", "max_len", "seqs"), list(itertools.product(HEADS, (4096, 131072), (8, 256)))
 )

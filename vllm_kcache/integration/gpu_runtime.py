@@ -177,7 +177,10 @@ class GPURuntime(Runtime):
             "selection": self.selection,
             "with_miss_list": True,
         }
-        room = max(1, WORKSPACE_BYTES // DecodeWorkspace.bytes(**arguments))
+        # Part of the buffers does not depend on the number of requests.
+        one = DecodeWorkspace.bytes(**arguments)
+        each = DecodeWorkspace.bytes(**{**arguments, "max_requests": 2}) - one
+        room = 1 + max(0, WORKSPACE_BYTES - one) // each
         arguments["max_requests"] = min(GROUP_REQUESTS, self.limits.max_requests, room)
         return arguments
 

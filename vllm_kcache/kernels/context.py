@@ -19,7 +19,7 @@ GPU_PROGRAMS = 528
 RUN_BYTES = 16384
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_requests", "max_length"])
 def gather_kernel(
     pages,
     page_table,
@@ -100,7 +100,7 @@ def patch_kernel(
                 tl.store(out + target + in_head, values, mask=in_head < HEAD_SIZE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def store_kernel(
     value,
     slot_mapping,

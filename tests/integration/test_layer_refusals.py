@@ -245,3 +245,27 @@ def test_several_kv_cache_groups_are_refused() -> None:
         SplitCacheWorker().initialize_from_config(KVCacheConfig(8, [], groups))
     assert str(caught.value).startswith(PREFIX + "several KV cache groups: this model has 2.")
     assert "vLLM's own backend" in str(caught.value)
+
+
+def test_a_changed_backend_is_refused(vllm_config: Any) -> None:
+    """As vLLM derives one for prompts that attend in both directions."""
+    from vllm_kcache.integration.backend import KCacheBackend
+
+    class Bidirectional(KCacheBackend):
+        pass
+
+    for settings in ({}, {"dense_layers": 1}):
+        vllm_config.compilation_config.static_forward_context.clear()
+        add_layer(vllm_config, 0, attn_backend=Bidirectional)
+        add_layer(vllm_config, 1)
+        with pytest.raises(KCacheConfigError, match=r"Bidirectional \(model\.layers\.0.*causal"):
+            split_layers(vllm_config, **settings)
+
+
+def test_layers_of_different_query_heads_are_refused(vllm_config: Any) -> None:
+    layer = add_layer(vllm_config, 0)
+    add_layer(vllm_config, 1)
+    assert len(split_layers(vllm_config)) == 2
+    layer.num_heads = 8
+    with pytest.raises(KCacheConfigError, match=r"layers of \[4, 8\] query heads"):
+        split_layers(vllm_config)

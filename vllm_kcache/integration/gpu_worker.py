@@ -113,6 +113,11 @@ class KCacheGPUWorker(SplitCacheWorker, Worker):
             active.publish_counters()
         return result
 
+    def execute_dummy_batch(self) -> None:
+        # It overwrites the slots that V of the step before may still be leaving to.
+        self._gpu_runtime().before_step()
+        super().execute_dummy_batch()
+
     def kcache_counters(self) -> list[float]:
         self._gpu_runtime().publish_counters(wait=True)
         return super().kcache_counters()

@@ -15,6 +15,8 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
+from vllm_kcache.config import KCacheConfigError
+
 
 @dataclass
 class KCacheMetadata(AttentionMetadata):
@@ -81,6 +83,11 @@ class KCacheMetadataBuilder(AttentionMetadataBuilder[KCacheMetadata]):
         attention is exact.
         """
         common = common_attn_metadata
+        if common.causal is not True:
+            raise KCacheConfigError(
+                "--kv-backend kcache does not support attention that is not causal: prefill is "
+                "causal here. Serve this model with vLLM's own backend."
+            )
         exact_short_prefills = common.is_prefilling is not None
         if exact_short_prefills and common.is_prefilling.shape[0] < common.num_reqs:
             # A batch padded for a graph: rows past the real ones prefill nothing.

@@ -164,11 +164,19 @@ def split_layers(vllm_config: Any, config: KCacheConfig) -> list[str]:
 
     Raises:
         RuntimeError: A layer that should run the split cache runs another attention.
+        KCacheConfigError: A layer changes our attention, or differs from the others.
     """
     num_layers = vllm_config.model_config.get_total_num_hidden_layers()
-    names = []
+    names, query_heads = [], set()
     for name, layer in get_layers_from_vllm_config(vllm_config, Attention).items():
-        is_ours = issubclass(layer.get_attn_backend(), KCacheBackend)
+        backend = layer.get_attn_backend()
+        is_ours = backend is KCacheBackend
+        if issubclass(backend, KCacheBackend) and not is_ours:
+            # vLLM derives such classes to change what is attended, as for bidirectional prompts.
+            raise KCacheConfigError(
+                f"--kv-backend kcache does not support {backend.__name__} ({name}): prefill is "
+                "causal here. Serve this model with vLLM's own backend."
+            )
         is_dense = is_dense_layer(name, config, num_layers)
         if is_ours == is_dense:
             raise RuntimeError(
@@ -184,6 +192,12 @@ def split_layers(vllm_config: Any, config: KCacheConfig) -> list[str]:
                 )
         elif is_ours:
             names.append(name)
+            query_heads.add(layer.num_heads)
+    if len(query_heads) > 1:
+        raise KCacheConfigError(
+            f"--kv-backend kcache does not support layers of {sorted(query_heads)} query heads: "
+            "all split layers share their buffers. Serve this model with vLLM's own backend."
+        )
     if not names:
         raise KCacheConfigError(
             "kcache_config.dense_layers: every layer of this model is dense, so there is nothing "

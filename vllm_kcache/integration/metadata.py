@@ -80,7 +80,8 @@ class KCacheMetadataBuilder(AttentionMetadataBuilder[KCacheMetadata]):
         """Split the batch into decodes and prefills.
 
         A request that still prefills counts as prefill even with one token left, so that its
-        attention is exact.
+        attention is exact; but a captured decode graph, which vLLM may replay for a batch of one
+        token each, holds decodes only.
         """
         common = common_attn_metadata
         if common.causal is not True:

@@ -16,22 +16,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+from vllm_kcache.integration.counters import SCALARS
+
 ROOT = Path(__file__).resolve().parents[1]
 # Sizes of batches that are captured; a batch between two of them is padded to the larger.
 CAPTURE_SIZES = (
     1, 2, 4, 7, 8, 13, 14, 16, 20, 24, 26, 27, 28, 32, 40, 48, 56, 64, 80, 96, 128
 )  # fmt: skip
 SHORT_STEPS = 8
-# Of `vllm_kcache.metrics`: what steps add up.
-FIGURES = (
-    "fetched_bytes",
-    "eager_decode_steps",
-    "hot_cache_hits",
-    "hot_cache_misses",
-    "direct_host_reads",
-    "selected_lists",
-    "selected_blocks",
-)
+# Of `vllm_kcache.metrics`: what steps add up, that is all but the size of the pool.
+FIGURES = tuple(name for name in SCALARS if not name.startswith("host_pool_"))
 
 
 def measure(options: dict[str, Any]) -> None:

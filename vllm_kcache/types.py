@@ -11,6 +11,9 @@ import torch
 HeadCombine = Literal["sum", "max"]
 Tail = Literal["renormalize", "clip", "drop", "mean"]
 
+# Query heads of a KV head that the GPU kernels take: the least rows of a product on tensor cores.
+MOST_QUERY_HEADS_GPU = 16
+
 # Values of `Fetched.rows` that are not a row of `v_rows`.
 PADDING_ROW = -1
 FIRST_HOST_ROW = -2

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-MOST_QUERY_HEADS_GPU = 16
+from vllm_kcache.types import MOST_QUERY_HEADS_GPU
+
 SNAPSHOT_SERVER = "vllm.snapshot.server"
 SINK_MODEL_TYPES = ("gpt_oss", "openai_privacy_filter")
 SINK_SETTINGS = (

@@ -13,6 +13,7 @@ from typing import Any
 
 from vllm_kcache.config import KCacheConfig, KCacheConfigError
 from vllm_kcache.integration import features
+from vllm_kcache.types import MOST_QUERY_HEADS_GPU
 
 
 @dataclass(frozen=True)
@@ -255,7 +256,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "{value} query heads per KV head",
         features.group_size_on_gpu,
-        f"the GPU kernels take at most {features.MOST_QUERY_HEADS_GPU}",
+        f"the GPU kernels take at most {MOST_QUERY_HEADS_GPU}",
         "Serve a model with more KV heads, or use vLLM's own backend.",
     ),
     Refusal(

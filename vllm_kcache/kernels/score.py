@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 
 from vllm_kcache.cache.hot_cache import EPOCH, FIRST_MISS_COUNT, MAX_WAVES, HotCache
+from vllm_kcache.types import MOST_QUERY_HEADS_GPU
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-MOST_QUERY_HEADS = 16  # of a KV head: the least rows of a product on tensor cores
 _EPOCH = tl.constexpr(EPOCH)
 _FIRST_MISS_COUNT = tl.constexpr(FIRST_MISS_COUNT)
 _MAX_WAVES = tl.constexpr(MAX_WAVES)
@@ -201,9 +201,9 @@ def launch_score(
         return 0
     max_blocks = block_lse.shape[2]
     group = num_query_heads // num_kv_heads
-    if group > MOST_QUERY_HEADS:
+    if group > MOST_QUERY_HEADS_GPU:
         raise ValueError(
-            f"query: has {group} heads for a KV head; the kernels take at most {MOST_QUERY_HEADS}"
+            f"query: has {group} heads for a KV head; at most {MOST_QUERY_HEADS_GPU} on a GPU"
         )
     if config is None:
         config = score_config(
@@ -230,7 +230,7 @@ def launch_score(
         first_head,
         NUM_HEADS=num_query_heads,
         GROUP=group,
-        GROUP_PADDED=MOST_QUERY_HEADS,
+        GROUP_PADDED=MOST_QUERY_HEADS_GPU,
         HEAD_SIZE=head_size,
         HEAD_PADDED=triton.next_power_of_2(head_size),
         PAGE_TOKENS=page_tokens,

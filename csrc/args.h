@@ -11,7 +11,8 @@ namespace kcache {
 
 // Words of HotCache.state.
 constexpr int kHand = 0, kEpoch = 1, kFirstMissCount = 2, kMaxWaves = 16;
-constexpr int kEnded = kFirstMissCount + kMaxWaves, kStateWords = kEnded + 1;
+constexpr int kEnded = kFirstMissCount + kMaxWaves, kWanted = kEnded + 1;
+constexpr int kMissed = kWanted + 1, kExisting = kMissed + 1, kStateWords = kExisting + 1;
 // Words of HotCache.counters.
 constexpr int kLists = 0, kSelected = 1, kHits = 2, kMisses = 3, kDirect = 4;
 constexpr int kFirstDroppedBucket = 8, kDroppedBuckets = 16;
@@ -67,6 +68,7 @@ struct FollowArgs {
   int* parts_scored;  // [B * Hkv] programs of the score kernel that are done with a list
   int parts;          // all of a list's
   int num_lists;
+  int least;  // thread blocks that work however little there is to fetch
 };
 
 }  // namespace kcache

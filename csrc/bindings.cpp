@@ -194,7 +194,7 @@ void follow_scores(Tensor block_lse, Tensor seq_lens, int64_t v_block_tokens, in
                    Tensor mass, std::optional<Tensor> lse, Tensor block_table, Tensor v_pool,
                    int64_t layer, Tensor rows, Tensor v_rows, Tensor table, Tensor slot_word,
                    Tensor state, Tensor counters, Tensor parts_scored, int64_t parts,
-                   int64_t num_thread_blocks) {
+                   int64_t most_thread_blocks, int64_t least_thread_blocks) {
   const SelectArgs select =
       select_args(block_lse, seq_lens, v_block_tokens, top_n, coverage, mass_threshold, sink_blocks,
                   recent_tokens, combine_max, blocks, counts, mass, lse, counters);
@@ -207,15 +207,19 @@ void follow_scores(Tensor block_lse, Tensor seq_lens, int64_t v_block_tokens, in
                   " entries; must have at least ", num_lists);
   STD_TORCH_CHECK(parts >= 1, "parts=", parts, ": must be at least 1");
   // More could leave the score kernel no place to run, and both would wait for ever.
-  STD_TORCH_CHECK(num_thread_blocks >= 1 && num_thread_blocks <= 128,
-                  "num_thread_blocks=", num_thread_blocks, ": must be 1 to 128");
+  STD_TORCH_CHECK(most_thread_blocks >= 1 && most_thread_blocks <= 128,
+                  "most_thread_blocks=", most_thread_blocks, ": must be 1 to 128");
+  STD_TORCH_CHECK(least_thread_blocks >= 1 && least_thread_blocks <= most_thread_blocks,
+                  "least_thread_blocks=", least_thread_blocks, ": must be 1 to ",
+                  most_thread_blocks);
   if (num_lists == 0) return;
+  const int64_t most = std::min(most_thread_blocks, num_lists);
   const FollowArgs follow{pointer<int>(parts_scored), static_cast<int>(parts),
-                          static_cast<int>(num_lists)};
+                          static_cast<int>(num_lists),
+                          static_cast<int>(std::min(least_thread_blocks, most))};
   torch::stable::accelerator::DeviceGuard guard(block_lse.get_device_index());
-  STD_CUDA_CHECK(launch_follow(select, fetch, follow,
-                               static_cast<int>(std::min(num_thread_blocks, num_lists)),
-                               current_stream(block_lse)));
+  STD_CUDA_CHECK(
+      launch_follow(select, fetch, follow, static_cast<int>(most), current_stream(block_lse)));
 }
 
 void copy_misses(Tensor miss_list, Tensor state, int64_t wave, Tensor v_pool,
@@ -262,7 +266,8 @@ STABLE_TORCH_LIBRARY(kcache, library) {
       "bool combine_max, Tensor(a!) blocks, Tensor(b!) counts, Tensor(c!) mass, "
       "Tensor(d!)? lse, Tensor block_table, Tensor v_pool, int layer, Tensor(e!) rows, "
       "Tensor(f!) v_rows, Tensor(g!) table, Tensor(h!) slot_word, Tensor(i!) state, "
-      "Tensor(j!) counters, Tensor(k!) parts_scored, int parts, int num_thread_blocks) -> ()");
+      "Tensor(j!) counters, Tensor(k!) parts_scored, int parts, int most_thread_blocks, "
+      "int least_thread_blocks) -> ()");
   library.def(
       "copy_misses(Tensor miss_list, Tensor state, int wave, Tensor v_pool, int v_block_tokens, "
       "Tensor(a!) v_rows, int num_thread_blocks) -> ()");

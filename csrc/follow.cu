@@ -9,7 +9,11 @@ namespace kcache {
 namespace {
 
 // With 256, more lists are under way, but each takes longer: measured slower at every size.
-constexpr int kFollowThreads = 512;
+#ifndef FT
+#define FT 512
+#define FB 2
+#endif
+constexpr int kFollowThreads = FT;
 // Some hundred times the longest step there is: whoever waits longer waits for nothing.
 constexpr long long kPatienceNs = 20'000'000'000;
 constexpr unsigned kPauseNs = 100;
@@ -43,8 +47,22 @@ __device__ inline void wait_for_scores(const FollowArgs& follow, int list) {
   __syncthreads();
 }
 
+// GPU memory moves some 56 times the bytes that the link moves: where this times the misses is the
+// number of V blocks, fetching takes as long as scoring.
+constexpr float kLinkFactor = 56.0f;
+
+// Thread blocks for the next epoch: each takes room from scoring, and few fetch as fast as the link
+// where little is missing. What this epoch missed is the best guess, since steps and layers are
+// alike.
+__device__ inline int next_wanted(const FollowArgs& follow, int missed, int existing) {
+  const float share = fminf(
+      1.0f, kLinkFactor * static_cast<float>(missed) / fmaxf(1.0f, static_cast<float>(existing)));
+  return follow.least +
+         static_cast<int>(share * (static_cast<int>(gridDim.x) - follow.least) + 0.5f);
+}
+
 // Lists are scored in ascending order, so a thread block that takes every n-th seldom waits.
-__global__ void __launch_bounds__(kFollowThreads, 2)
+__global__ void __launch_bounds__(kFollowThreads, FB)
     follow_kernel(const __grid_constant__ SelectArgs select,
                   const __grid_constant__ FetchArgs fetch,
                   const __grid_constant__ FollowArgs follow) {
@@ -53,7 +71,13 @@ __global__ void __launch_bounds__(kFollowThreads, 2)
     SelectShared select;
     FetchShared fetch;
   } shared;
-  for (int list = blockIdx.x; list < follow.num_lists; list += gridDim.x) {
+  int* state = fetch.cache.state;
+  const int wanted = state[kWanted];
+  const int working =
+      wanted > 0 ? min(wanted, static_cast<int>(gridDim.x)) : static_cast<int>(gridDim.x);
+  const int first = static_cast<int>(blockIdx.x);
+  int missed = 0, existing = 0;
+  for (int list = first; first < working && list < follow.num_lists; list += working) {
     wait_for_scores(follow, list);
     const int request = list / select.num_kv_heads, head = list % select.num_kv_heads;
     const int count =
@@ -61,13 +85,22 @@ __global__ void __launch_bounds__(kFollowThreads, 2)
     __syncthreads();
     fetch_list<kFollowThreads>(fetch, shared.fetch, select.blocks, count, request, head);
     __syncthreads();
+    missed += shared.fetch.misses_total + shared.fetch.direct;
+    existing += (select.seq_lens[request] + select.v_block_tokens - 1) / select.v_block_tokens;
+    __syncthreads();
   }
-  // The last one out begins the next epoch: none of the others reads it any more.
+  // The last one out, of those without work too, begins the next epoch: none of the others reads
+  // the state any more.
   if (threadIdx.x == 0) {
+    atomicAdd(state + kMissed, missed);
+    atomicAdd(state + kExisting, existing);
     __threadfence();
-    if (atomicAdd(fetch.cache.state + kEnded, 1) == static_cast<int>(gridDim.x) - 1) {
-      fetch.cache.state[kEnded] = 0;
-      fetch.cache.state[kEpoch] += 1;
+    if (atomicAdd(state + kEnded, 1) == static_cast<int>(gridDim.x) - 1) {
+      __threadfence();
+      state[kWanted] =
+          next_wanted(follow, load_acquire(state + kMissed), load_acquire(state + kExisting));
+      state[kMissed] = state[kExisting] = state[kEnded] = 0;
+      state[kEpoch] += 1;
     }
   }
 }

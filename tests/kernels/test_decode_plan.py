@@ -10,6 +10,7 @@ import pytest
 from vllm_kcache.kernels.decode_plan import (
     FOLLOWED_BLOCKS,
     FOLLOWERS,
+    LEAST_FOLLOWERS,
     MOST_WAVES,
     DecodePlan,
     plan_decode,
@@ -45,6 +46,7 @@ def test_first_and_last_wave_are_small() -> None:
         ({"copy_stream": True}, "copy_stream"),
         ({"outer_wave": 0.0}, "outer_wave"),
         ({"followers": 8, "waves": 2}, "followers=8"),
+        ({"followers": 8, "least_followers": 9}, "least_followers=9"),
     ],
 )
 def test_impossible_plans_are_refused(settings: dict, named: str) -> None:
@@ -58,8 +60,12 @@ def test_small_batches_are_one_wave() -> None:
 
 
 def test_followers_leave_half_of_the_gpu() -> None:
-    assert plan_decode(26, 8, 4096, 2048, 132) == DecodePlan(followers=FOLLOWERS)
+    assert plan_decode(26, 8, 4096, 2048, 132) == DecodePlan(
+        followers=FOLLOWERS, least_followers=LEAST_FOLLOWERS
+    )
     assert plan_decode(26, 8, 4096, 2048, 58).followers == 29
+    small = plan_decode(26, 8, 4096, 2048, 8)
+    assert small.followers == small.least_followers == 4
     # Too long for shared memory beside scoring.
     assert plan_decode(26, 8, FOLLOWED_BLOCKS + 1, 2048, 132).followers == 0
 

@@ -16,7 +16,8 @@ import torch
 HAND, EPOCH, FIRST_MISS_COUNT = 0, 1, 2
 MAX_WAVES = 16
 ENDED = FIRST_MISS_COUNT + MAX_WAVES
-STATE_WORDS = ENDED + 1
+WANTED = ENDED + 1
+STATE_WORDS = WANTED + 3
 
 # Words of `HotCache.counters`.
 COUNTER_NAMES = ("lists", "selected", "hits", "misses", "direct")
@@ -58,8 +59,9 @@ class HotCache:
         table: [layers, M * Hkv * S / T] int32, GPU. Slot of a physical V block, or -1.
         slot_word: [R] int64, GPU. Owner (upper 32 bits: flat index into `table`) and epoch of the
             last use (lower 32 bits); -1 when empty.
-        state: [STATE_WORDS] int32, GPU. Clock hand, epoch, misses listed by each wave, and thread
-            blocks that have followed a step's scores to their end.
+        state: [STATE_WORDS] int32, GPU. Clock hand, epoch, misses listed by each wave, thread
+            blocks that have followed a step's scores to their end, and of those that will follow
+            the next step's: how many are to work, from misses and V blocks of this one.
         counters: [COUNTER_WORDS] int64, GPU. See `CacheCounters`.
         write_update: tests set this to False to show that stale copies would be served without it.
     """

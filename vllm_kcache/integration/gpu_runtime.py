@@ -30,6 +30,9 @@ GROUP_REQUESTS = 64
 WORKSPACE_BYTES = 256 << 20
 # Bytes of one gathered piece of V (and as many for K) while a prompt chunk attends to its context.
 PIECE_BYTES = 64 << 20
+# V of so small a prefill (a layer's, bytes) is stored by the kernel that stores K: that takes the
+# link 20 us, and a copy behind the computation costs more than that to launch.
+SMALL_V_BYTES = 1 << 20
 # Share of the memory for K pages that the hot V cache takes when its size is "auto": where the
 # planner finds the most throughput with the default selection (docs/plan.md).
 HOT_CACHE_SHARE = 0.07
@@ -271,13 +274,15 @@ class GPURuntime(Runtime):
     def _write(
         self, inputs: LayerInputs, layer: int, v_pool: torch.Tensor, step: KCacheMetadata
     ) -> None:
-        """K and resident V now; V of prefills to the host behind the computation."""
+        """K and resident V now; V of long prefills to the host behind the computation."""
         if inputs.key is None or inputs.value is None:
             return
         slots = step.slot_mapping
         tokens, decodes = slots.shape[0], step.num_decodes
         key, value = inputs.key[:tokens], inputs.value[:tokens]
-        if not step.num_prefills:
+        shape = self.shape
+        row_bytes = shape.num_kv_heads * shape.head_size * shape.dtype.itemsize
+        if (tokens - decodes) * row_bytes <= SMALL_V_BYTES:
             write_kv(
                 key, value, slots, inputs.k_pages, v_pool, self.hot_cache, layer,
                 allocate_tokens=decodes,

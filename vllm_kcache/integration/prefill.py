@@ -7,6 +7,7 @@ returns the log-sum-exp, so that the chunk and the pieces of its context can be 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -57,25 +58,42 @@ def choose(name: str, head_size: int, dtype: torch.dtype) -> tuple[str, PrefillK
         if not half:
             return "torch", attend_torch
         for candidate in ("flash_attn", "xformers"):
-            if _missing(candidate, head_size) is None:
-                return candidate, _KERNELS[candidate]
+            if _missing(candidate, head_size, dtype) is None:
+                return candidate, _kernel(candidate, head_size)
         return "torch", attend_torch
     if name != "torch":
-        reason = _missing(name, head_size) if half else f"it does not take {dtype}"
+        reason = _missing(name, head_size, dtype) if half else f"it does not take {dtype}"
         if reason is not None:
             raise KCacheConfigError(
                 f"kcache_config.prefill={name!r}: {reason}; use 'auto' or 'torch'."
             )
-    return name, _KERNELS[name]
+    return name, _kernel(name, head_size)
 
 
-def _missing(name: str, head_size: int) -> str | None:
+def _kernel(name: str, head_size: int) -> PrefillKernel:
+    if name == "flash_attn":
+        from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+        # Looked up once: it costs as much as a launch, and asks for vLLM's configuration, which is
+        # not there when the model runs.
+        return functools.partial(attend_flash, version=get_flash_attn_version(head_size=head_size))
+    return attend_xformers if name == "xformers" else attend_torch
+
+
+def _missing(name: str, head_size: int, dtype: torch.dtype) -> str | None:
     """Why a kernel cannot run here, or None."""
     if name == "xformers":
         try:
             import xformers.ops  # noqa: F401
         except ImportError as error:
             return f"xformers does not import ({error})"
+        # It imports without its kernels, too, where it was built for another PyTorch or CUDA.
+        token = torch.zeros((1, 1, head_size), dtype=dtype, device="cuda")
+        at = Ragged(torch.tensor([0, 1], dtype=torch.int32, device="cuda"), 1, (1,))
+        try:
+            attend_xformers(token, token, token, at, at, True, 1.0)
+        except NotImplementedError as error:
+            return f"xformers has no kernel for it here ({' '.join(str(error).split())})"
         return None
     try:
         from vllm.v1.attention.backends.fa_utils import (
@@ -102,9 +120,10 @@ def attend_flash(
     keys_at: Ragged,
     causal: bool,
     scale: float,
+    version: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """vLLM's FlashAttention (3 on Hopper, 2 elsewhere)."""
-    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
+    """vLLM's FlashAttention, of that version (3 on Hopper, 2 elsewhere)."""
+    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
     output, lse = flash_attn_varlen_func(
         q=query,
@@ -117,7 +136,7 @@ def attend_flash(
         softmax_scale=scale,
         causal=causal,
         return_softmax_lse=True,
-        fa_version=get_flash_attn_version(head_size=query.shape[2]),
+        fa_version=version,
     )[:2]
     return output, lse
 
@@ -194,13 +213,6 @@ def attend_torch(
         first_query += num_queries
         first_key += num_keys
     return output, lse
-
-
-_KERNELS: dict[str, PrefillKernel] = {
-    "flash_attn": attend_flash,
-    "xformers": attend_xformers,
-    "torch": attend_torch,
-}
 
 
 def merge(

@@ -199,6 +199,7 @@ class DecodeStep:
                 selected.mass, selected.lse, self.block_table, self.v_pool, self.layer,
                 self.fetched.rows, cache.slots, cache.table, cache.slot_word, cache.state,
                 cache.counters, workspace.parts_scored, parts, self.plan.followers,
+                self.plan.least_followers or self.plan.followers,
             )  # fmt: skip
             workspace.fetched[0].record(workspace.fetch_stream)
         main.wait_event(workspace.fetched[0])

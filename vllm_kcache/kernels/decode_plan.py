@@ -20,9 +20,11 @@ COPY_THREAD_BLOCKS = 48
 # one's scoring, and nothing is scored beside the last one's fetch.
 OUTER_WAVE = 1 / 3
 # Thread blocks that follow the scoring: with fewer long lists wait, more take multiprocessors from
-# scoring (docs/benchmarks.md, overlap). And the V blocks of a request up to which their shared
-# memory leaves scoring the multiprocessor's.
+# scoring (docs/benchmarks.md, overlap). Where all is found in the hot cache, the lesser number
+# works, and where fetching takes as long as scoring, all do. And the V blocks of a request up to
+# which their shared memory leaves scoring the multiprocessor's.
 FOLLOWERS = 48
+LEAST_FOLLOWERS = 16
 FOLLOWED_BLOCKS = 8192
 
 
@@ -33,6 +35,8 @@ class DecodePlan:
     Attributes:
         followers: thread blocks of a kernel beside scoring that selects and fetches each list as
             soon as it is scored. 0 does without: lists are selected after a wave of them is scored.
+        least_followers: of these, how many work where nothing was missing in the step before; the
+            more was, the more do. 0: always all.
         waves: parts of the KV heads; 1 runs on the current stream alone.
         copy_thread_blocks: 0 lets the thread block of a list copy its misses; otherwise misses are
             listed and this many thread blocks copy them, in a launch of their own for each wave.
@@ -46,6 +50,7 @@ class DecodePlan:
     copy_stream: bool = False
     outer_wave: float = OUTER_WAVE
     followers: int = 0
+    least_followers: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.waves <= MAX_WAVES:
@@ -56,6 +61,10 @@ class DecodePlan:
             raise ValueError(f"outer_wave={self.outer_wave}: must be above 0 and at most 1")
         if self.followers and (self.waves > 1 or self.copy_thread_blocks):
             raise ValueError(f"followers={self.followers}: needs one wave whose lists copy")
+        if not 0 <= self.least_followers <= self.followers:
+            raise ValueError(
+                f"least_followers={self.least_followers}: must be 0 to followers={self.followers}"
+            )
 
     def wave_bounds(self, num_heads: int) -> list[int]:
         """First KV head of each wave, and `num_heads`; no wave is empty."""
@@ -94,5 +103,5 @@ def plan_decode(
     # Half of the GPU stays free of followers: scoring must have a place to run.
     followers = min(FOLLOWERS, multiprocessors // 2)
     if followers and max_blocks <= FOLLOWED_BLOCKS:
-        return DecodePlan(followers=followers)
+        return DecodePlan(followers=followers, least_followers=min(LEAST_FOLLOWERS, followers))
     return DecodePlan(waves, COPY_THREAD_BLOCKS, copy_stream=True)

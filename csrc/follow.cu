@@ -9,11 +9,7 @@ namespace kcache {
 namespace {
 
 // With 256, more lists are under way, but each takes longer: measured slower at every size.
-#ifndef FT
-#define FT 512
-#define FB 2
-#endif
-constexpr int kFollowThreads = FT;
+constexpr int kFollowThreads = 512;
 // Some hundred times the longest step there is: whoever waits longer waits for nothing.
 constexpr long long kPatienceNs = 20'000'000'000;
 constexpr unsigned kPauseNs = 100;
@@ -62,7 +58,7 @@ __device__ inline int next_wanted(const FollowArgs& follow, int missed, int exis
 }
 
 // Lists are scored in ascending order, so a thread block that takes every n-th seldom waits.
-__global__ void __launch_bounds__(kFollowThreads, FB)
+__global__ void __launch_bounds__(kFollowThreads, 2)
     follow_kernel(const __grid_constant__ SelectArgs select,
                   const __grid_constant__ FetchArgs fetch,
                   const __grid_constant__ FollowArgs follow) {

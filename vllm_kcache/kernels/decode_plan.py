@@ -24,7 +24,7 @@ OUTER_WAVE = 1 / 3
 # works, and where fetching takes as long as scoring, all do. And the V blocks of a request up to
 # which their shared memory leaves scoring the multiprocessor's.
 FOLLOWERS = 48
-LEAST_FOLLOWERS = 16
+LEAST_FOLLOWERS = 32
 FOLLOWED_BLOCKS = 8192
 
 

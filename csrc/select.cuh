@@ -51,6 +51,13 @@ __device__ inline unsigned fixed_point(float mass) {
   return static_cast<unsigned>(mass * kFixedPointOne + 0.5f);
 }
 
+// For terms of a sum of 1 and more: what is below 2^-126 may be 0.
+__device__ inline float fast_exp2(float value) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(value));
+  return power;
+}
+
 template <int kThreads>
 class ListSelection {
   static constexpr int kWarps = kThreads / 32;
@@ -161,9 +168,9 @@ class ListSelection {
 #pragma unroll
           for (int i = 0; i < kAhead; ++i) larger = fmaxf(larger, scores[h][i]);
           if (larger > -INFINITY) {
-            sum[h] *= exp2f(largest[h] - larger);
+            sum[h] *= fast_exp2(largest[h] - larger);
 #pragma unroll
-            for (int i = 0; i < kAhead; ++i) sum[h] += exp2f(scores[h][i] - larger);
+            for (int i = 0; i < kAhead; ++i) sum[h] += fast_exp2(scores[h][i] - larger);
             largest[h] = larger;
           }
         }
@@ -214,6 +221,18 @@ class ListSelection {
           const int block = start + i * kThreads;
           if (block >= num_blocks_) break;
           float combined = first == 0 ? 0.0f : masses_[block];
+          if (by_max && !cover_) {
+            // The largest mass is that of the largest score above its shift: one power, not one a
+            // head.
+            float largest = -INFINITY;
+#pragma unroll
+            for (int h = 0; h < kTogether; ++h) {
+              if (first + h >= args_.group) break;
+              largest = fmaxf(largest, scores[h][i] - shared_.shift[first + h]);
+            }
+            masses_[block] = fmaxf(combined, exp2f(largest));
+            continue;
+          }
 #pragma unroll
           for (int h = 0; h < kTogether; ++h) {
             if (first + h >= args_.group) break;

@@ -31,7 +31,10 @@ from vllm_kcache.kernels.write import write_kv
 from vllm_kcache.types import Fetched, Selection
 
 PLANS = (
+    DecodePlan(followers=16),
+    DecodePlan(followers=24),
     DecodePlan(followers=32),
+    DecodePlan(followers=40),
     DecodePlan(followers=48),
     DecodePlan(followers=64),
     DecodePlan(followers=96),
@@ -90,7 +93,8 @@ class Steps:
 def describe(plan: DecodePlan) -> str:
     """A plan in words."""
     if plan.followers:
-        return f"{plan.followers} followers"
+        least = f"{plan.least_followers} to " if plan.least_followers else ""
+        return f"{least}{plan.followers} followers"
     copied_by = plan.copy_thread_blocks or "lists"
     third = ", third stream" if plan.copy_stream else ""
     return f"{plan.waves} waves, copy by {copied_by}{third}"
@@ -126,9 +130,7 @@ def main() -> None:
                 report.add(f"{words}, {name}", both, over_longer=both.p50 / longer)
             warm = Steps(batch, blocks, 2.0 * LAYERS)
             floor_ms = problem.k_bytes / peak * 1e3
-            whole_plans = dict.fromkeys(
-                (default, DecodePlan(followers=48), DecodePlan(followers=64), DecodePlan())
-            )
+            whole_plans = dict.fromkeys((default, DecodePlan(followers=48), DecodePlan()))
             for state, steps in (("missing", cold), ("hit", warm)):
                 for plan in whole_plans:
                     whole = steps.time(steps.write_and_run, plan, LAYERS)

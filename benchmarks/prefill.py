@@ -7,12 +7,13 @@
 Each engine runs in a process of its own on the same GPU with dummy weights, and is asked for one
 token: of new prompts (--prompts, in chunks of --chunk tokens), and of prompts that begin with
 --hit tokens of the prefix cache and have 16 new ones. There the split cache streams V of the whole
-prefix back from the host. With V the bytes of that V over all layers, two speeds are given, as
+prefix back from the host. With V the bytes of that V over all layers, three speeds are given, as
 shares of a copy from page-locked memory in the same process:
 
 - `share`: V / TTFT. Everything else that the step does counts against it.
 - `share_of_added`: V / (TTFT - TTFT of 16 tokens alone). What the prefix added; above 1 where part
   of V came while other work went on.
+- in the table also V / (TTFT - stock's TTFT of the same prompt): what the link cost over having V.
 
 One row per case goes to benchmarks/results/prefill.jsonl, with the engine's memory against its
 plan (benchmarks/memory.py) in the first.
@@ -283,6 +284,10 @@ def print_table(rows: list[dict[str, Any]]) -> None:
                 f"  V {row['gb_per_s']} GB/s = {row['share']:.0%} of the link "
                 f"(at least {LEAST_SHARE:.0%}: {enough}); of what it added {row['share_of_added']}"
             )
+            beyond_ms = row["ttft_ms"] - stock.get(row["case"], row["ttft_ms"])
+            if beyond_ms > 0:
+                share = row["v_bytes"] / beyond_ms / 1e6 / row["link_gb_per_s"]
+                text += f", of what it took beyond stock {share:.3f}"
         print(text, flush=True)
 
 

@@ -218,7 +218,7 @@ def _parts(split: Prediction) -> str:
     parts = {
         "weights": cost.weights,
         "score": cost.cache,
-        "exposed fetch": cost.fetch + cost.select,
+        "exposed fetch": max(0.0, cost.fetch + cost.select),
         "attend": cost.attend,
         "launches and the rest": cost.launches + cost.fixed,
     }

@@ -73,18 +73,22 @@ LINK_SHARE = (
 )
 # Selected K and V lie in rows of 2 KiB all over the memory. Not measured alone.
 ATTEND_SHARE = 0.6
-# Select may take this share of the time of score: what its benchmark is held to.
+# Select may take this share of the time of score: what its benchmark is held to. But one list takes
+# as long as its scores need: 9.6 us for 2,048 blocks of one query head, 22.8 us for 4,096 of four
+# (benchmarks/bench_select, a mass threshold).
 SELECT_SHARE = 0.05
+SELECT_SECONDS, SELECT_SECONDS_PER_SCORE = 7.7e-6, 0.92e-9
 # Layout of a step (kernels/decode_plan.py); tests/test_plan.py compares the two.
 WAVE_BYTES = 192 << 20
 WAVE_LISTS = 48
 MOST_WAVES = 4
 OUTER_WAVE = 1 / 3
 FOLLOWED_BLOCKS = 8192
-# A kernel that selects and fetches behind the scoring: what it leaves exposed at the end, what it
-# takes from scoring, and what each second of fetching costs. Fitted to benchmarks/bench_overlap: 48
-# followers, 128 to 512 tokens a head, two shapes.
-FOLLOW_SECONDS = 25e-6
+# A kernel that selects and fetches behind the scoring: what it leaves exposed at the end (its last
+# lists take longer beside scoring than alone), what it takes from scoring, and what each second of
+# fetching costs. Fitted to benchmarks/bench_overlap (48 followers, 128 to 512 tokens a head, two
+# shapes) and to the steps of benchmarks/results/decode.jsonl.
+FOLLOW_SECONDS, FOLLOW_LISTS = 8e-6, 2
 FOLLOW_SHARE_OF_SCORE = 0.03
 FOLLOW_SHARE_OF_FETCH = 0.1
 
@@ -248,14 +252,16 @@ def split_step(
     link = hardware.pcie_bytes_per_s * interpolate(LINK_SHARE, row_bytes)
     score = k_bytes / hardware.hbm_bytes_per_s
     attend = 2 * selected_bytes / (hardware.hbm_bytes_per_s * ATTEND_SHARE)
-    select, fetch = kernels.select_share * score, fetched_bytes / link
+    scores = batch.context / work.v_block_tokens * shape.num_query_heads / shape.num_kv_heads
+    one_list = SELECT_SECONDS + SELECT_SECONDS_PER_SCORE * scores
+    select, fetch = max(kernels.select_share * score, one_list), fetched_bytes / link
     waves = kernels.waves or plan_waves(
         batch.requests, heads, engine.max_model_len, shape.head_size, shape.itemsize
     )
     behind = fetch + (select if kernels.select_hidden else 0.0)
     max_blocks = engine.max_model_len / work.v_block_tokens
     if kernels.follows and waves > 1 and max_blocks <= FOLLOWED_BLOCKS:
-        waves, exposed = 1, followed_seconds(score, fetch)
+        waves, exposed = 1, followed_seconds(score, fetch, one_list)
     else:
         exposed = exposed_seconds(score, behind, attend, waves)
     extra = waves * kernels.per_wave + kernels.per_layer + (waves > 1) - STOCK_KERNELS
@@ -309,11 +315,13 @@ def exposed_seconds(score: float, behind: float, attend: float, waves: int) -> f
     return max(ended, fetched) + attend * shares[-1] - score - attend
 
 
-def followed_seconds(score: float, fetch: float) -> float:
+def followed_seconds(score: float, fetch: float, one_list: float) -> float:
     """What a layer waits for select and fetch where they follow the scoring list by list.
 
     Args:
         score, fetch: Seconds of a layer's scoring, and of its fetch alone.
+        one_list: Seconds to select one list alone.
     """
-    beside = FOLLOW_SECONDS + FOLLOW_SHARE_OF_SCORE * score + FOLLOW_SHARE_OF_FETCH * fetch
+    last = FOLLOW_SECONDS + FOLLOW_LISTS * one_list
+    beside = last + FOLLOW_SHARE_OF_SCORE * score + FOLLOW_SHARE_OF_FETCH * fetch
     return max(beside, fetch - score)

@@ -97,8 +97,8 @@ def tables(rows: list[Row]) -> str:
 
 
 def _with_stock(group: list[Row]) -> Iterable[tuple[str, Row | None, list[Row]]]:
-    """Heading, stock's row and the others, for each length, V block and dense layers."""
-    for (length,), of_length in grouped(group, "length").items():
+    """Heading, stock's row over the same texts and the others, by length, V block, dense layers."""
+    for (length, _), of_length in grouped(group, "length", "texts").items():
         stock = next((row for row in of_length if row["kcache"] is None), None)
         others = [row for row in of_length if row["kcache"] is not None]
         for (tokens, layers), rows in grouped(others, *_START).items():

@@ -47,9 +47,6 @@ def draw_accuracy(value: str, label: str, log: bool) -> Callable[[Path], dict[st
 
         figures = {}
         for title, panels in accuracy_panels(results / "accuracy.jsonl", value).items():
-            curves = itertools.chain.from_iterable(panel.values() for panel in panels.values())
-            if all(len(points) < 2 for points in curves):
-                continue  # points alone are for a table
             blocks, lengths = (sorted({key[i] for key in panels}) for i in (0, 1))
             figure, axes = plt.subplots(
                 len(blocks), len(lengths), sharex=True, sharey=True, squeeze=False,

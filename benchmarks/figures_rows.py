@@ -47,7 +47,8 @@ def selection_family(setting: Row) -> str | None:
     rest = {k: v for k, v in setting.items() if k not in ("v_block_tokens", "dense_layers")}
     if setting.get("dense_layers"):
         return None
-    if rest.keys() == {"mass_threshold"}:
+    # Nothing is the default.
+    if not rest or rest.keys() == {"mass_threshold"}:
         return THRESHOLD
     if rest.keys() == {"coverage"}:
         return SUM
@@ -85,7 +86,8 @@ def accuracy_panels(path: Path, value: str) -> dict[str, dict[tuple[int, int], C
                     curves.setdefault(family, []).append(
                         (row["selected_tokens"], row[value], error)
                     )
-            if curves:
+            # Points alone are for a table.
+            if any(len(points) > 1 for points in curves.values()):
                 sizes = panels.setdefault(title, {})
                 sizes[tokens, length] = {name: sorted(points) for name, points in curves.items()}
     if not panels:
@@ -114,6 +116,7 @@ def decode_runs(path: Path) -> list[Row]:
                 "context": row["context"],
                 "requests": run["requests"],
                 "is_full": asked == 0 or run["requests"] == row["requests_that_fit"],
+                "is_capped": run["requests"] < row["requests_that_fit"],
                 "tokens_per_second": run["tokens_per_second"],
                 "commit": row["commit"],
             }
@@ -131,7 +134,10 @@ def engine_name(row: Row) -> str:
         return f"stock {dtype}"
     settings = row["kcache_config"]
     coverage, top_n = settings.get("coverage"), settings.get("top_n")
+    threshold = settings.get("mass_threshold")
     parts = [f"kcache {dtype}"] if dtype != "bf16" else ["kcache"]
+    if threshold is not None:
+        parts.append(f"mass threshold {threshold:g}".replace("0.", "."))
     if coverage is not None:
         parts.append(f"coverage {coverage:g}".replace("0.", "."))
     if top_n is not None:
@@ -155,7 +161,9 @@ def throughput_panels(runs: list[Row], against: str) -> dict[str, Curves]:
     names = ("machine",) if by_context else ("machine", "context")
     for key, group in sorted(_grouped(chosen, names).items()):
         model, gpu = key[0]
-        where = "as many requests as fit" if by_context else f"{key[1]} tokens of context"
+        capped = max((run["requests"] for run in group if run["is_capped"]), default=0)
+        most = f", at most {capped}" if capped else ""
+        where = f"as many requests as fit{most}" if by_context else f"{key[1]} tokens of context"
         curves = {
             series: sorted((r[against], r["tokens_per_second"], 0.0) for r in rows)
             for (series,), rows in _grouped(group, ("series",)).items()
@@ -215,10 +223,11 @@ def hit_rate_panels(path: Path) -> dict[str, Curves]:
         NoRowsError: see `read_jsonl`.
     """
     panels: dict[str, Curves] = {}
-    names = ("gpu", "coverage", "context", "requests", "multiple_of_selected_set")
-    last = {tuple(row[name] for name in names): row for row in read_jsonl(path)}
-    for (gpu, coverage, context, requests, _), row in last.items():
-        title = f"coverage {coverage:g}, {context} tokens of context\n{gpu}".replace("0.", ".", 1)
+    names = ("gpu", "coverage", "mass_threshold", "context", "requests", "multiple_of_selected_set")
+    last = {tuple(row.get(name) for name in names): row for row in read_jsonl(path)}
+    for (gpu, coverage, threshold, context, requests, _), row in last.items():
+        rule = f"coverage {coverage:g}" if threshold is None else f"mass threshold {threshold:g}"
+        title = f"{rule}, {context} tokens of context\n{gpu}".replace("0.", ".", 1)
         name = f"{requests} request{'s' if requests != 1 else ''}"
         point = (row["slots_over_selected"], row["hit_rate"], 0.0)
         panels.setdefault(title, {}).setdefault(name, []).append(point)

@@ -71,7 +71,8 @@ def decode_row(
         "gpu": "GPU", "commit": "abc", "model": "llama", "label": "", "engine": engine,
         "kv_cache_dtype": dtype or "auto", "mode": "replay" if split else None,
         "kcache_config": {"coverage": 0.95} if split else None, "context": context,
-        "requests_that_fit": 100, "requests_asked": asked, "runs": [run], **more,
+        "requests_that_fit": 100 if asked else requests, "requests_asked": asked, "runs": [run],
+        **more,
     }  # fmt: skip
 
 

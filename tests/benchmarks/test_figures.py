@@ -111,6 +111,10 @@ def test_throughput_panels(tmp_path: Path) -> None:
             ],
         }
     }  # fmt: skip
+    # Where more would have fit, the title says so.
+    more = [decode_row("kcache", 8192, 20, 0, 700, requests_that_fit=40)]
+    capped = throughput_panels(decode_runs(write(tmp_path / "more.jsonl", rows + more)), "context")
+    assert list(capped) == ["llama, as many requests as fit, at most 20\nGPU, commit abc"]
     by_requests = throughput_panels(runs, "requests")
     assert len(by_requests) == 3
     curves = by_requests["llama, 4096 tokens of context\nGPU, commit abc"]

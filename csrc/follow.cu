@@ -8,7 +8,7 @@
 namespace kcache {
 namespace {
 
-// With 256, more lists are under way, but each takes longer: measured slower at every size.
+// With 256, each list takes longer: no faster at any size (docs/benchmarks.md, overlap).
 constexpr int kFollowThreads = 512;
 // Some hundred times the longest step there is: whoever waits longer waits for nothing.
 constexpr long long kPatienceNs = 20'000'000'000;

@@ -97,9 +97,9 @@ class GPURuntime(Runtime):
         super().__init__(config, shape, counters, device)
         self.num_query_heads = num_query_heads
         self.limits = limits
-        self.row_bytes = shape.num_kv_heads * shape.head_size * shape.dtype.itemsize
+        self.token_bytes = shape.num_kv_heads * shape.head_size * shape.dtype.itemsize
         # Every request of a step may prefill with context: each needs a page of the scratch.
-        pages = max(PIECE_BYTES // self.row_bytes // shape.page_tokens, limits.max_requests)
+        pages = max(PIECE_BYTES // self.token_bytes // shape.page_tokens, limits.max_requests)
         self.scratch_tokens = pages * shape.page_tokens
         self.kernel_name, self.kernel = prefill.choose(config.prefill, shape.head_size, shape.dtype)
         logger.info("KCache: prompts attend through %s.", self.kernel_name)
@@ -278,7 +278,7 @@ class GPURuntime(Runtime):
         slots = step.slot_mapping
         tokens, decodes = slots.shape[0], step.num_decodes
         key, value = inputs.key[:tokens], inputs.value[:tokens]
-        if (tokens - decodes) * self.row_bytes <= SMALL_V_BYTES:
+        if (tokens - decodes) * self.token_bytes <= SMALL_V_BYTES:
             write_kv(
                 key, value, slots, inputs.k_pages, v_pool, self.hot_cache, layer,
                 allocate_tokens=decodes,

@@ -43,8 +43,10 @@ def _backends(llm: Any) -> list[str]:
     return [layer.get_attn_backend().get_name() for layer in layers.values()]
 
 
-def _our_files() -> list[str]:
-    return [str(path) for path in Path("/dev/shm").glob("vllm_kcache*")]
+def _files_of(llm: Any) -> list[str]:
+    """Files of counters of this engine; other tests' engines may run at the same time."""
+    instance = llm.llm_engine.vllm_config.instance_id
+    return sorted(map(str, Path("/dev/shm").glob(f"vllm_kcache.{instance}.*")))
 
 
 def engine_arguments(model: str) -> dict[str, Any]:
@@ -74,12 +76,11 @@ def stock_engine(model: str) -> dict[str, Any]:
     """An engine without our flag."""
     from vllm.v1.attention.backends import registry
 
-    before = set(_our_files())
     llm = _engine(model)
     return {
         "tokens": _generate(llm),
         "backends": _backends(llm),
-        "files": sorted(set(_our_files()) - before),
+        "files": _files_of(llm),
         "custom": registry.AttentionBackendEnum.CUSTOM.is_overridden(),
         "worker": llm.llm_engine.vllm_config.parallel_config.worker_cls,
         "ours": sorted(name for name in sys.modules if name.startswith("vllm_kcache.reference")),
@@ -88,13 +89,12 @@ def stock_engine(model: str) -> dict[str, Any]:
 
 def split_engine(model: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """An engine with our backend, asked for by keyword or by additional_config."""
-    before = set(_our_files())
     llm = _engine(model, **arguments)
     result = {
         "tokens": _generate(llm),
         "backends": _backends(llm),
         "settings": llm.llm_engine.vllm_config.additional_config["kcache"],
-        "files": len(set(_our_files()) - before),
+        "files": len(_files_of(llm)),
     }
     import vllm_kcache
 

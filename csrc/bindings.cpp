@@ -147,7 +147,7 @@ void select_blocks(Tensor block_lse, Tensor seq_lens, int64_t v_block_tokens, in
   args.pad = true;
   const HeadRange range = head_range(blocks, first_head, num_heads);
   if (range.num_requests == 0 || range.num_heads == 0) return;
-  torch::stable::accelerator::DeviceGuard guard(block_lse.get_device_index());
+  const DeviceGuard guard(block_lse.get_device_index());
   STD_CUDA_CHECK(launch_select(args, range, current_stream(block_lse)));
 }
 
@@ -161,7 +161,7 @@ void fetch_blocks(Tensor blocks, Tensor counts, Tensor block_table, Tensor v_poo
   args.pad = true;
   const HeadRange range = head_range(blocks, 0, blocks.size(1));
   if (range.num_requests == 0 || range.num_heads == 0) return;
-  torch::stable::accelerator::DeviceGuard guard(blocks.get_device_index());
+  const DeviceGuard guard(blocks.get_device_index());
   STD_CUDA_CHECK(launch_fetch(args, pointer<int>(blocks), pointer<int>(counts), range,
                               current_stream(blocks)));
 }
@@ -182,7 +182,7 @@ void select_fetch(Tensor block_lse, Tensor seq_lens, int64_t v_block_tokens, int
   if (miss_list.has_value()) use_miss_list(fetch, *miss_list, wave, blocks, num_heads);
   const HeadRange range = head_range(blocks, first_head, num_heads);
   if (range.num_requests == 0 || range.num_heads == 0) return;
-  torch::stable::accelerator::DeviceGuard guard(block_lse.get_device_index());
+  const DeviceGuard guard(block_lse.get_device_index());
   STD_CUDA_CHECK(launch_select_fetch(select, fetch, range, current_stream(block_lse)));
 }
 
@@ -217,7 +217,7 @@ void follow_scores(Tensor block_lse, Tensor seq_lens, int64_t v_block_tokens, in
   const FollowArgs follow{pointer<int>(parts_scored), static_cast<int>(parts),
                           static_cast<int>(num_lists),
                           static_cast<int>(std::min(least_thread_blocks, most))};
-  torch::stable::accelerator::DeviceGuard guard(block_lse.get_device_index());
+  const DeviceGuard guard(block_lse.get_device_index());
   STD_CUDA_CHECK(
       launch_follow(select, fetch, follow, static_cast<int>(most), current_stream(block_lse)));
 }
@@ -236,7 +236,7 @@ void copy_misses(Tensor miss_list, Tensor state, int64_t wave, Tensor v_pool,
   args.row_bytes = static_cast<int>(v_block_tokens * v_pool.size(3) * v_pool.element_size());
   args.miss_list = pointer<int2>(miss_list);
   args.miss_count = pointer<int>(state) + kFirstMissCount + wave;
-  torch::stable::accelerator::DeviceGuard guard(miss_list.get_device_index());
+  const DeviceGuard guard(miss_list.get_device_index());
   STD_CUDA_CHECK(
       launch_copy_misses(args, static_cast<int>(num_thread_blocks), current_stream(miss_list)));
 }

@@ -1,25 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// Checks of tensor arguments, and the current stream, in PyTorch's stable ABI.
+// Checks of tensor arguments, in PyTorch's stable ABI.
 #pragma once
 
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <initializer_list>
+
+#include "device.h"
 
 namespace kcache {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // Size that any dimension may have.
 constexpr int64_t kAnySize = -1;
 
 inline void check_tensor(const char* name, const Tensor& tensor, ScalarType dtype,
                          std::initializer_list<int64_t> shape, const Tensor& beside) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == beside.get_device_index(), name,
+  STD_TORCH_CHECK(on_gpu(tensor) && tensor.get_device_index() == beside.get_device_index(), name,
                   ": must lie on the GPU of the other tensors");
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": has the wrong dtype");
   STD_TORCH_CHECK(tensor.is_contiguous(), name, ": must be contiguous");
@@ -37,7 +33,7 @@ inline void check_tensor(const char* name, const Tensor& tensor, ScalarType dtyp
 inline void check_block_table(const Tensor& block_table, int64_t num_requests,
                               const Tensor& beside) {
   STD_TORCH_CHECK(
-      block_table.is_cuda() && block_table.get_device_index() == beside.get_device_index(),
+      on_gpu(block_table) && block_table.get_device_index() == beside.get_device_index(),
       "block_table: must lie on the GPU of the other tensors");
   STD_TORCH_CHECK(block_table.scalar_type() == ScalarType::Int,
                   "block_table: has the wrong dtype; must be int32");
@@ -50,7 +46,7 @@ inline void check_block_table(const Tensor& block_table, int64_t num_requests,
 inline void check_host_pool(const Tensor& v_pool, const Tensor& v_rows, int64_t v_block_tokens) {
   STD_TORCH_CHECK(v_pool.is_cpu() && v_pool.is_contiguous() && v_pool.dim() == 4,
                   "v_pool: must be [M, Hkv, S, D], contiguous, in mapped host memory");
-  STD_TORCH_CHECK(v_rows.is_cuda() && v_rows.is_contiguous() && v_rows.dim() == 3 &&
+  STD_TORCH_CHECK(on_gpu(v_rows) && v_rows.is_contiguous() && v_rows.dim() == 3 &&
                       v_rows.size(1) == v_block_tokens && v_rows.size(2) == v_pool.size(3) &&
                       v_rows.scalar_type() == v_pool.scalar_type(),
                   "v_rows: must be [R, T=", v_block_tokens, ", D=", v_pool.size(3),
@@ -61,12 +57,6 @@ inline void check_host_pool(const Tensor& v_pool, const Tensor& v_rows, int64_t 
   STD_TORCH_CHECK(
       v_block_tokens * v_pool.size(3) * static_cast<int64_t>(v_pool.element_size()) % 16 == 0,
       "v_block_tokens * head_size: a V block must be a multiple of 16 bytes");
-}
-
-inline cudaStream_t current_stream(const Tensor& tensor) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
 }
 
 }  // namespace kcache

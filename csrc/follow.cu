@@ -3,6 +3,7 @@
 // vllm_kcache/reference/select.py and fetch.py.
 #include "fetch.cuh"
 #include "launch.h"
+#include "ptx.cuh"
 #include "select.cuh"
 
 namespace kcache {
@@ -13,18 +14,6 @@ constexpr int kFollowThreads = 512;
 // Some hundred times the longest step there is: whoever waits longer waits for nothing.
 constexpr long long kPatienceNs = 20'000'000'000;
 constexpr unsigned kPauseNs = 100;
-
-__device__ inline int load_acquire(const int* pointer) {
-  int value;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(pointer) : "memory");
-  return value;
-}
-
-__device__ inline long long now_ns() {
-  long long time;
-  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(time));
-  return time;
-}
 
 // Wait until all parts of a list are scored, and make its count ready for the next step.
 __device__ inline void wait_for_scores(const FollowArgs& follow, int list) {

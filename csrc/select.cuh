@@ -10,6 +10,7 @@
 
 #include <cstdint>
 
+#include "ptx.cuh"
 #include "rank.cuh"
 #include "residency.cuh"
 #include "warp.cuh"
@@ -49,13 +50,6 @@ struct SelectShared {
 
 __device__ inline unsigned fixed_point(float mass) {
   return static_cast<unsigned>(mass * kFixedPointOne + 0.5f);
-}
-
-// For terms of a sum of 1 and more: what is below 2^-126 may be 0.
-__device__ inline float fast_exp2(float value) {
-  float power;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(value));
-  return power;
 }
 
 template <int kThreads>

@@ -8,15 +8,23 @@ import torch
 
 from tests.conftest import assert_close
 from tests.kernels.checks import CLIPPED_SHAPES, THRESHOLDS, check_clip, check_select, on
-from tests.reference import brute_force
+from tests.kernels.lists import (
+    KINDS,
+    RULES,
+    check_fetch,
+    check_select_long,
+    check_select_shapes,
+    chosen,
+    make_hot_cache,
+    scored,
+)
 from tests.shapes import ODD_SHAPES, Case, Shape, build_case
 from vllm_kcache import ops
-from vllm_kcache.cache.hot_cache import HotCache
 from vllm_kcache.kernels import extension
 from vllm_kcache.kernels.attend import attend_blocks as attend_kernel_blocks
 from vllm_kcache.kernels.score import launch_score
 from vllm_kcache.kernels.select import launch_select, selection_arguments
-from vllm_kcache.reference import attend, fetch, score, select, write
+from vllm_kcache.reference import attend, fetch, write
 from vllm_kcache.types import Fetched, Selected, Selection
 
 pytestmark = pytest.mark.gpu
@@ -25,13 +33,6 @@ pytestmark = pytest.mark.gpu
 CASES = [(shape, torch.bfloat16) for shape in ODD_SHAPES] + [
     (shape, dtype) for shape in ODD_SHAPES[3:5] for dtype in (torch.float16, torch.float32)
 ]
-RULES = (
-    Selection(6, None, 1, 3, "sum"),
-    Selection(None, 0.9, 1, 3, "sum"),
-    Selection(None, 0.8, 0, 9, "max"),
-    Selection(12, 0.95, 2, 3, "max"),
-    Selection(None, None, 1, 3, "sum"),
-)
 
 
 def identity(value: object) -> str:
@@ -44,31 +45,8 @@ def case(request: pytest.FixtureRequest) -> Case:
     return build_case(shape, dtype, strided=shape.head_size == 80)
 
 
-def scored(case: Case) -> torch.Tensor:
-    """block_lse of the definition, on the host."""
-    return score.score_blocks(
-        case.query, case.k_pages, case.block_table, case.seq_lens, case.scale,
-        case.shape.v_block_tokens, case.shape.max_blocks,
-    )  # fmt: skip
-
-
-def chosen(case: Case, rule: Selection = RULES[1]) -> Selected:
-    shape = case.shape
-    return select.select_blocks(
-        scored(case), case.seq_lens, shape.num_kv_heads, shape.v_block_tokens, rule
-    )
-
-
 def moved(selected: Selected) -> Selected:
     return Selected(selected.blocks.cuda(), selected.counts.cuda(), selected.mass.cuda())
-
-
-def hot_cache(case: Case, num_slots: int) -> HotCache:
-    shape = case.shape
-    rows = case.v_pool[..., 0].numel() // shape.v_block_tokens
-    return HotCache.make(
-        num_slots, 2, rows, shape.v_block_tokens, shape.head_size, case.query.dtype, "cuda"
-    )
 
 
 def test_score(case: Case) -> None:
@@ -113,75 +91,12 @@ def test_score_counts_the_programs_of_each_list() -> None:
     assert (parts_scored == programs).all()
 
 
-def assert_selects(
-    selected: Selected, block_lse: torch.Tensor, case_lens: list[int], tokens: int, rule: Selection
-) -> None:
-    """The lists keep the rule, whichever of two blocks of (nearly) equal mass is in them.
-
-    Nearly: masses are summed in units of 2^-30 and computed in float32.
-    """
-    near = 2e-6
-    blocks, counts, mass = selected.blocks.cpu(), selected.counts.cpu(), selected.mass.cpu()
-    num_kv_heads = counts.shape[1]
-    for row, seq_len in enumerate(case_lens):
-        num_blocks = -(-seq_len // tokens)
-        lse = block_lse[row, :, :num_blocks].double().cpu().unflatten(0, (num_kv_heads, -1))
-        for head in range(num_kv_heads):
-            listed = blocks[row, head].tolist()
-            count = int(counts[row, head])
-            kept = listed[:count]
-            assert listed[count:] == [-1] * (len(listed) - count)
-            assert kept == sorted(set(kept))
-            if not seq_len:
-                assert (count, float(mass[row, head])) == (0, 1.0)
-                continue
-            assert kept[0] >= 0
-            assert kept[-1] < num_blocks
-            masses = lse[head].softmax(-1)
-            forced = brute_force.forced(seq_len, tokens, rule)
-            assert forced <= set(kept)
-            most = num_blocks if rule.top_n is None else min(rule.top_n, num_blocks)
-            assert count <= most
-            combined = masses.mean(0) if rule.combine == "sum" else masses.amax(0)
-            others = torch.ones(num_blocks, dtype=torch.bool)
-            others[kept] = False
-            ranked = sorted(set(kept) - forced, key=lambda block: float(combined[block]))
-            if ranked and others.any():
-                assert combined[ranked[0]] >= combined[others].max() - near
-            covered = brute_force.covered_mass(masses, kept, rule.combine)
-            assert abs(float(mass[row, head]) - covered) < 1e-5
-            if rule.coverage is None:
-                assert count == most
-                continue
-            assert covered >= rule.coverage - near or count == most
-            if ranked:
-                fewer = [block for block in kept if block != ranked[0]]
-                less = brute_force.covered_mass(masses, fewer, rule.combine)
-                assert less < rule.coverage + near
-
-
 @pytest.mark.parametrize("triton_only", [False, True], ids=["best", "triton"])
 @pytest.mark.parametrize("rule", RULES, ids=identity)
 def test_select(rule: Selection, triton_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if triton_only:
         monkeypatch.setattr(extension, "available", lambda: False)
-    for shape in ODD_SHAPES:
-        if rule.top_n is not None and rule.top_n < rule.most_forced_blocks(shape.v_block_tokens):
-            continue
-        block_lse = scored(build_case(shape, sharpness=4.0))
-        columns = shape.max_blocks if rule.top_n is None else min(rule.top_n, shape.max_blocks)
-        lists = (len(shape.seq_lens), shape.num_kv_heads)
-        out = Selected(
-            torch.full((*lists, columns), -99, dtype=torch.int32, device="cuda"),
-            torch.full(lists, -99, dtype=torch.int32, device="cuda"),
-            torch.full(lists, torch.nan, device="cuda"),
-        )
-        lengths = torch.tensor(shape.seq_lens, dtype=torch.int32, device="cuda")
-        ops.select_blocks(
-            block_lse.cuda(), lengths, shape.num_kv_heads, shape.v_block_tokens, rule, out
-        )
-        lens = list(shape.seq_lens)
-        assert_selects(out, block_lse, lens, shape.v_block_tokens, rule)
+    check_select_shapes(rule, "cuda")
 
 
 @pytest.mark.parametrize("triton_only", [False, True], ids=["best", "triton"])
@@ -194,7 +109,7 @@ def test_select_by_threshold(
     check_select(rule, "cuda")
 
 
-@pytest.mark.parametrize("kind", ["random", "all equal", "ties", "one block has all", "tiny"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("triton_only", [False, True], ids=["best", "triton"])
 def test_select_of_long_requests(
     kind: str, triton_only: bool, monkeypatch: pytest.MonkeyPatch
@@ -202,52 +117,12 @@ def test_select_of_long_requests(
     """128K tokens in V blocks of 8, with many equal masses: the lower block wins."""
     if triton_only:
         monkeypatch.setattr(extension, "available", lambda: False)
-    lens = [131072, 130999]
-    block_lse = torch.randn(2, 4, 16384)
-    if kind == "all equal":
-        block_lse.zero_()
-    elif kind == "ties":
-        block_lse = (2 * block_lse).round()
-    elif kind == "one block has all":
-        block_lse[..., 777] = 1e4
-    elif kind == "tiny":
-        block_lse *= 20
-    lengths = torch.tensor(lens, dtype=torch.int32, device="cuda")
-    for rule in (Selection(500, None, 1, 32, "sum"), Selection(None, 0.9, 1, 32, "max")):
-        selected = ops.select_blocks(block_lse.cuda(), lengths, 2, 8, rule)
-        assert_selects(selected, block_lse, lens, 8, rule)
-        if kind == "all equal":
-            count = int(selected.counts[0, 0])
-            recent = set(range(16380, 16384))
-            expected = sorted(recent | set(range(count - len(recent))))
-            assert selected.blocks[0, 0, :count].tolist() == expected
+    check_select_long(kind, 131072, "cuda")
 
 
 @pytest.mark.parametrize("num_slots", [None, 5, 4096], ids=["no cache", "small", "large"])
 def test_fetch(case: Case, num_slots: int | None) -> None:
-    shape, there = case.shape, on(case, "cuda")
-    tokens = shape.v_block_tokens
-    selected = chosen(case)
-    cache = None if num_slots is None else hot_cache(case, num_slots)
-    expected = fetch.fetch_blocks(selected, case.block_table, case.v_pool, tokens)
-    for _ in range(2):
-        fetched = ops.fetch_blocks(
-            moved(selected), there.block_table, there.v_pool, tokens, cache, 1
-        )
-        rows, v_rows = fetched.rows.cpu(), fetched.v_rows.cpu()
-        host_rows = case.v_pool.view(-1, tokens, shape.head_size)
-        wanted = selected.blocks >= 0
-        assert ((rows == -1) == ~wanted).all()
-        for row, reference_row in zip(rows[wanted], expected.rows[wanted], strict=True):
-            got = v_rows[row] if row >= 0 else host_rows[-2 - row]
-            assert torch.equal(
-                got.view(torch.uint8), expected.v_rows[reference_row].view(torch.uint8)
-            )
-    if cache is None:
-        assert (rows[wanted] >= 0).all()
-    elif num_slots == 4096:
-        counted = cache.read_counters()
-        assert counted.hits == counted.misses == int(selected.counts.sum())
+    check_fetch(case, num_slots, "cuda")
 
 
 @pytest.mark.parametrize("tail", ["renormalize", "drop"])
@@ -327,7 +202,7 @@ def test_write(case: Case) -> None:
     slots[::5] = -1
     size = (num_tokens, 3, shape.num_kv_heads, shape.head_size)
     key, _, value = torch.randn(size, dtype=dtype, device="cuda").unbind(1)  # strided
-    cache = hot_cache(case, 64)
+    cache = make_hot_cache(case, 64, "cuda")
     keys_before, values_before = case.k_pages.clone(), case.v_pool.clone()
     ops.write_kv(key, value, slots.cuda(), there.k_pages, there.v_pool, cache, 1)
     torch.cuda.synchronize()

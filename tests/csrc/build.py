@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds csrc/ for the host, so that its kernels run where there is no GPU.
+
+The sources are those of csrc/ but for ptx.cuh and device.h, which emulator/ replaces, and for what
+C++ has no words for: launches, dynamic shared memory and the dispatch key. Needs a C++ compiler and
+torch's headers.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from csrc.build import SOURCE, SOURCES, TORCH_TARGET, torch_root
+
+EMULATOR = Path(__file__).resolve().parent / "emulator"
+# Fused multiply-adds would make a mass depend on the host's instruction set.
+FLAGS = (
+    "-shared", "-fPIC", "-std=c++20", "-O1", "-pthread", "-Wno-unknown-pragmas",
+    "-ffp-contract=off",
+)  # fmt: skip
+
+
+def compiler() -> str | None:
+    """The C++ compiler: $CXX, or g++ or clang++ of the PATH."""
+    candidates = [os.environ.get("CXX", ""), "g++", "clang++"]
+    return next((found for name in candidates if name and (found := shutil.which(name))), None)
+
+
+def translate(text: str) -> str:
+    """CUDA C++ of csrc/ to C++."""
+    text = re.sub(
+        r"extern __shared__ (\w+) (\w+)\[\];",
+        r"\1* \2 = static_cast<\1*>(emulator::dynamic_shared());",
+        text,
+    )
+    text = re.sub(r"([\w<>]+)\s*<<<(.*?)>>>\(", r"emulator::launch(\1, \2)(", text, flags=re.DOTALL)
+    library = "STABLE_TORCH_LIBRARY_IMPL(kcache, {},"
+    return text.replace(library.format("CUDA"), library.format("CPU"))
+
+
+def compile_library(sources: list[Path], folder: Path, name: str, *flags: str) -> Path:
+    """Compile sources, and the emulator, to `folder / name`; RuntimeError when that fails.
+
+    What the sources include is looked for in their own folder first.
+    """
+    output = folder / name
+    emulator = [f"-I{EMULATOR}", str(EMULATOR / "emulator.cpp")]
+    command = [str(compiler()), *FLAGS, *map(str, sources), *emulator, *flags, "-o", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    return output
+
+
+def build(folder: Path) -> Path:
+    """Compile csrc/ into `folder`, which must exist.
+
+    Returns:
+        A library for `torch.ops.load_library`: the operations of csrc/bindings.cpp on the CPU.
+    """
+    for path in [*SOURCE.glob("*.cu*"), *SOURCE.glob("*.h"), *SOURCE.glob("*.cpp")]:
+        target = folder / path.name
+        if path.suffix == ".cu":
+            target = target.with_suffix(".cpp")
+        target.write_text(translate(path.read_text()))
+    for name in ("ptx.cuh", "device.h"):
+        shutil.copy(EMULATOR / name, folder / name)
+    torch = torch_root()
+    assert torch is not None
+    return compile_library(
+        [(folder / name).with_suffix(".cpp") for name in SOURCES],
+        folder,
+        "kcache_emulated.so",
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+        f"-I{torch / 'include'}",
+        f"-L{torch / 'lib'}",
+        *("-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"),
+    )

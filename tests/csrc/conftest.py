@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The extension on the CPU (build.py), in place of the one for GPUs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.csrc.build import build, compiler
+from vllm_kcache.kernels import extension
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built library, loaded."""
+    if compiler() is None:
+        pytest.skip("no C++ compiler: csrc/ cannot be run without a GPU")
+    path = build(tmp_path_factory.mktemp("csrc"))
+    torch.ops.load_library(str(path))
+    return path
+
+
+@pytest.fixture
+def emulated(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`kernels` take the extension, on tensors of the CPU."""
+    monkeypatch.setattr(extension, "available", lambda: True)

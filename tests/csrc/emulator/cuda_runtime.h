@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0
+// The part of CUDA C++ that csrc/ uses, for a C++ compiler without CUDA (tests/csrc/build.py).
+//
+// A thread block runs in one host thread, its threads as coroutines that change at barriers only.
+// So a test sees what a missing barrier, a barrier that not all threads reach, or shared memory
+// that nobody wrote does to a result; it sees nothing of the GPU's memory model. Thread blocks of a
+// launch run beside one another in several host threads.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <type_traits>
+
+#define __device__
+#define __host__
+#define __global__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __shared__ static thread_local
+
+using cudaError_t = int;
+using cudaStream_t = void*;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719;
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct alignas(8) int2 {
+  int x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+inline int2 make_int2(int x, int y) { return {x, y}; }
+
+using std::max;
+using std::min;
+
+namespace emulator {
+
+struct Index {
+  unsigned x, y, z;
+};
+extern thread_local Index thread_index, block_index;
+extern thread_local Index grid_size, block_size;
+
+// Barriers of the thread that runs. `site` tells one statement from another.
+void sync_threads(int site);
+void sync_warp();
+// A word of each lane, exchanged: what `lane` passed.
+void publish(uint64_t value);
+uint64_t published(unsigned lane);
+unsigned lane();
+[[noreturn]] void trap();
+
+void* dynamic_shared();
+void allow_dynamic_shared(const void* kernel, size_t bytes);
+cudaError_t run(const void* kernel, dim3 grid, unsigned threads, size_t shared_bytes,
+                const std::function<void()>& thread);
+cudaError_t last_error();
+
+template <typename T>
+uint64_t to_word(T value) {
+  static_assert(sizeof(T) <= 8);
+  uint64_t word = 0;
+  std::memcpy(&word, &value, sizeof(T));
+  return word;
+}
+template <typename T>
+T from_word(uint64_t word) {
+  T value;
+  std::memcpy(&value, &word, sizeof(T));
+  return value;
+}
+template <typename T>
+T exchange(T value, unsigned source) {
+  publish(to_word(value));
+  return from_word<T>(published(source));
+}
+
+// kernel<<<grid, threads, shared_bytes, stream>>>, to be called with the arguments.
+template <typename... Parameters>
+auto launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared_bytes,
+            cudaStream_t) {
+  return [=](auto... arguments) {
+    run(reinterpret_cast<const void*>(kernel), grid, threads, shared_bytes,
+        [&] { kernel(arguments...); });
+  };
+}
+
+}  // namespace emulator
+
+#define threadIdx (emulator::thread_index)
+#define blockIdx (emulator::block_index)
+#define gridDim (emulator::grid_size)
+#define blockDim (emulator::block_size)
+#define __syncthreads() emulator::sync_threads(__LINE__)
+
+inline void __syncwarp(unsigned = 0xffffffffu) { emulator::sync_warp(); }
+inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+inline void __nanosleep(unsigned) {
+  for (std::atomic<int> spin{0}; spin < 1000; ++spin) {
+  }
+}
+inline void __trap() { emulator::trap(); }
+
+template <typename T>
+T __shfl_sync(unsigned, T value, int source) {
+  return emulator::exchange(value, static_cast<unsigned>(source) & 31);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int bits) {
+  return emulator::exchange(value, emulator::lane() ^ static_cast<unsigned>(bits));
+}
+template <typename T>
+T __shfl_up_sync(unsigned, T value, int delta) {
+  const int source = static_cast<int>(emulator::lane()) - delta;
+  return emulator::exchange(value, source < 0 ? emulator::lane() : static_cast<unsigned>(source));
+}
+inline unsigned __ballot_sync(unsigned, bool predicate) {
+  emulator::publish(predicate);
+  unsigned lanes = 0;
+  for (unsigned i = 0; i < 32; ++i) lanes |= static_cast<unsigned>(emulator::published(i)) << i;
+  return lanes;
+}
+
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
+inline int __ffs(unsigned value) { return __builtin_ffs(static_cast<int>(value)); }
+inline unsigned __float_as_uint(float value) { return emulator::from_word<unsigned>(emulator::to_word(value)); }
+
+// Loads past a cache: there is none.
+template <typename T>
+T __ldcg(const T* pointer) {
+  return *static_cast<const volatile T*>(pointer);
+}
+template <typename T>
+T __ldcs(const T* pointer) {
+  return *pointer;
+}
+
+template <typename T>
+T atomicAdd(T* pointer, std::type_identity_t<T> value) {
+  return __atomic_fetch_add(pointer, value, __ATOMIC_SEQ_CST);
+}
+template <typename T>
+T atomicExch(T* pointer, std::type_identity_t<T> value) {
+  return __atomic_exchange_n(pointer, value, __ATOMIC_SEQ_CST);
+}
+template <typename T>
+T atomicCAS(T* pointer, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
+  __atomic_compare_exchange_n(pointer, &expected, value, false, __ATOMIC_SEQ_CST,
+                              __ATOMIC_SEQ_CST);
+  return expected;
+}
+
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int bytes) {
+  if (bytes > 227 * 1024) return cudaErrorInvalidValue;
+  emulator::allow_dynamic_shared(reinterpret_cast<const void*>(kernel), bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetLastError() { return emulator::last_error(); }

@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs thread blocks: see cuda_runtime.h.
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cuda_runtime.h"
+
+namespace emulator {
+
+thread_local Index thread_index, block_index;
+thread_local Index grid_size, block_size;
+
+namespace {
+
+constexpr size_t kStackBytes = 128 * 1024;
+constexpr size_t kStaticBytes = 48 * 1024;  // dynamic shared memory that needs no leave
+constexpr size_t kGuardBytes = 4096;
+constexpr unsigned char kPoison = 0xff;  // NaN, or -1
+constexpr int kHostThreads = 3;
+
+enum class State { kReady, kAtBarrier, kAtWarpBarrier, kEnded };
+
+struct Thread {
+  ucontext_t start;
+  jmp_buf resume;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  State state;
+  bool started;
+  int site;
+  unsigned exchanges;  // counts, so that two buffers take turns
+};
+
+struct Warp {
+  uint64_t words[2][32];
+};
+
+// The thread block of a host thread.
+class ThreadBlock {
+ public:
+  // Empty when all threads ended; otherwise what went wrong.
+  std::string run(unsigned num_threads, size_t shared_bytes, const std::function<void()>& body,
+                  unsigned seed) {
+    body_ = &body;
+    num_threads_ = num_threads;
+    shared_.assign(shared_bytes + kGuardBytes, kPoison);
+    warps_.assign((num_threads + 31) / 32, Warp{});
+    while (threads_.size() < num_threads) threads_.push_back(std::make_unique<Thread>());
+    order_.resize(num_threads);
+    for (unsigned i = 0; i < num_threads; ++i) {
+      order_[i] = i;
+      Thread& thread = *threads_[i];
+      thread.state = State::kReady;
+      thread.started = false;
+      thread.exchanges = 0;
+      getcontext(&thread.start);
+      thread.start.uc_stack.ss_sp = thread.stack.get();
+      thread.start.uc_stack.ss_size = kStackBytes;
+      thread.start.uc_link = nullptr;
+      makecontext(&thread.start, &ThreadBlock::enter, 0);
+    }
+    random_.seed(seed);
+    trapped_ = false;
+    while (true) {
+      // Between two barriers any order is right.
+      std::shuffle(order_.begin(), order_.end(), random_);
+      for (unsigned i : order_) {
+        if (threads_[i]->state == State::kReady) resume(i);
+        if (trapped_) return "__trap()";
+      }
+      if (ended() == num_threads_) break;
+      if (const std::string error = release(); !error.empty()) return error;
+    }
+    for (size_t i = 0; i < kGuardBytes; ++i) {
+      if (shared_[shared_bytes + i] != kPoison) return "wrote past its dynamic shared memory";
+    }
+    return {};
+  }
+
+  void wait(State state, int site) {
+    Thread& thread = *threads_[current_];
+    thread.state = state;
+    thread.site = site;
+    if (!_setjmp(thread.resume)) _longjmp(scheduler_, 1);
+  }
+  void publish(uint64_t value) {
+    Thread& thread = *threads_[current_];
+    warps_[current_ / 32].words[++thread.exchanges & 1][current_ % 32] = value;
+    wait(State::kAtWarpBarrier, 0);
+  }
+  uint64_t published(unsigned lane) const {
+    return warps_[current_ / 32].words[threads_[current_]->exchanges & 1][lane];
+  }
+  unsigned lane() const { return current_ % 32; }
+  void* shared() { return shared_.data(); }
+  [[noreturn]] void trap() {
+    trapped_ = true;
+    _longjmp(scheduler_, 1);
+  }
+
+  static thread_local ThreadBlock* running;
+
+ private:
+  static void enter() {
+    ThreadBlock& block = *running;
+    (*block.body_)();
+    block.threads_[block.current_]->state = State::kEnded;
+    _longjmp(block.scheduler_, 1);
+  }
+
+  void resume(unsigned index) {
+    current_ = index;
+    thread_index = {index, 0, 0};
+    Thread& thread = *threads_[index];
+    if (_setjmp(scheduler_)) return;
+    if (thread.started) _longjmp(thread.resume, 1);
+    thread.started = true;
+    setcontext(&thread.start);
+  }
+
+  unsigned ended() const {
+    unsigned count = 0;
+    for (unsigned i = 0; i < num_threads_; ++i) count += threads_[i]->state == State::kEnded;
+    return count;
+  }
+
+  // Let threads go on whose barrier all have reached. An error when there are none.
+  std::string release() {
+    bool some = false;
+    for (unsigned warp = 0; warp < warps_.size(); ++warp) {
+      const unsigned first = warp * 32, last = std::min(first + 32, num_threads_);
+      unsigned there = 0;
+      for (unsigned i = first; i < last; ++i) {
+        there += threads_[i]->state == State::kAtWarpBarrier;
+      }
+      if (there < 32) continue;  // a mask of all lanes names those that ended, too
+      for (unsigned i = first; i < last; ++i) threads_[i]->state = State::kReady;
+      some = true;
+    }
+    if (some) return {};
+    int site = -1;
+    for (unsigned i = 0; i < num_threads_; ++i) {
+      const Thread& thread = *threads_[i];
+      if (thread.state == State::kEnded) continue;
+      if (thread.state != State::kAtBarrier) {
+        return "thread " + std::to_string(i) + " waits for lanes that do not come";
+      }
+      if (site >= 0 && thread.site != site) {
+        return "barriers of lines " + std::to_string(site) + " and " +
+               std::to_string(thread.site) + " at the same time";
+      }
+      site = thread.site;
+    }
+    for (unsigned i = 0; i < num_threads_; ++i) {
+      if (threads_[i]->state == State::kAtBarrier) threads_[i]->state = State::kReady;
+    }
+    return {};
+  }
+
+  const std::function<void()>* body_ = nullptr;
+  unsigned num_threads_ = 0, current_ = 0;
+  std::vector<unsigned char> shared_;
+  std::vector<Warp> warps_;
+  std::vector<std::unique_ptr<Thread>> threads_;
+  std::vector<unsigned> order_;
+  std::minstd_rand random_;
+  jmp_buf scheduler_;
+  bool trapped_ = false;
+};
+
+thread_local ThreadBlock* ThreadBlock::running = nullptr;
+
+std::mutex allowed_mutex;
+std::map<const void*, size_t> allowed;
+std::atomic<unsigned> launches{0};
+thread_local cudaError_t error_of_launch = cudaSuccess;
+
+}  // namespace
+
+void sync_threads(int site) { ThreadBlock::running->wait(State::kAtBarrier, site); }
+void sync_warp() { ThreadBlock::running->wait(State::kAtWarpBarrier, 0); }
+void publish(uint64_t value) { ThreadBlock::running->publish(value); }
+uint64_t published(unsigned lane) { return ThreadBlock::running->published(lane); }
+unsigned lane() { return ThreadBlock::running->lane(); }
+void* dynamic_shared() { return ThreadBlock::running->shared(); }
+void trap() { ThreadBlock::running->trap(); }
+
+void allow_dynamic_shared(const void* kernel, size_t bytes) {
+  const std::lock_guard lock(allowed_mutex);
+  allowed[kernel] = bytes;
+}
+
+cudaError_t last_error() {
+  const cudaError_t error = error_of_launch;
+  error_of_launch = cudaSuccess;
+  return error;
+}
+
+cudaError_t run(const void* kernel, dim3 grid, unsigned threads, size_t shared_bytes,
+                const std::function<void()>& thread) {
+  {
+    const std::lock_guard lock(allowed_mutex);
+    const auto found = allowed.find(kernel);
+    const size_t most = std::max(kStaticBytes, found == allowed.end() ? 0 : found->second);
+    if (shared_bytes > most || threads == 0 || threads > 1024 || threads % 32 != 0 ||
+        grid.x == 0 || grid.y == 0 || grid.y > 65535) {
+      return error_of_launch = cudaErrorInvalidValue;
+    }
+  }
+  const unsigned blocks = grid.x * grid.y, seed = launches.fetch_add(1);
+  std::atomic<unsigned> next{0};
+  std::atomic<bool> failed{false};
+  const auto work = [&] {
+    ThreadBlock block;
+    ThreadBlock::running = &block;
+    grid_size = {grid.x, grid.y, 1};
+    block_size = {threads, 1, 1};
+    for (unsigned i; !failed && (i = next.fetch_add(1)) < blocks;) {
+      block_index = {i % grid.x, i / grid.x, 0};
+      const std::string error = block.run(threads, shared_bytes, thread, seed * 65537u + i + 1);
+      if (!error.empty()) {
+        std::fprintf(stderr, "thread block (%u, %u): %s\n", block_index.x, block_index.y,
+                     error.c_str());
+        failed = true;
+      }
+    }
+  };
+  std::vector<std::thread> workers;
+  for (int i = 0; i < kHostThreads; ++i) workers.emplace_back(work);
+  for (std::thread& worker : workers) worker.join();
+  return error_of_launch = failed ? cudaErrorLaunchFailure : cudaSuccess;
+}
+
+}  // namespace emulator

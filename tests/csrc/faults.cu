@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+// Kernels with a fault each, which the emulator must notice (test_emulator.py).
+#include <cuda_runtime.h>
+
+namespace {
+
+// Each thread adds up what all wrote. `barrier` off: some read before others wrote.
+template <bool kBarrier>
+__global__ void sums(int* out) {
+  __shared__ int values[64];
+  values[threadIdx.x] = 0;
+  __syncthreads();
+  values[threadIdx.x] = static_cast<int>(threadIdx.x + 1);
+  if (kBarrier) __syncthreads();
+  int sum = 0;
+  for (int i = 0; i < 64; ++i) sum += values[i];
+  out[blockIdx.x * 64 + threadIdx.x] = sum;
+}
+
+__global__ void two_barriers() {
+  if (threadIdx.x < 32) {
+    __syncthreads();
+  } else {
+    __syncthreads();
+  }
+}
+
+__global__ void missing_lanes(int* out) {
+  if (threadIdx.x % 32 < 5) return;
+  out[threadIdx.x] = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x), 7);
+}
+
+__global__ void past_the_end() {
+  extern __shared__ float words[];
+  words[threadIdx.x] = 0.0f;
+}
+
+__global__ void traps() {
+  if (threadIdx.x == 3) __trap();
+  __syncthreads();
+}
+
+__global__ void shuffles(int* out) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int up = __shfl_up_sync(0xffffffffu, lane, 3), down = __shfl_xor_sync(0xffffffffu, up, 1);
+  out[threadIdx.x] = down + (__ballot_sync(0xffffffffu, lane % 2 == 1) == 0xaaaaaaaau ? 100 : 0);
+}
+
+}  // namespace
+
+extern "C" int run(int which, int* out) {
+  if (which == 0) sums<true><<<3, 64, 0, nullptr>>>(out);
+  if (which == 1) sums<false><<<3, 64, 0, nullptr>>>(out);
+  if (which == 2) two_barriers<<<1, 64, 0, nullptr>>>();
+  if (which == 3) missing_lanes<<<1, 64, 0, nullptr>>>(out);
+  if (which == 4) past_the_end<<<1, 64, 63 * sizeof(float), nullptr>>>();
+  if (which == 5) past_the_end<<<1, 64, 64 * 1024, nullptr>>>();
+  if (which == 6) traps<<<1, 64, 0, nullptr>>>();
+  if (which == 7) shuffles<<<1, 64, 0, nullptr>>>(out);
+  return cudaGetLastError();
+}

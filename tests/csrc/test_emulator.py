@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The emulator that runs csrc/ on the host: what it computes, and the faults it must not hide."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.csrc.build import compile_library, compiler, translate
+
+FAULTS = Path(__file__).resolve().parent / "faults.cu"
+INVALID_VALUE, LAUNCH_FAILURE = 1, 719
+Run = Callable[[int], tuple[int, np.ndarray]]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Run a kernel of faults.cu: the launch's error, and 192 integers that it may have written."""
+    if compiler() is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("faults")
+    source = folder / "faults.cpp"
+    source.write_text(translate(FAULTS.read_text()))
+    library = ctypes.CDLL(str(compile_library([source], folder, "faults.so")))
+
+    def call(which: int) -> tuple[int, np.ndarray]:
+        out = np.full(192, -1, dtype=np.int32)
+        return library.run(which, out.ctypes.data_as(ctypes.c_void_p)), out
+
+    return call
+
+
+def test_right_kernels_compute(run: Run) -> None:
+    error, out = run(0)
+    assert error == 0
+    assert (out == 64 * 65 // 2).all()
+    error, out = run(7)
+    lane = np.arange(32)
+    up = np.where(lane < 3, lane, lane - 3)
+    assert error == 0
+    assert (out[:64] == np.tile(up[lane ^ 1] + 100, 2)).all()
+
+
+def test_a_missing_barrier_shows_in_the_result(run: Run) -> None:
+    error, out = run(1)
+    assert error == 0
+    assert (out != 64 * 65 // 2).any()
+
+
+@pytest.mark.parametrize(
+    ("which", "error", "text"),
+    [
+        (2, LAUNCH_FAILURE, "at the same time"),
+        (3, LAUNCH_FAILURE, "waits for lanes that do not come"),
+        (4, LAUNCH_FAILURE, "wrote past its dynamic shared memory"),
+        (5, INVALID_VALUE, ""),
+        (6, LAUNCH_FAILURE, "__trap()"),
+    ],
+    ids=["two barriers", "missing lanes", "past the end", "too much shared memory", "trap"],
+)
+def test_faults_are_errors(
+    which: int, error: int, text: str, run: Run, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(which)[0] == error
+    assert text in capfd.readouterr().err

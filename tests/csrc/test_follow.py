@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""csrc/follow.cu against its definition, without a GPU: lists, rows, and the state it leaves."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from tests.kernels.checks import THRESHOLDS
+from tests.kernels.lists import assert_fetched, chosen, make_hot_cache, scored
+from tests.shapes import ODD_SHAPES, Case, Shape, build_case
+from vllm_kcache.cache.hot_cache import ENDED, EPOCH, STATE_WORDS, WANTED, HotCache
+from vllm_kcache.kernels.select import selection_arguments
+from vllm_kcache.types import Selected, Selection
+
+pytestmark = pytest.mark.usefixtures("emulated")
+
+PARTS = 3
+LONG = Shape((700, 5000, 0, 37, 900), 2, 4, 64, 16, 8)
+COVERAGE = Selection(None, 0.9, 1, 8, "sum")
+
+
+@dataclass
+class Followed:
+    """A step's lists and rows, poisoned until `run` has been called."""
+
+    case: Case
+    rule: Selection
+    cache: HotCache
+    block_lse: torch.Tensor
+    parts_scored: torch.Tensor
+    blocks: torch.Tensor
+    counts: torch.Tensor
+    mass: torch.Tensor
+    rows: torch.Tensor
+
+    @classmethod
+    def make(cls, case: Case, rule: Selection, cache: HotCache) -> Followed:
+        shape = case.shape
+        lists = (len(shape.seq_lens), shape.num_kv_heads)
+        places = (*lists, shape.max_blocks)
+        return cls(
+            case, rule, cache, scored(case), torch.full(lists, PARTS, dtype=torch.int32).flatten(),
+            torch.full(places, -99, dtype=torch.int32), torch.full(lists, -99, dtype=torch.int32),
+            torch.full(lists, torch.nan), torch.full(places, -99, dtype=torch.int32),
+        )  # fmt: skip
+
+    def run(self, most: int, least: int) -> None:
+        case, cache = self.case, self.cache
+        torch.ops.kcache.follow_scores(
+            self.block_lse, case.seq_lens, case.shape.v_block_tokens,
+            *selection_arguments(self.rule), self.blocks, self.counts, self.mass, None,
+            case.block_table, case.v_pool, 1, self.rows, cache.slots, cache.table,
+            cache.slot_word, cache.state, cache.counters, self.parts_scored, PARTS, most, least,
+        )  # fmt: skip
+
+    def check(self) -> None:
+        """Lists and rows are those of the definition, and every count is ready to be used again."""
+        listed = chosen(self.case, self.rule)
+        assert torch.equal(self.counts, listed.counts)
+        listing = torch.arange(self.blocks.shape[2]) < self.counts[..., None]
+        wide = Selected(self.blocks.masked_fill(~listing, -1), self.counts, self.mass)
+        assert torch.equal(wide.blocks[..., : listed.blocks.shape[2]], listed.blocks)
+        assert_fetched(self.rows.masked_fill(~listing, -1), self.cache.slots, wide, self.case)
+        assert (self.parts_scored == 0).all()
+        assert (self.cache.state[ENDED : ENDED + 1] == 0).all()
+        assert (self.cache.state[WANTED + 1 : STATE_WORDS] == 0).all()
+
+
+@pytest.mark.parametrize("followers", [1, 4, 100], ids=lambda count: f"{count} followers")
+@pytest.mark.parametrize(
+    "rule", [COVERAGE, Selection(6, None, 1, 8, "sum"), *THRESHOLDS[:1], *THRESHOLDS[2:]], ids=str
+)
+def test_lists_of_a_step(rule: Selection, followers: int) -> None:
+    """Twice over one hot cache: all is missing first, and found after."""
+    case = build_case(LONG, sharpness=2.0)
+    cache = make_hot_cache(case, 4096, "cpu")
+    for epoch in (1, 2):
+        step = Followed.make(case, rule, cache)
+        step.run(followers, followers)
+        step.check()
+        assert int(cache.state[EPOCH]) == epoch
+    counted = cache.read_counters()
+    assert counted.hits == counted.misses == int(step.counts.sum())
+
+
+@pytest.mark.parametrize("shape", [shape for shape in ODD_SHAPES if shape.seq_lens], ids=str)
+def test_odd_shapes_in_a_small_cache(shape: Shape) -> None:
+    """Some rows are read straight from the host, since all slots are in use."""
+    case = build_case(shape)
+    cache = make_hot_cache(case, 3, "cpu")
+    for _ in range(2):
+        step = Followed.make(case, COVERAGE, cache)
+        step.run(3, 1)
+        step.check()
+
+
+def test_fewer_work_where_less_is_missing() -> None:
+    """The last one out sets how many work in the next step, and those alone take lists."""
+    case = build_case(LONG)
+    cache = make_hot_cache(case, 4096, "cpu")
+    wanted = []
+    for _ in range(3):
+        step = Followed.make(case, COVERAGE, cache)
+        step.run(8, 2)
+        step.check()
+        wanted.append(int(cache.state[WANTED]))
+    assert wanted == [8, 2, 2]
+
+
+def test_a_list_waits_for_its_scores() -> None:
+    """Scores come list by list while the kernel runs, the last list first."""
+    case = build_case(LONG)
+    step = Followed.make(case, COVERAGE, make_hot_cache(case, 4096, "cpu"))
+    scores = step.block_lse.clone()
+    step.block_lse.fill_(torch.nan)
+    step.parts_scored.zero_()
+    kernel = threading.Thread(target=step.run, args=(4, 4))
+    kernel.start()
+    group = case.shape.group_size
+    for request in reversed(range(scores.shape[0])):
+        for head in reversed(range(case.shape.num_kv_heads)):
+            time.sleep(0.005)
+            assert kernel.is_alive(), "the kernel did not wait"
+            heads = slice(head * group, (head + 1) * group)
+            step.block_lse[request, heads] = scores[request, heads]
+            for _ in range(PARTS):
+                step.parts_scored[request * case.shape.num_kv_heads + head] += 1
+    kernel.join(timeout=60)
+    assert not kernel.is_alive()
+    step.check()
+
+
+@pytest.mark.parametrize(
+    ("most", "least", "text"),
+    [(0, 0, "most_thread_blocks=0"), (129, 1, "most_thread_blocks=129"), (4, 5, "must be 1 to 4")],
+)
+def test_numbers_of_followers_are_checked(most: int, least: int, text: str) -> None:
+    case = build_case(ODD_SHAPES[6])
+    step = Followed.make(case, COVERAGE, make_hot_cache(case, 64, "cpu"))
+    with pytest.raises(RuntimeError, match=text):
+        step.run(most, least)

@@ -15,7 +15,7 @@ WORKERS ?= 2
 FLAVOR ?= auto
 
 BIN = $(VENV)/bin
-CSRC = $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
+CSRC = $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh tests/csrc/*.cu tests/csrc/emulator/*)
 # On a GPU machine that has vLLM already, without a network: no .venv, and python3 is used.
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 OFFLINE = HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1

@@ -12,7 +12,9 @@ namespace kcache {
 using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
 
-inline bool on_gpu(const Tensor& tensor) { return tensor.is_cuda(); }
+inline bool on_gpu(const Tensor& tensor) {
+  return tensor.is_cuda();
+}
 
 inline cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;

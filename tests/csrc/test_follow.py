@@ -22,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("emulated")
 PARTS = 3
 LONG = Shape((700, 5000, 0, 37, 900), 2, 4, 64, 16, 8)
 COVERAGE = Selection(None, 0.9, 1, 8, "sum")
+EVERYTHING = Selection(None, None, 1, 8, "sum")
 
 
 @dataclass
@@ -73,7 +74,9 @@ class Followed:
 
 @pytest.mark.parametrize("followers", [1, 4, 100], ids=lambda count: f"{count} followers")
 @pytest.mark.parametrize(
-    "rule", [COVERAGE, Selection(6, None, 1, 8, "sum"), *THRESHOLDS[:1], *THRESHOLDS[2:]], ids=str
+    "rule",
+    [COVERAGE, Selection(6, None, 1, 8, "sum"), EVERYTHING, *THRESHOLDS[:1], *THRESHOLDS[2:]],
+    ids=str,
 )
 def test_lists_of_a_step(rule: Selection, followers: int) -> None:
     """Twice over one hot cache: all is missing first, and found after."""

@@ -100,7 +100,7 @@ class DecodeWorkspace:
             attend=AttendBuffers.make(lists, group, head_size, device, clipped),
             fetch_stream=torch.cuda.Stream(device, FETCH_PRIORITY) if on_gpu else None,
             copy_stream=torch.cuda.Stream(device, FETCH_PRIORITY) if on_gpu else None,
-            multiprocessors=_multiprocessors(device) if extension.available() else 0,
+            multiprocessors=_multiprocessors(device) if on_gpu and extension.available() else 0,
             begun=torch.cuda.Event() if on_gpu else None,
             scored=[torch.cuda.Event() for _ in range(MAX_WAVES if on_gpu else 0)],
             listed=[torch.cuda.Event() for _ in range(MAX_WAVES if on_gpu else 0)],

@@ -37,7 +37,9 @@ struct alignas(8) int2 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-inline int2 make_int2(int x, int y) { return {x, y}; }
+inline int2 make_int2(int x, int y) {
+  return {x, y};
+}
 
 using std::max;
 using std::min;
@@ -102,13 +104,19 @@ auto launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t s
 #define blockDim (emulator::block_size)
 #define __syncthreads() emulator::sync_threads(__LINE__)
 
-inline void __syncwarp(unsigned = 0xffffffffu) { emulator::sync_warp(); }
-inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+inline void __syncwarp(unsigned = 0xffffffffu) {
+  emulator::sync_warp();
+}
+inline void __threadfence() {
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+}
 inline void __nanosleep(unsigned) {
   for (std::atomic<int> spin{0}; spin < 1000; ++spin) {
   }
 }
-inline void __trap() { emulator::trap(); }
+inline void __trap() {
+  emulator::trap();
+}
 
 template <typename T>
 T __shfl_sync(unsigned, T value, int source) {
@@ -130,9 +138,15 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
   return lanes;
 }
 
-inline int __popc(unsigned value) { return __builtin_popcount(value); }
-inline int __ffs(unsigned value) { return __builtin_ffs(static_cast<int>(value)); }
-inline unsigned __float_as_uint(float value) { return emulator::from_word<unsigned>(emulator::to_word(value)); }
+inline int __popc(unsigned value) {
+  return __builtin_popcount(value);
+}
+inline int __ffs(unsigned value) {
+  return __builtin_ffs(static_cast<int>(value));
+}
+inline unsigned __float_as_uint(float value) {
+  return emulator::from_word<unsigned>(emulator::to_word(value));
+}
 
 // Loads past a cache: there is none.
 template <typename T>
@@ -154,8 +168,7 @@ T atomicExch(T* pointer, std::type_identity_t<T> value) {
 }
 template <typename T>
 T atomicCAS(T* pointer, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
-  __atomic_compare_exchange_n(pointer, &expected, value, false, __ATOMIC_SEQ_CST,
-                              __ATOMIC_SEQ_CST);
+  __atomic_compare_exchange_n(pointer, &expected, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
   return expected;
 }
 
@@ -165,4 +178,6 @@ cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int bytes) {
   emulator::allow_dynamic_shared(reinterpret_cast<const void*>(kernel), bytes);
   return cudaSuccess;
 }
-inline cudaError_t cudaGetLastError() { return emulator::last_error(); }
+inline cudaError_t cudaGetLastError() {
+  return emulator::last_error();
+}

@@ -15,9 +15,13 @@ struct DeviceGuard {
   explicit DeviceGuard(int) {}
 };
 
-inline bool on_gpu(const Tensor& tensor) { return tensor.is_cpu(); }
+inline bool on_gpu(const Tensor& tensor) {
+  return tensor.is_cpu();
+}
 
-inline cudaStream_t current_stream(const Tensor&) { return nullptr; }
+inline cudaStream_t current_stream(const Tensor&) {
+  return nullptr;
+}
 
 }  // namespace kcache
 

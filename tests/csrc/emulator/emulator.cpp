@@ -155,8 +155,8 @@ class ThreadBlock {
         return "thread " + std::to_string(i) + " waits for lanes that do not come";
       }
       if (site >= 0 && thread.site != site) {
-        return "barriers of lines " + std::to_string(site) + " and " +
-               std::to_string(thread.site) + " at the same time";
+        return "barriers of lines " + std::to_string(site) + " and " + std::to_string(thread.site) +
+               " at the same time";
       }
       site = thread.site;
     }
@@ -186,13 +186,27 @@ thread_local cudaError_t error_of_launch = cudaSuccess;
 
 }  // namespace
 
-void sync_threads(int site) { ThreadBlock::running->wait(State::kAtBarrier, site); }
-void sync_warp() { ThreadBlock::running->wait(State::kAtWarpBarrier, 0); }
-void publish(uint64_t value) { ThreadBlock::running->publish(value); }
-uint64_t published(unsigned lane) { return ThreadBlock::running->published(lane); }
-unsigned lane() { return ThreadBlock::running->lane(); }
-void* dynamic_shared() { return ThreadBlock::running->shared(); }
-void trap() { ThreadBlock::running->trap(); }
+void sync_threads(int site) {
+  ThreadBlock::running->wait(State::kAtBarrier, site);
+}
+void sync_warp() {
+  ThreadBlock::running->wait(State::kAtWarpBarrier, 0);
+}
+void publish(uint64_t value) {
+  ThreadBlock::running->publish(value);
+}
+uint64_t published(unsigned lane) {
+  return ThreadBlock::running->published(lane);
+}
+unsigned lane() {
+  return ThreadBlock::running->lane();
+}
+void* dynamic_shared() {
+  return ThreadBlock::running->shared();
+}
+void trap() {
+  ThreadBlock::running->trap();
+}
 
 void allow_dynamic_shared(const void* kernel, size_t bytes) {
   const std::lock_guard lock(allowed_mutex);
@@ -211,8 +225,8 @@ cudaError_t run(const void* kernel, dim3 grid, unsigned threads, size_t shared_b
     const std::lock_guard lock(allowed_mutex);
     const auto found = allowed.find(kernel);
     const size_t most = std::max(kStaticBytes, found == allowed.end() ? 0 : found->second);
-    if (shared_bytes > most || threads == 0 || threads > 1024 || threads % 32 != 0 ||
-        grid.x == 0 || grid.y == 0 || grid.y > 65535) {
+    if (shared_bytes > most || threads == 0 || threads > 1024 || threads % 32 != 0 || grid.x == 0 ||
+        grid.y == 0 || grid.y > 65535) {
       return error_of_launch = cudaErrorInvalidValue;
     }
   }

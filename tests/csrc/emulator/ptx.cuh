@@ -6,10 +6,16 @@
 
 namespace kcache {
 
-inline float fast_exp2(float value) { return value < -126.0f ? 0.0f : exp2f(value); }
+inline float fast_exp2(float value) {
+  return value < -126.0f ? 0.0f : exp2f(value);
+}
 
-inline int load_acquire(const int* pointer) { return __atomic_load_n(pointer, __ATOMIC_ACQUIRE); }
+inline int load_acquire(const int* pointer) {
+  return __atomic_load_n(pointer, __ATOMIC_ACQUIRE);
+}
 
-inline long long now_ns() { return std::chrono::steady_clock::now().time_since_epoch().count(); }
+inline long long now_ns() {
+  return std::chrono::steady_clock::now().time_since_epoch().count();
+}
 
 }  // namespace kcache

@@ -42,6 +42,7 @@ struct Thread {
 
 struct Warp {
   uint64_t words[2][32];
+  bool rests;
 };
 
 // The thread block of a host thread.
@@ -71,14 +72,21 @@ class ThreadBlock {
     random_.seed(seed);
     trapped_ = false;
     while (true) {
-      // Between two barriers any order is right.
+      // Between two barriers any order is right, and a warp may be far ahead of another.
       std::shuffle(order_.begin(), order_.end(), random_);
+      for (Warp& warp : warps_) warp.rests = random_() % 2 == 0;
+      bool waits = false;
       for (unsigned i : order_) {
-        if (threads_[i]->state == State::kReady) resume(i);
+        if (threads_[i]->state != State::kReady) continue;
+        if (warps_[i / 32].rests) {
+          waits = true;
+          continue;
+        }
+        resume(i);
         if (trapped_) return "__trap()";
       }
       if (ended() == num_threads_) break;
-      if (const std::string error = release(); !error.empty()) return error;
+      if (const std::string error = release(waits); !error.empty()) return error;
     }
     for (size_t i = 0; i < kGuardBytes; ++i) {
       if (shared_[shared_bytes + i] != kPoison) return "wrote past its dynamic shared memory";
@@ -133,8 +141,9 @@ class ThreadBlock {
     return count;
   }
 
-  // Let threads go on whose barrier all have reached. An error when there are none.
-  std::string release() {
+  // Let threads go on whose barrier all have reached. An error when there are none, and nobody
+  // waits for a turn.
+  std::string release(bool waits) {
     bool some = false;
     for (unsigned warp = 0; warp < warps_.size(); ++warp) {
       const unsigned first = warp * 32, last = std::min(first + 32, num_threads_);
@@ -146,7 +155,7 @@ class ThreadBlock {
       for (unsigned i = first; i < last; ++i) threads_[i]->state = State::kReady;
       some = true;
     }
-    if (some) return {};
+    if (some || waits) return {};
     int site = -1;
     for (unsigned i = 0; i < num_threads_; ++i) {
       const Thread& thread = *threads_[i];

@@ -27,6 +27,7 @@ from vllm_kcache.cache.hot_cache import HotCache
 from vllm_kcache.kernels import extension
 from vllm_kcache.kernels.decode import DecodeStep, DecodeWorkspace
 from vllm_kcache.kernels.decode_plan import DecodePlan, plan_decode
+from vllm_kcache.kernels.score_plan import chunk_blocks
 from vllm_kcache.kernels.write import write_kv
 from vllm_kcache.types import Fetched, Selection
 
@@ -55,6 +56,7 @@ class Steps:
         self.workspace = DecodeWorkspace.make(
             p.num_requests, p.num_heads, p.num_kv_heads, p.head_size, p.max_blocks,
             self.selection, "cuda", with_miss_list=True,
+            chunk_blocks=chunk_blocks(p.group, p.head_size, 2, V_BLOCK_TOKENS),
         )  # fmt: skip
         self.cache: HotCache = batch.hot_cache(
             int(p.num_lists * blocks * slots_of_a_step), num_layers=LAYERS
@@ -75,6 +77,7 @@ class Steps:
             batch.block_table, batch.seq_lens, batch.scale, V_BLOCK_TOKENS, self.selection,
             "renormalize", self.cache, layer, self.out, lse, selected,
             Fetched(rows, self.cache.slots), plan,
+            workspace.chunk_view(batch.problem.num_requests, batch.problem.max_blocks),
         )  # fmt: skip
 
     def time(self, run: Callable[[DecodeStep], None], plan: DecodePlan, layers: int) -> Timing:

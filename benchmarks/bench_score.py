@@ -21,7 +21,8 @@ from benchmarks.common import (
     hbm_copy_bandwidth,
     time_calls,
 )
-from vllm_kcache.kernels.score import ScoreConfig, launch_score, score_config
+from vllm_kcache.kernels.score import launch_score
+from vllm_kcache.kernels.score_plan import ScoreConfig, score_config
 
 
 def time_score(batch: Batch, config: ScoreConfig | None = None, max_blocks: int = 0) -> Timing:

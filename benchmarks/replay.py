@@ -36,6 +36,7 @@ import triton.language as tl
 from benchmarks.record import LARGEST_CODE, OCTAVE_CODES, Recording
 from vllm_kcache.kernels import decode
 from vllm_kcache.kernels.decode import DecodeStep
+from vllm_kcache.kernels.score_plan import num_chunks
 
 # V blocks of 8 tokens that the last 32 tokens overlap at most: they keep their distance to the end.
 RECENT_BLOCKS = 5
@@ -59,18 +60,28 @@ def hash_number(number):
     return (number >> 16) ^ number
 
 
+@triton.jit
+def sum_by_chunk(log_masses, BLOCKS: tl.constexpr):
+    """Log-sum-exp of runs of BLOCKS masses; -inf where there is none."""
+    runs = tl.reshape(log_masses, (log_masses.shape[0] // BLOCKS, BLOCKS))
+    largest = tl.max(runs, 1)
+    largest = tl.where(largest == float("-inf"), 0.0, largest)
+    return largest + tl.log(tl.sum(tl.exp(runs - largest[:, None]), 1))
+
+
 # All integers change between the waves and sizes that share one compiled kernel.
 @triton.jit(
     do_not_specialize=[
-        "table_stride", "max_blocks", "first_head", "layer", "num_layers", "num_texts",
-        "num_traces", "trace_group", "num_steps", "trace_blocks",
+        "table_stride", "max_blocks", "max_chunks", "first_head", "layer", "num_layers",
+        "num_texts", "num_traces", "trace_group", "num_steps", "trace_blocks",
     ]
 )  # fmt: skip
 def replay_kernel(
-    codes, trace_lengths, seq_lens, block_table, block_lse, table_stride, max_blocks, first_head,
-    layer, num_layers, num_texts, num_traces, trace_group, num_steps, trace_blocks,
+    codes, trace_lengths, seq_lens, block_table, block_lse, chunk_lse, table_stride, max_blocks,
+    max_chunks, first_head, layer, num_layers, num_texts, num_traces, trace_group, num_steps,
+    trace_blocks,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNK_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     head = first_head + tl.program_id(1)
     request = tl.program_id(2).to(tl.int64)
@@ -97,7 +108,12 @@ def replay_kernel(
         is_recent = from_end < _RECENT
         source = tl.where(is_recent, recorded - 1 - from_end, spread)
         exists = block < num_blocks
-        out = block_lse + ((request * NUM_KV_HEADS + head) * GROUP) * max_blocks + block
+        first_query_head = (request * NUM_KV_HEADS + head) * GROUP
+        out = block_lse + first_query_head * max_blocks + block
+        if CHUNK_BLOCKS:
+            chunks: tl.constexpr = CHUNK // CHUNK_BLOCKS
+            chunk = tl.program_id(0) * chunks + tl.arange(0, chunks)
+            sums = chunk_lse + first_query_head * max_chunks + chunk
         for in_group in tl.static_range(GROUP):
             row = (first_row + (in_group + list_number) % trace_group) * num_steps + step
             code = tl.load(
@@ -107,6 +123,10 @@ def replay_kernel(
             log_mass = tl.where(code > 0, log_mass, _NOTHING)
             tl.store(out, log_mass, mask=exists)
             out += max_blocks
+            if CHUNK_BLOCKS:
+                there = tl.where(exists, log_mass, float("-inf"))
+                tl.store(sums, sum_by_chunk(there, CHUNK_BLOCKS), mask=chunk < max_chunks)
+                sums += max_chunks
 
 
 @dataclass(frozen=True)
@@ -117,6 +137,7 @@ class Geometry:
         num_layers: layers of the model that is measured.
         num_kv_heads, num_query_heads: its heads.
         max_blocks: P of the scores.
+        chunk_blocks: V blocks of a chunk that scoring leaves a sum of; 0 when it leaves none.
         v_block_tokens: T.
     """
 
@@ -125,13 +146,17 @@ class Geometry:
     num_query_heads: int
     max_blocks: int
     v_block_tokens: int
+    chunk_blocks: int = 0
 
     @classmethod
     def of(cls, step: DecodeStep) -> Geometry:
         """That of a decode step."""
         _, num_query_heads, max_blocks = step.block_lse.shape
         num_layers, num_kv_heads = step.hot_cache.table.shape[0], step.k_pages.shape[1]
-        return cls(num_layers, num_kv_heads, num_query_heads, max_blocks, step.v_block_tokens)
+        return cls(
+            num_layers, num_kv_heads, num_query_heads, max_blocks, step.v_block_tokens,
+            step.workspace.chunk_blocks,
+        )  # fmt: skip
 
 
 class Replay:
@@ -175,7 +200,7 @@ class Replay:
             self._launched[num_requests][1].append((first_head, last_head))
         self.launch(
             geometry, step.block_lse, step.seq_lens, step.block_table, step.layer, first_head,
-            last_head,
+            last_head, step.chunk_lse,
         )  # fmt: skip
 
     def launch(
@@ -187,12 +212,14 @@ class Replay:
         layer: int,
         first_head: int,
         last_head: int,
+        chunk_lse: torch.Tensor | None = None,
     ) -> None:
         """The kernel.
 
         Args:
             block_lse: [B, Hq, P] float32, on the device of the recording, contiguous. Rows of the
                 heads in range are overwritten up to the length of each request.
+            chunk_lse: [B, Hq, C] float32, beside it, contiguous: what scoring left of them.
             seq_lens: [B] int32, beside it; 0 marks a padded row, which is left alone.
             block_table: [B, MB] int32, beside it. Its first column tells requests apart.
         Raises:
@@ -207,14 +234,17 @@ class Replay:
             )
         num_texts, layers, heads, num_steps, trace_blocks = self.codes.shape
         group = self.recording.group
-        chunks = triton.cdiv(geometry.max_blocks, _CHUNK)
-        replay_kernel[(chunks, last_head - first_head, block_lse.shape[0])](
-            self.codes, self.lengths, seq_lens, block_table, block_lse, block_table.stride(0),
-            geometry.max_blocks, first_head, layer, geometry.num_layers, num_texts,
-            layers * heads // group, group, num_steps, trace_blocks,
+        programs = triton.cdiv(geometry.max_blocks, _CHUNK)
+        replay_kernel[(programs, last_head - first_head, block_lse.shape[0])](
+            self.codes, self.lengths, seq_lens, block_table, block_lse,
+            block_lse if chunk_lse is None else chunk_lse, block_table.stride(0),
+            geometry.max_blocks, 0 if chunk_lse is None else chunk_lse.shape[2], first_head, layer,
+            geometry.num_layers, num_texts, layers * heads // group, group, num_steps,
+            trace_blocks,
             NUM_KV_HEADS=geometry.num_kv_heads,
             GROUP=geometry.num_query_heads // geometry.num_kv_heads,
             BLOCK_TOKENS=geometry.v_block_tokens, CHUNK=_CHUNK,
+            CHUNK_BLOCKS=0 if chunk_lse is None else geometry.chunk_blocks,
         )  # fmt: skip
 
     def cost_ms(self, num_requests: int, tokens: int) -> float:
@@ -246,13 +276,19 @@ class Replay:
         block_lse = torch.empty(
             (size, geometry.num_query_heads, geometry.max_blocks), device=device
         )
+        chunks = num_chunks(geometry.max_blocks, geometry.chunk_blocks)
+        chunk_lse = None
+        if chunks:
+            chunk_lse = torch.empty((size, geometry.num_query_heads, chunks), device=device)
         lengths = torch.zeros(size, dtype=torch.int32, device=device)
         lengths[:num_requests] = tokens
         table = torch.arange(size, dtype=torch.int32, device=device)[:, None]
 
         def one_layer(layer: int) -> None:
             for first_head, last_head in ranges:
-                self.launch(geometry, block_lse, lengths, table, layer, first_head, last_head)
+                self.launch(
+                    geometry, block_lse, lengths, table, layer, first_head, last_head, chunk_lse
+                )
 
         calls = [functools.partial(one_layer, layer) for layer in range(geometry.num_layers)]
         return time_calls(calls).p50 * geometry.num_layers

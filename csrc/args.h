@@ -32,6 +32,7 @@ struct Residency {
 
 struct SelectArgs {
   const float* block_lse;  // [B, Hq, P]
+  const float* chunk_lse;  // [B, Hq, C] of each chunk of blocks; null: to be had from block_lse
   const int* seq_lens;     // [B]
   int* blocks;             // [B, Hkv, N]
   int* counts;             // [B, Hkv]
@@ -39,9 +40,10 @@ struct SelectArgs {
   float* lse;              // [B, Hq] log-sum-exp over the request; null: not written
   Word* counters;          // null: not counted
   int v_block_tokens, group, num_kv_heads, max_blocks, columns;
-  int top_n;             // -1: no cap
-  float coverage;        // negative: none
-  float mass_threshold;  // every block of at least this mass; negative: no such rule
+  int max_chunks, chunk_blocks;  // C, and blocks of a chunk
+  int top_n;                     // -1: no cap
+  float coverage;                // negative: none
+  float mass_threshold;          // every block of at least this mass; negative: no such rule
   int sink_blocks, recent_tokens;
   bool combine_max;
   bool pad;  // write -1 past the end of each list; nothing here reads it

@@ -26,7 +26,9 @@ SelectArgs select_args(const Tensor& block_lse, const Tensor& seq_lens, int64_t 
                        int64_t top_n, double coverage, double mass_threshold, int64_t sink_blocks,
                        int64_t recent_tokens, bool combine_max, const Tensor& blocks,
                        const Tensor& counts, const Tensor& mass, const std::optional<Tensor>& lse,
-                       const std::optional<Tensor>& counters) {
+                       const std::optional<Tensor>& counters,
+                       const std::optional<Tensor>& chunk_lse = std::nullopt,
+                       int64_t chunk_blocks = 1) {
   check_tensor("block_lse", block_lse, ScalarType::Float, {kAnySize, kAnySize, kAnySize},
                block_lse);
   const int64_t num_requests = block_lse.size(0), num_heads = block_lse.size(1);
@@ -60,6 +62,17 @@ SelectArgs select_args(const Tensor& block_lse, const Tensor& seq_lens, int64_t 
     args.lse = pointer<float>(*lse);
   }
   args.counters = counter_pointer(counters, block_lse);
+  if (chunk_lse.has_value()) {
+    check_tensor("chunk_lse", *chunk_lse, ScalarType::Float, {num_requests, num_heads, kAnySize},
+                 block_lse);
+    STD_TORCH_CHECK(chunk_blocks >= 1, "chunk_blocks=", chunk_blocks, ": must be at least 1");
+    STD_TORCH_CHECK(chunk_lse->size(2) * chunk_blocks >= max_blocks,
+                    "chunk_lse: has C=", chunk_lse->size(2), " chunks of ", chunk_blocks,
+                    " V blocks for P=", max_blocks);
+    args.chunk_lse = pointer<float>(*chunk_lse);
+    args.max_chunks = static_cast<int>(chunk_lse->size(2));
+    args.chunk_blocks = static_cast<int>(chunk_blocks);
+  }
   args.v_block_tokens = static_cast<int>(v_block_tokens);
   args.group = static_cast<int>(num_heads / num_kv_heads);
   args.num_kv_heads = static_cast<int>(num_kv_heads);
@@ -171,12 +184,13 @@ void select_fetch(Tensor block_lse, Tensor seq_lens, int64_t v_block_tokens, int
                   double coverage, double mass_threshold, int64_t sink_blocks,
                   int64_t recent_tokens, bool combine_max, int64_t first_head, int64_t num_heads,
                   Tensor blocks, Tensor counts, Tensor mass, std::optional<Tensor> lse,
-                  Tensor block_table, Tensor v_pool, int64_t layer, Tensor rows, Tensor v_rows,
-                  Tensor table, Tensor slot_word, Tensor state, Tensor counters,
-                  std::optional<Tensor> miss_list, int64_t wave) {
-  const SelectArgs select =
-      select_args(block_lse, seq_lens, v_block_tokens, top_n, coverage, mass_threshold, sink_blocks,
-                  recent_tokens, combine_max, blocks, counts, mass, lse, counters);
+                  std::optional<Tensor> chunk_lse, int64_t chunk_blocks, Tensor block_table,
+                  Tensor v_pool, int64_t layer, Tensor rows, Tensor v_rows, Tensor table,
+                  Tensor slot_word, Tensor state, Tensor counters, std::optional<Tensor> miss_list,
+                  int64_t wave) {
+  const SelectArgs select = select_args(
+      block_lse, seq_lens, v_block_tokens, top_n, coverage, mass_threshold, sink_blocks,
+      recent_tokens, combine_max, blocks, counts, mass, lse, counters, chunk_lse, chunk_blocks);
   FetchArgs fetch = fetch_args(blocks, block_table, v_pool, v_block_tokens, layer, true, rows,
                                v_rows, table, slot_word, state, counters);
   if (miss_list.has_value()) use_miss_list(fetch, *miss_list, wave, blocks, num_heads);
@@ -191,13 +205,14 @@ void select_fetch(Tensor block_lse, Tensor seq_lens, int64_t v_block_tokens, int
 void follow_scores(Tensor block_lse, Tensor seq_lens, int64_t v_block_tokens, int64_t top_n,
                    double coverage, double mass_threshold, int64_t sink_blocks,
                    int64_t recent_tokens, bool combine_max, Tensor blocks, Tensor counts,
-                   Tensor mass, std::optional<Tensor> lse, Tensor block_table, Tensor v_pool,
-                   int64_t layer, Tensor rows, Tensor v_rows, Tensor table, Tensor slot_word,
-                   Tensor state, Tensor counters, Tensor parts_scored, int64_t parts,
-                   int64_t most_thread_blocks, int64_t least_thread_blocks) {
-  const SelectArgs select =
-      select_args(block_lse, seq_lens, v_block_tokens, top_n, coverage, mass_threshold, sink_blocks,
-                  recent_tokens, combine_max, blocks, counts, mass, lse, counters);
+                   Tensor mass, std::optional<Tensor> lse, std::optional<Tensor> chunk_lse,
+                   int64_t chunk_blocks, Tensor block_table, Tensor v_pool, int64_t layer,
+                   Tensor rows, Tensor v_rows, Tensor table, Tensor slot_word, Tensor state,
+                   Tensor counters, Tensor parts_scored, int64_t parts, int64_t most_thread_blocks,
+                   int64_t least_thread_blocks) {
+  const SelectArgs select = select_args(
+      block_lse, seq_lens, v_block_tokens, top_n, coverage, mass_threshold, sink_blocks,
+      recent_tokens, combine_max, blocks, counts, mass, lse, counters, chunk_lse, chunk_blocks);
   FetchArgs fetch = fetch_args(blocks, block_table, v_pool, v_block_tokens, layer, true, rows,
                                v_rows, table, slot_word, state, counters);
   fetch.epochs_ahead = 1;
@@ -256,15 +271,18 @@ STABLE_TORCH_LIBRARY(kcache, library) {
       "fetch_blocks(Tensor blocks, Tensor counts, Tensor block_table, Tensor v_pool, "
       "int v_block_tokens, int layer, bool hot, Tensor(a!) rows, Tensor(b!) v_rows, "
       "Tensor(c!) table, Tensor(d!) slot_word, Tensor(e!) state, Tensor(f!) counters) -> ()");
-  library.def("select_fetch(" KCACHE_SELECT_SCHEMA
-              ", Tensor block_table, Tensor v_pool, int layer, Tensor(e!) rows, Tensor(f!) v_rows, "
-              "Tensor(g!) table, Tensor(h!) slot_word, Tensor(i!) state, Tensor(j!) counters, "
-              "Tensor(k!)? miss_list, int wave) -> ()");
+  library.def(
+      "select_fetch(" KCACHE_SELECT_SCHEMA
+      ", Tensor? chunk_lse, int chunk_blocks, Tensor block_table, Tensor v_pool, int layer, "
+      "Tensor(e!) rows, Tensor(f!) v_rows, "
+      "Tensor(g!) table, Tensor(h!) slot_word, Tensor(i!) state, Tensor(j!) counters, "
+      "Tensor(k!)? miss_list, int wave) -> ()");
   library.def(
       "follow_scores(Tensor block_lse, Tensor seq_lens, int v_block_tokens, int top_n, "
       "float coverage, float mass_threshold, int sink_blocks, int recent_tokens, "
       "bool combine_max, Tensor(a!) blocks, Tensor(b!) counts, Tensor(c!) mass, "
-      "Tensor(d!)? lse, Tensor block_table, Tensor v_pool, int layer, Tensor(e!) rows, "
+      "Tensor(d!)? lse, Tensor? chunk_lse, int chunk_blocks, Tensor block_table, "
+      "Tensor v_pool, int layer, Tensor(e!) rows, "
       "Tensor(f!) v_rows, Tensor(g!) table, Tensor(h!) slot_word, Tensor(i!) state, "
       "Tensor(j!) counters, Tensor(k!) parts_scored, int parts, int most_thread_blocks, "
       "int least_thread_blocks) -> ()");

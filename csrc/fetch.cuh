@@ -42,10 +42,10 @@ __device__ inline void copy_miss(const FetchArgs& args, int2 miss) {
            args.v_rows + static_cast<int64_t>(miss.y) * args.row_bytes, args.row_bytes);
 }
 
-// Rows of the first `count` blocks of a list; -1 in the columns past them.
+// Rows of the blocks of a list; -1 in the columns past them.
 template <int kThreads>
-__device__ inline void fetch_list(const FetchArgs& args, FetchShared& shared, const int* blocks,
-                                  int count, int request, int head) {
+__device__ inline void fetch_list(const FetchArgs& args, FetchShared& shared, List list,
+                                  int request, int head) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int64_t first_place =
       (static_cast<int64_t>(request) * args.num_kv_heads + head) * args.columns;
@@ -56,14 +56,14 @@ __device__ inline void fetch_list(const FetchArgs& args, FetchShared& shared, co
     shared.hits = shared.misses_total = shared.direct = 0;
   }
   __syncthreads();
-  for (int start = 0; start < count; start += kThreads) {
+  for (int start = 0; start < list.count; start += kThreads) {
     const int column = start + static_cast<int>(threadIdx.x);
-    const bool live = column < count;
+    const bool live = column < list.count;
     int64_t physical = 0;
     int row = -1;
     bool missing = live;
     if (live) {
-      const int block = blocks[first_place + column];
+      const int block = list.blocks[column];
       const int page = args.block_table[request * args.table_stride + block / args.blocks_per_page];
       physical = (static_cast<int64_t>(page) * args.num_kv_heads + head) * args.blocks_per_page +
                  block % args.blocks_per_page;
@@ -113,7 +113,7 @@ __device__ inline void fetch_list(const FetchArgs& args, FetchShared& shared, co
     }
   }
   if (args.pad) {
-    for (int column = count + static_cast<int>(threadIdx.x); column < args.columns;
+    for (int column = list.count + static_cast<int>(threadIdx.x); column < args.columns;
          column += kThreads) {
       args.rows[first_place + column] = -1;
     }

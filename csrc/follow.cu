@@ -47,6 +47,7 @@ __device__ inline int next_wanted(const FollowArgs& follow, int missed, int exis
 }
 
 // Lists are scored in ascending order, so a thread block that takes every n-th seldom waits.
+template <int kTogether>
 __global__ void __launch_bounds__(kFollowThreads, 2)
     follow_kernel(const __grid_constant__ SelectArgs select,
                   const __grid_constant__ FetchArgs fetch,
@@ -65,14 +66,11 @@ __global__ void __launch_bounds__(kFollowThreads, 2)
   for (int list = first; first < working && list < follow.num_lists; list += working) {
     wait_for_scores(follow, list);
     const int request = list / select.num_kv_heads, head = list % select.num_kv_heads;
-    const int count =
-        ListSelection<kFollowThreads>(select, shared.select, masses, request, head).run();
-    __syncthreads();
-    fetch_list<kFollowThreads>(fetch, shared.fetch, select.blocks, count, request, head);
-    __syncthreads();
+    const List blocks =
+        select_list<kFollowThreads, kTogether>(select, shared.select, masses, request, head);
+    fetch_list<kFollowThreads>(fetch, shared.fetch, blocks, request, head);
     missed += shared.fetch.misses_total + shared.fetch.direct;
     existing += (select.seq_lens[request] + select.v_block_tokens - 1) / select.v_block_tokens;
-    __syncthreads();
   }
   // The last one out, of those without work too, begins the next epoch: none of the others reads
   // the state any more.
@@ -90,19 +88,29 @@ __global__ void __launch_bounds__(kFollowThreads, 2)
   }
 }
 
+template <int kTogether>
+cudaError_t launch(const SelectArgs& select, const FetchArgs& fetch, const FollowArgs& follow,
+                   int num_blocks, cudaStream_t stream) {
+  const size_t shared_bytes = select_shared_bytes(
+      select.max_blocks, num_sums(select.combine_max, select.coverage >= 0.0f, select.group));
+  if (shared_bytes > 32 * 1024) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(follow_kernel<kTogether>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  follow_kernel<kTogether>
+      <<<num_blocks, kFollowThreads, shared_bytes, stream>>>(select, fetch, follow);
+  return cudaGetLastError();
+}
+
 }  // namespace
 
 cudaError_t launch_follow(const SelectArgs& select, const FetchArgs& fetch,
                           const FollowArgs& follow, int num_blocks, cudaStream_t stream) {
-  const size_t shared_bytes = select_shared_bytes(
-      select.max_blocks, num_sums(select.combine_max, select.coverage >= 0.0f, select.group));
-  if (shared_bytes > 32 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        follow_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
-  follow_kernel<<<num_blocks, kFollowThreads, shared_bytes, stream>>>(select, fetch, follow);
-  return cudaGetLastError();
+  return with_heads_together(select, [&](auto together) {
+    return launch<together()>(select, fetch, follow, num_blocks, stream);
+  });
 }
 
 }  // namespace kcache

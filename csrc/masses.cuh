@@ -7,17 +7,17 @@
 
 namespace kcache {
 
-// Scores of some blocks of `kTogether` query heads, in base 2, from `start` in strides of the
-// threads, past the first-level cache, which knows nothing of a score kernel that still runs.
+// Scores of some blocks of `kTogether` query heads, in base 2, from `start` in strides, past the
+// first-level cache, which knows nothing of a score kernel that still runs.
 template <int kThreads>
 template <int kTogether, int kAhead>
 __device__ void ListSelection<kThreads>::load_ahead(float (&scores)[kTogether][kAhead],
-                                                    int first_head, int start) const {
+                                                    int first_head, int start, int stride) const {
 #pragma unroll
   for (int h = 0; h < kTogether; ++h) {
     const float* lse = lse_ + static_cast<int64_t>(first_head + h) * args_.max_blocks;
 #pragma unroll
-    for (int i = 0, block = start; i < kAhead; ++i, block += kThreads) {
+    for (int i = 0, block = start; i < kAhead; ++i, block += stride) {
       const bool exists = first_head + h < args_.group && block < num_blocks_;
       scores[h][i] = exists ? __ldcg(lse + block) * kLog2E : -INFINITY;
     }
@@ -38,7 +38,7 @@ __device__ void ListSelection<kThreads>::normalise() {
     }
     for (int start = threadIdx.x; start < num_blocks_; start += kThreads * kAhead) {
       float scores[kTogether][kAhead];
-      load_ahead(scores, first, start);
+      load_ahead(scores, first, start, kThreads);
 #pragma unroll
       for (int h = 0; h < kTogether; ++h) {
         float larger = largest[h];
@@ -74,11 +74,43 @@ __device__ void ListSelection<kThreads>::normalise() {
                     ? shared_.reduce_sum[g][lane_] * exp2f(largest - all_largest)
                     : 0.0f;
     sum = warp_sum(sum);
-    if (lane_ == 0) {
-      const float shift = all_largest + log2f(sum);
-      shared_.shift[g] = shift;
-      if (args_.lse != nullptr) args_.lse[list_ * args_.group + g] = shift * kLn2;
+    if (lane_ == 0) write_shift(g, all_largest, sum);
+  }
+  __syncthreads();
+}
+
+template <int kThreads>
+__device__ void ListSelection<kThreads>::write_shift(int in_group, float largest, float sum) {
+  const float shift = largest + log2f(sum);
+  shared_.shift[in_group] = shift;
+  if (args_.lse != nullptr) args_.lse[list_ * args_.group + in_group] = shift * kLn2;
+}
+
+// The same from what scoring left behind: a warp a query head.
+template <int kThreads>
+__device__ void ListSelection<kThreads>::normalise_from_chunks() {
+  constexpr int kAhead = 4;
+  const int chunks = (num_blocks_ + args_.chunk_blocks - 1) / args_.chunk_blocks;
+  for (int g = warp_; g < args_.group; g += kWarps) {
+    const float* lse = args_.chunk_lse + (list_ * args_.group + g) * args_.max_chunks;
+    float largest = -INFINITY, sum = 0.0f;
+    for (int start = lane_; start < chunks; start += 32 * kAhead) {
+      float chunk[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        chunk[i] = start + 32 * i < chunks ? __ldcg(lse + start + 32 * i) * kLog2E : -INFINITY;
+      }
+      float larger = largest;
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) larger = fmaxf(larger, chunk[i]);
+      sum *= fast_exp2(largest - larger);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) sum += fast_exp2(chunk[i] - larger);
+      largest = larger;
     }
+    const float all_largest = warp_max(largest);
+    sum = warp_sum(largest > -INFINITY ? sum * exp2f(largest - all_largest) : 0.0f);
+    if (lane_ == 0) write_shift(g, all_largest, sum);
   }
   __syncthreads();
 }
@@ -93,7 +125,7 @@ __device__ void ListSelection<kThreads>::combine() {
     unsigned totals[kTogether] = {};
     for (int start = threadIdx.x; start < num_blocks_; start += kThreads * kAhead) {
       float scores[kTogether][kAhead];
-      load_ahead(scores, first, start);
+      load_ahead(scores, first, start, kThreads);
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         const int block = start + i * kThreads;

@@ -7,7 +7,7 @@ namespace kcache {
 namespace {
 
 // One thread block a list. Fetching in the same launch saves one, and the list is at hand.
-template <bool kFetch>
+template <bool kFetch, int kTogether>
 __global__ void __launch_bounds__(kMaxThreads, 2)
     select_kernel(const __grid_constant__ SelectArgs select,
                   const __grid_constant__ FetchArgs fetch, int first_head) {
@@ -17,26 +17,24 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     FetchShared fetch;
   } shared;
   const int head = first_head + blockIdx.x, request = blockIdx.y;
-  const int count = ListSelection<kMaxThreads>(select, shared.select, masses, request, head).run();
-  if constexpr (kFetch) {
-    __syncthreads();
-    fetch_list<kMaxThreads>(fetch, shared.fetch, select.blocks, count, request, head);
-  }
+  const List list =
+      select_list<kMaxThreads, kTogether>(select, shared.select, masses, request, head);
+  if constexpr (kFetch) fetch_list<kMaxThreads>(fetch, shared.fetch, list, request, head);
 }
 
-template <bool kFetch>
+template <bool kFetch, int kTogether>
 cudaError_t launch(const SelectArgs& select, const FetchArgs& fetch, HeadRange range,
                    cudaStream_t stream) {
   const size_t shared_bytes = select_shared_bytes(
       select.max_blocks, num_sums(select.combine_max, select.coverage >= 0.0f, select.group));
   if (shared_bytes > 32 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(select_kernel<kFetch>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(shared_bytes));
+    const cudaError_t error = cudaFuncSetAttribute(select_kernel<kFetch, kTogether>,
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
   }
   const dim3 grid(range.num_heads, range.num_requests);
-  select_kernel<kFetch>
+  select_kernel<kFetch, kTogether>
       <<<grid, kMaxThreads, shared_bytes, stream>>>(select, fetch, range.first_head);
   return cudaGetLastError();
 }
@@ -44,12 +42,14 @@ cudaError_t launch(const SelectArgs& select, const FetchArgs& fetch, HeadRange r
 }  // namespace
 
 cudaError_t launch_select(const SelectArgs& select, HeadRange range, cudaStream_t stream) {
-  return launch<false>(select, FetchArgs{}, range, stream);
+  return launch<false, 0>(select, FetchArgs{}, range, stream);
 }
 
 cudaError_t launch_select_fetch(const SelectArgs& select, const FetchArgs& fetch, HeadRange range,
                                 cudaStream_t stream) {
-  return launch<true>(select, fetch, range, stream);
+  return with_heads_together(select, [&](auto together) {
+    return launch<true, together()>(select, fetch, range, stream);
+  });
 }
 
 }  // namespace kcache

@@ -23,15 +23,20 @@ constexpr int kBins = 256;
 // Scores that a thread loads before it uses the first: a list is bound by the latency of these
 // loads. More take more registers than a thread of follow.cu may have.
 constexpr int kInFlight = 8;
+// Query heads whose scores of a block a thread can have in registers at once.
+constexpr int kMostTogether = 8;
 constexpr float kFixedPointOne = 1073741824.0f;
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-// Shared memory of a list: masses of all blocks, then the histogram.
+// Shared memory of a list: masses of all blocks, a bit of each block, then the histogram.
 __host__ __device__ inline int num_sums(bool combine_max, bool cover, int group) {
   return !cover ? 0 : combine_max ? group : 1;
 }
+__host__ __device__ inline int block_words(int max_blocks) {
+  return (max_blocks + 31) / 32;
+}
 __host__ __device__ inline size_t select_shared_bytes(int max_blocks, int sums) {
-  return (static_cast<size_t>(max_blocks) + kBins * (1 + sums)) * 4;
+  return (static_cast<size_t>(max_blocks) + block_words(max_blocks) + kBins * (1 + sums)) * 4;
 }
 
 struct SelectShared {
@@ -52,6 +57,11 @@ __device__ inline unsigned fixed_point(float mass) {
   return static_cast<unsigned>(mass * kFixedPointOne + 0.5f);
 }
 
+struct List {
+  const int* blocks;  // ascending, in shared or GPU memory
+  int count;
+};
+
 template <int kThreads>
 class ListSelection {
   static constexpr int kWarps = kThreads / 32;
@@ -64,7 +74,8 @@ class ListSelection {
       : args_(args),
         shared_(shared),
         masses_(masses),
-        histogram_(reinterpret_cast<unsigned*>(masses + args.max_blocks)),
+        words_(reinterpret_cast<unsigned*>(masses + args.max_blocks)),
+        histogram_(words_ + block_words(args.max_blocks)),
         list_(static_cast<int64_t>(request) * args.num_kv_heads + head),
         lse_(args.block_lse + list_ * args.group * args.max_blocks),
         num_tokens_(args.seq_lens[request]),
@@ -80,17 +91,22 @@ class ListSelection {
     num_sums_ = num_sums(args.combine_max, cover_, args.group);
   }
 
-  // Number of blocks kept; they are in args.blocks, visible to the thread block.
-  __device__ int run() {
+  // The blocks kept, visible to the thread block, by any rule.
+  __device__ List run() {
     if (num_tokens_ <= 0) {
       write_empty();
-      return 0;
+      return {nullptr, 0};
     }
-    if (args_.group == 1) {
+    if (args_.chunk_lse != nullptr) {
+      normalise_from_chunks();
+    } else if (args_.group == 1) {
       normalise<1>();
-      combine<1>();
     } else {
       normalise<4>();
+    }
+    if (args_.group == 1) {
+      combine<1>();
+    } else {
       combine<4>();
     }
     if (args_.mass_threshold >= 0.0f) {
@@ -101,8 +117,13 @@ class ListSelection {
     } else {
       find_threshold();
     }
-    return compact();
+    const int count = compact();
+    return {args_.blocks + list_ * args_.columns, count};
   }
+  // The same where `takes_by_threshold` says so, for `kTogether` query heads or fewer
+  // (csrc/threshold.cuh).
+  template <int kTogether>
+  __device__ List run_by_threshold();
 
  private:
   __device__ bool forced(int block) const {
@@ -113,9 +134,12 @@ class ListSelection {
   }
   // csrc/masses.cuh.
   template <int kTogether, int kAhead>
-  __device__ void load_ahead(float (&scores)[kTogether][kAhead], int first_head, int start) const;
+  __device__ void load_ahead(float (&scores)[kTogether][kAhead], int first_head, int start,
+                             int stride) const;
+  __device__ void write_shift(int in_group, float largest, float sum);
   template <int kTogether>
   __device__ void normalise();
+  __device__ void normalise_from_chunks();
   template <int kTogether>
   __device__ void combine();
   __device__ float head_mass(int in_group, int block) const {
@@ -125,6 +149,7 @@ class ListSelection {
 
   __device__ void write_empty() {
     if (args_.pad) {
+#pragma unroll 1
       for (int i = threadIdx.x; i < args_.columns; i += kThreads) {
         args_.blocks[list_ * args_.columns + i] = -1;
       }
@@ -161,6 +186,7 @@ class ListSelection {
   __device__ void find_threshold() {
     for (int pass = 0; pass < 6; ++pass) {
       const int shift = digit_shift(pass), bits = pass == 3 ? 7 : 8;
+#pragma unroll 1
       for (int i = threadIdx.x; i < kBins * (1 + num_sums_); i += kThreads) histogram_[i] = 0;
       __syncthreads();
       count_digits(shift, bits);
@@ -179,6 +205,7 @@ class ListSelection {
       if (its_rank >> (shift + bits) != prefix) continue;
       const int bin = static_cast<int>(its_rank >> shift) & ((1 << bits) - 1);
       atomicAdd(histogram_ + bin, 1u);
+#pragma unroll 1
       for (int sum = 0; sum < num_sums_; ++sum) {
         const float mass = args_.combine_max ? head_mass(sum, block) : masses_[block];
         atomicAdd(histogram_ + (1 + sum) * kBins + bin, fixed_point(mass));
@@ -194,6 +221,7 @@ class ListSelection {
     for (int i = 0; i < kLaneBins; ++i) own += histogram_[top - i];
     const int count = shared_.count_above + warp_inclusive(own, lane_);
     bool all_met = cover_;
+#pragma unroll 1
     for (int sum = 0; sum < num_sums_; ++sum) {
       const unsigned* masses = histogram_ + (1 + sum) * kBins;
       unsigned own_mass = 0;
@@ -212,11 +240,13 @@ class ListSelection {
     __syncwarp();
     if (lane_ != __ffs(lanes) - 1) return;
     int above = count - own;
+#pragma unroll 1
     for (int sum = 0; sum < num_sums_; ++sum) shared_.above[sum] = shared_.before[sum][lane_];
     int bin = top;
     for (;; --bin) {
       const int with_bin = above + static_cast<int>(histogram_[bin]);
       bool met = cover_;
+#pragma unroll 1
       for (int sum = 0; sum < num_sums_; ++sum) {
         met = met && covered(sum, shared_.above[sum] + histogram_[(1 + sum) * kBins + bin]);
       }
@@ -224,6 +254,7 @@ class ListSelection {
         break;
       }
       above = with_bin;
+#pragma unroll 1
       for (int sum = 0; sum < num_sums_; ++sum) {
         shared_.above[sum] += histogram_[(1 + sum) * kBins + bin];
       }
@@ -270,6 +301,7 @@ class ListSelection {
     }
     total = min(total, args_.columns);
     if (args_.pad) {
+#pragma unroll 1
       for (int i = total + threadIdx.x; i < args_.columns; i += kThreads) out[i] = -1;
     }
     __syncthreads();
@@ -277,7 +309,8 @@ class ListSelection {
       cover_heads(out, total);
       __syncthreads();
     }
-    if (threadIdx.x == 0) finish(total);
+    if (warp_ == 0) finish(total, args_.combine_max ? kHeadParts : kWarps);
+    __syncthreads();
     return total;
   }
 
@@ -296,14 +329,14 @@ class ListSelection {
     }
   }
 
-  __device__ void finish(int count) {
-    const int parts = args_.combine_max ? kHeadParts : kWarps;
+  // By one warp: the list's length, and its mass from sums in `parts` places of each query head.
+  __device__ void finish(int count, int parts) {
     float covered_mass = 1.0f;
     for (int g = 0; g < (args_.combine_max ? args_.group : 1); ++g) {
-      float mass = 0.0f;
-      for (int i = 0; i < parts; ++i) mass += shared_.reduce_sum[g][i];
-      covered_mass = fminf(covered_mass, mass);
+      covered_mass =
+          fminf(covered_mass, warp_sum(lane_ < parts ? shared_.reduce_sum[g][lane_] : 0.0f));
     }
+    if (lane_ != 0) return;
     args_.counts[list_] = count;
     args_.mass[list_] = covered_mass;
     if (args_.counters == nullptr) return;
@@ -318,7 +351,7 @@ class ListSelection {
   const SelectArgs& args_;
   SelectShared& shared_;
   float* masses_;
-  unsigned* histogram_;
+  unsigned *words_, *histogram_;
   const int64_t list_;
   const float* lse_;
   const int num_tokens_, lane_, warp_;
@@ -329,3 +362,4 @@ class ListSelection {
 }  // namespace kcache
 
 #include "masses.cuh"
+#include "threshold.cuh"

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vllm_kcache.config import KCacheConfig
+from vllm_kcache.kernels.score_plan import chunk_blocks, num_chunks
 from vllm_kcache.plan_shape import ModelShape, PlanError
 from vllm_kcache.types import Selection
 
@@ -170,14 +171,17 @@ def decode_bytes(
     query_heads = shape.num_query_heads // engine.tensor_parallel_size
     kv_heads = kv_heads_of_rank(shape, engine)
     max_blocks = -(-engine.max_model_len // v_block_tokens)
+    group = query_heads // kv_heads
+    in_chunk = chunk_blocks(group, shape.head_size, shape.itemsize, v_block_tokens)
+    scores = max_blocks + num_chunks(max_blocks, in_chunk)
     columns = max_blocks if selection.top_n is None else min(selection.top_n, max_blocks)
     padded_head = 1 << (shape.head_size - 1).bit_length()
     rows_of_head = 1 if selection.clip is None else 2
 
     def of_requests(count: int) -> int:
         lists = count * kv_heads
-        words = count * query_heads * (max_blocks + 1) + 4 * lists * columns + 3 * lists
-        parts = (ATTEND_PROGRAMS + lists) * (query_heads // kv_heads) * rows_of_head
+        words = count * query_heads * (scores + 1) + 4 * lists * columns + 3 * lists
+        parts = (ATTEND_PROGRAMS + lists) * group * rows_of_head
         return 4 * (words + parts * (padded_head + 2) + lists)
 
     one, two = of_requests(1), of_requests(2)

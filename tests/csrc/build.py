@@ -37,7 +37,9 @@ def translate(text: str) -> str:
         r"\1* \2 = static_cast<\1*>(emulator::dynamic_shared());",
         text,
     )
-    text = re.sub(r"([\w<>]+)\s*<<<(.*?)>>>\(", r"emulator::launch(\1, \2)(", text, flags=re.DOTALL)
+    text = re.sub(
+        r"(\w+(?:<[\w, ]+>)?)\s*<<<(.*?)>>>\(", r"emulator::launch(\1, \2)(", text, flags=re.DOTALL
+    )
     library = "STABLE_TORCH_LIBRARY_IMPL(kcache, {},"
     return text.replace(library.format("CUDA"), library.format("CPU"))
 

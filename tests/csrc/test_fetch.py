@@ -9,6 +9,7 @@ import torch
 from tests.kernels.lists import assert_fetched, check_fetch, chosen, make_hot_cache, scored
 from tests.shapes import ODD_SHAPES, Shape, build_case
 from vllm_kcache.cache.hot_cache import HotCache
+from vllm_kcache.kernels.fetch import fetch_blocks
 from vllm_kcache.kernels.select import selection_arguments
 from vllm_kcache.types import Selected, Selection
 
@@ -46,8 +47,8 @@ def test_waves_list_their_misses_and_copies_bring_them() -> None:
     for wave, head in enumerate(range(shape.num_kv_heads)):
         torch.ops.kcache.select_fetch(
             scored(case), case.seq_lens, shape.v_block_tokens, *selection_arguments(rule), head, 1,
-            blocks, counts, mass, None, case.block_table, case.v_pool, 1, rows, cache.slots,
-            cache.table, cache.slot_word, cache.state, cache.counters, misses, wave,
+            blocks, counts, mass, None, None, 0, case.block_table, case.v_pool, 1, rows,
+            cache.slots, cache.table, cache.slot_word, cache.state, cache.counters, misses, wave,
         )  # fmt: skip
         torch.ops.kcache.copy_misses(
             misses, cache.state, wave, case.v_pool, shape.v_block_tokens, cache.slots, 3
@@ -58,6 +59,20 @@ def test_waves_list_their_misses_and_copies_bring_them() -> None:
     assert torch.equal(wide.blocks[..., : listed.blocks.shape[2]], listed.blocks)
     assert_fetched(rows.masked_fill(~listing, -1), cache.slots, wide, case)
     assert cache.read_counters().misses == int(counts.sum())
+
+
+def test_a_slot_that_another_block_owns_is_no_hit() -> None:
+    """The table still sends a block to a slot that has just been taken: its bytes are not its."""
+    case = build_case(ODD_SHAPES[6])
+    tokens = case.shape.v_block_tokens
+    listed, cache = chosen(case), make_hot_cache(case, 4096, "cpu")
+    for expected_hits in (0, int(listed.counts.sum()) - 1):
+        fetched = fetch_blocks(listed, case.block_table, case.v_pool, tokens, cache, 1)
+        assert_fetched(fetched.rows, fetched.v_rows, listed, case)
+        assert cache.read_counters(reset=True).hits == expected_hits
+        slot = int(fetched.rows[0, 0, 0])
+        cache.slots[slot] = torch.nan
+        cache.slot_word[slot] += 7 << 32
 
 
 def test_bytes_of_a_v_block_must_be_whole_vectors() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.kernels.checks import THRESHOLDS
-from tests.kernels.lists import assert_fetched, chosen, make_hot_cache, scored
+from tests.kernels.lists import assert_fetched, chosen, make_hot_cache, scored, sums_of_chunks
 from tests.shapes import ODD_SHAPES, Case, Shape, build_case
 from vllm_kcache.cache.hot_cache import ENDED, EPOCH, STATE_WORDS, WANTED, HotCache
 from vllm_kcache.kernels.select import selection_arguments
@@ -20,6 +20,7 @@ from vllm_kcache.types import Selected, Selection
 pytestmark = pytest.mark.usefixtures("emulated")
 
 PARTS = 3
+CHUNK = 16
 LONG = Shape((700, 5000, 0, 37, 900), 2, 4, 64, 16, 8)
 COVERAGE = Selection(None, 0.9, 1, 8, "sum")
 EVERYTHING = Selection(None, None, 1, 8, "sum")
@@ -33,6 +34,7 @@ class Followed:
     rule: Selection
     cache: HotCache
     block_lse: torch.Tensor
+    chunk_lse: torch.Tensor | None
     parts_scored: torch.Tensor
     blocks: torch.Tensor
     counts: torch.Tensor
@@ -40,12 +42,15 @@ class Followed:
     rows: torch.Tensor
 
     @classmethod
-    def make(cls, case: Case, rule: Selection, cache: HotCache) -> Followed:
-        shape = case.shape
+    def make(cls, case: Case, rule: Selection, cache: HotCache, with_sums: bool = True) -> Followed:
+        shape, block_lse = case.shape, scored(case)
+        blocks = [-(-tokens // shape.v_block_tokens) for tokens in shape.seq_lens]
         lists = (len(shape.seq_lens), shape.num_kv_heads)
         places = (*lists, shape.max_blocks)
         return cls(
-            case, rule, cache, scored(case), torch.full(lists, PARTS, dtype=torch.int32).flatten(),
+            case, rule, cache, block_lse,
+            sums_of_chunks(block_lse, blocks, CHUNK) if with_sums else None,
+            torch.full(lists, PARTS, dtype=torch.int32).flatten(),
             torch.full(places, -99, dtype=torch.int32), torch.full(lists, -99, dtype=torch.int32),
             torch.full(lists, torch.nan), torch.full(places, -99, dtype=torch.int32),
         )  # fmt: skip
@@ -55,8 +60,9 @@ class Followed:
         torch.ops.kcache.follow_scores(
             self.block_lse, case.seq_lens, case.shape.v_block_tokens,
             *selection_arguments(self.rule), self.blocks, self.counts, self.mass, None,
-            case.block_table, case.v_pool, 1, self.rows, cache.slots, cache.table,
-            cache.slot_word, cache.state, cache.counters, self.parts_scored, PARTS, most, least,
+            self.chunk_lse, CHUNK, case.block_table, case.v_pool, 1, self.rows, cache.slots,
+            cache.table, cache.slot_word, cache.state, cache.counters, self.parts_scored, PARTS,
+            most, least,
         )  # fmt: skip
 
     def check(self) -> None:
@@ -78,12 +84,13 @@ class Followed:
     [COVERAGE, Selection(6, None, 1, 8, "sum"), EVERYTHING, *THRESHOLDS[:1], *THRESHOLDS[2:]],
     ids=str,
 )
-def test_lists_of_a_step(rule: Selection, followers: int) -> None:
+@pytest.mark.parametrize("with_sums", [True, False], ids=["sums of chunks", "all scores"])
+def test_lists_of_a_step(rule: Selection, followers: int, with_sums: bool) -> None:
     """Twice over one hot cache: all is missing first, and found after."""
     case = build_case(LONG, sharpness=2.0)
     cache = make_hot_cache(case, 4096, "cpu")
     for epoch in (1, 2):
-        step = Followed.make(case, rule, cache)
+        step = Followed.make(case, rule, cache, with_sums)
         step.run(followers, followers)
         step.check()
         assert int(cache.state[EPOCH]) == epoch
@@ -119,8 +126,10 @@ def test_a_list_waits_for_its_scores() -> None:
     """Scores come list by list while the kernel runs, the last list first."""
     case = build_case(LONG)
     step = Followed.make(case, COVERAGE, make_hot_cache(case, 4096, "cpu"))
-    scores = step.block_lse.clone()
+    assert step.chunk_lse is not None
+    scores, sums = step.block_lse.clone(), step.chunk_lse.clone()
     step.block_lse.fill_(torch.nan)
+    step.chunk_lse.fill_(torch.nan)
     step.parts_scored.zero_()
     kernel = threading.Thread(target=step.run, args=(4, 4))
     kernel.start()
@@ -131,6 +140,7 @@ def test_a_list_waits_for_its_scores() -> None:
             assert kernel.is_alive(), "the kernel did not wait"
             heads = slice(head * group, (head + 1) * group)
             step.block_lse[request, heads] = scores[request, heads]
+            step.chunk_lse[request, heads] = sums[request, heads]
             for _ in range(PARTS):
                 step.parts_scored[request * case.shape.num_kv_heads + head] += 1
     kernel.join(timeout=60)

@@ -25,6 +25,7 @@ from vllm_kcache.cache.hot_cache import WANTED, HotCache
 from vllm_kcache.kernels import extension
 from vllm_kcache.kernels.decode import DecodeWorkspace, decode_step
 from vllm_kcache.kernels.decode_plan import DecodePlan
+from vllm_kcache.kernels.score_plan import chunk_blocks
 from vllm_kcache.kernels.write import write_kv
 from vllm_kcache.types import Selection
 
@@ -107,6 +108,7 @@ def _workspace(case, selection) -> DecodeWorkspace:
     return DecodeWorkspace.make(
         len(shape.seq_lens), shape.num_heads, shape.num_kv_heads, shape.head_size,
         shape.max_blocks, selection, "cuda", with_miss_list=True,
+        chunk_blocks=chunk_blocks(shape.group_size, shape.head_size, 4, shape.v_block_tokens),
     )  # fmt: skip
 
 

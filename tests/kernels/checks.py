@@ -18,6 +18,7 @@ from vllm_kcache.kernels.attend import attend_blocks as attend_kernel_blocks
 from vllm_kcache.kernels.attend_plan import AttendBuffers, AttendConfig
 from vllm_kcache.kernels.context import gather_context, patch_context, store_value
 from vllm_kcache.kernels.decode import DecodeWorkspace, decode_step
+from vllm_kcache.kernels.score_plan import chunk_blocks
 from vllm_kcache.kernels.select import launch_select
 from vllm_kcache.kernels.write import write_kv
 from vllm_kcache.reference.attend import attend_blocks
@@ -92,7 +93,11 @@ def check_decode(
     workspace = DecodeWorkspace.make(
         len(shape.seq_lens), shape.num_heads, shape.num_kv_heads, shape.head_size,
         shape.max_blocks, selection, device,
+        chunk_blocks=chunk_blocks(
+            shape.group_size, shape.head_size, case.query.element_size(), tokens
+        ),
     )  # fmt: skip
+    workspace.chunk_lse.fill_(float("nan"))
     case = on(case, device)
     for _ in range(2):
         out = torch.full_like(case.query, float("nan"))
@@ -108,6 +113,11 @@ def check_decode(
         ours = selected.blocks[..., : chosen.blocks.shape[2]].cpu()
         assert torch.equal(ours[listed], chosen.blocks[listed]), "another selection"
         assert_close(out.cpu(), expected)
+        chunks = workspace.chunk_view(len(shape.seq_lens), shape.max_blocks)
+        assert chunks is not None
+        for row, seq_len in enumerate(shape.seq_lens):
+            there = chunks[row, :, : -(-seq_len // (workspace.chunk_blocks * tokens))]
+            assert_close(there.logsumexp(-1), block_lse[row].logsumexp(-1))
         if chosen.lse is not None:
             full = case.seq_lens.cpu() > 0
             assert_close(selected.lse.cpu()[full], chosen.lse[full])

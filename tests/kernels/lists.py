@@ -20,6 +20,8 @@ RULES = (
     Selection(None, 0.8, 0, 9, "max"),
     Selection(12, 0.95, 2, 3, "max"),
     Selection(None, None, 1, 3, "sum"),
+    # What is forced covers more than is asked for.
+    Selection(None, 0.05, 2, 40, "sum"),
 )
 # Of scores in long requests.
 KINDS = ("random", "all equal", "ties", "one block has all", "tiny")
@@ -39,6 +41,22 @@ def chosen(case: Case, rule: Selection = RULES[1]) -> Selected:
     return select.select_blocks(
         scored(case), case.seq_lens, shape.num_kv_heads, shape.v_block_tokens, rule
     )
+
+
+def sums_of_chunks(block_lse: torch.Tensor, lengths: list[int], chunk: int) -> torch.Tensor:
+    """[B, Hq, C] log-sum-exp of runs of `chunk` blocks, as scoring leaves them; NaN past the end.
+
+    Args:
+        block_lse: [B, Hq, P] float32, host.
+        lengths: V blocks of each request.
+    """
+    chunks = -(-block_lse.shape[2] // chunk)
+    out = torch.full((*block_lse.shape[:2], chunks), torch.nan)
+    for row, num_blocks in enumerate(lengths):
+        for first in range(0, num_blocks, chunk):
+            there = block_lse[row, :, first : min(first + chunk, num_blocks)]
+            out[row, :, first // chunk] = there.logsumexp(-1)
+    return out
 
 
 def assert_selects(

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks.record import Recording, decode_mass, selected_blocks
+from tests.conftest import assert_close
 from tests.kernels.test_interpreted import run_interpreted
 from tests.shapes import Shape, build_case
 from vllm_kcache.reference.select import select_blocks
@@ -140,7 +141,14 @@ def check_step() -> None:
     rows = case.v_pool[..., 0].numel() // TOKENS
     cache = HotCache.make(256, NUM_LAYERS, rows, TOKENS, 64, torch.float32, "cpu")
     workspace = DecodeWorkspace.make(
-        len(shape.seq_lens), shape.num_heads, NUM_KV_HEADS, 64, shape.max_blocks, selection, "cpu"
+        len(shape.seq_lens),
+        shape.num_heads,
+        NUM_KV_HEADS,
+        64,
+        shape.max_blocks,
+        selection,
+        "cpu",
+        chunk_blocks=8,
     )
     total = 0
     for layer in range(NUM_LAYERS):
@@ -149,7 +157,13 @@ def check_step() -> None:
             workspace, case.query, case.k_pages, case.v_pool, case.block_table, case.seq_lens,
             case.scale, TOKENS, shape.max_blocks, selection, "renormalize", cache, layer, out,
         )  # fmt: skip
-        _, selected, _ = workspace.views(len(shape.seq_lens), shape.max_blocks, selection)
+        block_lse, selected, _ = workspace.views(3, shape.max_blocks, selection)
+        chunks = workspace.chunk_view(3, shape.max_blocks)
+        assert chunks is not None
+        for row in (0, 2):
+            blocks = -(-shape.seq_lens[row] // TOKENS)
+            sums = chunks[row, :, : -(-blocks // 8)]
+            assert_close(sums.logsumexp(-1), block_lse[row, :, :blocks].logsumexp(-1))
         for row, head in itertools.product((0, 2), range(NUM_KV_HEADS)):
             lse = expected_lse(
                 recording, int(case.block_table[row, 0]), shape.seq_lens[row],

@@ -178,6 +178,7 @@ class GPURuntime(Runtime):
             "max_blocks": self.max_blocks,
             "selection": self.selection,
             "with_miss_list": True,
+            "chunk_blocks": self.layer_shape().chunk_blocks,
         }
         # Part of the buffers does not depend on the number of requests.
         one = DecodeWorkspace.bytes(**arguments)
@@ -366,8 +367,7 @@ class GPURuntime(Runtime):
         output: torch.Tensor,
     ) -> None:
         """Exact attention of the chunks to themselves and to everything before them."""
-        # Layers that share a cache are refused on a GPU (worker.split_layers).
-        assert inputs.key is not None
+        assert inputs.key is not None  # layers that share a cache are refused (split_layers)
         assert inputs.value is not None
         rows = slice(plan.first_token, plan.first_token + plan.num_tokens)
         query = inputs.query[rows]

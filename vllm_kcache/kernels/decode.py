@@ -30,7 +30,8 @@ from vllm_kcache.kernels.select import launch_select, selection_arguments
 from vllm_kcache.types import Fetched, Selected, Selection, Tail
 
 # For benchmarks: called on the stream that scores with (step, first KV head, one past the last),
-# captured like the rest. It may overwrite these heads' block_lse (benchmarks/replay.py).
+# captured like the rest. It may overwrite these heads' block_lse, and the sums in chunk_lse with it
+# (benchmarks/replay.py).
 after_score: Callable[[DecodeStep, int, int], None] | None = None
 
 
@@ -81,19 +82,16 @@ def decode_step(
     step = DecodeStep(
         workspace, query, k_pages, v_pool, block_table, seq_lens, scale, v_block_tokens, selection,
         tail, hot_cache, layer, out, block_lse, selected, Fetched(rows, hot_cache.slots), plan,
+        workspace.chunk_view(num_requests, max_blocks),
     )  # fmt: skip
     step.run()
     return out
 
 
 @functools.cache
-def _replaced_scores_of(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+def _second_buffer(name: str, shape: torch.Size, device: torch.device) -> torch.Tensor:
+    """Made in the warm-up of a capture, which runs eagerly."""
     return torch.empty(shape, device=device)
-
-
-def _replaced_scores(block_lse: torch.Tensor) -> torch.Tensor:
-    """A second buffer of scores; made in the warm-up of a capture, which runs eagerly."""
-    return _replaced_scores_of(tuple(block_lse.shape), block_lse.device)
 
 
 @dataclass(frozen=True)
@@ -117,6 +115,7 @@ class DecodeStep:
     selected: Selected
     fetched: Fetched
     plan: DecodePlan
+    chunk_lse: torch.Tensor | None = None
 
     def run(self) -> None:
         """All of it."""
@@ -180,23 +179,25 @@ class DecodeStep:
         workspace, cache, selected = self.workspace, self.hot_cache, self.selected
         assert workspace.fetch_stream is not None
         assert workspace.begun is not None
-        block_lse = self.block_lse
+        scored = self
         if after_score is not None:
             # The follower does not wait for a kernel after scoring: its scores come before.
-            block_lse = _replaced_scores(self.block_lse)
-            after_score(dataclasses.replace(self, block_lse=block_lse), 0, self.k_pages.shape[1])
+            scored = self._with_second_scores()
+            after_score(scored, 0, self.k_pages.shape[1])
         main = torch.cuda.current_stream(self.query.device)
         workspace.begun.record(main)
         parts = launch_score(
             self.query, self.k_pages, self.block_table, self.seq_lens, self.scale,
-            self.v_block_tokens, self.block_lse, parts_scored=workspace.parts_scored,
+            self.v_block_tokens, self.block_lse, chunk_lse=self.chunk_lse,
+            parts_scored=workspace.parts_scored,
         )  # fmt: skip
         workspace.fetch_stream.wait_event(workspace.begun)
         with torch.cuda.stream(workspace.fetch_stream):
             torch.ops.kcache.follow_scores(
-                block_lse, self.seq_lens, self.v_block_tokens,
+                scored.block_lse, self.seq_lens, self.v_block_tokens,
                 *selection_arguments(self.selection), selected.blocks, selected.counts,
-                selected.mass, selected.lse, self.block_table, self.v_pool, self.layer,
+                selected.mass, selected.lse, scored.chunk_lse, workspace.chunk_blocks,
+                self.block_table, self.v_pool, self.layer,
                 self.fetched.rows, cache.slots, cache.table, cache.slot_word, cache.state,
                 cache.counters, workspace.parts_scored, parts, self.plan.followers,
                 self.plan.least_followers or self.plan.followers,
@@ -204,12 +205,20 @@ class DecodeStep:
             workspace.fetched[0].record(workspace.fetch_stream)
         main.wait_event(workspace.fetched[0])
 
+    def _with_second_scores(self) -> DecodeStep:
+        """This step with other buffers of scores."""
+        chunk_lse = self.chunk_lse
+        if chunk_lse is not None:
+            chunk_lse = _second_buffer("chunk_lse", chunk_lse.shape, chunk_lse.device)
+        block_lse = _second_buffer("block_lse", self.block_lse.shape, self.block_lse.device)
+        return dataclasses.replace(self, block_lse=block_lse, chunk_lse=chunk_lse)
+
     def _score(self, first_head: int, last_head: int, new_epoch: bool) -> None:
         launch_score(
             self.query, self.k_pages, self.block_table, self.seq_lens, self.scale,
             self.v_block_tokens, self.block_lse,
             first_head=first_head, num_heads=last_head - first_head,
-            new_epoch=self.hot_cache if new_epoch else None,
+            new_epoch=self.hot_cache if new_epoch else None, chunk_lse=self.chunk_lse,
         )  # fmt: skip
         if after_score is not None:
             after_score(self, first_head, last_head)
@@ -241,9 +250,9 @@ class DecodeStep:
         torch.ops.kcache.select_fetch(
             self.block_lse, self.seq_lens, self.v_block_tokens,
             *selection_arguments(self.selection), first_head, num_heads, selected.blocks,
-            selected.counts, selected.mass, selected.lse, self.block_table, self.v_pool,
-            self.layer, self.fetched.rows, cache.slots, cache.table, cache.slot_word, cache.state,
-            cache.counters, misses, wave,
+            selected.counts, selected.mass, selected.lse, self.chunk_lse, workspace.chunk_blocks,
+            self.block_table, self.v_pool, self.layer, self.fetched.rows, cache.slots, cache.table,
+            cache.slot_word, cache.state, cache.counters, misses, wave,
         )  # fmt: skip
 
     def _copy(self, wave: int, first_head: int) -> None:

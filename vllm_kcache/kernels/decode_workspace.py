@@ -10,6 +10,7 @@ import torch
 from vllm_kcache.cache.hot_cache import MAX_WAVES
 from vllm_kcache.kernels import extension
 from vllm_kcache.kernels.attend_plan import AttendBuffers
+from vllm_kcache.kernels.score_plan import num_chunks
 from vllm_kcache.types import Selected, Selection
 
 # Higher than that of the stream that scores; otherwise scoring starves the fetch.
@@ -22,6 +23,8 @@ class DecodeWorkspace:
 
     Attributes:
         block_lse: [B * Hq * P] float32, GPU.
+        chunk_blocks: V blocks of a chunk that scoring leaves a sum of; 0 when it leaves none.
+        chunk_lse: [B * Hq * C] float32, GPU.
         blocks, rows: [B * Hkv * N] int32, GPU.
         counts, mass: [B * Hkv] int32 and float32, GPU.
         lse: [B * Hq] float32, GPU.
@@ -39,7 +42,9 @@ class DecodeWorkspace:
     num_query_heads: int
     num_kv_heads: int
     max_blocks: int
+    chunk_blocks: int
     block_lse: torch.Tensor
+    chunk_lse: torch.Tensor
     blocks: torch.Tensor
     rows: torch.Tensor
     counts: torch.Tensor
@@ -68,11 +73,14 @@ class DecodeWorkspace:
         selection: Selection,
         device: torch.device | str,
         with_miss_list: bool = False,
+        chunk_blocks: int = 0,
     ) -> DecodeWorkspace:
         """Allocate for batches of up to `max_requests` requests of up to `max_blocks` V blocks.
 
         Args:
             with_miss_list: for plans with `copy_thread_blocks`.
+            chunk_blocks: `score_plan.chunk_blocks` lets the extension take the sums that
+                scoring leaves behind; with 0 it reads all scores for them.
         """
         device = torch.device(device)
         lists = max_requests * num_kv_heads
@@ -88,7 +96,12 @@ class DecodeWorkspace:
             num_query_heads=num_query_heads,
             num_kv_heads=num_kv_heads,
             max_blocks=max_blocks,
+            chunk_blocks=chunk_blocks,
             block_lse=torch.empty(max_requests * num_query_heads * max_blocks, device=device),
+            chunk_lse=torch.empty(
+                max_requests * num_query_heads * num_chunks(max_blocks, chunk_blocks),
+                device=device,
+            ),
             blocks=integers(places),
             rows=integers(places),
             counts=integers(lists),
@@ -116,11 +129,13 @@ class DecodeWorkspace:
         max_blocks: int,
         selection: Selection,
         with_miss_list: bool = False,
+        chunk_blocks: int = 0,
     ) -> int:
         """GPU memory that `make` takes."""
         lists = max_requests * num_kv_heads
         places = lists * _columns(selection, max_blocks)
-        words = max_requests * num_query_heads * (max_blocks + 1) + 2 * places + 3 * lists
+        scores = max_blocks + num_chunks(max_blocks, chunk_blocks)
+        words = max_requests * num_query_heads * (scores + 1) + 2 * places + 3 * lists
         words += 0 if extension.available() else lists * max_blocks
         words += 2 * places if with_miss_list else 0
         group = num_query_heads // num_kv_heads
@@ -145,6 +160,13 @@ class DecodeWorkspace:
             front(self.lse, (num_requests, self.num_query_heads)),
         )
         return front(self.block_lse, scores), selected, front(self.rows, places)
+
+    def chunk_view(self, num_requests: int, max_blocks: int) -> torch.Tensor | None:
+        """chunk_lse [B, Hq, C] of one batch; None where chunks leave no sums."""
+        if not self.chunk_blocks:
+            return None
+        chunks = num_chunks(max_blocks, self.chunk_blocks)
+        return front(self.chunk_lse, (num_requests, self.num_query_heads, chunks))
 
 
 def _multiprocessors(device: torch.device) -> int:

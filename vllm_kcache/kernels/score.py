@@ -9,13 +9,12 @@ costs a short one nothing but idle programs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from vllm_kcache.cache.hot_cache import EPOCH, FIRST_MISS_COUNT, MAX_WAVES, HotCache
+from vllm_kcache.kernels.score_plan import ScoreConfig, score_config
 from vllm_kcache.types import MOST_QUERY_HEADS_GPU
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -51,14 +50,14 @@ def lse_by_block(scores, BLOCK_TOKENS: tl.constexpr):
 
 
 # Batch sizes and waves differ in these numbers only, and share one compiled kernel.
-@triton.jit(do_not_specialize=["max_blocks", "first_head"])
+@triton.jit(do_not_specialize=["max_blocks", "max_chunks", "first_head"])
 def score_kernel(
-    query, k_pages, block_table, seq_lens, block_lse, state, parts_scored, scale, query_stride,
-    page_stride, table_stride, max_blocks, first_head,
+    query, k_pages, block_table, seq_lens, block_lse, chunk_lse, state, parts_scored, scale,
+    query_stride, page_stride, table_stride, max_blocks, max_chunks, first_head,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr,
     HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr, PAGE_TOKENS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, PAD: tl.constexpr,
-    NEW_EPOCH: tl.constexpr, SIGNAL: tl.constexpr,
+    NEW_EPOCH: tl.constexpr, CHUNK_LSE: tl.constexpr, SIGNAL: tl.constexpr,
 ):  # fmt: skip
     split, splits = tl.program_id(0), tl.num_programs(0)
     head = first_head + tl.program_id(1)
@@ -81,6 +80,7 @@ def score_kernel(
     table_row = block_table + request * table_stride
     head_base = head.to(tl.int64) * (PAGE_TOKENS * HEAD_SIZE)
     out_rows = block_lse + (request * NUM_HEADS + heads) * max_blocks
+    chunk_rows = chunk_lse + (request * NUM_HEADS + heads) * max_chunks
     num_chunks = tl.cdiv(num_tokens, CHUNK)
     for chunk in range(split, num_chunks, splits):
         tokens = chunk * CHUNK + in_chunk
@@ -97,6 +97,11 @@ def score_kernel(
         out_mask = group_mask[:, None] & (blocks < max_blocks)[None, :]
         lse = lse_by_block(scores, BLOCK_TOKENS)
         tl.store(out_rows[:, None] + blocks[None, :], lse, mask=out_mask)
+        if CHUNK_LSE:
+            # A chunk has a token, so its largest score is finite.
+            largest = tl.max(lse, 1)
+            total = tl.sum(tl.exp2((lse - largest[:, None]) * LOG2_E), 1)
+            tl.store(chunk_rows + chunk, largest + tl.log2(total) * LN_2, mask=group_mask)
     if PAD:
         # Chunks wholly past the length, in the same strides.
         nothing = tl.full((GROUP_PADDED, chunk_blocks), float("-inf"), tl.float32)
@@ -109,32 +114,6 @@ def score_kernel(
         # All threads' stores come before the one thread's count.
         tl.debug_barrier()
         tl.atomic_add(parts_scored + request * (NUM_HEADS // GROUP) + head, 1, sem="release")
-
-
-@dataclass(frozen=True)
-class ScoreConfig:
-    """Launch shape: tokens loaded at once, programs of each (request, head), warps, stages."""
-
-    chunk_tokens: int
-    splits: int
-    num_warps: int
-    num_stages: int
-
-
-def score_config(
-    num_lists: int, group: int, head_size: int, itemsize: int, v_block_tokens: int, max_blocks: int
-) -> ScoreConfig:
-    """Launch shape for `num_lists` pairs of (request, KV head)."""
-    padded_bytes = triton.next_power_of_2(head_size) * itemsize
-    # Three stages of one chunk must leave room for two or more programs on a multiprocessor.
-    chunk_bytes = 65536 if group > 1 and padded_bytes <= 256 else 32768
-    if v_block_tokens == 1 and padded_bytes <= 128:
-        chunk_bytes = 32768  # one result a token takes shared memory, too
-    chunk = max(16, v_block_tokens, chunk_bytes // padded_bytes)
-    chunks = max(1, -(-max_blocks * v_block_tokens // chunk))
-    # Many more programs than fit at once even out the tail; more than one chunk each hides latency.
-    splits = max(1, min(chunks, -(-8192 // max(1, num_lists))))
-    return ScoreConfig(chunk, splits, 8 if chunk_bytes == 65536 else 4, 3)
 
 
 def check_query_strides(query: torch.Tensor) -> None:
@@ -177,6 +156,7 @@ def launch_score(
     new_epoch: HotCache | None = None,
     pad: bool = False,
     config: ScoreConfig | None = None,
+    chunk_lse: torch.Tensor | None = None,
     parts_scored: torch.Tensor | None = None,
 ) -> int:
     """Score a range of KV heads on the current stream.
@@ -187,6 +167,8 @@ def launch_score(
         new_epoch: begin a new epoch of this hot cache and zero its miss counts.
         pad: write -inf past `seq_lens`. The other kernels stop at `seq_lens` and need no padding.
         config: launch shape, chosen by `score_config` unless given.
+        chunk_lse: [B, Hq, C] float32, GPU, contiguous. Takes the log-sum-exp of each chunk of
+            `chunk_tokens`, so that selection need not read all scores for their sum.
         parts_scored: [B * Hkv] int32, GPU. Each program of a list adds one when its scores are
             there, for a kernel that runs beside (csrc/follow.cu).
 
@@ -220,6 +202,7 @@ def launch_score(
         block_table,
         seq_lens,
         block_lse,
+        chunk_lse if chunk_lse is not None else block_lse,
         new_epoch.state if new_epoch is not None else seq_lens,
         parts_scored if parts_scored is not None else seq_lens,
         scale,
@@ -227,6 +210,7 @@ def launch_score(
         k_pages.stride(0),
         block_table.stride(0),
         max_blocks,
+        chunk_lse.shape[2] if chunk_lse is not None else 0,
         first_head,
         NUM_HEADS=num_query_heads,
         GROUP=group,
@@ -239,8 +223,10 @@ def launch_score(
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         PAD=pad,
         NEW_EPOCH=new_epoch is not None,
+        CHUNK_LSE=chunk_lse is not None,
         SIGNAL=parts_scored is not None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=config.max_registers,
     )
     return config.splits

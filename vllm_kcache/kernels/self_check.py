@@ -18,6 +18,7 @@ from vllm_kcache.cache.hot_cache import HotCache
 from vllm_kcache.kernels import decode, extension
 from vllm_kcache.kernels.decode_plan import DecodePlan
 from vllm_kcache.kernels.decode_workspace import DecodeWorkspace
+from vllm_kcache.kernels.score_plan import chunk_blocks
 from vllm_kcache.kernels.write import write_kv
 from vllm_kcache.reference.attend import attend_blocks
 from vllm_kcache.reference.fetch import fetch_blocks
@@ -61,6 +62,14 @@ class LayerShape:
     dtype: torch.dtype
     selection: Selection
     tail: Tail
+
+    @property
+    def chunk_blocks(self) -> int:
+        """V blocks of a chunk that scoring leaves a sum of; 0 where no extension takes them."""
+        if not extension.available():
+            return 0
+        group = self.num_query_heads // self.num_kv_heads
+        return chunk_blocks(group, self.head_size, self.dtype.itemsize, self.v_block_tokens)
 
 
 def is_wanted() -> bool:
@@ -154,6 +163,7 @@ class _Batch:
         workspace = DecodeWorkspace.make(
             num_requests, shape.num_query_heads, shape.num_kv_heads, shape.head_size,
             self.max_blocks, shape.selection, device,
+            chunk_blocks=shape.chunk_blocks,
         )  # fmt: skip
         out = torch.empty_like(self.query, device=device)
         for _ in range(2):

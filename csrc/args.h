@@ -18,7 +18,8 @@ constexpr int kLists = 0, kSelected = 1, kHits = 2, kMisses = 3, kDirect = 4;
 constexpr int kFirstDroppedBucket = 8, kDroppedBuckets = 16;
 constexpr int kCounterWords = kFirstDroppedBucket + kDroppedBuckets;
 
-constexpr int kMaxGroup = 16;  // query heads of a KV head
+constexpr int kMaxGroup = 16;      // query heads of a KV head
+constexpr int kMaxBlocks = 49152;  // V blocks of a request
 
 using Word = unsigned long long;
 constexpr Word kEmptySlot = ~0ull;  // a slot that holds nothing

@@ -42,8 +42,8 @@ SelectArgs select_args(const Tensor& block_lse, const Tensor& seq_lens, int64_t 
       "block_lse: has ", num_heads, " query heads for ", num_kv_heads,
       " KV heads; a KV head must have 1 to ", kMaxGroup);
   const int64_t max_blocks = block_lse.size(2);
-  STD_TORCH_CHECK(max_blocks <= 49152, "block_lse: has P=", max_blocks,
-                  " V blocks a request; at most 49152 fit the GPU's shared memory");
+  STD_TORCH_CHECK(max_blocks <= kMaxBlocks, "block_lse: has P=", max_blocks,
+                  " V blocks a request; at most ", kMaxBlocks, " fit the GPU's shared memory");
   STD_TORCH_CHECK(v_block_tokens >= 1, "v_block_tokens=", v_block_tokens, ": must be at least 1");
   STD_TORCH_CHECK(recent_tokens >= 1, "recent_tokens=", recent_tokens, ": must be at least 1");
   STD_TORCH_CHECK(coverage < 0 || mass_threshold < 0, "mass_threshold=", mass_threshold,

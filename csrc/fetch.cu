@@ -11,8 +11,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   __shared__ FetchShared shared;
   const int head = first_head + blockIdx.x, request = blockIdx.y;
   const int64_t list = static_cast<int64_t>(request) * fetch.num_kv_heads + head;
-  fetch_list<kMaxThreads>(fetch, shared, {blocks + list * fetch.columns, counts[list]}, request,
-                          head);
+  fetch_list<kMaxThreads>(fetch, shared, List<int>{blocks + list * fetch.columns, counts[list]},
+                          request, head);
 }
 
 constexpr int kCopyThreads = 256;

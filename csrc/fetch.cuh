@@ -43,8 +43,8 @@ __device__ inline void copy_miss(const FetchArgs& args, int2 miss) {
 }
 
 // Rows of the blocks of a list; -1 in the columns past them.
-template <int kThreads>
-__device__ inline void fetch_list(const FetchArgs& args, FetchShared& shared, List list,
+template <int kThreads, typename Block>
+__device__ inline void fetch_list(const FetchArgs& args, FetchShared& shared, List<Block> list,
                                   int request, int head) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int64_t first_place =

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kFollowThreads, 2)
   for (int list = first; first < working && list < follow.num_lists; list += working) {
     wait_for_scores(follow, list);
     const int request = list / select.num_kv_heads, head = list % select.num_kv_heads;
-    const List blocks =
+    const auto blocks =
         select_list<kFollowThreads, kTogether>(select, shared.select, masses, request, head);
     fetch_list<kFollowThreads>(fetch, shared.fetch, blocks, request, head);
     missed += shared.fetch.misses_total + shared.fetch.direct;
@@ -91,8 +91,7 @@ __global__ void __launch_bounds__(kFollowThreads, 2)
 template <int kTogether>
 cudaError_t launch(const SelectArgs& select, const FetchArgs& fetch, const FollowArgs& follow,
                    int num_blocks, cudaStream_t stream) {
-  const size_t shared_bytes = select_shared_bytes(
-      select.max_blocks, num_sums(select.combine_max, select.coverage >= 0.0f, select.group));
+  const size_t shared_bytes = list_shared_bytes<kTogether>(select);
   if (shared_bytes > 32 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(follow_kernel<kTogether>, cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     FetchShared fetch;
   } shared;
   const int head = first_head + blockIdx.x, request = blockIdx.y;
-  const List list =
+  const auto list =
       select_list<kMaxThreads, kTogether>(select, shared.select, masses, request, head);
   if constexpr (kFetch) fetch_list<kMaxThreads>(fetch, shared.fetch, list, request, head);
 }
@@ -25,8 +25,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
 template <bool kFetch, int kTogether>
 cudaError_t launch(const SelectArgs& select, const FetchArgs& fetch, HeadRange range,
                    cudaStream_t stream) {
-  const size_t shared_bytes = select_shared_bytes(
-      select.max_blocks, num_sums(select.combine_max, select.coverage >= 0.0f, select.group));
+  const size_t shared_bytes = list_shared_bytes<kTogether>(select);
   if (shared_bytes > 32 * 1024) {
     const cudaError_t error = cudaFuncSetAttribute(select_kernel<kFetch, kTogether>,
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -28,15 +28,12 @@ constexpr int kMostTogether = 8;
 constexpr float kFixedPointOne = 1073741824.0f;
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-// Shared memory of a list: masses of all blocks, a bit of each block, then the histogram.
+// Shared memory of a list: masses of all blocks, then the histogram.
 __host__ __device__ inline int num_sums(bool combine_max, bool cover, int group) {
   return !cover ? 0 : combine_max ? group : 1;
 }
-__host__ __device__ inline int block_words(int max_blocks) {
-  return (max_blocks + 31) / 32;
-}
 __host__ __device__ inline size_t select_shared_bytes(int max_blocks, int sums) {
-  return (static_cast<size_t>(max_blocks) + block_words(max_blocks) + kBins * (1 + sums)) * 4;
+  return (static_cast<size_t>(max_blocks) + kBins * (1 + sums)) * 4;
 }
 
 struct SelectShared {
@@ -57,10 +54,13 @@ __device__ inline unsigned fixed_point(float mass) {
   return static_cast<unsigned>(mass * kFixedPointOne + 0.5f);
 }
 
+// V blocks of a list, ascending, in GPU memory (int) or shared memory (16 bits).
+template <typename Block>
 struct List {
-  const int* blocks;  // ascending, in shared or GPU memory
+  const Block* blocks;
   int count;
 };
+using NearBlock = uint16_t;
 
 template <int kThreads>
 class ListSelection {
@@ -69,13 +69,12 @@ class ListSelection {
   static constexpr int kHeadParts = 4;
 
  public:
-  __device__ ListSelection(const SelectArgs& args, SelectShared& shared, float* masses, int request,
-                           int head)
+  __device__ ListSelection(const SelectArgs& args, SelectShared& shared, float* dynamic,
+                           int request, int head)
       : args_(args),
         shared_(shared),
-        masses_(masses),
-        words_(reinterpret_cast<unsigned*>(masses + args.max_blocks)),
-        histogram_(words_ + block_words(args.max_blocks)),
+        masses_(dynamic),
+        histogram_(reinterpret_cast<unsigned*>(dynamic + args.max_blocks)),
         list_(static_cast<int64_t>(request) * args.num_kv_heads + head),
         lse_(args.block_lse + list_ * args.group * args.max_blocks),
         num_tokens_(args.seq_lens[request]),
@@ -92,7 +91,7 @@ class ListSelection {
   }
 
   // The blocks kept, visible to the thread block, by any rule.
-  __device__ List run() {
+  __device__ List<int> run() {
     if (num_tokens_ <= 0) {
       write_empty();
       return {nullptr, 0};
@@ -123,7 +122,7 @@ class ListSelection {
   // The same where `takes_by_threshold` says so, for `kTogether` query heads or fewer
   // (csrc/threshold.cuh).
   template <int kTogether>
-  __device__ List run_by_threshold();
+  __device__ List<NearBlock> run_by_threshold();
 
  private:
   __device__ bool forced(int block) const {
@@ -351,7 +350,7 @@ class ListSelection {
   const SelectArgs& args_;
   SelectShared& shared_;
   float* masses_;
-  unsigned *words_, *histogram_;
+  unsigned* histogram_;
   const int64_t list_;
   const float* lse_;
   const int num_tokens_, lane_, warp_;

@@ -16,17 +16,28 @@ inline bool takes_by_threshold(const SelectArgs& args) {
          args.top_n < 0 && args.group <= kMostTogether;
 }
 
+// Shared memory of such a list: a bit of each block, then the blocks taken. Little, so that a list
+// fits beside a full set of score programs; and near, as the look-up that follows reads it.
+__host__ __device__ inline int block_words(int max_blocks) {
+  return (max_blocks + 31) / 32;
+}
+inline size_t threshold_shared_bytes(int max_blocks) {
+  return block_words(max_blocks) * 4 + max_blocks * sizeof(NearBlock);
+}
+static_assert(kMaxBlocks <= 1 << 16, "a NearBlock counts to there");
+
 // Blocks that are forced or have the threshold's mass in any query head, all ties included. Each
 // warp has a contiguous share of the blocks.
 template <int kThreads>
 template <int kTogether>
-__device__ List ListSelection<kThreads>::run_by_threshold() {
+__device__ List<NearBlock> ListSelection<kThreads>::run_by_threshold() {
   if (num_tokens_ <= 0) {
     write_empty();
     return {nullptr, 0};
   }
   normalise_from_chunks();
   constexpr int kAhead = kInFlight / kTogether;
+  unsigned* kept_words = reinterpret_cast<unsigned*>(masses_);
   const int words = block_words(num_blocks_), share = (words + kWarps - 1) / kWarps;
   const int first = warp_ * share, last = min(first + share, words);
   float shift[kTogether], covered[kTogether];
@@ -53,7 +64,7 @@ __device__ List ListSelection<kThreads>::run_by_threshold() {
         for (int h = 0; h < kTogether; ++h) covered[h] += exp2f(scores[h][i] - shift[h]);
       }
       const unsigned kept = __ballot_sync(kAllLanes, keep);
-      if (lane_ == 0) words_[start + i] = kept;
+      if (lane_ == 0) kept_words[start + i] = kept;
     }
   }
 #pragma unroll
@@ -64,19 +75,19 @@ __device__ List ListSelection<kThreads>::run_by_threshold() {
   __syncthreads();
   int before = 0, total = 0;
   for (int i = lane_; i < words; i += 32) {
-    const int count = __popc(words_[i]);
+    const int count = __popc(kept_words[i]);
     total += count;
     before += i < first ? count : 0;
   }
   total = warp_sum(total);
   int place = warp_sum(before);
   int* out = args_.blocks + list_ * args_.columns;
-  int* taken = reinterpret_cast<int*>(masses_);  // shared memory is nearer
+  NearBlock* near = reinterpret_cast<NearBlock*>(kept_words + block_words(args_.max_blocks));
   for (int i = first; i < last; ++i) {
-    const unsigned kept = words_[i];
+    const unsigned kept = kept_words[i];
     if ((kept >> lane_) & 1) {
       const int column = place + __popc(kept & ((1u << lane_) - 1)), block = i * 32 + lane_;
-      taken[column] = block;
+      near[column] = static_cast<NearBlock>(block);
       out[column] = block;
     }
     place += __popc(kept);
@@ -88,12 +99,20 @@ __device__ List ListSelection<kThreads>::run_by_threshold() {
   }
   if (warp_ == kWarps - 1) finish(total, kWarps);
   __syncthreads();
-  return {taken, total};
+  return {near, total};
+}
+
+template <int kTogether>
+size_t list_shared_bytes(const SelectArgs& args) {
+  return kTogether
+             ? threshold_shared_bytes(args.max_blocks)
+             : select_shared_bytes(args.max_blocks,
+                                   num_sums(args.combine_max, args.coverage >= 0.0f, args.group));
 }
 
 // A list by the kernel's rule: `kTogether` 0 stands for any.
 template <int kThreads, int kTogether>
-__device__ inline List select_list(const SelectArgs& args, SelectShared& shared, float* masses,
+__device__ inline auto select_list(const SelectArgs& args, SelectShared& shared, float* masses,
                                    int request, int head) {
   ListSelection<kThreads> selection(args, shared, masses, request, head);
   if constexpr (kTogether == 0) {

@@ -47,12 +47,12 @@ __device__ inline int next_wanted(const FollowArgs& follow, int missed, int exis
 }
 
 // Lists are scored in ascending order, so a thread block that takes every n-th seldom waits.
-template <int kTogether>
+template <int kRule>
 __global__ void __launch_bounds__(kFollowThreads, 2)
     follow_kernel(const __grid_constant__ SelectArgs select,
                   const __grid_constant__ FetchArgs fetch,
                   const __grid_constant__ FollowArgs follow) {
-  extern __shared__ float masses[];
+  extern __shared__ float dynamic[];
   __shared__ union Shared {
     SelectShared select;
     FetchShared fetch;
@@ -66,8 +66,8 @@ __global__ void __launch_bounds__(kFollowThreads, 2)
   for (int list = first; first < working && list < follow.num_lists; list += working) {
     wait_for_scores(follow, list);
     const int request = list / select.num_kv_heads, head = list % select.num_kv_heads;
-    const auto blocks =
-        select_list<kFollowThreads, kTogether>(select, shared.select, masses, request, head);
+    const List<NearBlock> blocks =
+        select_list<kFollowThreads, kRule>(select, shared.select, dynamic, request, head);
     fetch_list<kFollowThreads>(fetch, shared.fetch, blocks, request, head);
     missed += shared.fetch.misses_total + shared.fetch.direct;
     existing += (select.seq_lens[request] + select.v_block_tokens - 1) / select.v_block_tokens;
@@ -88,18 +88,17 @@ __global__ void __launch_bounds__(kFollowThreads, 2)
   }
 }
 
-template <int kTogether>
+template <int kRule>
 cudaError_t launch(const SelectArgs& select, const FetchArgs& fetch, const FollowArgs& follow,
                    int num_blocks, cudaStream_t stream) {
-  const size_t shared_bytes = list_shared_bytes<kTogether>(select);
+  const size_t shared_bytes = list_shared_bytes<kRule>(select);
   if (shared_bytes > 32 * 1024) {
     const cudaError_t error =
-        cudaFuncSetAttribute(follow_kernel<kTogether>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+        cudaFuncSetAttribute(follow_kernel<kRule>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
   }
-  follow_kernel<kTogether>
-      <<<num_blocks, kFollowThreads, shared_bytes, stream>>>(select, fetch, follow);
+  follow_kernel<kRule><<<num_blocks, kFollowThreads, shared_bytes, stream>>>(select, fetch, follow);
   return cudaGetLastError();
 }
 
@@ -107,9 +106,8 @@ cudaError_t launch(const SelectArgs& select, const FetchArgs& fetch, const Follo
 
 cudaError_t launch_follow(const SelectArgs& select, const FetchArgs& fetch,
                           const FollowArgs& follow, int num_blocks, cudaStream_t stream) {
-  return with_heads_together(select, [&](auto together) {
-    return launch<together()>(select, fetch, follow, num_blocks, stream);
-  });
+  return with_rule(
+      select, [&](auto rule) { return launch<rule()>(select, fetch, follow, num_blocks, stream); });
 }
 
 }  // namespace kcache

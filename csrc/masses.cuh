@@ -9,10 +9,11 @@ namespace kcache {
 
 // Scores of some blocks of `kTogether` query heads, in base 2, from `start` in strides, past the
 // first-level cache, which knows nothing of a score kernel that still runs.
-template <int kThreads>
+template <int kThreads, bool kCovers>
 template <int kTogether, int kAhead>
-__device__ void ListSelection<kThreads>::load_ahead(float (&scores)[kTogether][kAhead],
-                                                    int first_head, int start, int stride) const {
+__device__ void ListSelection<kThreads, kCovers>::load_ahead(float (&scores)[kTogether][kAhead],
+                                                             int first_head, int start,
+                                                             int stride) const {
 #pragma unroll
   for (int h = 0; h < kTogether; ++h) {
     const float* lse = lse_ + static_cast<int64_t>(first_head + h) * args_.max_blocks;
@@ -25,9 +26,9 @@ __device__ void ListSelection<kThreads>::load_ahead(float (&scores)[kTogether][k
 }
 
 // Each query head's log-sum-exp over the request.
-template <int kThreads>
+template <int kThreads, bool kCovers>
 template <int kTogether>
-__device__ void ListSelection<kThreads>::normalise() {
+__device__ void ListSelection<kThreads, kCovers>::normalise() {
   constexpr int kAhead = kInFlight / kTogether;
   for (int first = 0; first < args_.group; first += kTogether) {
     float largest[kTogether], sum[kTogether];
@@ -54,12 +55,11 @@ __device__ void ListSelection<kThreads>::normalise() {
     }
 #pragma unroll
     for (int h = 0; h < kTogether; ++h) {
-      if (first + h >= args_.group) break;
       const float warp_largest = warp_max(largest[h]);
       const float in_warp =
           warp_largest > -INFINITY ? sum[h] * exp2f(largest[h] - warp_largest) : 0.0f;
       const float total = warp_sum(in_warp);
-      if (lane_ == 0) {
+      if (lane_ == 0 && first + h < args_.group) {
         shared_.reduce_max[first + h][warp_] = warp_largest;
         shared_.reduce_sum[first + h][warp_] = total;
       }
@@ -79,16 +79,17 @@ __device__ void ListSelection<kThreads>::normalise() {
   __syncthreads();
 }
 
-template <int kThreads>
-__device__ void ListSelection<kThreads>::write_shift(int in_group, float largest, float sum) {
+template <int kThreads, bool kCovers>
+__device__ void ListSelection<kThreads, kCovers>::write_shift(int in_group, float largest,
+                                                              float sum) {
   const float shift = largest + log2f(sum);
   shared_.shift[in_group] = shift;
   if (args_.lse != nullptr) args_.lse[list_ * args_.group + in_group] = shift * kLn2;
 }
 
 // The same from what scoring left behind: a warp a query head.
-template <int kThreads>
-__device__ void ListSelection<kThreads>::normalise_from_chunks() {
+template <int kThreads, bool kCovers>
+__device__ void ListSelection<kThreads, kCovers>::normalise_from_chunks() {
   constexpr int kAhead = 4;
   const int chunks = (num_blocks_ + args_.chunk_blocks - 1) / args_.chunk_blocks;
   for (int g = warp_; g < args_.group; g += kWarps) {
@@ -116,9 +117,9 @@ __device__ void ListSelection<kThreads>::normalise_from_chunks() {
 }
 
 // Masses of the blocks, combined over the group, and the totals that coverage is a share of.
-template <int kThreads>
+template <int kThreads, bool kCovers>
 template <int kTogether>
-__device__ void ListSelection<kThreads>::combine() {
+__device__ void ListSelection<kThreads, kCovers>::combine() {
   constexpr int kAhead = kInFlight / kTogether;
   const bool by_max = args_.combine_max;
   for (int first = 0; first < args_.group; first += kTogether) {
@@ -153,12 +154,11 @@ __device__ void ListSelection<kThreads>::combine() {
         masses_[block] = combined;
       }
     }
-    if (!by_max) continue;
+    if (!cover_ || !by_max) continue;
 #pragma unroll
     for (int h = 0; h < kTogether; ++h) {
-      if (first + h >= args_.group) break;
       const unsigned total = warp_sum(totals[h]);
-      if (lane_ == 0) shared_.reduce_total[first + h][warp_] = total;
+      if (lane_ == 0 && first + h < args_.group) shared_.reduce_total[first + h][warp_] = total;
     }
   }
   if (!by_max) {
@@ -166,22 +166,25 @@ __device__ void ListSelection<kThreads>::combine() {
     for (int block = threadIdx.x; block < num_blocks_; block += kThreads) {
       const float mass = masses_[block] / args_.group;
       masses_[block] = mass;
-      total += fixed_point(mass);
+      if (cover_) total += fixed_point(mass);
     }
-    total = warp_sum(total);
-    if (lane_ == 0) shared_.reduce_total[0][warp_] = total;
-  }
-  __syncthreads();
-  for (int g = warp_; g < (by_max ? args_.group : 1); g += kWarps) {
-    const unsigned total = warp_sum(lane_ < kWarps ? shared_.reduce_total[g][lane_] : 0u);
-    if (lane_ == 0) {
-      shared_.totals[g] = total;
-      shared_.above[g] = 0;
+    if (cover_) {
+      total = warp_sum(total);
+      if (lane_ == 0) shared_.reduce_total[0][warp_] = total;
     }
   }
   if (threadIdx.x == 0) {
     shared_.threshold = 0;
     shared_.count_above = 0;
+  }
+  __syncthreads();
+  if (!cover_) return;
+  for (int g = warp_; g < num_sums_; g += kWarps) {
+    const unsigned total = warp_sum(lane_ < kWarps ? shared_.reduce_total[g][lane_] : 0u);
+    if (lane_ == 0) {
+      shared_.totals[g] = total;
+      shared_.above[g] = 0;
+    }
   }
 }
 

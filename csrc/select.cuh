@@ -28,12 +28,15 @@ constexpr int kMostTogether = 8;
 constexpr float kFixedPointOne = 1073741824.0f;
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-// Shared memory of a list: masses of all blocks, then the histogram.
+// Shared memory of a list: a bit of each block, the masses of all, then the histogram.
 __host__ __device__ inline int num_sums(bool combine_max, bool cover, int group) {
   return !cover ? 0 : combine_max ? group : 1;
 }
-__host__ __device__ inline size_t select_shared_bytes(int max_blocks, int sums) {
-  return (static_cast<size_t>(max_blocks) + kBins * (1 + sums)) * 4;
+__host__ __device__ inline int block_words(int max_blocks) {
+  return (max_blocks + 31) / 32;
+}
+inline size_t select_shared_bytes(int max_blocks, int sums) {
+  return (static_cast<size_t>(block_words(max_blocks)) + max_blocks + kBins * (1 + sums)) * 4;
 }
 
 struct SelectShared {
@@ -61,8 +64,10 @@ struct List {
   int count;
 };
 using NearBlock = uint16_t;
+static_assert(kMaxBlocks <= 1 << 16, "a NearBlock counts to there");
 
-template <int kThreads>
+// `kCovers`: with the code for a coverage, which other rules are faster without.
+template <int kThreads, bool kCovers>
 class ListSelection {
   static constexpr int kWarps = kThreads / 32;
   // Warps that share the list of a query head.
@@ -73,8 +78,10 @@ class ListSelection {
                            int request, int head)
       : args_(args),
         shared_(shared),
-        masses_(dynamic),
-        histogram_(reinterpret_cast<unsigned*>(dynamic + args.max_blocks)),
+        kept_words_(reinterpret_cast<unsigned*>(dynamic)),
+        masses_(dynamic + block_words(args.max_blocks)),
+        near_(reinterpret_cast<NearBlock*>(masses_)),
+        histogram_(reinterpret_cast<unsigned*>(masses_ + args.max_blocks)),
         list_(static_cast<int64_t>(request) * args.num_kv_heads + head),
         lse_(args.block_lse + list_ * args.group * args.max_blocks),
         num_tokens_(args.seq_lens[request]),
@@ -85,13 +92,13 @@ class ListSelection {
     first_recent_ = max(num_tokens_ - args.recent_tokens, 0) / args.v_block_tokens;
     const int sinks = min(args.sink_blocks, num_blocks_);
     num_forced_ = sinks + num_blocks_ - first_recent_ - max(sinks - first_recent_, 0);
-    cover_ = args.coverage >= 0.0f;
+    cover_ = kCovers && args.coverage >= 0.0f;
     cap_ = args.top_n < 0 ? num_blocks_ : min(args.top_n, num_blocks_);
     num_sums_ = num_sums(args.combine_max, cover_, args.group);
   }
 
   // The blocks kept, visible to the thread block, by any rule.
-  __device__ List<int> run() {
+  __device__ List<NearBlock> run() {
     if (num_tokens_ <= 0) {
       write_empty();
       return {nullptr, 0};
@@ -110,14 +117,10 @@ class ListSelection {
     }
     if (args_.mass_threshold >= 0.0f) {
       if (!threshold_within_cap()) find_threshold();
-    } else if (cap_ == num_blocks_ && !cover_) {
-      if (threadIdx.x == 0) shared_.threshold = 0;
-      __syncthreads();
-    } else {
+    } else if (cap_ < num_blocks_ || cover_) {
       find_threshold();
     }
-    const int count = compact();
-    return {args_.blocks + list_ * args_.columns, count};
+    return take();
   }
   // The same where `takes_by_threshold` says so, for `kTogether` query heads or fewer
   // (csrc/threshold.cuh).
@@ -181,147 +184,80 @@ class ListSelection {
     return true;
   }
 
-  // Composite of the last block kept, digit by digit.
-  __device__ void find_threshold() {
-    for (int pass = 0; pass < 6; ++pass) {
-      const int shift = digit_shift(pass), bits = pass == 3 ? 7 : 8;
-#pragma unroll 1
-      for (int i = threadIdx.x; i < kBins * (1 + num_sums_); i += kThreads) histogram_[i] = 0;
-      __syncthreads();
-      count_digits(shift, bits);
-      __syncthreads();
-      if (warp_ == 0) find_digit(shift);
-      __syncthreads();
-      if (!shared_.enough || shared_.in_bin == 1) break;
-    }
+  // csrc/search.cuh.
+  __device__ void find_threshold();
+  __device__ void count_digits(int shift, int bits);
+  __device__ void find_digit(int shift);
+
+  // Each warp has a contiguous share of the words, 32 blocks each.
+  __device__ int first_word() const { return min(warp_ * words_each(), block_words(num_blocks_)); }
+  __device__ int last_word() const {
+    return min((warp_ + 1) * words_each(), block_words(num_blocks_));
   }
+  __device__ int words_each() const { return (block_words(num_blocks_) + kWarps - 1) / kWarps; }
 
-  // Histogram of a digit over the blocks that share all digits before it.
-  __device__ void count_digits(int shift, int bits) {
-    const unsigned long long prefix = shared_.threshold >> (shift + bits);
-    for (int block = threadIdx.x; block < num_blocks_; block += kThreads) {
-      const unsigned long long its_rank = rank(block);
-      if (its_rank >> (shift + bits) != prefix) continue;
-      const int bin = static_cast<int>(its_rank >> shift) & ((1 << bits) - 1);
-      atomicAdd(histogram_ + bin, 1u);
-#pragma unroll 1
-      for (int sum = 0; sum < num_sums_; ++sum) {
-        const float mass = args_.combine_max ? head_mass(sum, block) : masses_[block];
-        atomicAdd(histogram_ + (1 + sum) * kBins + bin, fixed_point(mass));
-      }
-    }
-  }
-
-  // Highest digit down to which the blocks suffice. Lane l has the bins 255 - 8 l and down.
-  __device__ void find_digit(int shift) {
-    constexpr int kLaneBins = kBins / 32;
-    const int top = kBins - 1 - lane_ * kLaneBins;
-    int own = 0;
-    for (int i = 0; i < kLaneBins; ++i) own += histogram_[top - i];
-    const int count = shared_.count_above + warp_inclusive(own, lane_);
-    bool all_met = cover_;
-#pragma unroll 1
-    for (int sum = 0; sum < num_sums_; ++sum) {
-      const unsigned* masses = histogram_ + (1 + sum) * kBins;
-      unsigned own_mass = 0;
-      for (int i = 0; i < kLaneBins; ++i) own_mass += masses[top - i];
-      const unsigned mass = shared_.above[sum] + static_cast<unsigned>(warp_inclusive(
-                                                     static_cast<int>(own_mass), lane_));
-      shared_.before[sum][lane_] = mass - own_mass;
-      all_met = all_met && covered(sum, mass);
-    }
-    const bool enough = count >= cap_ || (count >= num_forced_ && all_met);
-    const unsigned lanes = __ballot_sync(kAllLanes, enough);
-    if (lanes == 0) {  // rounding: not even all of them reach the coverage
-      if (lane_ == 0) shared_.enough = false;
-      return;
-    }
-    __syncwarp();
-    if (lane_ != __ffs(lanes) - 1) return;
-    int above = count - own;
-#pragma unroll 1
-    for (int sum = 0; sum < num_sums_; ++sum) shared_.above[sum] = shared_.before[sum][lane_];
-    int bin = top;
-    for (;; --bin) {
-      const int with_bin = above + static_cast<int>(histogram_[bin]);
-      bool met = cover_;
-#pragma unroll 1
-      for (int sum = 0; sum < num_sums_; ++sum) {
-        met = met && covered(sum, shared_.above[sum] + histogram_[(1 + sum) * kBins + bin]);
-      }
-      if (with_bin >= cap_ || (with_bin >= num_forced_ && met) || bin == top - (kLaneBins - 1)) {
-        break;
-      }
-      above = with_bin;
-#pragma unroll 1
-      for (int sum = 0; sum < num_sums_; ++sum) {
-        shared_.above[sum] += histogram_[(1 + sum) * kBins + bin];
-      }
-    }
-    shared_.count_above = above;
-    shared_.in_bin = static_cast<int>(histogram_[bin]);
-    shared_.threshold |= static_cast<unsigned long long>(bin) << shift;
-    shared_.enough = true;
-  }
-
-  __device__ bool kept(int block) const { return rank(block) >= shared_.threshold; }
-
-  // Write the kept blocks in ascending order, each warp a contiguous share, and the mass covered.
-  __device__ int compact() {
-    const int share = ((num_blocks_ + kThreads - 1) / kThreads) * 32;
-    const int first = warp_ * share, last = min(first + share, num_blocks_);
-    int count = 0;
+  // Take what ranks no lower than the threshold.
+  __device__ List<NearBlock> take() {
     float mass = 0.0f;
-    for (int start = first; start < last; start += 32) {
-      const int block = start + lane_;
-      const bool keep = block < last && kept(block);
-      count += __popc(__ballot_sync(kAllLanes, keep));
+    for (int word = first_word(); word < last_word(); ++word) {
+      const int block = word * 32 + lane_;
+      const bool keep = block < num_blocks_ && rank(block) >= shared_.threshold;
+      const unsigned kept = __ballot_sync(kAllLanes, keep);
+      if (lane_ == 0) kept_words_[word] = kept;
       if (keep) mass += masses_[block];
     }
     mass = warp_sum(mass);
-    if (lane_ == 0) {
-      shared_.warp_counts[warp_] = count;
-      shared_.reduce_sum[0][warp_] = mass;
-    }
+    if (lane_ == 0) shared_.reduce_sum[0][warp_] = mass;
     __syncthreads();
-    int place = 0, total = 0;
-    for (int i = 0; i < kWarps; ++i) {
-      if (i == warp_) place = total;
-      total += shared_.warp_counts[i];
+    const int count = write_list();
+    if (args_.combine_max) {
+      __syncthreads();
+      cover_heads(count);
+      __syncthreads();
     }
+    if (warp_ == kWarps - 1) finish(count, args_.combine_max ? kHeadParts : kWarps);
+    __syncthreads();
+    return {near_, count};
+  }
+
+  // Write the blocks whose bits are set, in ascending order: to memory, and nearer, over the
+  // masses, for the look-up that follows. Returns how many there are.
+  __device__ int write_list() {
+    const int words = block_words(num_blocks_), first = first_word(), last = last_word();
+    int before = 0, total = 0;
+    for (int i = lane_; i < words; i += 32) {
+      const int count = __popc(kept_words_[i]);
+      total += count;
+      before += i < first ? count : 0;
+    }
+    total = min(warp_sum(total), args_.columns);
+    int place = warp_sum(before);
     int* out = args_.blocks + list_ * args_.columns;
-    for (int start = first; start < last; start += 32) {
-      const int block = start + lane_;
-      const bool keep = block < last && kept(block);
-      const unsigned keeping = __ballot_sync(kAllLanes, keep);
-      const int column = place + __popc(keeping & ((1u << lane_) - 1));
-      if (keep && column < args_.columns) out[column] = block;
-      place += __popc(keeping);
+    for (int i = first; i < last; ++i) {
+      const unsigned kept = kept_words_[i];
+      const int column = place + __popc(kept & ((1u << lane_) - 1)), block = i * 32 + lane_;
+      if (((kept >> lane_) & 1) && column < args_.columns) {
+        near_[column] = static_cast<NearBlock>(block);
+        out[column] = block;
+      }
+      place += __popc(kept);
     }
-    total = min(total, args_.columns);
     if (args_.pad) {
 #pragma unroll 1
       for (int i = total + threadIdx.x; i < args_.columns; i += kThreads) out[i] = -1;
     }
-    __syncthreads();
-    if (args_.combine_max) {
-      cover_heads(out, total);
-      __syncthreads();
-    }
-    if (warp_ == 0) finish(total, args_.combine_max ? kHeadParts : kWarps);
-    __syncthreads();
     return total;
   }
 
   // Mass that the list covers of each query head. From the list: a pass over all blocks would wait
   // for memory at every step.
-  __device__ void cover_heads(const int* list, int count) {
+  __device__ void cover_heads(int count) {
     for (int job = warp_; job < args_.group * kHeadParts; job += kWarps) {
       const int g = job / kHeadParts, part = job % kHeadParts;
       float mass = 0.0f;
 #pragma unroll 4
       for (int i = part * 32 + lane_; i < count; i += 32 * kHeadParts) {
-        mass += head_mass(g, list[i]);
+        mass += head_mass(g, near_[i]);
       }
       mass = warp_sum(mass);
       if (lane_ == 0) shared_.reduce_sum[g][part] = mass;
@@ -331,6 +267,7 @@ class ListSelection {
   // By one warp: the list's length, and its mass from sums in `parts` places of each query head.
   __device__ void finish(int count, int parts) {
     float covered_mass = 1.0f;
+#pragma unroll 1
     for (int g = 0; g < (args_.combine_max ? args_.group : 1); ++g) {
       covered_mass =
           fminf(covered_mass, warp_sum(lane_ < parts ? shared_.reduce_sum[g][lane_] : 0.0f));
@@ -349,7 +286,9 @@ class ListSelection {
 
   const SelectArgs& args_;
   SelectShared& shared_;
+  unsigned* kept_words_;  // a bit of each block
   float* masses_;
+  NearBlock* near_;  // where the masses are until the list is written
   unsigned* histogram_;
   const int64_t list_;
   const float* lse_;
@@ -361,4 +300,5 @@ class ListSelection {
 }  // namespace kcache
 
 #include "masses.cuh"
+#include "search.cuh"
 #include "threshold.cuh"

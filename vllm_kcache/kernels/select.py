@@ -379,4 +379,4 @@ def most_blocks(selection: Selection, group: int, shared_bytes: int) -> int:
     if selection.coverage is not None:
         sums = group if selection.combine == "max" else 1
     room = (shared_bytes - _OTHER_SHARED_BYTES) // 4 - _BINS * (1 + sums)
-    return min(_MOST_BLOCKS, room)
+    return min(_MOST_BLOCKS, room * 32 // 33)  # with a bit of each block

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vllm_kcache.config import KCacheConfig
-from vllm_kcache.kernels.score_plan import chunk_blocks, num_chunks
+from vllm_kcache.kernels.score_plan import chunk_blocks, num_chunks, padded
 from vllm_kcache.plan_shape import ModelShape, PlanError
 from vllm_kcache.types import Selection
 
@@ -175,7 +175,7 @@ def decode_bytes(
     in_chunk = chunk_blocks(group, shape.head_size, shape.itemsize, v_block_tokens)
     scores = max_blocks + num_chunks(max_blocks, in_chunk)
     columns = max_blocks if selection.top_n is None else min(selection.top_n, max_blocks)
-    padded_head = 1 << (shape.head_size - 1).bit_length()
+    padded_head = padded(shape.head_size)
     rows_of_head = 1 if selection.clip is None else 2
 
     def of_requests(count: int) -> int:

@@ -17,6 +17,19 @@ __global__ void sums(int* out) {
   out[blockIdx.x * 64 + threadIdx.x] = sum;
 }
 
+// Each warp leaves a word and reads the next one's, many exchanges later: far less than a barrier.
+__global__ void far_ahead(int* out) {
+  __shared__ int words[2];
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  words[warp] = -7;
+  __syncthreads();
+  int value = 1;
+  for (int i = 0; i < 10; ++i) value = __shfl_xor_sync(0xffffffffu, value, 1);
+  if (warp == 1) words[warp] = value;
+  for (int i = 0; i < 40; ++i) value = __shfl_xor_sync(0xffffffffu, value, 1);
+  out[blockIdx.x * 64 + threadIdx.x] = words[1];
+}
+
 __global__ void two_barriers() {
   if (threadIdx.x < 32) {
     __syncthreads();
@@ -57,5 +70,6 @@ extern "C" int run(int which, int* out) {
   if (which == 5) past_the_end<<<1, 64, 64 * 1024, nullptr>>>();
   if (which == 6) traps<<<1, 64, 0, nullptr>>>();
   if (which == 7) shuffles<<<1, 64, 0, nullptr>>>(out);
+  if (which == 8) far_ahead<<<3, 64, 0, nullptr>>>(out);
   return cudaGetLastError();
 }

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.kernels.checks import sums_of_chunks
 from tests.kernels.lists import assert_fetched, check_fetch, chosen, make_hot_cache, scored
 from tests.shapes import ODD_SHAPES, Shape, build_case
 from vllm_kcache.cache.hot_cache import HotCache
@@ -31,10 +32,14 @@ def test_half_precision(dtype: torch.dtype) -> None:
     check_fetch(build_case(ODD_SHAPES[6], dtype), 64, "cpu")
 
 
-def test_waves_list_their_misses_and_copies_bring_them() -> None:
+@pytest.mark.parametrize(
+    "rule", [Selection(None, 0.9, 1, 8, "sum"), Selection(None, None, 1, 8, "max", 0.004)], ids=str
+)
+def test_waves_list_their_misses_and_copies_bring_them(rule: Selection) -> None:
     """Two waves of KV heads: each lists what it misses, and a launch of its own copies that."""
     case = build_case(LONG, sharpness=1.0)
-    shape, rule = case.shape, Selection(None, 0.9, 1, 8, "sum")
+    shape = case.shape
+    sums = sums_of_chunks(scored(case), [-(-tokens // 8) for tokens in shape.seq_lens], 16)
     listed = chosen(case, rule)
     cache = make_hot_cache(case, 4096, "cpu")
     cache.begin_epoch()
@@ -47,7 +52,7 @@ def test_waves_list_their_misses_and_copies_bring_them() -> None:
     for wave, head in enumerate(range(shape.num_kv_heads)):
         torch.ops.kcache.select_fetch(
             scored(case), case.seq_lens, shape.v_block_tokens, *selection_arguments(rule), head, 1,
-            blocks, counts, mass, None, None, 0, case.block_table, case.v_pool, 1, rows,
+            blocks, counts, mass, None, sums, 16, case.block_table, case.v_pool, 1, rows,
             cache.slots, cache.table, cache.slot_word, cache.state, cache.counters, misses, wave,
         )  # fmt: skip
         torch.ops.kcache.copy_misses(

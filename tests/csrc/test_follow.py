@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from tests.kernels.checks import THRESHOLDS
-from tests.kernels.lists import assert_fetched, chosen, make_hot_cache, scored, sums_of_chunks
+from tests.conftest import assert_close
+from tests.kernels.checks import THRESHOLDS, sums_of_chunks
+from tests.kernels.lists import assert_fetched, chosen, make_hot_cache, scored
 from tests.shapes import ODD_SHAPES, Case, Shape, build_case
 from vllm_kcache.cache.hot_cache import ENDED, EPOCH, STATE_WORDS, WANTED, HotCache
 from vllm_kcache.kernels.select import selection_arguments
@@ -34,6 +35,7 @@ class Followed:
     rule: Selection
     cache: HotCache
     block_lse: torch.Tensor
+    chunk: int
     chunk_lse: torch.Tensor | None
     parts_scored: torch.Tensor
     blocks: torch.Tensor
@@ -42,14 +44,16 @@ class Followed:
     rows: torch.Tensor
 
     @classmethod
-    def make(cls, case: Case, rule: Selection, cache: HotCache, with_sums: bool = True) -> Followed:
+    def make(
+        cls, case: Case, rule: Selection, cache: HotCache, chunk: int | None = CHUNK
+    ) -> Followed:
         shape, block_lse = case.shape, scored(case)
         blocks = [-(-tokens // shape.v_block_tokens) for tokens in shape.seq_lens]
         lists = (len(shape.seq_lens), shape.num_kv_heads)
         places = (*lists, shape.max_blocks)
         return cls(
             case, rule, cache, block_lse,
-            sums_of_chunks(block_lse, blocks, CHUNK) if with_sums else None,
+            chunk or 0, sums_of_chunks(block_lse, blocks, chunk) if chunk else None,
             torch.full(lists, PARTS, dtype=torch.int32).flatten(),
             torch.full(places, -99, dtype=torch.int32), torch.full(lists, -99, dtype=torch.int32),
             torch.full(lists, torch.nan), torch.full(places, -99, dtype=torch.int32),
@@ -60,7 +64,7 @@ class Followed:
         torch.ops.kcache.follow_scores(
             self.block_lse, case.seq_lens, case.shape.v_block_tokens,
             *selection_arguments(self.rule), self.blocks, self.counts, self.mass, None,
-            self.chunk_lse, CHUNK, case.block_table, case.v_pool, 1, self.rows, cache.slots,
+            self.chunk_lse, self.chunk, case.block_table, case.v_pool, 1, self.rows, cache.slots,
             cache.table, cache.slot_word, cache.state, cache.counters, self.parts_scored, PARTS,
             most, least,
         )  # fmt: skip
@@ -72,6 +76,7 @@ class Followed:
         listing = torch.arange(self.blocks.shape[2]) < self.counts[..., None]
         wide = Selected(self.blocks.masked_fill(~listing, -1), self.counts, self.mass)
         assert torch.equal(wide.blocks[..., : listed.blocks.shape[2]], listed.blocks)
+        assert_close(self.mass, listed.mass)
         assert_fetched(self.rows.masked_fill(~listing, -1), self.cache.slots, wide, self.case)
         assert (self.parts_scored == 0).all()
         assert (self.cache.state[ENDED : ENDED + 1] == 0).all()
@@ -84,18 +89,34 @@ class Followed:
     [COVERAGE, Selection(6, None, 1, 8, "sum"), EVERYTHING, *THRESHOLDS[:1], *THRESHOLDS[2:]],
     ids=str,
 )
-@pytest.mark.parametrize("with_sums", [True, False], ids=["sums of chunks", "all scores"])
-def test_lists_of_a_step(rule: Selection, followers: int, with_sums: bool) -> None:
+@pytest.mark.parametrize("chunk", [CHUNK, None], ids=["sums of chunks", "all scores"])
+def test_lists_of_a_step(rule: Selection, followers: int, chunk: int | None) -> None:
     """Twice over one hot cache: all is missing first, and found after."""
     case = build_case(LONG, sharpness=2.0)
     cache = make_hot_cache(case, 4096, "cpu")
     for epoch in (1, 2):
-        step = Followed.make(case, rule, cache, with_sums)
+        step = Followed.make(case, rule, cache, chunk)
         step.run(followers, followers)
         step.check()
         assert int(cache.state[EPOCH]) == epoch
     counted = cache.read_counters()
     assert counted.hits == counted.misses == int(step.counts.sum())
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 8, 9, 16])
+@pytest.mark.parametrize(
+    ("lengths", "tokens", "chunk"),
+    [((8191, 0, 300), 8, 1), ((33000, 77), 8, 32), ((4097, 4096), 4, 7), ((16 * 1024,), 32, 16)],
+    ids=str,
+)
+def test_mass_thresholds(group: int, lengths: tuple[int, ...], tokens: int, chunk: int) -> None:
+    """Each kernel of the rule, and the one for more query heads; one chunk, and over 128."""
+    case = build_case(Shape(lengths, 2, group, 16, 32, tokens), sharpness=3.0)
+    cache = make_hot_cache(case, 1 << 14, "cpu")
+    step = Followed.make(case, Selection(None, None, 1, 9, "max", 0.004), cache, chunk)
+    step.run(3, 3)
+    step.check()
+    assert int(step.counts.max()) > 4
 
 
 @pytest.mark.parametrize("shape", [shape for shape in ODD_SHAPES if shape.seq_lens], ids=str)

@@ -11,6 +11,7 @@ from tests.kernels.checks import CLIPPED_SHAPES, THRESHOLDS, check_clip, check_s
 from tests.kernels.lists import (
     KINDS,
     RULES,
+    check_errors,
     check_fetch,
     check_select_long,
     check_select_shapes,
@@ -23,7 +24,7 @@ from vllm_kcache import ops
 from vllm_kcache.kernels import extension
 from vllm_kcache.kernels.attend import attend_blocks as attend_kernel_blocks
 from vllm_kcache.kernels.score import launch_score
-from vllm_kcache.kernels.select import launch_select, selection_arguments
+from vllm_kcache.kernels.select import selection_arguments
 from vllm_kcache.reference import attend, fetch, write
 from vllm_kcache.types import Fetched, Selected, Selection
 
@@ -238,14 +239,4 @@ def test_schema_and_meta_of_the_extension() -> None:
     torch.cuda.is_available() and not extension.available(), reason="the extension is not built"
 )
 def test_extension_names_what_is_wrong() -> None:
-    block_lse = torch.zeros((2, 4, 8), device="cuda")
-    lengths = torch.ones(2, dtype=torch.int64, device="cuda")
-    out = Selected(
-        torch.empty((2, 2, 8), dtype=torch.int32, device="cuda"),
-        torch.empty((2, 2), dtype=torch.int32, device="cuda"),
-        torch.empty((2, 2), device="cuda"),
-    )
-    with pytest.raises(RuntimeError, match="seq_lens: has the wrong dtype"):
-        launch_select(block_lse, lengths, 8, RULES[1], out)
-    with pytest.raises(RuntimeError, match=r"blocks: has N=8 columns; must have at least 9"):
-        launch_select(torch.zeros((2, 4, 9), device="cuda"), lengths.int(), 8, RULES[1], out)
+    check_errors("cuda")

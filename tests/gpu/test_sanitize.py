@@ -21,6 +21,7 @@ from vllm_kcache.cache.hot_cache import HotCache
 from vllm_kcache.kernels import extension
 from vllm_kcache.kernels.decode import DecodeWorkspace, decode_step
 from vllm_kcache.kernels.decode_plan import DecodePlan
+from vllm_kcache.kernels.score_plan import chunk_blocks
 from vllm_kcache.kernels.write import WriteParts, write_kv
 from vllm_kcache.reference import attend, fetch, score, write
 from vllm_kcache.types import Selected, Selection
@@ -36,6 +37,8 @@ RULE = Selection(None, 0.8, 1, 8, "sum")
 # enough that slots change their owner from step to step.
 SLOTS = (256, 5, 40)
 WAVES = DecodePlan(2, 4, True)
+# Taken in one pass by kernels of their own (csrc/threshold.cuh).
+BY_MASS = Selection(None, None, 1, 8, "max", 0.02)
 
 
 @pytest.fixture(params=["best", "triton"])
@@ -62,21 +65,28 @@ def synchronize() -> None:
 
 
 def check_step(
-    case: Case, there: Case, cache: HotCache, plan: DecodePlan, tail: str, layer: int
+    case: Case,
+    there: Case,
+    cache: HotCache,
+    plan: DecodePlan,
+    tail: str,
+    layer: int,
+    rule: Selection = RULE,
 ) -> None:
     """One decode step, against the reference over the blocks that the step chose itself."""
     tokens, max_blocks, requests = SHAPE.v_block_tokens, SHAPE.max_blocks, len(SHAPE.seq_lens)
     workspace = DecodeWorkspace.make(
-        requests, SHAPE.num_heads, SHAPE.num_kv_heads, SHAPE.head_size, max_blocks, RULE, DEVICE,
+        requests, SHAPE.num_heads, SHAPE.num_kv_heads, SHAPE.head_size, max_blocks, rule, DEVICE,
         with_miss_list=True,
+        chunk_blocks=chunk_blocks(SHAPE.group_size, SHAPE.head_size, DTYPE.itemsize, tokens),
     )  # fmt: skip
     out = torch.full_like(there.query, torch.nan)
     decode_step(
         workspace, there.query, there.k_pages, there.v_pool, there.block_table, there.seq_lens,
-        case.scale, tokens, max_blocks, RULE, tail, cache, layer, out, plan,
+        case.scale, tokens, max_blocks, rule, tail, cache, layer, out, plan,
     )  # fmt: skip
     synchronize()
-    _, chosen, _ = workspace.views(requests, max_blocks, RULE)
+    _, chosen, _ = workspace.views(requests, max_blocks, rule)
     counts = chosen.counts.cpu()
     beyond = torch.arange(chosen.blocks.shape[2]) >= counts[..., None]
     selected = Selected(chosen.blocks.cpu().masked_fill(beyond, -1), counts, chosen.mass.cpu())
@@ -106,6 +116,21 @@ def test_decode_steps(kernels: str, plan: DecodePlan) -> None:
         # With 40 slots a claim may meet none that is free.
         if num_slots != SLOTS[2]:
             assert (counted.direct > 0) == (num_slots == SLOTS[1])
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and not extension.available(), reason="the extension is not built"
+)
+@pytest.mark.parametrize("rule", [RULE, BY_MASS], ids=["coverage", "mass threshold"])
+@pytest.mark.parametrize(
+    "plan", [DecodePlan(), DecodePlan(followers=2)], ids=["one wave", "followers"]
+)
+def test_rules_and_followers(rule: Selection, plan: DecodePlan) -> None:
+    """What the extension has for each rule, in a launch of its own and beside scoring."""
+    case = a_case()
+    there, cache = on(case, DEVICE), a_cache(case, SLOTS[0])
+    for layer in (0, 1, 0):
+        check_step(case, there, cache, plan, "renormalize", layer, rule)
 
 
 def test_steps_apart(kernels: str) -> None:

@@ -48,6 +48,9 @@ THRESHOLDS = (
     Selection(None, None, 0, 9, "sum", 0.15),
     Selection(None, None, 1, 1, "sum", 1e-9),
 )
+# Four chunks of the score kernel, the last of them begun.
+SEVERAL_CHUNKS = Shape(seq_lens=(7, 200), num_kv_heads=2, group_size=1, head_size=96,
+                       page_tokens=16, v_block_tokens=4)  # fmt: skip
 # Group sizes 1 and 3, a padded row, one token, a last V block that is partly filled.
 CLIPPED_SHAPES = (
     Shape(seq_lens=(75, 0, 1), num_kv_heads=2, group_size=3, head_size=64, page_tokens=16,
@@ -66,6 +69,22 @@ def on(case: Case, device: str) -> Case:
         for name in ("query", "k_pages", "block_table", "seq_lens")
     }
     return replace(case, v_pool=case.v_pool.pin_memory(), **moved)
+
+
+def sums_of_chunks(block_lse: torch.Tensor, lengths: list[int], chunk: int) -> torch.Tensor:
+    """[B, Hq, C] log-sum-exp of runs of `chunk` blocks, as scoring leaves them; NaN past the end.
+
+    Args:
+        block_lse: [B, Hq, P] float32, host.
+        lengths: V blocks of each request.
+    """
+    chunks = -(-block_lse.shape[2] // chunk)
+    out = torch.full((*block_lse.shape[:2], chunks), torch.nan)
+    for row, num_blocks in enumerate(lengths):
+        for first in range(0, num_blocks, chunk):
+            there = block_lse[row, :, first : min(first + chunk, num_blocks)]
+            out[row, :, first // chunk] = there.logsumexp(-1)
+    return out
 
 
 def check_decode(
@@ -115,9 +134,9 @@ def check_decode(
         assert_close(out.cpu(), expected)
         chunks = workspace.chunk_view(len(shape.seq_lens), shape.max_blocks)
         assert chunks is not None
-        for row, seq_len in enumerate(shape.seq_lens):
-            there = chunks[row, :, : -(-seq_len // (workspace.chunk_blocks * tokens))]
-            assert_close(there.logsumexp(-1), block_lse[row].logsumexp(-1))
+        lengths = [-(-seq_len // tokens) for seq_len in shape.seq_lens]
+        sums = sums_of_chunks(block_lse, lengths, workspace.chunk_blocks)
+        assert_close(chunks.cpu()[~sums.isnan()], sums[~sums.isnan()])
         if chosen.lse is not None:
             full = case.seq_lens.cpu() > 0
             assert_close(selected.lse.cpu()[full], chosen.lse[full])
@@ -278,7 +297,9 @@ def main() -> None:
     check_decode(build_case(SHAPES[0]), THRESHOLDS[0], 64, "clip")
     check_decode(build_case(SHAPES[2]), THRESHOLDS[1], 2, "clip")
     check_decode(build_case(SHAPES[0]), THRESHOLDS[2], 64, "renormalize")
-    cases += 3
+    for selection in (SELECTIONS[2], Selection(None, None, 1, 1, "max", 0.02)):
+        check_decode(build_case(SEVERAL_CHUNKS), selection, 256, "drop")
+    cases += 5
     check_write_keeps_copies_fresh()
     print(f"{cases + 1} cases equal the reference")
 

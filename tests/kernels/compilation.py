@@ -29,6 +29,7 @@ from vllm_kcache.kernels.attend_plan import attend_config
 from vllm_kcache.kernels.context import gather_context, patch_context, store_value
 from vllm_kcache.kernels.fetch import launch_fetch
 from vllm_kcache.kernels.score import launch_score
+from vllm_kcache.kernels.score_plan import chunk_blocks, num_chunks
 from vllm_kcache.kernels.select import launch_select
 from vllm_kcache.kernels.write import write_kv
 from vllm_kcache.types import Fetched, Selected, Selection
@@ -104,8 +105,11 @@ def launch_all(shape: Shape, dtype: torch.dtype) -> None:
     scored = torch.zeros(lists[0] * heads, dtype=torch.int32)
     arguments = (case.query, case.k_pages, case.block_table, case.seq_lens, case.scale, tokens)
     launch_score(*arguments, block_lse, pad=True)
+    in_chunk = chunk_blocks(shape.group_size, shape.head_size, dtype.itemsize, tokens)
+    sums = block_lse.new_zeros((*block_lse.shape[:2], num_chunks(shape.max_blocks, in_chunk)))
     launch_score(*arguments, block_lse, new_epoch=cache)
-    launch_score(*arguments, block_lse, parts_scored=scored)
+    launch_score(*arguments, block_lse, new_epoch=cache, chunk_lse=sums)
+    launch_score(*arguments, block_lse, parts_scored=scored, chunk_lse=sums)
     for selection, tail in RULES:
         columns = selection.top_n or shape.max_blocks
         selected = Selected(

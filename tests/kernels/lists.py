@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from tests.kernels.checks import on
@@ -41,22 +42,6 @@ def chosen(case: Case, rule: Selection = RULES[1]) -> Selected:
     return select.select_blocks(
         scored(case), case.seq_lens, shape.num_kv_heads, shape.v_block_tokens, rule
     )
-
-
-def sums_of_chunks(block_lse: torch.Tensor, lengths: list[int], chunk: int) -> torch.Tensor:
-    """[B, Hq, C] log-sum-exp of runs of `chunk` blocks, as scoring leaves them; NaN past the end.
-
-    Args:
-        block_lse: [B, Hq, P] float32, host.
-        lengths: V blocks of each request.
-    """
-    chunks = -(-block_lse.shape[2] // chunk)
-    out = torch.full((*block_lse.shape[:2], chunks), torch.nan)
-    for row, num_blocks in enumerate(lengths):
-        for first in range(0, num_blocks, chunk):
-            there = block_lse[row, :, first : min(first + chunk, num_blocks)]
-            out[row, :, first // chunk] = there.logsumexp(-1)
-    return out
 
 
 def assert_selects(
@@ -146,6 +131,22 @@ def check_select_long(kind: str, num_tokens: int, device: str) -> None:
             recent = set(range(num_blocks - 4, num_blocks))
             expected = sorted(recent | set(range(count - len(recent))))
             assert selected.blocks[0, 0, :count].tolist() == expected
+
+
+def check_errors(device: str) -> None:
+    """The extension names the tensor that does not fit."""
+    lengths = torch.ones(2, dtype=torch.int32, device=device)
+    out = Selected(
+        torch.empty((2, 2, 8), dtype=torch.int32, device=device),
+        torch.empty((2, 2), dtype=torch.int32, device=device),
+        torch.empty((2, 2), device=device),
+    )
+    for width, its_lengths, text in (
+        (8, lengths.long(), "seq_lens: has the wrong dtype"),
+        (9, lengths, "blocks: has N=8 columns; must have at least 9"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            launch_select(torch.zeros((2, 4, width), device=device), its_lengths, 8, RULES[1], out)
 
 
 def make_hot_cache(case: Case, num_slots: int, device: str) -> HotCache:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
 from vllm_kcache.kernels.decode_plan import (
     FOLLOWED_BLOCKS,
@@ -15,6 +16,7 @@ from vllm_kcache.kernels.decode_plan import (
     DecodePlan,
     plan_decode,
 )
+from vllm_kcache.kernels.score import check_chunk_lse
 from vllm_kcache.kernels.select import most_blocks
 from vllm_kcache.types import Selection
 
@@ -83,3 +85,9 @@ def test_blocks_that_a_selection_holds() -> None:
     assert most_blocks(fixed, 4, 227 << 10) == 49152
     assert 38000 < most_blocks(fixed, 4, 163 << 10) < 40000
     assert 22000 < most_blocks(fixed, 4, 99 << 10) < 24000
+
+
+def test_sums_must_have_the_width_of_their_chunks() -> None:
+    check_chunk_lse(torch.empty(2, 4, 3), 2, 4, 3)
+    with pytest.raises(ValueError, match=r"chunk_lse: has shape \[2, 4, 3\]; must be .*C=4"):
+        check_chunk_lse(torch.empty(2, 4, 3), 2, 4, 4)

@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.record import Recording, decode_mass, selected_blocks
 from tests.conftest import assert_close
+from tests.kernels.checks import sums_of_chunks
 from tests.kernels.test_interpreted import run_interpreted
 from tests.shapes import Shape, build_case
 from vllm_kcache.reference.select import select_blocks
@@ -98,12 +99,18 @@ def check_kernel(device: str = "cpu", recorded_group: int = 1) -> int:
     lengths = torch.tensor([112, 0, 1, 40, 113, 2081, 8999], dtype=torch.int32)
     table = torch.tensor([[7, 9], [0, 0], [3, 9], [4, 9], [1000, 9], [12, 9], [54321, 9]]).int()
     max_blocks = 1130
-    geometry = Geometry(NUM_LAYERS, NUM_KV_HEADS, NUM_KV_HEADS * GROUP, max_blocks, TOKENS)
+    geometry = Geometry(NUM_LAYERS, NUM_KV_HEADS, NUM_KV_HEADS * GROUP, max_blocks, TOKENS, 16)
     cases = 0
     for layer, (first, last) in itertools.product((0, 3), ((0, 2), (1, 2))):
         lse = torch.full((len(lengths), NUM_KV_HEADS * GROUP, max_blocks), torch.nan)
         lse = lse.to(device)
-        replay.launch(geometry, lse, lengths.to(device), table.to(device), layer, first, last)
+        sums = torch.full((*lse.shape[:2], 71), torch.nan, device=device)  # chunks of 16
+        replay.launch(geometry, lse, lengths.to(device), table.to(device), layer, first, last, sums)
+        chunks = -(-lengths // (16 * TOKENS))
+        expected_sums = sums_of_chunks(lse.cpu(), (-(-lengths // TOKENS)).tolist(), 16)
+        for row, count in enumerate(chunks.tolist()):
+            heads = slice(first * GROUP, last * GROUP)
+            assert_close(sums[row, heads, :count], expected_sums[row, heads, :count])
         by_head = lse.cpu().unflatten(1, (NUM_KV_HEADS, GROUP))
         for row, head in itertools.product(range(len(lengths)), range(NUM_KV_HEADS)):
             tokens = int(lengths[row])
@@ -129,6 +136,7 @@ def check_step() -> None:
     from vllm_kcache.cache.hot_cache import HotCache
     from vllm_kcache.kernels import decode
     from vllm_kcache.kernels.decode import DecodeWorkspace, decode_step
+    from vllm_kcache.kernels.score_plan import chunk_blocks
 
     recording = a_recording()
     replay = Replay(recording, "cpu")
@@ -140,16 +148,11 @@ def check_step() -> None:
     case, selection = build_case(shape), Selection(None, 0.9, 1, 16, "sum")
     rows = case.v_pool[..., 0].numel() // TOKENS
     cache = HotCache.make(256, NUM_LAYERS, rows, TOKENS, 64, torch.float32, "cpu")
+    in_chunk = chunk_blocks(GROUP, 64, 4, TOKENS)
     workspace = DecodeWorkspace.make(
-        len(shape.seq_lens),
-        shape.num_heads,
-        NUM_KV_HEADS,
-        64,
-        shape.max_blocks,
-        selection,
-        "cpu",
-        chunk_blocks=8,
-    )
+        len(shape.seq_lens), shape.num_heads, NUM_KV_HEADS, 64, shape.max_blocks, selection, "cpu",
+        chunk_blocks=in_chunk,
+    )  # fmt: skip
     total = 0
     for layer in range(NUM_LAYERS):
         out = torch.full_like(case.query, torch.nan)
@@ -162,7 +165,7 @@ def check_step() -> None:
         assert chunks is not None
         for row in (0, 2):
             blocks = -(-shape.seq_lens[row] // TOKENS)
-            sums = chunks[row, :, : -(-blocks // 8)]
+            sums = chunks[row, :, : -(-blocks // in_chunk)]
             assert_close(sums.logsumexp(-1), block_lse[row, :, :blocks].logsumexp(-1))
         for row, head in itertools.product((0, 2), range(NUM_KV_HEADS)):
             lse = expected_lse(

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from vllm_kcache.cache.hot_cache import EPOCH, FIRST_MISS_COUNT, MAX_WAVES, HotCache
-from vllm_kcache.kernels.score_plan import ScoreConfig, score_config
+from vllm_kcache.kernels.score_plan import ScoreConfig, num_chunks, score_config
 from vllm_kcache.types import MOST_QUERY_HEADS_GPU
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -81,8 +81,8 @@ def score_kernel(
     head_base = head.to(tl.int64) * (PAGE_TOKENS * HEAD_SIZE)
     out_rows = block_lse + (request * NUM_HEADS + heads) * max_blocks
     chunk_rows = chunk_lse + (request * NUM_HEADS + heads) * max_chunks
-    num_chunks = tl.cdiv(num_tokens, CHUNK)
-    for chunk in range(split, num_chunks, splits):
+    chunks = tl.cdiv(num_tokens, CHUNK)
+    for chunk in range(split, chunks, splits):
         tokens = chunk * CHUNK + in_chunk
         exists = tokens < num_tokens
         pages = tl.load(table_row + tokens // PAGE_TOKENS, mask=exists, other=0).to(tl.int64)
@@ -107,7 +107,7 @@ def score_kernel(
         nothing = tl.full((GROUP_PADDED, chunk_blocks), float("-inf"), tl.float32)
         for chunk in range(split, tl.cdiv(max_blocks, chunk_blocks), splits):
             blocks = chunk * chunk_blocks + in_chunk_blocks
-            beyond = (blocks < max_blocks) & (blocks >= num_chunks * chunk_blocks)
+            beyond = (blocks < max_blocks) & (blocks >= chunks * chunk_blocks)
             out_mask = group_mask[:, None] & beyond[None, :]
             tl.store(out_rows[:, None] + blocks[None, :], nothing, mask=out_mask)
     if SIGNAL:
@@ -122,6 +122,17 @@ def check_query_strides(query: torch.Tensor) -> None:
     if query.stride()[1:] != (head_size, 1):
         raise ValueError(
             f"query: has strides {list(query.stride())}; the last two must be [{head_size}, 1]"
+        )
+
+
+def check_chunk_lse(
+    chunk_lse: torch.Tensor, num_requests: int, num_query_heads: int, chunks: int
+) -> None:
+    """The kernel writes a sum for each chunk of its own size."""
+    if chunk_lse.shape != (num_requests, num_query_heads, chunks):
+        raise ValueError(
+            f"chunk_lse: has shape {list(chunk_lse.shape)}; must be [B={num_requests}, "
+            f"Hq={num_query_heads}, C={chunks}]"
         )
 
 
@@ -196,6 +207,9 @@ def launch_score(
             v_block_tokens,
             max_blocks,
         )
+    chunks = num_chunks(max_blocks, config.chunk_tokens // v_block_tokens)
+    if chunk_lse is not None:
+        check_chunk_lse(chunk_lse, num_requests, num_query_heads, chunks)
     score_kernel[(config.splits, num_heads, num_requests)](
         query,
         k_pages,
@@ -210,7 +224,7 @@ def launch_score(
         k_pages.stride(0),
         block_table.stride(0),
         max_blocks,
-        chunk_lse.shape[2] if chunk_lse is not None else 0,
+        chunks,
         first_head,
         NUM_HEADS=num_query_heads,
         GROUP=group,

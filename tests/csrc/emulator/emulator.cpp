@@ -71,10 +71,10 @@ class ThreadBlock {
     }
     random_.seed(seed);
     trapped_ = false;
+    draw_rests();
     while (true) {
-      // Between two barriers any order is right, and a warp may be far ahead of another.
+      // Between two barriers any order is right.
       std::shuffle(order_.begin(), order_.end(), random_);
-      for (Warp& warp : warps_) warp.rests = random_() % 2 == 0;
       bool waits = false;
       for (unsigned i : order_) {
         if (threads_[i]->state != State::kReady) continue;
@@ -118,6 +118,11 @@ class ThreadBlock {
   static thread_local ThreadBlock* running;
 
  private:
+  // Warps that stay where they are until the others can go no farther.
+  void draw_rests() {
+    for (Warp& warp : warps_) warp.rests = random_() % 2 == 0;
+  }
+
   static void enter() {
     ThreadBlock& block = *running;
     (*block.body_)();
@@ -155,7 +160,11 @@ class ThreadBlock {
       for (unsigned i = first; i < last; ++i) threads_[i]->state = State::kReady;
       some = true;
     }
-    if (some || waits) return {};
+    if (some) return {};
+    if (waits) {
+      for (Warp& warp : warps_) warp.rests = false;
+      return {};
+    }
     int site = -1;
     for (unsigned i = 0; i < num_threads_; ++i) {
       const Thread& thread = *threads_[i];
@@ -172,6 +181,7 @@ class ThreadBlock {
     for (unsigned i = 0; i < num_threads_; ++i) {
       if (threads_[i]->state == State::kAtBarrier) threads_[i]->state = State::kReady;
     }
+    draw_rests();
     return {};
   }
 

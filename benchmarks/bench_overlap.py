@@ -8,6 +8,7 @@ Everything is missing in the hot cache (each call is another layer), unless a ro
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -56,7 +57,7 @@ class Steps:
         self.workspace = DecodeWorkspace.make(
             p.num_requests, p.num_heads, p.num_kv_heads, p.head_size, p.max_blocks,
             self.selection, "cuda", with_miss_list=True,
-            chunk_blocks=chunk_blocks(p.group, p.head_size, 2, V_BLOCK_TOKENS),
+            chunk_blocks=chunk_blocks(p.head_size, 2, V_BLOCK_TOKENS),
         )  # fmt: skip
         self.cache: HotCache = batch.hot_cache(
             int(p.num_lists * blocks * slots_of_a_step), num_layers=LAYERS
@@ -88,9 +89,9 @@ class Steps:
     def write_and_run(self, step: DecodeStep) -> None:
         write_kv(
             self.token, self.token, self.slots, step.k_pages, step.v_pool, self.cache, step.layer,
-            allocate_tokens=len(self.slots),
+            allocate_tokens=len(self.slots), dependent=self.workspace.dependent,
         )  # fmt: skip
-        step.run()
+        dataclasses.replace(step, after_write=True).run()
 
 
 def describe(plan: DecodePlan) -> str:

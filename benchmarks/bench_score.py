@@ -41,7 +41,7 @@ def time_score(batch: Batch, config: ScoreConfig | None = None, max_blocks: int 
 
 def sweep(batch: Batch, peak: float) -> None:
     p = batch.problem
-    usual = score_config(p.num_lists, p.group, p.head_size, 2, V_BLOCK_TOKENS, p.max_blocks)
+    usual = score_config(p.num_lists, p.head_size, 2, V_BLOCK_TOKENS, p.max_blocks)
     found = []
     for chunk, programs, warps, stages in itertools.product(
         (64, 128, 256), (2048, 4096, 8192, 16384), (4, 8), (2, 3, 4)

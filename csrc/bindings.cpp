@@ -187,7 +187,7 @@ void select_fetch(Tensor block_lse, Tensor seq_lens, int64_t v_block_tokens, int
                   std::optional<Tensor> chunk_lse, int64_t chunk_blocks, Tensor block_table,
                   Tensor v_pool, int64_t layer, Tensor rows, Tensor v_rows, Tensor table,
                   Tensor slot_word, Tensor state, Tensor counters, std::optional<Tensor> miss_list,
-                  int64_t wave) {
+                  int64_t wave, bool dependent) {
   const SelectArgs select = select_args(
       block_lse, seq_lens, v_block_tokens, top_n, coverage, mass_threshold, sink_blocks,
       recent_tokens, combine_max, blocks, counts, mass, lse, counters, chunk_lse, chunk_blocks);
@@ -197,7 +197,7 @@ void select_fetch(Tensor block_lse, Tensor seq_lens, int64_t v_block_tokens, int
   const HeadRange range = head_range(blocks, first_head, num_heads);
   if (range.num_requests == 0 || range.num_heads == 0) return;
   const DeviceGuard guard(block_lse.get_device_index());
-  STD_CUDA_CHECK(launch_select_fetch(select, fetch, range, current_stream(block_lse)));
+  STD_CUDA_CHECK(launch_select_fetch(select, fetch, range, dependent, current_stream(block_lse)));
 }
 
 // As select_fetch for all heads, beside the score kernel that counts in `parts_scored`. `state` is
@@ -276,7 +276,7 @@ STABLE_TORCH_LIBRARY(kcache, library) {
       ", Tensor? chunk_lse, int chunk_blocks, Tensor block_table, Tensor v_pool, int layer, "
       "Tensor(e!) rows, Tensor(f!) v_rows, "
       "Tensor(g!) table, Tensor(h!) slot_word, Tensor(i!) state, Tensor(j!) counters, "
-      "Tensor(k!)? miss_list, int wave) -> ()");
+      "Tensor(k!)? miss_list, int wave, bool dependent) -> ()");
   library.def(
       "follow_scores(Tensor block_lse, Tensor seq_lens, int v_block_tokens, int top_n, "
       "float coverage, float mass_threshold, int sink_blocks, int recent_tokens, "

@@ -15,7 +15,7 @@ cudaError_t launch_select(const SelectArgs& select, HeadRange range, cudaStream_
 cudaError_t launch_fetch(const FetchArgs& fetch, const int* blocks, const int* counts,
                          HeadRange range, cudaStream_t stream);
 cudaError_t launch_select_fetch(const SelectArgs& select, const FetchArgs& fetch, HeadRange range,
-                                cudaStream_t stream);
+                                bool dependent, cudaStream_t stream);
 // Runs beside the kernel that scores, and takes each list as soon as its scores are there.
 cudaError_t launch_follow(const SelectArgs& select, const FetchArgs& fetch,
                           const FollowArgs& follow, int num_blocks, cudaStream_t stream);

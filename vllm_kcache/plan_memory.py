@@ -172,7 +172,7 @@ def decode_bytes(
     kv_heads = kv_heads_of_rank(shape, engine)
     max_blocks = -(-engine.max_model_len // v_block_tokens)
     group = query_heads // kv_heads
-    in_chunk = chunk_blocks(group, shape.head_size, shape.itemsize, v_block_tokens)
+    in_chunk = chunk_blocks(shape.head_size, shape.itemsize, v_block_tokens)
     scores = max_blocks + num_chunks(max_blocks, in_chunk)
     columns = max_blocks if selection.top_n is None else min(selection.top_n, max_blocks)
     padded_head = padded(shape.head_size)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds csrc/ for the host, so that its kernels run where there is no GPU.
 
-The sources are those of csrc/ but for ptx.cuh and device.h, which emulator/ replaces, and for what
-C++ has no words for: launches, dynamic shared memory and the dispatch key. Needs a C++ compiler and
-torch's headers.
+The sources are those of csrc/ but for the headers that emulator/ replaces, and for what C++ has no
+words for: launches, dynamic shared memory and the dispatch key. Needs a C++ compiler and torch's
+headers.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def build(folder: Path) -> Path:
         if path.suffix == ".cu":
             target = target.with_suffix(".cpp")
         target.write_text(translate(path.read_text()))
-    for name in ("ptx.cuh", "device.h"):
+    for name in ("ptx.cuh", "device.h", "dependent.cuh"):
         shutil.copy(EMULATOR / name, folder / name)
     torch = torch_root()
     assert torch is not None

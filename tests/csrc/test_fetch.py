@@ -54,6 +54,7 @@ def test_waves_list_their_misses_and_copies_bring_them(rule: Selection) -> None:
             scored(case), case.seq_lens, shape.v_block_tokens, *selection_arguments(rule), head, 1,
             blocks, counts, mass, None, sums, 16, case.block_table, case.v_pool, 1, rows,
             cache.slots, cache.table, cache.slot_word, cache.state, cache.counters, misses, wave,
+            False,
         )  # fmt: skip
         torch.ops.kcache.copy_misses(
             misses, cache.state, wave, case.v_pool, shape.v_block_tokens, cache.slots, 3

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,11 +87,12 @@ def test_triton_kernels_alone() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def _attended(case, workspace, selection, cache, out, plan=None) -> torch.Tensor:
+def _attended(case, workspace, selection, cache, out, plan=None, after_write=False) -> torch.Tensor:
     shape, tail = case.shape, "renormalize" if selection.clip is None else "clip"
     decode_step(
         workspace, case.query, case.k_pages, case.v_pool, case.block_table, case.seq_lens,
         case.scale, shape.v_block_tokens, shape.max_blocks, selection, tail, cache, 0, out, plan,
+        after_write,
     )  # fmt: skip
     return out
 
@@ -108,7 +110,7 @@ def _workspace(case, selection) -> DecodeWorkspace:
     return DecodeWorkspace.make(
         len(shape.seq_lens), shape.num_heads, shape.num_kv_heads, shape.head_size,
         shape.max_blocks, selection, "cuda", with_miss_list=True,
-        chunk_blocks=chunk_blocks(shape.group_size, shape.head_size, 4, shape.v_block_tokens),
+        chunk_blocks=chunk_blocks(shape.head_size, 4, shape.v_block_tokens),
     )  # fmt: skip
 
 
@@ -150,6 +152,61 @@ def test_waves_and_graph_replay_agree(plan: DecodePlan, selection: Selection) ->
             DecodePlan(),
         )  # fmt: skip
         assert_close(out, expected)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [DecodePlan(), DecodePlan(2), DecodePlan(followers=5), DecodePlan(followers=64)],
+    ids=str,
+)
+@pytest.mark.parametrize("selection", [*SELECTIONS[:2], *THRESHOLDS[:1]], ids=str)
+def test_dependent_launches_wait_for_what_they_read(plan: DecodePlan, selection: Selection) -> None:
+    """Captured as in the engine: a step right after the write of the tokens that it needs.
+
+    Until the write, K of these tokens is not a number.
+    """
+    torch.manual_seed(0)
+    shape = Shape((1000, 37, 1, 513, 16), 8, 4, 128, 16, 8)
+    case = on(build_case(shape), "cuda")
+    case.k_pages.nan_to_num_()
+    case.v_pool.nan_to_num_()
+    last = case.seq_lens.long() - 1
+    pages = case.block_table.gather(1, (last // shape.page_tokens)[:, None])[:, 0].long()
+    slots = pages * shape.page_tokens + last % shape.page_tokens
+    in_page = last % shape.page_tokens
+    key = torch.randn(len(slots), shape.num_kv_heads, shape.head_size, device="cuda")
+    value, unwritten = torch.randn_like(key), torch.full_like(key, float("nan"))
+    workspace, cache = _workspace(case, selection), _cache(case, 1 << 12)
+    assert workspace.dependent == (torch.cuda.get_device_capability() >= (9, 0))
+    out = torch.empty((8, *case.query.shape), device="cuda")
+
+    def steps() -> None:
+        for step in range(len(out)):
+            case.k_pages[pages, :, in_page] = unwritten
+            write_kv(
+                key, value, slots, case.k_pages, case.v_pool, cache, 0,
+                allocate_tokens=len(slots), dependent=workspace.dependent,
+            )  # fmt: skip
+            _attended(case, workspace, selection, cache, out[step], plan, after_write=True)
+
+    steps()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        steps()
+    plain = replace(_workspace(case, selection), dependent=False)
+    for _ in range(20):
+        key.normal_()
+        value.normal_()
+        case.query.normal_()
+        out.fill_(float("nan"))
+        graph.replay()
+        expected = _attended(
+            case, plain, selection, _cache(case, 1 << 12), torch.empty_like(case.query),
+            DecodePlan(),
+        )  # fmt: skip
+        for step in out:
+            assert_close(step, expected)
 
 
 def test_fewer_follow_where_less_is_missing() -> None:

@@ -78,7 +78,7 @@ def check_step(
     workspace = DecodeWorkspace.make(
         requests, SHAPE.num_heads, SHAPE.num_kv_heads, SHAPE.head_size, max_blocks, rule, DEVICE,
         with_miss_list=True,
-        chunk_blocks=chunk_blocks(SHAPE.group_size, SHAPE.head_size, DTYPE.itemsize, tokens),
+        chunk_blocks=chunk_blocks(SHAPE.head_size, DTYPE.itemsize, tokens),
     )  # fmt: skip
     out = torch.full_like(there.query, torch.nan)
     decode_step(

@@ -112,9 +112,7 @@ def check_decode(
     workspace = DecodeWorkspace.make(
         len(shape.seq_lens), shape.num_heads, shape.num_kv_heads, shape.head_size,
         shape.max_blocks, selection, device,
-        chunk_blocks=chunk_blocks(
-            shape.group_size, shape.head_size, case.query.element_size(), tokens
-        ),
+        chunk_blocks=chunk_blocks(shape.head_size, case.query.element_size(), tokens),
     )  # fmt: skip
     workspace.chunk_lse.fill_(float("nan"))
     case = on(case, device)

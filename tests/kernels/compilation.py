@@ -80,6 +80,8 @@ def compile_instead_of_running(capability: int) -> set[str]:
     def compile_only(self: Any, *args: Any, **options: Any) -> Any:
         kernel = run(self, *args, **{**options, "warmup": True})
         assert kernel.asm["cubin"], self
+        if options.get("launch_pdl"):
+            assert "griddepcontrol.wait" in kernel.asm["ptx"], self
         assert kernel.metadata.shared <= MOST_SHARED[capability], (self, kernel.metadata.shared)
         # Of two memories less than 32 GiB apart: a product in 32 bits would not fit.
         assert not re.search(r"muli %host_distance\S* .*: i32", kernel.asm["ttir"]), self
@@ -91,7 +93,7 @@ def compile_instead_of_running(capability: int) -> set[str]:
     return compiled
 
 
-def launch_all(shape: Shape, dtype: torch.dtype) -> None:
+def launch_all(shape: Shape, dtype: torch.dtype, dependent: bool) -> None:
     """Every launch that a layer of this shape may make."""
     case = build_case(shape, dtype)
     tokens, heads = shape.v_block_tokens, shape.num_kv_heads
@@ -99,17 +101,21 @@ def launch_all(shape: Shape, dtype: torch.dtype) -> None:
     cache = HotCache.make(64, 1, rows, tokens, shape.head_size, dtype, "cpu")
     key = case.keys[0][:1].contiguous()
     slot = torch.zeros(1, dtype=torch.int64)
-    write_kv(key, key, slot, case.k_pages, case.v_pool, cache, 0, allocate_tokens=1)
+    write_kv(
+        key, key, slot, case.k_pages, case.v_pool, cache, 0, allocate_tokens=1, dependent=dependent
+    )
     block_lse = torch.zeros(len(shape.seq_lens), shape.num_heads, shape.max_blocks)
     lists = (len(shape.seq_lens), heads)
     scored = torch.zeros(lists[0] * heads, dtype=torch.int32)
     arguments = (case.query, case.k_pages, case.block_table, case.seq_lens, case.scale, tokens)
     launch_score(*arguments, block_lse, pad=True)
-    in_chunk = chunk_blocks(shape.group_size, shape.head_size, dtype.itemsize, tokens)
+    in_chunk = chunk_blocks(shape.head_size, dtype.itemsize, tokens)
     sums = block_lse.new_zeros((*block_lse.shape[:2], num_chunks(shape.max_blocks, in_chunk)))
     launch_score(*arguments, block_lse, new_epoch=cache)
-    launch_score(*arguments, block_lse, new_epoch=cache, chunk_lse=sums)
-    launch_score(*arguments, block_lse, parts_scored=scored, chunk_lse=sums)
+    for after_write in {False, dependent}:
+        chain = {"chunk_lse": sums, "dependent": dependent, "after_write": after_write}
+        launch_score(*arguments, block_lse, new_epoch=cache, **chain)
+        launch_score(*arguments, block_lse, parts_scored=scored, **chain)
     for selection, tail in RULES:
         columns = selection.top_n or shape.max_blocks
         selected = Selected(
@@ -128,7 +134,7 @@ def launch_all(shape: Shape, dtype: torch.dtype) -> None:
             attend_blocks(
                 case.query, case.k_pages, case.v_pool, fetched, selected, case.block_table,
                 case.seq_lens, case.scale, tokens, tail, block_lse, clip=selection.clip,
-                config=replace(usual, splits=splits),
+                config=replace(usual, splits=splits), dependent=dependent,
             )  # fmt: skip
     context = torch.zeros(shape.seq_lens[0], heads, shape.head_size, dtype=dtype)
     one = (case.block_table, case.seq_lens * 0, case.seq_lens, case.seq_lens * 0)
@@ -151,7 +157,7 @@ def all_kernels() -> set[str]:
 def main(capability: int) -> None:
     compiled = compile_instead_of_running(capability)
     for shape, dtype in CASES:
-        launch_all(shape, dtype)
+        launch_all(shape, dtype, dependent=capability >= 90)
     assert compiled == all_kernels(), compiled ^ all_kernels()
     print(f"{len(compiled)} kernels compiled for compute capability {capability / 10}")
 

@@ -148,7 +148,7 @@ def check_step() -> None:
     case, selection = build_case(shape), Selection(None, 0.9, 1, 16, "sum")
     rows = case.v_pool[..., 0].numel() // TOKENS
     cache = HotCache.make(256, NUM_LAYERS, rows, TOKENS, 64, torch.float32, "cpu")
-    in_chunk = chunk_blocks(GROUP, 64, 4, TOKENS)
+    in_chunk = chunk_blocks(64, 4, TOKENS)
     workspace = DecodeWorkspace.make(
         len(shape.seq_lens), shape.num_heads, NUM_KV_HEADS, 64, shape.max_blocks, selection, "cpu",
         chunk_blocks=in_chunk,

@@ -262,29 +262,33 @@ class GPURuntime(Runtime):
         layer = self.layer_index[inputs.name]
         if step.num_prefills and step.plan is None:
             step.plan = self._plan(step)
-        self._write(inputs, layer, v_pool, step)
+        written = self._write(inputs, layer, v_pool, step)
         if step.num_decodes:
             if layer == 0 and not torch.cuda.is_current_stream_capturing():
                 self.counters["eager_decode_steps"] += 1
-            self._decode(inputs, layer, v_pool, step, output)
+            self._decode(inputs, layer, v_pool, step, output, written)
         if step.num_prefills:
             self._prefill(inputs, layer, v_pool, step.plan, output)
 
     def _write(
         self, inputs: LayerInputs, layer: int, v_pool: torch.Tensor, step: KCacheMetadata
-    ) -> None:
-        """K and resident V now; V of long prefills to the host behind the computation."""
+    ) -> bool:
+        """K and resident V now; V of long prefills to the host behind the computation.
+
+        Returns:
+            Whether one launch wrote all, and it was the last.
+        """
         if inputs.key is None or inputs.value is None:
-            return
+            return False
         slots = step.slot_mapping
         tokens, decodes = slots.shape[0], step.num_decodes
         key, value = inputs.key[:tokens], inputs.value[:tokens]
         if (tokens - decodes) * self.token_bytes <= SMALL_V_BYTES:
             write_kv(
                 key, value, slots, inputs.k_pages, v_pool, self.hot_cache, layer,
-                allocate_tokens=decodes,
+                allocate_tokens=decodes, dependent=self.workspace.dependent,
             )  # fmt: skip
-            return
+            return True
         if decodes:
             write_kv(
                 key[:decodes], value[:decodes], slots[:decodes], inputs.k_pages, v_pool,
@@ -295,6 +299,7 @@ class GPURuntime(Runtime):
             self.hot_cache, layer, parts=WriteParts.K | WriteParts.V_SLOT,
         )  # fmt: skip
         self.transfer.store(value[decodes:], slots[decodes:], v_pool)
+        return False
 
     def _decode(
         self,
@@ -303,6 +308,7 @@ class GPURuntime(Runtime):
         v_pool: torch.Tensor,
         step: KCacheMetadata,
         output: torch.Tensor,
+        written: bool,
     ) -> None:
         """Score, select, fetch, attend, for a group of requests at a time."""
         assert self.hot_cache is not None
@@ -311,21 +317,11 @@ class GPURuntime(Runtime):
         for first in range(0, step.num_decodes, group):
             rows = slice(first, min(first + group, step.num_decodes))
             decode_step(
-                self.workspace,
-                inputs.query[rows],
-                inputs.k_pages,
-                v_pool,
-                step.block_table[rows],
-                step.seq_lens[rows],
-                inputs.scale,
-                self.v_block_tokens,
-                max_blocks,
-                self.selection,
-                self.config.resolved_tail,
-                self.hot_cache,
-                layer,
-                output[rows],
-            )
+                self.workspace, inputs.query[rows], inputs.k_pages, v_pool,
+                step.block_table[rows], step.seq_lens[rows], inputs.scale, self.v_block_tokens,
+                max_blocks, self.selection, self.config.resolved_tail, self.hot_cache, layer,
+                output[rows], after_write=written and first == 0,
+            )  # fmt: skip
 
     def _plan(self, step: KCacheMetadata) -> PrefillPlan:
         """Work out once what all layers of a step with prefills need."""

@@ -17,7 +17,13 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_kcache.kernels.attend_plan import AttendBuffers, AttendConfig, attend_config
+from vllm_kcache.kernels.attend_plan import (
+    MAX_SPLITS,
+    AttendBuffers,
+    AttendConfig,
+    attend_config,
+)
+from vllm_kcache.kernels.dependent import gdc_wait
 from vllm_kcache.kernels.score import check_query_strides
 from vllm_kcache.types import Fetched, Selected, Tail
 
@@ -26,6 +32,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 # small ones would lose bits in float16, which holds 2^15.
 UNIT_BITS = tl.constexpr(15.0)
 ONE = tl.constexpr(float(1 << 15))
+_MOST_PARTS = tl.constexpr(MAX_SPLITS)
+# Parts whose loads are on their way at once while they are added up.
+_AHEAD = tl.constexpr(4)
 
 
 @triton.jit
@@ -103,29 +112,40 @@ def add_parts(
     partial_sums, partial_weights, first_part, parts, row, group_mask, in_head,
     ROWS: tl.constexpr, GROUP_PADDED: tl.constexpr, HEAD_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """What `attend_share` would have returned for all parts together."""
-    largest = tl.full((GROUP_PADDED,), float("-inf"), tl.float32)
-    weight = tl.zeros((GROUP_PADDED,), tl.float32)
+    """What `attend_share` would have returned for all parts together.
+
+    One program does this for a list, and waits for memory: so several parts are on their way at
+    once. The loads pass the first-level cache by, which knows nothing of what others wrote.
+    """
+    in_parts = tl.arange(0, _MOST_PARTS)
+    there = (in_parts < parts)[:, None] & group_mask[None, :]
+    places = ((first_part + in_parts) * ROWS)[:, None] + row[None, :]
+    its_largest = tl.load(partial_weights + places * 2, mask=there, other=0.0, cache_modifier=".cg")
+    its_weight = tl.load(
+        partial_weights + places * 2 + 1, mask=there, other=0.0, cache_modifier=".cg"
+    )
+    # Padding of the group gets a maximum of 0, which keeps its arithmetic finite.
+    missing = tl.where(group_mask, float("-inf"), 0.0)[None, :]
+    largest = tl.max(tl.where(there, its_largest, missing), 0)
+    # Without any part the maximum is -inf, and the weight 0.
+    weights = tl.where(there, its_weight * tl.exp2(its_largest - largest[None, :]), 0.0)
+    weight = tl.sum(weights, 0)
     sums = tl.zeros((GROUP_PADDED, HEAD_PADDED), tl.float32)
-    for other in range(parts):
-        part = (first_part + other) * ROWS + row
-        # Padding of the group gets a maximum of 0, which keeps its arithmetic finite.
-        its_largest = tl.load(partial_weights + part * 2, mask=group_mask, other=0.0, volatile=True)
-        its_weight = tl.load(
-            partial_weights + part * 2 + 1, mask=group_mask, other=1.0, volatile=True
-        )
-        its_sums = tl.load(
-            partial_sums + part[:, None] * HEAD_PADDED + in_head[None, :],
-            mask=group_mask[:, None],
-            other=0.0,
-            volatile=True,
-        )
-        new_largest = tl.maximum(largest, its_largest)
-        rescale = tl.exp2(largest - new_largest)
-        its_rescale = tl.exp2(its_largest - new_largest)
-        weight = weight * rescale + its_weight * its_rescale
-        sums = sums * rescale[:, None] + its_sums * its_rescale[:, None]
-        largest = new_largest
+    no_rows = tl.zeros((GROUP_PADDED,), tl.int32)
+    for first in range(0, parts, _AHEAD):
+        for ahead in tl.static_range(_AHEAD):
+            part = (first_part + first + ahead) * ROWS + row
+            mask = group_mask & (no_rows + first + ahead < parts)
+            part_largest = tl.load(
+                partial_weights + part * 2, mask=mask, other=float("-inf"), cache_modifier=".cg"
+            )
+            part_sums = tl.load(
+                partial_sums + part[:, None] * HEAD_PADDED + in_head[None, :],
+                mask=mask[:, None],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            sums += part_sums * tl.exp2(part_largest - largest)[:, None]
     return largest, weight, sums
 
 
@@ -169,8 +189,10 @@ def attend_kernel(
     GROUP_PADDED: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
     PAGE_TOKENS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, CHUNK_BLOCKS: tl.constexpr,
     SPLIT: tl.constexpr, DROP: tl.constexpr, CLIP: tl.constexpr, LSE_CHUNK: tl.constexpr,
-    VALUES_OF_16_BYTES: tl.constexpr, PRECISION: tl.constexpr,
+    VALUES_OF_16_BYTES: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    if DEPENDENT:
+        gdc_wait()
     split, splits = tl.program_id(0), tl.num_programs(0)
     head = first_head + tl.program_id(1)
     request = tl.program_id(2).to(tl.int64)
@@ -261,6 +283,7 @@ def attend_blocks(
     config: AttendConfig | None = None,
     first_head: int = 0,
     last_head: int | None = None,
+    dependent: bool = False,
 ) -> torch.Tensor:
     """Softmax over the selected tokens and the product with V. See `ops.attend_blocks`.
 
@@ -268,6 +291,7 @@ def attend_blocks(
         buffers: from `AttendBuffers.make` for at least this many lists, `clipped` for tail "clip".
         config: launch shape, chosen by `attend_config` unless given.
         first_head, last_head: range of KV heads, without the last; None means all from the first.
+        dependent: launch it as kernels/dependent.py says.
     Graph-safe when `out` and `buffers` are given.
     """
     if tail == "mean":
@@ -312,6 +336,7 @@ def attend_blocks(
         LSE_CHUNK=128,
         VALUES_OF_16_BYTES=16 // query.element_size(),
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        DEPENDENT=dependent, launch_pdl=dependent,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out

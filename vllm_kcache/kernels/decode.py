@@ -51,6 +51,7 @@ def decode_step(
     layer: int,
     out: torch.Tensor,
     plan: DecodePlan | None = None,
+    after_write: bool = False,
 ) -> torch.Tensor:
     """Score, select, fetch and attend for one query of each request; `write_kv` comes before.
 
@@ -62,6 +63,8 @@ def decode_step(
         out: [B, Hq, D] model dtype, GPU. Written and returned.
         plan: layout of the step; from `plan_decode` unless given. Without a miss list in the
             workspace each list copies its own misses.
+        after_write: the launch before this call on the stream is `write_kv`, `dependent`
+            where the workspace is, of K of the newest tokens of these requests.
     Other arguments: as for the steps in `vllm_kcache.ops`.
 
     Graph-safe: no allocation, no host sync, grids that depend on shapes only. Uses the current
@@ -82,7 +85,7 @@ def decode_step(
     step = DecodeStep(
         workspace, query, k_pages, v_pool, block_table, seq_lens, scale, v_block_tokens, selection,
         tail, hot_cache, layer, out, block_lse, selected, Fetched(rows, hot_cache.slots), plan,
-        workspace.chunk_view(num_requests, max_blocks),
+        workspace.chunk_view(num_requests, max_blocks), after_write,
     )  # fmt: skip
     step.run()
     return out
@@ -116,6 +119,12 @@ class DecodeStep:
     fetched: Fetched
     plan: DecodePlan
     chunk_lse: torch.Tensor | None = None
+    after_write: bool = False
+
+    @property
+    def dependent(self) -> bool:
+        """Whether launches are dependent: where there are waves, streams are joined instead."""
+        return self.workspace.dependent and len(self.wave_bounds()) == 2
 
     def run(self) -> None:
         """All of it."""
@@ -189,7 +198,8 @@ class DecodeStep:
         parts = launch_score(
             self.query, self.k_pages, self.block_table, self.seq_lens, self.scale,
             self.v_block_tokens, self.block_lse, chunk_lse=self.chunk_lse,
-            parts_scored=workspace.parts_scored,
+            parts_scored=workspace.parts_scored, dependent=self.dependent,
+            after_write=self.after_write,
         )  # fmt: skip
         workspace.fetch_stream.wait_event(workspace.begun)
         with torch.cuda.stream(workspace.fetch_stream):
@@ -219,6 +229,7 @@ class DecodeStep:
             self.v_block_tokens, self.block_lse,
             first_head=first_head, num_heads=last_head - first_head,
             new_epoch=self.hot_cache if new_epoch else None, chunk_lse=self.chunk_lse,
+            dependent=self.dependent, after_write=self.after_write,
         )  # fmt: skip
         if after_score is not None:
             after_score(self, first_head, last_head)
@@ -252,7 +263,7 @@ class DecodeStep:
             *selection_arguments(self.selection), first_head, num_heads, selected.blocks,
             selected.counts, selected.mass, selected.lse, self.chunk_lse, workspace.chunk_blocks,
             self.block_table, self.v_pool, self.layer, self.fetched.rows, cache.slots, cache.table,
-            cache.slot_word, cache.state, cache.counters, misses, wave,
+            cache.slot_word, cache.state, cache.counters, misses, wave, self.dependent,
         )  # fmt: skip
 
     def _copy(self, wave: int, first_head: int) -> None:
@@ -288,4 +299,5 @@ class DecodeStep:
             buffers=self.workspace.attend,
             first_head=first_head,
             last_head=last_head,
+            dependent=self.dependent,
         )

@@ -10,6 +10,7 @@ import torch
 from vllm_kcache.cache.hot_cache import MAX_WAVES
 from vllm_kcache.kernels import extension
 from vllm_kcache.kernels.attend_plan import AttendBuffers
+from vllm_kcache.kernels.dependent import has_dependent_launches
 from vllm_kcache.kernels.score_plan import num_chunks
 from vllm_kcache.types import Selected, Selection
 
@@ -34,6 +35,7 @@ class DecodeWorkspace:
         attend: partial results of attention.
         fetch_stream, copy_stream: streams of high priority; None on the CPU (the interpreter).
         multiprocessors: of the GPU, where the extension can follow the scoring; otherwise 0.
+        dependent: the GPU knows dependent launches (kernels/dependent.py).
         begun: event before scoring; None on the CPU.
         scored, listed, fetched: events of the waves; none on the CPU.
     """
@@ -57,6 +59,7 @@ class DecodeWorkspace:
     fetch_stream: torch.cuda.Stream | None
     copy_stream: torch.cuda.Stream | None
     multiprocessors: int
+    dependent: bool
     begun: torch.cuda.Event | None
     scored: list[torch.cuda.Event] = field(default_factory=list)
     listed: list[torch.cuda.Event] = field(default_factory=list)
@@ -114,6 +117,7 @@ class DecodeWorkspace:
             fetch_stream=torch.cuda.Stream(device, FETCH_PRIORITY) if on_gpu else None,
             copy_stream=torch.cuda.Stream(device, FETCH_PRIORITY) if on_gpu else None,
             multiprocessors=_multiprocessors(device) if on_gpu and extension.available() else 0,
+            dependent=has_dependent_launches(device),
             begun=torch.cuda.Event() if on_gpu else None,
             scored=[torch.cuda.Event() for _ in range(MAX_WAVES if on_gpu else 0)],
             listed=[torch.cuda.Event() for _ in range(MAX_WAVES if on_gpu else 0)],

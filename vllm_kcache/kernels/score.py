@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from vllm_kcache.cache.hot_cache import EPOCH, FIRST_MISS_COUNT, MAX_WAVES, HotCache
+from vllm_kcache.kernels.dependent import gdc_launch_dependents, gdc_wait
 from vllm_kcache.kernels.score_plan import ScoreConfig, num_chunks, score_config
 from vllm_kcache.types import MOST_QUERY_HEADS_GPU
 
@@ -25,13 +26,18 @@ _MAX_WAVES = tl.constexpr(MAX_WAVES)
 
 
 @triton.jit
+def is_first_program():
+    """Whether this is the first program of its launch."""
+    return (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (tl.program_id(2) == 0)
+
+
+@triton.jit
 def begin_epoch(state):
     """Begin an epoch of the hot cache and zero its miss counts, with one program of a launch.
 
     Nothing else of this layer runs yet, and all of the layer before has ended.
     """
-    first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (tl.program_id(2) == 0)
-    if first:
+    if is_first_program():
         tl.store(state + _EPOCH, tl.load(state + _EPOCH) + 1)
         waves = tl.arange(0, _MAX_WAVES)
         tl.store(state + _FIRST_MISS_COUNT + waves, tl.zeros((_MAX_WAVES,), tl.int32))
@@ -58,13 +64,25 @@ def score_kernel(
     HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr, PAGE_TOKENS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, PAD: tl.constexpr,
     NEW_EPOCH: tl.constexpr, CHUNK_LSE: tl.constexpr, SIGNAL: tl.constexpr,
+    DEPENDENT: tl.constexpr, AFTER_WRITE: tl.constexpr,
 ):  # fmt: skip
+    if DEPENDENT and not AFTER_WRITE:
+        gdc_wait()
     split, splits = tl.program_id(0), tl.num_programs(0)
     head = first_head + tl.program_id(1)
     request = tl.program_id(2).to(tl.int64)
+    num_tokens = tl.load(seq_lens + request)
+    chunks = tl.cdiv(num_tokens, CHUNK)
+    if DEPENDENT:
+        if AFTER_WRITE:  # noqa: SIM102 (one is for the compiler)
+            # Of what this reads, the launch before wrote only the newest token's K. The first
+            # program waits in any case: it begins the epoch that the launch before reads, and so
+            # no launch ends before the one before it.
+            if (split == (chunks - 1) % splits) | is_first_program():
+                gdc_wait()
+        gdc_launch_dependents()
     if NEW_EPOCH:
         begin_epoch(state)
-    num_tokens = tl.load(seq_lens + request)
     in_group = tl.arange(0, GROUP_PADDED)
     in_head = tl.arange(0, HEAD_PADDED)
     in_chunk = tl.arange(0, CHUNK)
@@ -81,7 +99,6 @@ def score_kernel(
     head_base = head.to(tl.int64) * (PAGE_TOKENS * HEAD_SIZE)
     out_rows = block_lse + (request * NUM_HEADS + heads) * max_blocks
     chunk_rows = chunk_lse + (request * NUM_HEADS + heads) * max_chunks
-    chunks = tl.cdiv(num_tokens, CHUNK)
     for chunk in range(split, chunks, splits):
         tokens = chunk * CHUNK + in_chunk
         exists = tokens < num_tokens
@@ -169,6 +186,8 @@ def launch_score(
     config: ScoreConfig | None = None,
     chunk_lse: torch.Tensor | None = None,
     parts_scored: torch.Tensor | None = None,
+    dependent: bool = False,
+    after_write: bool = False,
 ) -> int:
     """Score a range of KV heads on the current stream.
 
@@ -182,6 +201,9 @@ def launch_score(
             `chunk_tokens`, so that selection need not read all scores for their sum.
         parts_scored: [B * Hkv] int32, GPU. Each program of a list adds one when its scores are
             there, for a kernel that runs beside (csrc/follow.cu).
+        dependent: launch it as kernels/dependent.py says.
+        after_write: the launch before it on this stream is `write_kv`, of K of the newest tokens of
+            these requests, and was dependent, too. Most programs need not wait for it then.
 
     Returns:
         Programs of each list.
@@ -201,7 +223,6 @@ def launch_score(
     if config is None:
         config = score_config(
             num_requests * num_heads,
-            group,
             head_size,
             k_pages.element_size(),
             v_block_tokens,
@@ -239,6 +260,9 @@ def launch_score(
         NEW_EPOCH=new_epoch is not None,
         CHUNK_LSE=chunk_lse is not None,
         SIGNAL=parts_scored is not None,
+        DEPENDENT=dependent,
+        AFTER_WRITE=after_write,
+        launch_pdl=dependent,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         maxnreg=config.max_registers,

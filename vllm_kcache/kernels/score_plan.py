@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Bytes of K that a program loads at once.
-_LARGE_CHUNK, _SMALL_CHUNK = 65536, 32768
+# Bytes of K that a program loads at once. Twice as many are slower at every size measured
+# (docs/benchmarks.md, score).
+_CHUNK = 32768
 
 
 def padded(head_size: int) -> int:
@@ -31,32 +32,26 @@ class ScoreConfig:
 MAX_REGISTERS = 80
 
 
-def chunk_tokens(group: int, head_size: int, itemsize: int, v_block_tokens: int) -> int:
+def chunk_tokens(head_size: int, itemsize: int, v_block_tokens: int) -> int:
     """Tokens that a program loads at once: of them it leaves one sum behind."""
-    padded_bytes = padded(head_size) * itemsize
-    # Three stages of one chunk must leave room for two or more programs on a multiprocessor.
-    chunk_bytes = _LARGE_CHUNK if group > 1 and padded_bytes <= 256 else _SMALL_CHUNK
-    if v_block_tokens == 1 and padded_bytes <= 128:
-        chunk_bytes = _SMALL_CHUNK  # one result a token takes shared memory, too
-    return max(16, v_block_tokens, chunk_bytes // padded_bytes)
+    return max(16, v_block_tokens, _CHUNK // (padded(head_size) * itemsize))
 
 
-def chunk_blocks(group: int, head_size: int, itemsize: int, v_block_tokens: int) -> int:
+def chunk_blocks(head_size: int, itemsize: int, v_block_tokens: int) -> int:
     """The same in V blocks."""
-    return chunk_tokens(group, head_size, itemsize, v_block_tokens) // v_block_tokens
+    return chunk_tokens(head_size, itemsize, v_block_tokens) // v_block_tokens
 
 
 def score_config(
-    num_lists: int, group: int, head_size: int, itemsize: int, v_block_tokens: int, max_blocks: int
+    num_lists: int, head_size: int, itemsize: int, v_block_tokens: int, max_blocks: int
 ) -> ScoreConfig:
     """Launch shape for `num_lists` pairs of (request, KV head)."""
-    chunk = chunk_tokens(group, head_size, itemsize, v_block_tokens)
-    large = chunk * padded(head_size) * itemsize >= _LARGE_CHUNK
+    chunk = chunk_tokens(head_size, itemsize, v_block_tokens)
     chunks = max(1, -(-max_blocks * v_block_tokens // chunk))
     # Many more programs than fit at once even out the tail; more than one chunk each hides latency.
     splits = max(1, min(chunks, -(-8192 // max(1, num_lists))))
     limited = itemsize == 2 and head_size > 64
-    return ScoreConfig(chunk, splits, 8 if large else 4, 3, MAX_REGISTERS if limited else None)
+    return ScoreConfig(chunk, splits, 4, 3, MAX_REGISTERS if limited else None)
 
 
 def num_chunks(max_blocks: int, blocks_each: int) -> int:

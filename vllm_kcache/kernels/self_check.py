@@ -68,8 +68,7 @@ class LayerShape:
         """V blocks of a chunk that scoring leaves a sum of; 0 where no extension takes them."""
         if not extension.available():
             return 0
-        group = self.num_query_heads // self.num_kv_heads
-        return chunk_blocks(group, self.head_size, self.dtype.itemsize, self.v_block_tokens)
+        return chunk_blocks(self.head_size, self.dtype.itemsize, self.v_block_tokens)
 
 
 def is_wanted() -> bool:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from vllm_kcache.cache.hot_cache import EPOCH, HotCache
+from vllm_kcache.kernels.dependent import gdc_launch_dependents, gdc_wait
 from vllm_kcache.kernels.residency import claim_slot, find_slot
 
 _EPOCH = tl.constexpr(EPOCH)
@@ -54,7 +55,12 @@ def write_kernel(
     STORE_K: tl.constexpr,
     STORE_V_HOST: tl.constexpr,
     STORE_V_SLOT: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    if DEPENDENT:
+        # In this order: what begins now may take it that all launches before this one have ended.
+        gdc_wait()
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     place = tl.load(slot_mapping + token).to(tl.int64)
@@ -99,6 +105,7 @@ def write_kv(
     *,
     parts: WriteParts = WriteParts.ALL,
     allocate_tokens: int = 0,
+    dependent: bool = False,
 ) -> None:
     """Store each token's K and V. See `ops.write_kv`.
 
@@ -107,6 +114,7 @@ def write_kv(
         allocate_tokens: of the first so many tokens, those that begin a V block get a slot for it,
             so that the newest tokens never come back over the link. They must be decode tokens: of
             a V block that gets a slot here, no other token may be in the same call.
+        dependent: launch it as kernels/dependent.py says.
     Graph-safe: a fixed grid, no allocation, no host sync.
     """
     num_tokens = slot_mapping.shape[0]
@@ -146,6 +154,8 @@ def write_kv(
         STORE_K=WriteParts.K in parts,
         STORE_V_HOST=WriteParts.V_HOST in parts,
         STORE_V_SLOT=store_slot,
+        DEPENDENT=dependent,
+        launch_pdl=dependent,
         num_warps=1,
     )
 

@@ -16,6 +16,7 @@ from benchmarks.common import (
     PROBLEMS,
     V_BLOCK_TOKENS,
     Batch,
+    Problem,
     Report,
     Timing,
     arguments,
@@ -24,7 +25,11 @@ from benchmarks.common import (
     time_calls,
 )
 from vllm_kcache.kernels.attend import attend_blocks
-from vllm_kcache.kernels.attend_plan import AttendBuffers, AttendConfig, attend_config
+from vllm_kcache.kernels.attend_plan import (
+    AttendBuffers,
+    AttendConfig,
+    attend_config,
+)
 from vllm_kcache.types import Fetched, Selected, Tail
 
 
@@ -33,6 +38,10 @@ def ragged_counts(batch: Batch, mean: int) -> torch.Tensor:
     spread = torch.randn((p.num_requests, p.num_kv_heads), device="cuda")
     counts = (spread.exp() * mean / 1.6487).round()  # the mean of exp(N(0, 1))
     return counts.clamp(6, p.max_blocks).int()
+
+
+def usual_config(problem: Problem, columns: int) -> AttendConfig:
+    return attend_config(problem.num_lists, columns, problem.head_size, 2, V_BLOCK_TOKENS)
 
 
 def time_attend(
@@ -48,7 +57,7 @@ def time_attend(
     slots = torch.randn((num_slots, V_BLOCK_TOKENS, p.head_size), dtype=batch.dtype, device="cuda")
     block_lse = torch.zeros((p.num_requests, p.num_heads, p.max_blocks), device="cuda")
     out = torch.empty_like(batch.query)
-    usual = attend_config(p.num_lists, columns, p.head_size, 2, V_BLOCK_TOKENS)
+    usual = usual_config(p, columns)
     splits = max(usual.splits, config.splits if config else 0)
     clipped = tail == "clip"
     buffers = AttendBuffers.make(p.num_lists * splits, p.group, p.head_size, "cuda", clipped)
@@ -73,10 +82,10 @@ def time_attend(
 
 def sweep(batch: Batch, counts: torch.Tensor, columns: int) -> None:
     p = batch.problem
-    usual = attend_config(p.num_lists, columns, p.head_size, 2, V_BLOCK_TOKENS)
+    usual = usual_config(p, columns)
     found = []
     for tokens, programs, warps, stages in itertools.product(
-        (32, 64, 128), (528, 1056, 2112), (2, 4), (1, 2, 3)
+        (32, 64, 128), (528, 1056, 2112, 4224), (2, 4), (1, 2, 3)
     ):
         splits = max(1, min(32, -(-programs // p.num_lists)))
         config = AttendConfig(tokens // V_BLOCK_TOKENS, splits, warps, stages)

@@ -25,7 +25,7 @@ GROUP_REQUESTS = 64
 WORKSPACE_BYTES = 256 << 20
 PIECE_BYTES = 64 << 20
 # Launch shape of kernels/attend.py, which sizes its partial results.
-ATTEND_PROGRAMS = 1056
+ATTEND_PROGRAMS, ATTEND_SPLITS = 1056, 6
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def decode_bytes(
     def of_requests(count: int) -> int:
         lists = count * kv_heads
         words = count * query_heads * (scores + 1) + 4 * lists * columns + 3 * lists
-        parts = (ATTEND_PROGRAMS + lists) * group * rows_of_head
+        parts = (ATTEND_PROGRAMS + ATTEND_SPLITS * lists) * group * rows_of_head
         return 4 * (words + parts * (padded_head + 2) + lists)
 
     one, two = of_requests(1), of_requests(2)

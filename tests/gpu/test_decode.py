@@ -174,8 +174,10 @@ def test_dependent_launches_wait_for_what_they_read(plan: DecodePlan, selection:
     pages = case.block_table.gather(1, (last // shape.page_tokens)[:, None])[:, 0].long()
     slots = pages * shape.page_tokens + last % shape.page_tokens
     in_page = last % shape.page_tokens
-    key = torch.randn(len(slots), shape.num_kv_heads, shape.head_size, device="cuda")
-    value, unwritten = torch.randn_like(key), torch.full_like(key, float("nan"))
+    # Of the host's memory, so that the write takes its time: who does not wait comes too early.
+    key = torch.randn(len(slots), shape.num_kv_heads, shape.head_size, pin_memory=True)
+    value = torch.randn_like(key, device="cuda")
+    unwritten = torch.full_like(value, float("nan"))
     workspace, cache = _workspace(case, selection), _cache(case, 1 << 12)
     assert workspace.dependent == (torch.cuda.get_device_capability() >= (9, 0))
     out = torch.empty((8, *case.query.shape), device="cuda")

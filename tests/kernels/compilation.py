@@ -93,8 +93,9 @@ def compile_instead_of_running(capability: int) -> set[str]:
     return compiled
 
 
-def launch_all(shape: Shape, dtype: torch.dtype, dependent: bool) -> None:
+def launch_all(shape: Shape, dtype: torch.dtype, capability: int) -> None:
     """Every launch that a layer of this shape may make."""
+    dependent = capability >= 90
     case = build_case(shape, dtype)
     tokens, heads = shape.v_block_tokens, shape.num_kv_heads
     rows = case.v_pool[..., 0].numel() // tokens
@@ -157,7 +158,7 @@ def all_kernels() -> set[str]:
 def main(capability: int) -> None:
     compiled = compile_instead_of_running(capability)
     for shape, dtype in CASES:
-        launch_all(shape, dtype, dependent=capability >= 90)
+        launch_all(shape, dtype, capability)
     assert compiled == all_kernels(), compiled ^ all_kernels()
     print(f"{len(compiled)} kernels compiled for compute capability {capability / 10}")
 

@@ -76,24 +76,37 @@ class AttendBuffers:
 
 # Lists differ in length by an order of magnitude: many programs, each a part of one, even that out.
 TARGET_PROGRAMS = 1056
+# Programs of a list that may be long, however many lists there are. The longest of 48 blocks on
+# average has some 800: three programs take twice as long for it (docs/benchmarks.md, attend).
+LEAST_SPLITS = 6
 MAX_SPLITS = 32
+# Bytes of K, and of V, that a program takes at once; the larger where lists may be longer than so
+# many tokens.
+_SMALL_CHUNK, _LARGE_CHUNK = 16384, 32768
+_SHORT_LIST = 256
 
 
 def _most_parts(num_lists: int) -> int:
     """No launch of up to `num_lists` lists has more parts than this."""
-    return TARGET_PROGRAMS + num_lists
+    return TARGET_PROGRAMS + LEAST_SPLITS * num_lists
 
 
 def attend_config(
-    num_lists: int, columns: int, head_size: int, itemsize: int, v_block_tokens: int
+    num_lists: int,
+    columns: int,
+    head_size: int,
+    itemsize: int,
+    v_block_tokens: int,
 ) -> AttendConfig:
     """Launch shape for `num_lists` lists of at most `columns` V blocks."""
     row_bytes = triton.next_power_of_2(head_size) * itemsize
-    tokens = max(16, v_block_tokens, min(64, 16384 // row_bytes))
+    long = columns * v_block_tokens > _SHORT_LIST
+    chunk_bytes = _LARGE_CHUNK if long else _SMALL_CHUNK
+    tokens = max(16, v_block_tokens, min(chunk_bytes // 256, chunk_bytes // row_bytes))
     chunk_blocks = tokens // v_block_tokens
-    splits = min(
-        MAX_SPLITS, -(-TARGET_PROGRAMS // max(1, num_lists)), -(-max(1, columns) // chunk_blocks)
-    )
-    # Two stages of larger chunks do not fit GPUs with 99 KiB of shared memory.
-    num_stages = 2 if tokens * row_bytes <= 16384 else 1
+    splits = max(LEAST_SPLITS if long else 1, -(-TARGET_PROGRAMS // max(1, num_lists)))
+    splits = min(MAX_SPLITS, splits, -(-max(1, columns) // chunk_blocks))
+    # Two stages of larger chunks do not fit GPUs with 99 KiB of shared memory, nor do those of rows
+    # of 1 KiB (float32), whose query and sums take more.
+    num_stages = 2 if tokens * row_bytes <= _LARGE_CHUNK and row_bytes <= 512 else 1
     return AttendConfig(chunk_blocks, max(1, splits), 4, num_stages)

@@ -167,7 +167,7 @@ def _finish(figure: Any, axes: Any, title: str, x_label: str, y_label: str) -> N
     for axis in axes.flat:
         handles, labels = axis.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))
-    columns = max(1, int(figure.get_figwidth() / 2.6))
+    columns = max(1, int(figure.get_figwidth() / 3.2))
     figure.legend(
         entries.values(), entries.keys(), loc="outside lower center", ncols=columns, fontsize=8,
         frameon=False,

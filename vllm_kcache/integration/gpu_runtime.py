@@ -276,7 +276,8 @@ class GPURuntime(Runtime):
         """K and resident V now; V of long prefills to the host behind the computation.
 
         Returns:
-            Whether one launch wrote all, and it was the last.
+            Whether the last launch wrote what the decodes need, and no more. A request of one new
+            token may share pages that a prefill of the same step writes.
         """
         if inputs.key is None or inputs.value is None:
             return False
@@ -288,7 +289,7 @@ class GPURuntime(Runtime):
                 key, value, slots, inputs.k_pages, v_pool, self.hot_cache, layer,
                 allocate_tokens=decodes, dependent=self.workspace.dependent,
             )  # fmt: skip
-            return True
+            return not step.num_prefills
         if decodes:
             write_kv(
                 key[:decodes], value[:decodes], slots[:decodes], inputs.k_pages, v_pool,

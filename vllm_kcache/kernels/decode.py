@@ -63,8 +63,8 @@ def decode_step(
         out: [B, Hq, D] model dtype, GPU. Written and returned.
         plan: layout of the step; from `plan_decode` unless given. Without a miss list in the
             workspace each list copies its own misses.
-        after_write: the launch before this call on the stream is `write_kv`, `dependent`
-            where the workspace is, of K of the newest tokens of these requests.
+        after_write: the launch before this call on the stream is `write_kv`, `dependent` where the
+            workspace is, of one token for each of these requests and nothing else.
     Other arguments: as for the steps in `vllm_kcache.ops`.
 
     Graph-safe: no allocation, no host sync, grids that depend on shapes only. Uses the current

@@ -75,10 +75,12 @@ def score_kernel(
     chunks = tl.cdiv(num_tokens, CHUNK)
     if DEPENDENT:
         if AFTER_WRITE:  # noqa: SIM102 (one is for the compiler)
-            # Of what this reads, the launch before wrote only the newest token's K. The first
-            # program waits in any case: it begins the epoch that the launch before reads, and so
-            # no launch ends before the one before it.
-            if (split == (chunks - 1) % splits) | is_first_program():
+            # Of what this reads, the launch before wrote only K of the newest token, and of the one
+            # before it where that is the newest of another request, whose page this one shares. The
+            # first program waits in any case: it begins the epoch that the launch before reads, and
+            # so no launch ends before the one before it.
+            last, before = (chunks - 1) % splits, (chunks - 2) % splits
+            if (split == last) | (split == before) | is_first_program():
                 gdc_wait()
         gdc_launch_dependents()
     if NEW_EPOCH:
@@ -202,8 +204,8 @@ def launch_score(
         parts_scored: [B * Hkv] int32, GPU. Each program of a list adds one when its scores are
             there, for a kernel that runs beside (csrc/follow.cu).
         dependent: launch it as kernels/dependent.py says.
-        after_write: the launch before it on this stream is `write_kv`, of K of the newest tokens of
-            these requests, and was dependent, too. Most programs need not wait for it then.
+        after_write: the launch before it on this stream is `write_kv`, of one token for each of
+            these requests and nothing else. Most programs need not wait for it then.
 
     Returns:
         Programs of each list.

@@ -74,7 +74,7 @@ def score_kernel(
     num_tokens = tl.load(seq_lens + request)
     chunks = tl.cdiv(num_tokens, CHUNK)
     if DEPENDENT:
-        if AFTER_WRITE:  # noqa: SIM102 (one is for the compiler)
+        if AFTER_WRITE:
             # Of what this reads, the launch before wrote only K of the newest token, and of the one
             # before it where that is the newest of another request, whose page this one shares. The
             # first program waits in any case: it begins the epoch that the launch before reads, and

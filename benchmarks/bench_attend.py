@@ -25,11 +25,7 @@ from benchmarks.common import (
     time_calls,
 )
 from vllm_kcache.kernels.attend import attend_blocks
-from vllm_kcache.kernels.attend_plan import (
-    AttendBuffers,
-    AttendConfig,
-    attend_config,
-)
+from vllm_kcache.kernels.attend_plan import AttendBuffers, AttendConfig, attend_config
 from vllm_kcache.types import Fetched, Selected, Tail
 
 

@@ -93,9 +93,8 @@ def compile_instead_of_running(capability: int) -> set[str]:
     return compiled
 
 
-def launch_all(shape: Shape, dtype: torch.dtype, capability: int) -> None:
+def launch_all(shape: Shape, dtype: torch.dtype, dependent: bool) -> None:
     """Every launch that a layer of this shape may make."""
-    dependent = capability >= 90
     case = build_case(shape, dtype)
     tokens, heads = shape.v_block_tokens, shape.num_kv_heads
     rows = case.v_pool[..., 0].numel() // tokens
@@ -158,7 +157,7 @@ def all_kernels() -> set[str]:
 def main(capability: int) -> None:
     compiled = compile_instead_of_running(capability)
     for shape, dtype in CASES:
-        launch_all(shape, dtype, capability)
+        launch_all(shape, dtype, dependent=capability >= 90)
     assert compiled == all_kernels(), compiled ^ all_kernels()
     print(f"{len(compiled)} kernels compiled for compute capability {capability / 10}")
 

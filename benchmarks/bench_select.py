@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Select: time, and share of score's time at the same shape. `python -m
 benchmarks.bench_select`.
+
+As in a step, select reads the sums of chunks that score leaves behind, and scores that were written
+just before and so lie in the L2 cache: two sets of them in turn, which fit there.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from benchmarks.common import (
     arguments,
     time_calls,
 )
+from vllm_kcache.kernels.score_plan import chunk_blocks
 from vllm_kcache.kernels.select import launch_select
 from vllm_kcache.types import Selected, Selection
 
@@ -52,11 +56,17 @@ def empty_selected(problem: Problem, selection: Selection) -> Selected:
 def time_select(batch: Batch, scores: list[torch.Tensor], rule: Selection) -> tuple[Timing, float]:
     """Time of a selection, and the mean length of its lists."""
     out = empty_selected(batch.problem, rule)
+    blocks_each = chunk_blocks(batch.problem.head_size, 2, V_BLOCK_TOKENS)
+    sums = [lse.unflatten(2, (-1, blocks_each)).logsumexp(-1) for lse in scores]
 
-    def call(block_lse: torch.Tensor) -> None:
-        launch_select(block_lse, batch.seq_lens, V_BLOCK_TOKENS, rule, out)
+    def call(block_lse: torch.Tensor, chunk_lse: torch.Tensor) -> None:
+        launch_select(
+            block_lse, batch.seq_lens, V_BLOCK_TOKENS, rule, out, chunk_lse=chunk_lse,
+            chunk_blocks=blocks_each,
+        )  # fmt: skip
 
-    timing = time_calls([lambda lse=lse: call(lse) for lse in scores])
+    calls = zip(scores, sums, strict=True)
+    timing = time_calls([lambda lse=lse, chunk=chunk: call(lse, chunk) for lse, chunk in calls])
     return timing, out.counts.float().mean().item()
 
 
@@ -67,7 +77,7 @@ def main() -> None:
         batch = Batch(problem)
         score = time_score(batch)
         for spread_name, spread in SPREADS.items():
-            scores = random_lse(problem, spread, 4)
+            scores = random_lse(problem, spread, 2)
             for rule_name, rule in RULES.items():
                 timing, mean_blocks = time_select(batch, scores, rule)
                 report.add(

@@ -27,8 +27,7 @@ SelectArgs select_args(const Tensor& block_lse, const Tensor& seq_lens, int64_t 
                        int64_t recent_tokens, bool combine_max, const Tensor& blocks,
                        const Tensor& counts, const Tensor& mass, const std::optional<Tensor>& lse,
                        const std::optional<Tensor>& counters,
-                       const std::optional<Tensor>& chunk_lse = std::nullopt,
-                       int64_t chunk_blocks = 1) {
+                       const std::optional<Tensor>& chunk_lse, int64_t chunk_blocks) {
   check_tensor("block_lse", block_lse, ScalarType::Float, {kAnySize, kAnySize, kAnySize},
                block_lse);
   const int64_t num_requests = block_lse.size(0), num_heads = block_lse.size(1);
@@ -153,10 +152,11 @@ void select_blocks(Tensor block_lse, Tensor seq_lens, int64_t v_block_tokens, in
                    double coverage, double mass_threshold, int64_t sink_blocks,
                    int64_t recent_tokens, bool combine_max, int64_t first_head, int64_t num_heads,
                    Tensor blocks, Tensor counts, Tensor mass, std::optional<Tensor> lse,
-                   std::optional<Tensor> counters) {
-  SelectArgs args =
-      select_args(block_lse, seq_lens, v_block_tokens, top_n, coverage, mass_threshold, sink_blocks,
-                  recent_tokens, combine_max, blocks, counts, mass, lse, counters);
+                   std::optional<Tensor> counters, std::optional<Tensor> chunk_lse,
+                   int64_t chunk_blocks) {
+  SelectArgs args = select_args(block_lse, seq_lens, v_block_tokens, top_n, coverage,
+                                mass_threshold, sink_blocks, recent_tokens, combine_max, blocks,
+                                counts, mass, lse, counters, chunk_lse, chunk_blocks);
   args.pad = true;
   const HeadRange range = head_range(blocks, first_head, num_heads);
   if (range.num_requests == 0 || range.num_heads == 0) return;
@@ -266,7 +266,8 @@ void copy_misses(Tensor miss_list, Tensor state, int64_t wave, Tensor v_pool,
   "Tensor(d!)? lse"
 
 STABLE_TORCH_LIBRARY(kcache, library) {
-  library.def("select_blocks(" KCACHE_SELECT_SCHEMA ", Tensor(e!)? counters) -> ()");
+  library.def("select_blocks(" KCACHE_SELECT_SCHEMA
+              ", Tensor(e!)? counters, Tensor? chunk_lse, int chunk_blocks) -> ()");
   library.def(
       "fetch_blocks(Tensor blocks, Tensor counts, Tensor block_table, Tensor v_pool, "
       "int v_block_tokens, int layer, bool hot, Tensor(a!) rows, Tensor(b!) v_rows, "

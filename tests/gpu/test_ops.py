@@ -77,19 +77,24 @@ def test_score_of_a_range_of_heads() -> None:
     assert (out[:, 2 * group :] == 7).all()
 
 
-def test_score_counts_the_programs_of_each_list() -> None:
-    """What a kernel that follows the scoring waits for."""
+@pytest.mark.parametrize("longer", [1, 40])
+def test_score_counts_the_programs_of_each_list(longer: int) -> None:
+    """What a kernel that follows the scoring waits for: programs with nothing to score count."""
     case = build_case(ODD_SHAPES[3], torch.bfloat16)
     there, shape = on(case, "cuda"), case.shape
-    out = torch.empty(scored(case).shape, device="cuda")
+    expected = scored(case)
+    size = (*expected.shape[:2], longer * shape.max_blocks)
+    out = torch.full(size, torch.nan, device="cuda")
     lists = (len(shape.seq_lens), shape.num_kv_heads)
     parts_scored = torch.zeros(lists, dtype=torch.int32, device="cuda")
     programs = launch_score(
         there.query, there.k_pages, there.block_table, there.seq_lens, case.scale,
         shape.v_block_tokens, out, parts_scored=parts_scored,
     )  # fmt: skip
-    assert programs >= 1
+    assert programs >= longer
     assert (parts_scored == programs).all()
+    exists = torch.isfinite(expected)
+    assert_close(out[..., : shape.max_blocks].cpu()[exists], expected[exists])
 
 
 @pytest.mark.parametrize("triton_only", [False, True], ids=["best", "triton"])

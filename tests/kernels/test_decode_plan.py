@@ -17,6 +17,7 @@ from vllm_kcache.kernels.decode_plan import (
     plan_decode,
 )
 from vllm_kcache.kernels.score import check_chunk_lse
+from vllm_kcache.kernels.score_plan import score_config
 from vllm_kcache.kernels.select import most_blocks
 from vllm_kcache.types import Selection
 
@@ -91,3 +92,19 @@ def test_sums_must_have_the_width_of_their_chunks() -> None:
     check_chunk_lse(torch.empty(2, 4, 3), 2, 4, 3)
     with pytest.raises(ValueError, match=r"chunk_lse: has shape \[2, 4, 3\]; must be .*C=4"):
         check_chunk_lse(torch.empty(2, 4, 3), 2, 4, 4)
+
+
+@pytest.mark.parametrize("max_blocks", [1, 16, 512, 2048, 16384, 49152])
+@pytest.mark.parametrize("num_lists", [1, 8, 32, 208, 448, 2048, 16384])
+def test_programs_of_score_fill_a_gpu_and_are_not_idle_by_the_thousand(
+    num_lists: int, max_blocks: int
+) -> None:
+    config = score_config(num_lists, 128, 2, 8, max_blocks)
+    chunks = -(-max_blocks * 8 // config.chunk_tokens)
+    programs = config.splits * num_lists
+    assert 1 <= config.splits <= chunks
+    # Half of what is aimed at: all programs of a list take equally many chunks, or one less.
+    assert programs >= min(1024, num_lists * chunks)
+    assert programs < 16384 + num_lists
+    each = -(-chunks // config.splits)
+    assert config.splits == -(-chunks // each)

@@ -31,6 +31,11 @@ class ScoreConfig:
 # spills nothing for heads of more than 64 in two bytes, and only there are they set.
 MAX_REGISTERS = 80
 
+# Programs of a launch. Many more than fit at once even out the end, and the more a list has, the
+# sooner the first is scored and its fetch begins. But in a graph that was captured for longer
+# requests many have nothing to do, and still take a nanosecond each (docs/benchmarks.md, score).
+_PROGRAMS_OF_LIST, _LEAST_PROGRAMS, _MOST_PROGRAMS = 128, 2048, 16384
+
 
 def chunk_tokens(head_size: int, itemsize: int, v_block_tokens: int) -> int:
     """Tokens that a program loads at once: of them it leaves one sum behind."""
@@ -48,10 +53,11 @@ def score_config(
     """Launch shape for `num_lists` pairs of (request, KV head)."""
     chunk = chunk_tokens(head_size, itemsize, v_block_tokens)
     chunks = max(1, -(-max_blocks * v_block_tokens // chunk))
-    # Many more programs than fit at once even out the tail; more than one chunk each hides latency.
-    splits = max(1, min(chunks, -(-8192 // max(1, num_lists))))
+    lists = max(1, num_lists)
+    programs = min(max(_PROGRAMS_OF_LIST * lists, _LEAST_PROGRAMS), _MOST_PROGRAMS)
+    each = -(-chunks * lists // programs)
     limited = itemsize == 2 and head_size > 64
-    return ScoreConfig(chunk, splits, 4, 3, MAX_REGISTERS if limited else None)
+    return ScoreConfig(chunk, -(-chunks // each), 4, 3, MAX_REGISTERS if limited else None)
 
 
 def num_chunks(max_blocks: int, blocks_each: int) -> int:

@@ -294,6 +294,8 @@ def launch_select(
     num_heads: int | None = None,
     scratch: torch.Tensor | None = None,
     hot_cache: HotCache | None = None,
+    chunk_lse: torch.Tensor | None = None,
+    chunk_blocks: int = 1,
 ) -> None:
     """Select for a range of KV heads, on the current stream.
 
@@ -301,6 +303,9 @@ def launch_select(
         out: written, its lse too when it has one.
         scratch: [B, Hkv, P] int32, GPU: only the Triton kernel needs it, and makes it if not given.
         hot_cache: its counters take the lists and the dropped mass.
+        chunk_lse: [B, Hq, C] float32, GPU: what scoring left of each chunk (kernels/score.py). The
+            extension then need not read all scores for their sum; the Triton kernel reads them.
+        chunk_blocks: V blocks of a chunk.
     """
     num_requests, num_heads_all, max_blocks = block_lse.shape
     _, num_kv_heads, columns = out.blocks.shape
@@ -320,6 +325,8 @@ def launch_select(
             out.mass,
             out.lse,
             hot_cache.counters if hot_cache is not None else None,
+            chunk_lse,
+            chunk_blocks,
         )
         return
     if scratch is None:

@@ -231,7 +231,7 @@ def test_schema_and_meta_of_the_extension() -> None:
     mass = torch.empty((3, 3), device="cuda")
     arguments = (
         block_lse, lengths, 8, *selection_arguments(RULES[1]), 0, 3, blocks, counts, mass,
-        torch.empty((3, 9), device="cuda"), None,
+        torch.empty((3, 9), device="cuda"), None, None, 1,
     )  # fmt: skip
     torch.library.opcheck(
         torch.ops.kcache.select_blocks.default,

@@ -47,6 +47,8 @@ SelectArgs select_args(const Tensor& block_lse, const Tensor& seq_lens, int64_t 
   STD_TORCH_CHECK(recent_tokens >= 1, "recent_tokens=", recent_tokens, ": must be at least 1");
   STD_TORCH_CHECK(coverage < 0 || mass_threshold < 0, "mass_threshold=", mass_threshold,
                   ": not together with coverage=", coverage);
+  STD_TORCH_CHECK(top_n == -1 || top_n >= 1, "top_n=", top_n,
+                  ": must be at least 1, or -1 for no cap");
   const int64_t needed = top_n < 0 ? max_blocks : std::min(top_n, max_blocks);
   STD_TORCH_CHECK(blocks.size(2) >= needed, "blocks: has N=", blocks.size(2),
                   " columns; must have at least ", needed);

@@ -7,21 +7,31 @@
 
 namespace kcache {
 
-// Scores of some blocks of `kTogether` query heads, in base 2, from `start` in strides, past the
-// first-level cache, which knows nothing of a score kernel that still runs.
+// Scores of some blocks of `kTogether` query heads, from `start` in strides, past the first-level
+// cache, which knows nothing of a score kernel that still runs. What does not exist is -infinity.
 template <int kThreads, bool kCovers>
-template <int kTogether, int kAhead>
+template <int kStride, int kTogether, int kAhead>
 __device__ void ListSelection<kThreads, kCovers>::load_ahead(float (&scores)[kTogether][kAhead],
-                                                             int first_head, int start,
-                                                             int stride) const {
+                                                             int first_head, int start) const {
+  const float* lse = lse_ + first_head * args_.max_blocks + start;
+#pragma unroll
+  for (int h = 0; h < kTogether; ++h, lse += args_.max_blocks) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const bool exists = first_head + h < args_.group && start + i * kStride < num_blocks_;
+      scores[h][i] = exists ? __ldcg(lse + i * kStride) : -INFINITY;
+    }
+  }
+}
+
+// Shifts of `kTogether` query heads; 0 for those that do not exist.
+template <int kThreads, bool kCovers>
+template <int kTogether>
+__device__ void ListSelection<kThreads, kCovers>::load_shifts(float (&shifts)[kTogether],
+                                                              int first_head) const {
 #pragma unroll
   for (int h = 0; h < kTogether; ++h) {
-    const float* lse = lse_ + static_cast<int64_t>(first_head + h) * args_.max_blocks;
-#pragma unroll
-    for (int i = 0, block = start; i < kAhead; ++i, block += stride) {
-      const bool exists = first_head + h < args_.group && block < num_blocks_;
-      scores[h][i] = exists ? __ldcg(lse + block) * kLog2E : -INFINITY;
-    }
+    shifts[h] = first_head + h < args_.group ? shared_.shift[first_head + h] : 0.0f;
   }
 }
 
@@ -39,12 +49,15 @@ __device__ void ListSelection<kThreads, kCovers>::normalise() {
     }
     for (int start = threadIdx.x; start < num_blocks_; start += kThreads * kAhead) {
       float scores[kTogether][kAhead];
-      load_ahead(scores, first, start, kThreads);
+      load_ahead<kThreads>(scores, first, start);
 #pragma unroll
       for (int h = 0; h < kTogether; ++h) {
         float larger = largest[h];
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i) larger = fmaxf(larger, scores[h][i]);
+        for (int i = 0; i < kAhead; ++i) {
+          scores[h][i] *= kLog2E;
+          larger = fmaxf(larger, scores[h][i]);
+        }
         if (larger > -INFINITY) {
           sum[h] *= fast_exp2(largest[h] - larger);
 #pragma unroll
@@ -116,74 +129,90 @@ __device__ void ListSelection<kThreads, kCovers>::normalise_from_chunks() {
   __syncthreads();
 }
 
-// Masses of the blocks, combined over the group, and the totals that coverage is a share of.
+// Masses of the blocks, combined over the group, and their histogram.
 template <int kThreads, bool kCovers>
 template <int kTogether>
 __device__ void ListSelection<kThreads, kCovers>::combine() {
+  if (args_.combine_max) {
+    combine_max<kTogether>();
+    if (cover_ && args_.group > kTogether) add_masses_of_heads();
+  } else {
+    combine_mean<kTogether>();
+  }
+  if (threadIdx.x == 0) {
+    shared_.threshold = 0;
+    shared_.rank_bin = rank_bins_;
+    shared_.in_bin = 0;
+    shared_.count_above = 0;
+    shared_.num_candidates = 0;
+  }
+  __syncthreads();
+}
+
+// The largest mass is that of the largest score above its shift: one power a block, not one a head.
+template <int kThreads, bool kCovers>
+template <int kTogether>
+__device__ void ListSelection<kThreads, kCovers>::combine_max() {
   constexpr int kAhead = kInFlight / kTogether;
-  const bool by_max = args_.combine_max;
   for (int first = 0; first < args_.group; first += kTogether) {
-    unsigned totals[kTogether] = {};
+    const bool counts = counts_ranks_ && first + kTogether >= args_.group;
+    float shifts[kTogether];
+    load_shifts(shifts, first);
     for (int start = threadIdx.x; start < num_blocks_; start += kThreads * kAhead) {
       float scores[kTogether][kAhead];
-      load_ahead(scores, first, start, kThreads);
+      load_ahead<kThreads>(scores, first, start);
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         const int block = start + i * kThreads;
         if (block >= num_blocks_) break;
-        float combined = first == 0 ? 0.0f : masses_[block];
-        if (by_max && !cover_) {
-          // The largest mass is that of the largest score above its shift: one power, not one a
-          // head.
-          float largest = -INFINITY;
-#pragma unroll
-          for (int h = 0; h < kTogether; ++h) {
-            if (first + h >= args_.group) break;
-            largest = fmaxf(largest, scores[h][i] - shared_.shift[first + h]);
-          }
-          masses_[block] = fmaxf(combined, exp2f(largest));
-          continue;
-        }
+        float largest = -INFINITY;
 #pragma unroll
         for (int h = 0; h < kTogether; ++h) {
-          if (first + h >= args_.group) break;
-          const float mass = exp2f(scores[h][i] - shared_.shift[first + h]);
-          combined = by_max ? fmaxf(combined, mass) : combined + mass;
-          if (cover_) totals[h] += fixed_point(mass);
+          largest = fmaxf(largest, above_shift(scores[h][i], shifts[h]));
         }
-        masses_[block] = combined;
+        float mass = fast_exp2(largest);
+        if (first > 0) mass = fmaxf(mass, masses_[block]);
+        masses_[block] = mass;
+        if (!counts) continue;
+        const int bin = rank_bin(mass, block);
+        atomicAdd(histogram_ + bin, 1u);
+        if (!cover_ || args_.group > kTogether) continue;
+#pragma unroll
+        for (int h = 0; h < kTogether; ++h) {
+          if (h < args_.group) add_mass(h, bin, fast_exp2(above_shift(scores[h][i], shifts[h])));
+        }
       }
     }
-    if (!cover_ || !by_max) continue;
+  }
+}
+
+template <int kThreads, bool kCovers>
+template <int kTogether>
+__device__ void ListSelection<kThreads, kCovers>::combine_mean() {
+  constexpr int kAhead = kInFlight / kTogether;
+  for (int first = 0; first < args_.group; first += kTogether) {
+    const bool last = first + kTogether >= args_.group;
+    float shifts[kTogether];
+    load_shifts(shifts, first);
+    for (int start = threadIdx.x; start < num_blocks_; start += kThreads * kAhead) {
+      float scores[kTogether][kAhead];
+      load_ahead<kThreads>(scores, first, start);
 #pragma unroll
-    for (int h = 0; h < kTogether; ++h) {
-      const unsigned total = warp_sum(totals[h]);
-      if (lane_ == 0 && first + h < args_.group) shared_.reduce_total[first + h][warp_] = total;
-    }
-  }
-  if (!by_max) {
-    unsigned total = 0;
-    for (int block = threadIdx.x; block < num_blocks_; block += kThreads) {
-      const float mass = masses_[block] / args_.group;
-      masses_[block] = mass;
-      if (cover_) total += fixed_point(mass);
-    }
-    if (cover_) {
-      total = warp_sum(total);
-      if (lane_ == 0) shared_.reduce_total[0][warp_] = total;
-    }
-  }
-  if (threadIdx.x == 0) {
-    shared_.threshold = 0;
-    shared_.count_above = 0;
-  }
-  __syncthreads();
-  if (!cover_) return;
-  for (int g = warp_; g < num_sums_; g += kWarps) {
-    const unsigned total = warp_sum(lane_ < kWarps ? shared_.reduce_total[g][lane_] : 0u);
-    if (lane_ == 0) {
-      shared_.totals[g] = total;
-      shared_.above[g] = 0;
+      for (int i = 0; i < kAhead; ++i) {
+        const int block = start + i * kThreads;
+        if (block >= num_blocks_) break;
+        float mass = first > 0 ? masses_[block] : 0.0f;
+#pragma unroll
+        for (int h = 0; h < kTogether; ++h) {
+          mass += fast_exp2(above_shift(scores[h][i], shifts[h]));
+        }
+        if (last) mass /= args_.group;
+        masses_[block] = mass;
+        if (!last || !counts_ranks_) continue;
+        const int bin = rank_bin(mass, block);
+        atomicAdd(histogram_ + bin, 1u);
+        if (cover_) add_mass(0, bin, mass);
+      }
     }
   }
 }

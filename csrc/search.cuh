@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The last block that a list keeps, by rank: the part of csrc/select.cuh for fixed numbers,
-// coverages and caps.
+// The last block that a list keeps, by rank, where one bin of ranks has more blocks than
+// csrc/rank_bins.cuh compares: equal masses, or very long lists.
 #pragma once
 
 #include "select.cuh"
@@ -10,6 +10,8 @@ namespace kcache {
 // Composite of the last block kept, digit by digit.
 template <int kThreads, bool kCovers>
 __device__ void ListSelection<kThreads, kCovers>::find_threshold() {
+  if (threadIdx.x == 0) shared_.count_above = 0;
+  if (static_cast<int>(threadIdx.x) < num_sums_) shared_.above[threadIdx.x] = 0;
   for (int pass = 0; pass < 6; ++pass) {
     const int shift = digit_shift(pass), bits = pass == 3 ? 7 : 8;
 #pragma unroll 1
@@ -48,7 +50,7 @@ __device__ void ListSelection<kThreads, kCovers>::find_digit(int shift) {
   int own = 0;
   for (int i = 0; i < kLaneBins; ++i) own += histogram_[top - i];
   const int count = shared_.count_above + warp_inclusive(own, lane_);
-  bool all_met = cover_;
+  bool all_met = true;
 #pragma unroll 1
   for (int sum = 0; sum < num_sums_; ++sum) {
     const unsigned* masses = histogram_ + (1 + sum) * kBins;
@@ -57,10 +59,9 @@ __device__ void ListSelection<kThreads, kCovers>::find_digit(int shift) {
     const unsigned mass = shared_.above[sum] +
                           static_cast<unsigned>(warp_inclusive(static_cast<int>(own_mass), lane_));
     shared_.before[sum][lane_] = mass - own_mass;
-    all_met = all_met && covered(sum, mass);
+    all_met = all_met && covered(shared_.totals[sum], mass);
   }
-  const bool enough = count >= cap_ || (count >= num_forced_ && all_met);
-  const unsigned lanes = __ballot_sync(kAllLanes, enough);
+  const unsigned lanes = __ballot_sync(kAllLanes, enough(count, all_met));
   if (lanes == 0) {  // rounding: not even all of them reach the coverage
     if (lane_ == 0) shared_.enough = false;
     return;
@@ -73,14 +74,13 @@ __device__ void ListSelection<kThreads, kCovers>::find_digit(int shift) {
   int bin = top;
   for (;; --bin) {
     const int with_bin = above + static_cast<int>(histogram_[bin]);
-    bool met = cover_;
+    bool met = true;
 #pragma unroll 1
     for (int sum = 0; sum < num_sums_; ++sum) {
-      met = met && covered(sum, shared_.above[sum] + histogram_[(1 + sum) * kBins + bin]);
+      met = met &&
+            covered(shared_.totals[sum], shared_.above[sum] + histogram_[(1 + sum) * kBins + bin]);
     }
-    if (with_bin >= cap_ || (with_bin >= num_forced_ && met) || bin == top - (kLaneBins - 1)) {
-      break;
-    }
+    if (enough(with_bin, met) || bin == top - (kLaneBins - 1)) break;
     above = with_bin;
 #pragma unroll 1
     for (int sum = 0; sum < num_sums_; ++sum) {

@@ -3,9 +3,10 @@
 // vllm_kcache/reference/select.py.
 //
 // Blocks are ranked by a composite of (mass as an integer, then lower block), and kept down to the
-// last one needed. That one is found digit by digit from the top, by a histogram of counts and of
-// masses of each digit: no sort. Masses are added as integers of 2^-30, which makes sums exact in
-// any order.
+// last one needed. That one is found without sorting them all: a histogram of ranks tells its bin,
+// and only the blocks of that bin are compared with one another (csrc/rank_bins.cuh); where they
+// are too many, it is found digit by digit (csrc/search.cuh). Masses are added as integers of
+// 2^-30, which makes sums exact in any order.
 #pragma once
 
 #include <cstdint>
@@ -20,6 +21,9 @@ namespace kcache {
 // Threads that a list may have.
 constexpr int kMaxThreads = 512, kMaxWarps = kMaxThreads / 32;
 constexpr int kBins = 256;
+// Words that bins of ranks have at least, and blocks of a bin that can be compared: their
+// composites take the place of the bins.
+constexpr int kRankWords = 1024, kMaxCandidates = kRankWords / 2;
 // Scores that a thread loads before it uses the first: a list is bound by the latency of these
 // loads. More take more registers than a thread of follow.cu may have.
 constexpr int kInFlight = 8;
@@ -35,20 +39,26 @@ __host__ __device__ inline int num_sums(bool combine_max, bool cover, int group)
 __host__ __device__ inline int block_words(int max_blocks) {
   return (max_blocks + 31) / 32;
 }
+// Words before the histogram, which may have to hold 64-bit integers.
+__host__ __device__ inline int histogram_offset(int max_blocks) {
+  return (block_words(max_blocks) + max_blocks + 1) / 2 * 2;
+}
 inline size_t select_shared_bytes(int max_blocks, int sums) {
-  return (static_cast<size_t>(block_words(max_blocks)) + max_blocks + kBins * (1 + sums)) * 4;
+  const int histogram = kBins * (1 + sums) > kRankWords ? kBins * (1 + sums) : kRankWords;
+  return (static_cast<size_t>(histogram_offset(max_blocks)) + histogram) * 4;
 }
 
 struct SelectShared {
   float reduce_max[kMaxGroup][kMaxWarps];
   float reduce_sum[kMaxGroup][kMaxWarps];
-  unsigned reduce_total[kMaxGroup][kMaxWarps];
+  unsigned warp_sums[1 + kMaxGroup][kMaxWarps];
   float shift[kMaxGroup];          // log2 of the sum of exp over the request, each query head
   unsigned totals[kMaxGroup];      // all mass, fixed point
-  unsigned above[kMaxGroup];       // mass of the blocks ranked above the digit being found
+  unsigned above[kMaxGroup];       // mass of the blocks ranked above the bin or digit found
   unsigned before[kMaxGroup][32];  // mass before each lane's bins
   unsigned long long threshold;    // composite of the last block kept
   int count_above, in_bin;
+  int rank_bin, num_candidates;
   bool enough;
   int warp_counts[kMaxWarps];
 };
@@ -81,7 +91,7 @@ class ListSelection {
         kept_words_(reinterpret_cast<unsigned*>(dynamic)),
         masses_(dynamic + block_words(args.max_blocks)),
         near_(reinterpret_cast<NearBlock*>(masses_)),
-        histogram_(reinterpret_cast<unsigned*>(masses_ + args.max_blocks)),
+        histogram_(reinterpret_cast<unsigned*>(dynamic + histogram_offset(args.max_blocks))),
         list_(static_cast<int64_t>(request) * args.num_kv_heads + head),
         lse_(args.block_lse + list_ * args.group * args.max_blocks),
         num_tokens_(args.seq_lens[request]),
@@ -95,6 +105,9 @@ class ListSelection {
     cover_ = kCovers && args.coverage >= 0.0f;
     cap_ = args.top_n < 0 ? num_blocks_ : min(args.top_n, num_blocks_);
     num_sums_ = num_sums(args.combine_max, cover_, args.group);
+    counts_ranks_ = cap_ < num_blocks_ || cover_;
+    rank_shift_ = num_sums_ == 0 ? 18 : num_sums_ == 1 ? 19 : 20;
+    rank_bins_ = 1 << (28 - rank_shift_);
   }
 
   // The blocks kept, visible to the thread block, by any rule.
@@ -102,6 +115,9 @@ class ListSelection {
     if (num_tokens_ <= 0) {
       write_empty();
       return {nullptr, 0};
+    }
+    if (counts_ranks_) {
+      for (int i = threadIdx.x; i < rank_bins_ * (1 + num_sums_); i += kThreads) histogram_[i] = 0;
     }
     if (args_.chunk_lse != nullptr) {
       normalise_from_chunks();
@@ -115,12 +131,15 @@ class ListSelection {
     } else {
       combine<4>();
     }
-    if (args_.mass_threshold >= 0.0f) {
-      if (!threshold_within_cap()) find_threshold();
-    } else if (cap_ < num_blocks_ || cover_) {
-      find_threshold();
+    const bool takes_all =
+        args_.mass_threshold >= 0.0f ? threshold_within_cap() : cap_ >= num_blocks_ && !cover_;
+    bool by_bin = false;
+    if (!takes_all) {
+      find_rank_bin();
+      by_bin = shared_.in_bin <= kMaxCandidates;
+      if (!by_bin) find_threshold();
     }
-    return take();
+    return take(by_bin ? mark_by_rank_bin() : mark_from_threshold());
   }
   // The same where `takes_by_threshold` says so, for `kTogether` query heads or fewer
   // (csrc/threshold.cuh).
@@ -135,18 +154,27 @@ class ListSelection {
     return composite(masses_[block], forced(block), block);
   }
   // csrc/masses.cuh.
-  template <int kTogether, int kAhead>
-  __device__ void load_ahead(float (&scores)[kTogether][kAhead], int first_head, int start,
-                             int stride) const;
+  template <int kStride, int kTogether, int kAhead>
+  __device__ void load_ahead(float (&scores)[kTogether][kAhead], int first_head, int start) const;
+  template <int kTogether>
+  __device__ void load_shifts(float (&shifts)[kTogether], int first_head) const;
   __device__ void write_shift(int in_group, float largest, float sum);
   template <int kTogether>
   __device__ void normalise();
   __device__ void normalise_from_chunks();
   template <int kTogether>
   __device__ void combine();
+  template <int kTogether>
+  __device__ void combine_max();
+  template <int kTogether>
+  __device__ void combine_mean();
+  // Base-2 logarithm of a mass.
+  __device__ static float above_shift(float score, float shift) {
+    return fmaf(score, kLog2E, -shift);
+  }
   __device__ float head_mass(int in_group, int block) const {
     const float lse = __ldcg(lse_ + static_cast<int64_t>(in_group) * args_.max_blocks + block);
-    return exp2f(lse * kLog2E - shared_.shift[in_group]);
+    return fast_exp2(above_shift(lse, shared_.shift[in_group]));
   }
 
   __device__ void write_empty() {
@@ -162,8 +190,8 @@ class ListSelection {
     }
   }
 
-  __device__ bool covered(int sum, unsigned mass) const {
-    return static_cast<float>(mass) >= args_.coverage * static_cast<float>(shared_.totals[sum]);
+  __device__ bool covered(unsigned total, unsigned mass) const {
+    return static_cast<float>(mass) >= args_.coverage * static_cast<float>(total);
   }
 
   // Keep what is forced or has the threshold's mass, all ties included, unless the cap forbids.
@@ -184,6 +212,21 @@ class ListSelection {
     return true;
   }
 
+  // csrc/rank_bins.cuh.
+  __device__ int rank_bin(float mass, int block) const;
+  __device__ void add_mass(int sum, int bin, float mass) {
+    const unsigned fixed = fixed_point(mass);
+    if (fixed > 0) atomicAdd(histogram_ + (1 + sum) * rank_bins_ + bin, fixed);
+  }
+  __device__ void add_masses_of_heads();
+  __device__ bool enough(int count, bool all_met) const {
+    return count >= cap_ || (cover_ && count >= num_forced_ && all_met);
+  }
+  __device__ void find_rank_bin();
+  __device__ float mark_by_rank_bin();
+  __device__ void add_masses_above();
+  __device__ int candidates_to_cover();
+
   // csrc/search.cuh.
   __device__ void find_threshold();
   __device__ void count_digits(int shift, int bits);
@@ -196,8 +239,8 @@ class ListSelection {
   }
   __device__ int words_each() const { return (block_words(num_blocks_) + kWarps - 1) / kWarps; }
 
-  // Take what ranks no lower than the threshold.
-  __device__ List<NearBlock> take() {
+  // Set the bits of what ranks no lower than the threshold. Returns the mass that a thread marked.
+  __device__ float mark_from_threshold() {
     float mass = 0.0f;
     for (int word = first_word(); word < last_word(); ++word) {
       const int block = word * 32 + lane_;
@@ -206,6 +249,11 @@ class ListSelection {
       if (lane_ == 0) kept_words_[word] = kept;
       if (keep) mass += masses_[block];
     }
+    return mass;
+  }
+
+  // Take the blocks whose bits are set. `mass` is this thread's part of theirs.
+  __device__ List<NearBlock> take(float mass) {
     mass = warp_sum(mass);
     if (lane_ == 0) shared_.reduce_sum[0][warp_] = mass;
     __syncthreads();
@@ -293,12 +341,13 @@ class ListSelection {
   const int64_t list_;
   const float* lse_;
   const int num_tokens_, lane_, warp_;
-  int num_blocks_, first_recent_, num_forced_, cap_, num_sums_;
-  bool cover_;
+  int num_blocks_, first_recent_, num_forced_, cap_, num_sums_, rank_bins_, rank_shift_;
+  bool cover_, counts_ranks_;
 };
 
 }  // namespace kcache
 
 #include "masses.cuh"
+#include "rank_bins.cuh"
 #include "search.cuh"
 #include "threshold.cuh"

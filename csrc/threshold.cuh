@@ -33,28 +33,28 @@ __device__ List<NearBlock> ListSelection<kThreads, kCovers>::run_by_threshold() 
   normalise_from_chunks();
   constexpr int kAhead = kInFlight / kTogether;
   const int first = first_word(), last = last_word();
-  float shift[kTogether], covered[kTogether];
-#pragma unroll
-  for (int h = 0; h < kTogether; ++h) {
-    shift[h] = h < args_.group ? shared_.shift[h] : 0.0f;
-    covered[h] = 0.0f;
-  }
+  float shifts[kTogether], covered[kTogether] = {};
+  load_shifts(shifts, 0);
   for (int start = first; start < last; start += kAhead) {
     float scores[kTogether][kAhead];
-    load_ahead(scores, 0, start * 32 + lane_, 32);
+    load_ahead<32>(scores, 0, start * 32 + lane_);
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       if (start + i >= last) break;
       const int block = (start + i) * 32 + lane_;
       float largest = -INFINITY;
 #pragma unroll
-      for (int h = 0; h < kTogether; ++h) largest = fmaxf(largest, scores[h][i] - shift[h]);
+      for (int h = 0; h < kTogether; ++h) {
+        largest = fmaxf(largest, above_shift(scores[h][i], shifts[h]));
+      }
       // The mass of a block is that of the largest score above its shift: one power a block.
       const bool keep =
-          block < num_blocks_ && (forced(block) || exp2f(largest) >= args_.mass_threshold);
+          block < num_blocks_ && (forced(block) || fast_exp2(largest) >= args_.mass_threshold);
       if (keep) {
 #pragma unroll
-        for (int h = 0; h < kTogether; ++h) covered[h] += exp2f(scores[h][i] - shift[h]);
+        for (int h = 0; h < kTogether; ++h) {
+          covered[h] += fast_exp2(above_shift(scores[h][i], shifts[h]));
+        }
       }
       const unsigned kept = __ballot_sync(kAllLanes, keep);
       if (lane_ == 0) kept_words_[start + i] = kept;

@@ -22,10 +22,12 @@ def test_thresholds(rule: Selection) -> None:
     check_select(rule)
 
 
+@pytest.mark.parametrize("num_tokens", [12000, 40000, 131072])
 @pytest.mark.parametrize("kind", KINDS)
-def test_long_requests(kind: str) -> None:
-    """More V blocks than threads, and than shared memory holds without leave."""
-    check_select_long(kind, 131072, "cpu")
+def test_long_requests(kind: str, num_tokens: int) -> None:
+    """More V blocks than threads; a bin of ranks with few and with too many to compare; more shared
+    memory than a kernel has without leave."""
+    check_select_long(kind, num_tokens, "cpu")
 
 
 def test_errors_name_what_is_wrong() -> None:

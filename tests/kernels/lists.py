@@ -24,6 +24,14 @@ RULES = (
     # What is forced covers more than is asked for.
     Selection(None, 0.05, 2, 40, "sum"),
 )
+# For long requests: a fixed number, a coverage, both.
+LONG_RULES = (
+    Selection(500, None, 1, 32, "sum"),
+    Selection(300, None, 1, 32, "max"),
+    Selection(None, 0.9, 1, 32, "max"),
+    Selection(None, 0.9, 0, 32, "sum"),
+    Selection(600, 0.95, 1, 32, "max"),
+)
 # Of scores in long requests.
 KINDS = ("random", "all equal", "ties", "one block has all", "tiny")
 
@@ -76,7 +84,8 @@ def assert_selects(
             combined = masses.mean(0) if rule.combine == "sum" else masses.amax(0)
             others = torch.ones(num_blocks, dtype=torch.bool)
             others[kept] = False
-            ranked = sorted(set(kept) - forced, key=lambda block: float(combined[block]))
+            # Of equal masses the higher block is the last.
+            ranked = sorted(set(kept) - forced, key=lambda block: (float(combined[block]), -block))
             if ranked and others.any():
                 assert combined[ranked[0]] >= combined[others].max() - near
             covered = brute_force.covered_mass(masses, kept, rule.combine)
@@ -123,7 +132,7 @@ def check_select_long(kind: str, num_tokens: int, device: str) -> None:
     elif kind == "tiny":
         block_lse *= 20
     lengths = torch.tensor(lens, dtype=torch.int32, device=device)
-    for rule in (Selection(500, None, 1, 32, "sum"), Selection(None, 0.9, 1, 32, "max")):
+    for rule in LONG_RULES:
         selected = select_blocks(block_lse.to(device), lengths, 2, 8, rule)
         assert_selects(selected, block_lse, lens, 8, rule)
         if kind == "all equal":

@@ -29,9 +29,9 @@ LN_2 = tl.constexpr(0.6931471805599453)
 FIXED_POINT_ONE = tl.constexpr(float(1 << 30))
 FORCED_KEY = tl.constexpr(0x7F000000)  # above the bits of any mass
 _MOST_INT32 = 2**31 - 1
-# Of csrc/select.cuh: bins of a digit; what a list takes beside its masses and its histogram; and
-# the check of csrc/bindings.cpp.
-_BINS, _OTHER_SHARED_BYTES, _MOST_BLOCKS = 256, 7168, 49152
+# Of csrc/select.cuh: bins of a sum, and words of all histograms at least; what a list takes beside
+# them and its masses; and the check of csrc/bindings.cpp.
+_BINS, _LEAST_WORDS, _OTHER_SHARED_BYTES, _MOST_BLOCKS = 256, 1024, 7168, 49152
 _LISTS = tl.constexpr(COUNTER_NAMES.index("lists"))
 _SELECTED = tl.constexpr(COUNTER_NAMES.index("selected"))
 _FIRST_DROPPED = tl.constexpr(FIRST_DROPPED_BUCKET)
@@ -385,5 +385,6 @@ def most_blocks(selection: Selection, group: int, shared_bytes: int) -> int:
     sums = 0
     if selection.coverage is not None:
         sums = group if selection.combine == "max" else 1
-    room = (shared_bytes - _OTHER_SHARED_BYTES) // 4 - _BINS * (1 + sums)
+    histogram = max(_BINS * (1 + sums), _LEAST_WORDS)
+    room = (shared_bytes - _OTHER_SHARED_BYTES) // 4 - histogram
     return min(_MOST_BLOCKS, room * 32 // 33)  # with a bit of each block

@@ -163,6 +163,10 @@ T atomicAdd(T* pointer, std::type_identity_t<T> value) {
   return __atomic_fetch_add(pointer, value, __ATOMIC_SEQ_CST);
 }
 template <typename T>
+T atomicOr(T* pointer, std::type_identity_t<T> value) {
+  return __atomic_fetch_or(pointer, value, __ATOMIC_SEQ_CST);
+}
+template <typename T>
 T atomicExch(T* pointer, std::type_identity_t<T> value) {
   return __atomic_exchange_n(pointer, value, __ATOMIC_SEQ_CST);
 }

@@ -386,5 +386,5 @@ def most_blocks(selection: Selection, group: int, shared_bytes: int) -> int:
     if selection.coverage is not None:
         sums = group if selection.combine == "max" else 1
     histogram = max(_BINS * (1 + sums), _LEAST_WORDS)
-    room = (shared_bytes - _OTHER_SHARED_BYTES) // 4 - histogram
+    room = (shared_bytes - _OTHER_SHARED_BYTES) // 4 - histogram - 1  # which is aligned
     return min(_MOST_BLOCKS, room * 32 // 33)  # with a bit of each block

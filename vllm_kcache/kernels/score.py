@@ -213,7 +213,8 @@ def launch_score(
             there, for a kernel that runs beside (csrc/follow.cu).
         dependent: launch it as kernels/dependent.py says.
         after_write: the launch before it on this stream is `write_kv`, of one token for each of
-            these requests and nothing else. Most programs need not wait for it then.
+            these requests and nothing else. Most programs need not wait for it then. Without
+            `dependent` all wait for it anyway.
 
     Returns:
         Programs of each list.
@@ -271,7 +272,7 @@ def launch_score(
         CHUNK_LSE=chunk_lse is not None,
         SIGNAL=parts_scored is not None,
         DEPENDENT=dependent,
-        AFTER_WRITE=after_write,
+        AFTER_WRITE=dependent and after_write,
         launch_pdl=dependent,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

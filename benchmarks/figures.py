@@ -25,6 +25,7 @@ from benchmarks.figures_rows import (
     crossover,
     decode_runs,
     hit_rate_panels,
+    is_line,
     throughput_panels,
 )
 
@@ -105,8 +106,10 @@ def draw_throughput(against: str, label: str) -> Callable[[Path], dict[str, Any]
 def _mark_crossovers(axis: Any, curves: Curves, order: list[str]) -> None:
     stock = curves.get("stock bf16", [])
     height = 0.04
+    if not is_line(stock):
+        return
     for name in [n for n in order if n.startswith("kcache") and n in curves]:
-        place = crossover(curves[name], stock)
+        place = crossover(curves[name], stock) if is_line(curves[name]) else None
         if place is None:
             continue
         color = STYLES[order.index(name) % len(STYLES)][0]
@@ -149,7 +152,8 @@ def _curves(axis: Any, curves: Curves, order: Iterable[str]) -> None:
             x, y, errors = zip(*curves[name], strict=True)
             axis.errorbar(
                 x, y, yerr=errors if any(errors) else None, color=color, marker=marker,
-                markersize=4, linewidth=1.3, elinewidth=0.8, capsize=2, label=name,
+                markersize=4, linewidth=1.3, linestyle="-" if is_line(curves[name]) else "none",
+                elinewidth=0.8, capsize=2, label=name,
             )  # fmt: skip
     axis.grid(color="#dddddd", linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)

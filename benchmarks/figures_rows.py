@@ -20,6 +20,7 @@ FIXED, SUM, MAX = "fixed N", "coverage, mean of the heads", "coverage, every hea
 THRESHOLD = "mass threshold, clipped tail"
 # What one line is drawn of, at one context.
 _ENGINE = ("machine", "series", "context")
+_FAR_APART = 4
 Point = tuple[float, float, float]
 Curves = dict[str, list[Point]]
 
@@ -189,6 +190,12 @@ def _grouped(rows: Iterable[Row], names: tuple[str, ...]) -> dict[tuple[Any, ...
 def _distinct(points: list[Point]) -> list[Point]:
     """One point for each x: what fits may be what was asked for, too."""
     return list({x: (x, y, error) for x, y, error in points}.values())
+
+
+def is_line(points: list[Point]) -> bool:
+    """Whether enough was measured to join the points: of two alone, far apart, nobody knows what
+    lies between them."""
+    return len(points) != 2 or points[1][0] <= _FAR_APART * points[0][0]
 
 
 def crossover(ours: list[Point], stock: list[Point]) -> float | None:

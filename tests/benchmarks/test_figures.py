@@ -20,6 +20,7 @@ from benchmarks.figures_rows import (
     crossover,
     decode_runs,
     hit_rate_panels,
+    is_line,
     read_jsonl,
     selection_family,
     throughput_panels,
@@ -146,6 +147,13 @@ def test_a_line_joins_no_two_commits(tmp_path: Path) -> None:
 
 def test_committed_rows_are_read() -> None:
     assert len(decode_runs(figures.RESULTS / "decode.jsonl")) >= 4
+
+
+def test_two_points_far_apart_are_no_line() -> None:
+    assert is_line([(8, 1, 0), (32, 2, 0)])
+    assert not is_line([(1, 1, 0), (32, 2, 0)])
+    assert is_line([(1, 1, 0), (8, 2, 0), (64, 2, 0)])
+    assert is_line([(1, 1, 0)])
 
 
 def test_crossover() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vllm_kcache.cache import HostMemoryError, HostPool
-from vllm_kcache.cache.host_memory import check_host_memory, host_memory
+from vllm_kcache.cache.host_memory import check_host_memory, host_budget_bytes, host_memory
 
 
 def make_pool(**changes):
@@ -126,3 +126,16 @@ def test_cgroup_v1_without_limit(tmp_path):
         },
     )
     assert host_memory(root).cgroup_bytes is None
+
+
+def test_ranks_and_engines_share_a_budget(tmp_path: Path):
+    """An engine asks the host for its own share: the others may have theirs already."""
+    root = fake_root(tmp_path, {})
+    available = host_memory(root).available_bytes
+    assert host_budget_bytes("auto", 2, 3, root) == int(available * 0.85) // 6
+    twice = 2 * available / 2**30
+    with pytest.raises(HostMemoryError):
+        host_budget_bytes(twice, 2, 1, root)
+    assert host_budget_bytes(twice, 2, 2, root) == pytest.approx(available / 2, abs=2)
+    with pytest.raises(ValueError, match="engines=0"):
+        host_budget_bytes("auto", 1, 0, root)

@@ -210,6 +210,19 @@ def test_not_refused(name: str, folders: Callable[[str], str]) -> None:
     )
 
 
+def test_an_engine_knows_how_many_share_its_host(folders: Callable[[str], str]) -> None:
+    from vllm_kcache.integration.settings import engines_on_host
+
+    vllm_config = engine_args(
+        folders("llama"), kv_backend="kcache", data_parallel_size=2
+    ).create_engine_config()
+    # What vLLM does in each engine.
+    vllm_config.parallel_config.reconfigure_for_independent_dp_rank()
+    assert vllm_config.parallel_config.data_parallel_size_local == 1
+    assert engines_on_host(vllm_config) == 2
+    assert engines_on_host(stock_config(folders("llama"))) == 1
+
+
 def test_nothing_is_refused_on_a_gpu_either(folders: Callable[[str], str]) -> None:
     vllm_config = stock_config(folders("llama"))
     on_gpu = changed(vllm_config, {"device_config.device_type": "cuda"})

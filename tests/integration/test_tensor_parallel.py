@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two ranks, each with its KV heads, its K pages and its part of the host memory."""
+"""Two ranks, each with its KV heads or layers, their K pages and its part of the host memory."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def check_two_ranks(tmp_path: Path, block_tokens: int, **engine: Any) -> None:
 
     Args:
         block_tokens: vLLM's block size.
-        engine: more arguments of the engine.
+        engine: more arguments of the engine. The ranks share the heads unless it says otherwise.
     """
     model = write_llama(
         tmp_path / "model", hidden_size=8 * HEAD_SIZE, num_attention_heads=8,
@@ -51,7 +51,7 @@ def check_two_ranks(tmp_path: Path, block_tokens: int, **engine: Any) -> None:
         "max_model_len": 2048,
         "max_num_batched_tokens": 512,
         "block_size": block_tokens,
-        "tensor_parallel_size": RANKS,
+        **({} if "pipeline_parallel_size" in engine else {"tensor_parallel_size": RANKS}),
         **engine,
     }
     with ThreadPoolExecutor(2) as pool:
@@ -62,7 +62,7 @@ def check_two_ranks(tmp_path: Path, block_tokens: int, **engine: Any) -> None:
     assert len({tuple(row[0]) for row in tokens_of(split)[0]}) == len(work()[0]["prompts"])
     assert split["batches"][1][3]["cached_tokens"] > 1400
     figures = split["kcache_metrics"]
-    # Every rank counts the lists of its own heads.
+    # Every rank counts the lists of its own heads and layers.
     assert figures["selected_lists"] > 0
     assert figures["selected_lists"] % (KV_HEADS * LAYERS) == 0
     v_bytes = LAYERS * KV_HEADS * HEAD_SIZE * block_tokens * FLOAT32_BYTES
@@ -73,3 +73,9 @@ def test_text_equals_stock_on_two_ranks(tmp_path: Path, monkeypatch: pytest.Monk
     # Ranks of several engines share few cores here.
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     check_two_ranks(tmp_path, 32)
+
+
+def test_text_equals_stock_on_two_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One stage has a layer more. Stock on a CPU runs stages only where it compiles the model."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    check_two_ranks(tmp_path, 32, pipeline_parallel_size=RANKS, enforce_eager=False)

@@ -9,6 +9,7 @@ import pytest
 
 from vllm_kcache.config import KCacheConfig, KCacheConfigError
 from vllm_kcache.integration import runtime, worker
+from vllm_kcache.integration.settings import note_engines_on_host
 
 V_BYTES = K_BYTES = 1 << 20
 
@@ -23,10 +24,13 @@ class Engine:
 class Worker(worker.SplitCacheWorker, Engine):
     """One of two ranks of one machine."""
 
-    def __init__(self) -> None:
+    def __init__(self, engines: int = 1) -> None:
         self.kcache_config = KCacheConfig()
-        parallel = SimpleNamespace(world_size_across_dp=2, nnodes=1)
-        self.vllm_config = SimpleNamespace(parallel_config=parallel)
+        parallel = SimpleNamespace(local_world_size=2, data_parallel_size_local=engines)
+        self.vllm_config = SimpleNamespace(parallel_config=parallel, additional_config={})
+        note_engines_on_host(self.vllm_config)
+        # As vLLM does in each engine of a model without experts.
+        parallel.data_parallel_size_local = 1
 
     def get_kv_cache_spec(self) -> dict[str, SimpleNamespace]:
         return {"layer": SimpleNamespace(page_size_bytes=K_BYTES)}
@@ -36,7 +40,11 @@ class Worker(worker.SplitCacheWorker, Engine):
 def available(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Bytes that the machine has left, which a test changes."""
     machine = SimpleNamespace(bytes=1200 * V_BYTES)
-    monkeypatch.setattr(worker, "host_budget_bytes", lambda gib, ranks: machine.bytes // ranks)
+    monkeypatch.setattr(
+        worker,
+        "host_budget_bytes",
+        lambda gib, ranks, engines: machine.bytes // (ranks * engines),
+    )
     active = SimpleNamespace(shape=SimpleNamespace(v_bytes_per_page=V_BYTES))
     monkeypatch.setattr(runtime, "current", lambda: active)
     return machine
@@ -49,6 +57,10 @@ def test_a_rank_that_pinned_first_takes_nothing_from_the_other(available: Simple
     first._check_host_memory(600)
     available.bytes -= 600 * V_BYTES
     second._check_host_memory(600)
+
+
+def test_engines_of_one_server_share(available: SimpleNamespace) -> None:
+    assert Worker(engines=3).determine_available_memory() == 200 * K_BYTES
 
 
 def test_more_blocks_than_the_budget_are_refused(available: SimpleNamespace) -> None:

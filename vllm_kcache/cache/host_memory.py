@@ -135,21 +135,26 @@ def _tightest(mount: Path, group: str, limit: str, usage: str, cache: str) -> in
 AUTO_SHARE = 0.85
 
 
-def host_budget_bytes(host_memory_gib: float | str, ranks: int, root: Path = Path("/")) -> int:
+def host_budget_bytes(
+    host_memory_gib: float | str, ranks: int, engines: int = 1, root: Path = Path("/")
+) -> int:
     """Host memory that one rank may take for its V pool.
 
     Args:
         host_memory_gib: `kcache_config.host_memory_gib`: GiB for all ranks of this host together,
             or "auto" for 85% of what is available now.
-        ranks: ranks of this host that share the budget.
+        ranks: ranks of one engine on this host.
+        engines: engines on this host that share the budget (data parallelism). They start each on
+            its own, so what the others have taken is no longer available: only the share of this
+            one is asked of the host.
         root: the file system's root, another one in tests.
 
     Returns bytes. Raises HostMemoryError when more is asked for than the host can give.
     """
-    if ranks < 1:
-        raise ValueError(f"ranks={ranks}: must be at least 1")
+    if min(ranks, engines) < 1:
+        raise ValueError(f"ranks={ranks}, engines={engines}: must be at least 1")
     if host_memory_gib == "auto":
-        return int(host_memory(root).available_bytes * AUTO_SHARE) // ranks
-    budget = int(float(host_memory_gib) * 2**30)
+        return int(host_memory(root).available_bytes * AUTO_SHARE) // (ranks * engines)
+    budget = int(float(host_memory_gib) * 2**30) // engines
     check_host_memory(budget, root)
     return budget // ranks

@@ -12,7 +12,7 @@ from vllm_kcache.config import KCacheConfig, KCacheConfigError
 from vllm_kcache.integration import counters, refusals
 from vllm_kcache.integration.patches import PatchRecord, wrap
 from vllm_kcache.integration.plugin import activate_backend
-from vllm_kcache.integration.settings import KEY
+from vllm_kcache.integration.settings import KEY, note_engines_on_host
 
 BACKENDS = ("default", "kcache")
 WORKER_CPU = "vllm_kcache.integration.cpu_worker.KCacheCPUWorker"
@@ -184,7 +184,8 @@ def _with_checks(original: Callable) -> Callable:
             _choose_backend_and_worker(self)
             vllm_config = original(self, *args, **kwargs)
             refusals.check(vllm_config, config)
-            atexit.register(counters.remove_all, vllm_config.instance_id)
+            note_engines_on_host(vllm_config)
+            atexit.register(counters.remove_all, counters.instance_of(vllm_config))
         except KCacheConfigError as error:
             if isinstance(additional, _FromCommandLine):
                 _exit_with(error)

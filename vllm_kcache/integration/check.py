@@ -76,7 +76,7 @@ def _take_what_is_refused_out(engine_args: Any) -> None:
 
 def _host_memory(vllm_config: Any, config: KCacheConfig) -> list[str]:
     parallel = vllm_config.parallel_config
-    ranks = max(1, parallel.world_size_across_dp // parallel.nnodes)
+    ranks = parallel.local_world_size * max(1, parallel.data_parallel_size_local)
     try:
         host_budget_bytes(config.host_memory_gib, ranks)
     except (HostMemoryError, KCacheConfigError) as error:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import atexit
 import mmap
+import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,15 +48,27 @@ def directory() -> Path:
     return shared if shared.is_dir() else Path(tempfile.gettempdir())
 
 
-def path_of(instance_id: str, engine: int, rank: int) -> Path:
+def instance_of(vllm_config: Any) -> str:
+    """A name that all processes of one server know, and no other server has.
+
+    That is vLLM's id of the configuration, but where several API server processes each make their
+    own: then it is the folder that vLLM makes for the metrics of them all.
+    """
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    if folder is not None and vllm_config.parallel_config._api_process_count > 1:
+        return Path(folder).name
+    return vllm_config.instance_id
+
+
+def path_of(instance: str, engine: int, rank: int) -> Path:
     """File of one worker.
 
     Args:
-        instance_id: vLLM's id of the engine's configuration.
+        instance: From `instance_of`.
         engine: Data-parallel rank.
         rank: Rank of the worker within its engine.
     """
-    return directory() / f"vllm_kcache.{instance_id}.{engine}.{rank}"
+    return directory() / f"vllm_kcache.{instance}.{engine}.{rank}"
 
 
 class Counters:
@@ -132,9 +146,9 @@ def dropped_mass(values: np.ndarray) -> np.ndarray:
     return values[_DROPPED_AT:NUM_VALUES]
 
 
-def read_all(instance_id: str, engine: int) -> list[np.ndarray]:
+def read_all(instance: str, engine: int) -> list[np.ndarray]:
     """Arrays of all workers of an engine, as copies; empty where none runs."""
-    pattern = f"vllm_kcache.{instance_id}.{engine}.*"
+    pattern = f"vllm_kcache.{instance}.{engine}.*"
     arrays = []
     for path in sorted(directory().glob(pattern)):
         data = path.read_bytes()
@@ -143,12 +157,12 @@ def read_all(instance_id: str, engine: int) -> list[np.ndarray]:
     return arrays
 
 
-def remove_all(instance_id: str) -> None:
+def remove_all(instance: str) -> None:
     """Remove the files of all workers of an instance.
 
     vLLM ends workers with SIGKILL when it stops, so they cannot remove their own.
     """
-    for path in directory().glob(f"vllm_kcache.{instance_id}.*"):
+    for path in directory().glob(f"vllm_kcache.{instance}.*"):
         path.unlink(missing_ok=True)
 
 

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,11 @@ from prometheus_client.core import (
     Metric,
     SummaryMetricFamily,
 )
+from prometheus_client.multiprocess import MultiProcessCollector
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from vllm_kcache.integration import counters
+from vllm_kcache.integration.patches import PatchRecord, wrap
 from vllm_kcache.integration.settings import settings_of
 
 PREFIX = "vllm_kcache_"
@@ -30,21 +33,35 @@ _COUNTERS = {
     "direct_host_reads": "Selected V blocks read from host memory by attention itself.",
 }
 
+_SEVERAL_RECORD = PatchRecord(
+    target="prometheus_client.multiprocess.MultiProcessCollector.collect",
+    why="Of several API server processes, /metrics shows only what metrics of files left there.",
+    how="The figures of this package, which come from files of its workers, are appended.",
+    upstream="vLLM gives plugins no way to add a collector (0.32.0).",
+    until="vLLM lets plugins add one.",
+)
+
 
 class _Engine:
     """What the server knows of one engine."""
 
-    def __init__(self, instance_id: str, index: int) -> None:
-        self.instance_id = instance_id
+    def __init__(self, instance: str, index: int) -> None:
+        self.instance = instance
         self.index = index
         self.usage = 0.0
 
 
 class KCacheCollector:
-    """Reads the workers' counters when the server is scraped."""
+    """Reads the workers' counters when the server is scraped.
 
-    def __init__(self) -> None:
+    Args:
+        knows_usage: Whether this process hears from the engines how full they are at every step:
+            not where several API server processes take turns.
+    """
+
+    def __init__(self, knows_usage: bool = True) -> None:
         self.engines: dict[int, _Engine] = {}
+        self.knows_usage = knows_usage
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: names are made at scrape time, so that registering never reads a file."""
@@ -53,7 +70,7 @@ class KCacheCollector:
     def collect(self) -> Iterator[Metric]:
         """One family per metric, one sample per engine."""
         values = {
-            engine.index: counters.summed(counters.read_all(engine.instance_id, engine.index))
+            engine.index: counters.summed(counters.read_all(engine.instance, engine.index))
             for engine in self.engines.values()
         }
         yield self._host_pool(values)
@@ -91,9 +108,11 @@ class KCacheCollector:
         )
         for index, array in values.items():
             total = _scalar(array, "host_pool_blocks")
+            family.add_metric([str(index), "total"], total)
+            if not self.knows_usage:
+                continue
             # vLLM keeps one block for itself and reports usage of the others.
             used = round(self.engines[index].usage * max(total - 1, 0))
-            family.add_metric([str(index), "total"], total)
             family.add_metric([str(index), "used"], used)
         return family
 
@@ -114,9 +133,24 @@ _collector: KCacheCollector | None = None
 def _shared_collector() -> KCacheCollector:
     global _collector
     if _collector is None:
-        _collector = KCacheCollector()
-        REGISTRY.register(_collector)
+        several_processes = "PROMETHEUS_MULTIPROC_DIR" in os.environ
+        _collector = KCacheCollector(knows_usage=not several_processes)
+        if several_processes:
+            wrap(MultiProcessCollector, "collect", _followed_by(_collector), _SEVERAL_RECORD)
+        else:
+            REGISTRY.register(_collector)
     return _collector
+
+
+def _followed_by(collector: KCacheCollector) -> Callable[[Callable], Callable]:
+    def make(original: Callable) -> Callable:
+        def collect(self: MultiProcessCollector) -> Iterator[Metric]:
+            yield from original(self)
+            yield from collector.collect()
+
+        return collect
+
+    return make
 
 
 class KCacheStatLogger(StatLoggerBase):
@@ -129,7 +163,7 @@ class KCacheStatLogger(StatLoggerBase):
         self._engine: _Engine | None = None
         if settings_of(vllm_config) is None:
             return
-        self._engine = _Engine(vllm_config.instance_id, engine_index)
+        self._engine = _Engine(counters.instance_of(vllm_config), engine_index)
         _shared_collector().engines[engine_index] = self._engine
 
     def record(

@@ -12,6 +12,8 @@ from typing import Any
 from vllm_kcache.config import KCacheConfig
 
 KEY = "kcache"
+# Beside the settings: an engine of a model without experts forgets how many others there are.
+ENGINES_KEY = "kcache_engines_on_host"
 
 
 def settings_of(vllm_config: Any) -> KCacheConfig | None:
@@ -27,3 +29,19 @@ def settings_of(vllm_config: Any) -> KCacheConfig | None:
     if not isinstance(additional, dict) or KEY not in additional:
         return None
     return KCacheConfig.from_user(additional[KEY])
+
+
+def note_engines_on_host(vllm_config: Any) -> None:
+    """Keep the number of data-parallel engines on this host for `engines_on_host`.
+
+    Args:
+        vllm_config: vLLM's configuration as it was just made.
+    """
+    engines = max(1, vllm_config.parallel_config.data_parallel_size_local)
+    vllm_config.additional_config = {**vllm_config.additional_config, ENGINES_KEY: engines}
+
+
+def engines_on_host(vllm_config: Any) -> int:
+    """Data-parallel engines on this host, of this server; 1 without data parallelism."""
+    additional = getattr(vllm_config, "additional_config", None) or {}
+    return max(1, additional.get(ENGINES_KEY, 1))

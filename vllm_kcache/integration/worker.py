@@ -16,7 +16,7 @@ from vllm_kcache.integration import counters, runtime
 from vllm_kcache.integration.backend import KCacheBackend
 from vllm_kcache.integration.layers import is_dense_layer
 from vllm_kcache.integration.plugin import activate_backend
-from vllm_kcache.integration.settings import settings_of
+from vllm_kcache.integration.settings import engines_on_host, settings_of
 
 logger = init_logger(__name__)
 
@@ -51,7 +51,7 @@ class SplitCacheWorker:
         specs = self.get_kv_cache_spec()  # type: ignore[attr-defined]
         shape = runtime.page_shape_of(self.vllm_config, specs, self._split_layers)
         engine = self.vllm_config.parallel_config.data_parallel_index
-        path = counters.path_of(self.vllm_config.instance_id, engine, self.rank)
+        path = counters.path_of(counters.instance_of(self.vllm_config), engine, self.rank)
         runtime.start(self._make_runtime(self.kcache_config, shape, counters.Counters(path)))
 
     def determine_available_memory(self) -> int:
@@ -80,9 +80,9 @@ class SplitCacheWorker:
 
     def _host_budget(self, device_bytes: int) -> int:
         """Host bytes that this rank may pin for V."""
-        parallel = self.vllm_config.parallel_config
-        ranks = max(1, parallel.world_size_across_dp // parallel.nnodes)
-        return host_budget_bytes(self.kcache_config.host_memory_gib, ranks)
+        ranks = self.vllm_config.parallel_config.local_world_size
+        engines = engines_on_host(self.vllm_config)
+        return host_budget_bytes(self.kcache_config.host_memory_gib, ranks, engines)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """Allocate the K pages, then the host pool of as many pages."""

@@ -4,8 +4,8 @@
 
 namespace kcache {
 
-// For masses, of which all are 1 together, and terms of sums like that: what is below 2^-126 may
-// be 0.
+// For masses and for terms of their sums, where 1 is much: what is below 2^-126 may be 0, so that
+// such masses are equal.
 __device__ inline float fast_exp2(float value) {
   float power;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(value));

@@ -29,8 +29,8 @@ __device__ void ListSelection<kThreads, kCovers>::add_masses_of_heads() {
   }
 }
 
-// Find the bin of the last block kept, and all mass of each sum. Rounding: where not even all
-// blocks reach the coverage, it stays the one past the last.
+// Find the bin of the last block kept, and all mass of each sum. There always is one: where
+// rounding puts the coverage out of reach, the cap, which is all blocks at most, ends it.
 template <int kThreads, bool kCovers>
 __device__ void ListSelection<kThreads, kCovers>::find_rank_bin() {
   constexpr int kThreadBins = kRankWords / kThreads;
@@ -86,7 +86,8 @@ __device__ void ListSelection<kThreads, kCovers>::find_rank_bin() {
   __syncthreads();
 }
 
-// Set the bits of the blocks kept. Returns the mass that a thread marked.
+// Set the bits of the blocks kept. Returns the mass that a thread marked; which thread marks a
+// candidate of a fixed number depends on the schedule, and so does the last bit of their sum.
 template <int kThreads, bool kCovers>
 __device__ float ListSelection<kThreads, kCovers>::mark_by_rank_bin() {
   if (cover_) add_masses_above();

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The last block that a list keeps, by rank, where one bin of ranks has more blocks than
-// csrc/rank_bins.cuh compares: equal masses, or very long lists.
+// csrc/rank_bins.cuh compares: masses that are (nearly) equal, very long lists, hundreds of forced
+// blocks of which some have no room, or a number that reaches down to masses below 2^-32.
 #pragma once
 
 #include "select.cuh"
@@ -62,7 +63,7 @@ __device__ void ListSelection<kThreads, kCovers>::find_digit(int shift) {
     all_met = all_met && covered(shared_.totals[sum], mass);
   }
   const unsigned lanes = __ballot_sync(kAllLanes, enough(count, all_met));
-  if (lanes == 0) {  // rounding: not even all of them reach the coverage
+  if (lanes == 0) {  // cannot be: the cap ends it
     if (lane_ == 0) shared_.enough = false;
     return;
   }

@@ -21,8 +21,8 @@ namespace kcache {
 // Threads that a list may have.
 constexpr int kMaxThreads = 512, kMaxWarps = kMaxThreads / 32;
 constexpr int kBins = 256;
-// Words that bins of ranks have at least, and blocks of a bin that can be compared: their
-// composites take the place of the bins.
+// Words of all bins of ranks, at least; and blocks of one bin that can be compared: their
+// composites, of two words each, take the place of the bins.
 constexpr int kRankWords = 1024, kMaxCandidates = kRankWords / 2;
 // Scores that a thread loads before it uses the first: a list is bound by the latency of these
 // loads. More take more registers than a thread of follow.cu may have.
@@ -106,6 +106,8 @@ class ListSelection {
     cap_ = args.top_n < 0 ? num_blocks_ : min(args.top_n, num_blocks_);
     num_sums_ = num_sums(args.combine_max, cover_, args.group);
     counts_ranks_ = cap_ < num_blocks_ || cover_;
+    // 2^28 values of a mass's bits are 32 powers of two below 1. As many bins as have room: of the
+    // counts and of each sum, in max(kRankWords, kBins * (1 + sums)) words.
     rank_shift_ = num_sums_ == 0 ? 18 : num_sums_ == 1 ? 19 : 20;
     rank_bins_ = 1 << (28 - rank_shift_);
   }
@@ -168,7 +170,8 @@ class ListSelection {
   __device__ void combine_max();
   template <int kTogether>
   __device__ void combine_mean();
-  // Base-2 logarithm of a mass.
+  // Base-2 logarithm of a mass. `shift` comes from rounded products, so where one block has all of
+  // the mass, that may be some 1e-7 times the score off 1.
   __device__ static float above_shift(float score, float shift) {
     return fmaf(score, kLog2E, -shift);
   }

@@ -11,7 +11,7 @@ from tests.reference import brute_force
 from tests.shapes import ODD_SHAPES, Case, build_case
 from vllm_kcache.cache.hot_cache import HotCache
 from vllm_kcache.kernels.fetch import fetch_blocks
-from vllm_kcache.kernels.select import launch_select, select_blocks
+from vllm_kcache.kernels.select import launch_select, select_blocks, selection_arguments
 from vllm_kcache.reference import fetch, score, select
 from vllm_kcache.types import Selected, Selection
 
@@ -142,6 +142,25 @@ def check_select_long(kind: str, num_tokens: int, device: str) -> None:
             assert selected.blocks[0, 0, :count].tolist() == expected
 
 
+def check_select_equal(num_equal: int, group: int, device: str) -> None:
+    """As many equal masses, more than are kept, and one forced block: the lower blocks win."""
+    num_blocks = num_equal + 1
+    lengths = torch.tensor([num_blocks * 8], dtype=torch.int32, device=device)
+    block_lse = torch.zeros((1, group, num_blocks), device=device)
+    for rule in (
+        Selection(300, None, 0, 1, "sum"),
+        Selection(300, None, 0, 1, "max"),
+        Selection(None, 0.5, 0, 1, "max"),
+        Selection(400, 0.95, 0, 1, "sum"),
+    ):
+        selected = select_blocks(block_lse, lengths, 1, 8, rule)
+        count = int(selected.counts)
+        half = -(-num_blocks // 2)
+        assert count == (rule.top_n or pytest.approx(half, abs=1))
+        expected = [*range(count - 1), num_equal]
+        assert selected.blocks[0, 0, :count].tolist() == expected
+
+
 def check_errors(device: str) -> None:
     """The extension names the tensor that does not fit."""
     lengths = torch.ones(2, dtype=torch.int32, device=device)
@@ -156,6 +175,12 @@ def check_errors(device: str) -> None:
     ):
         with pytest.raises(RuntimeError, match=text):
             launch_select(torch.zeros((2, 4, width), device=device), its_lengths, 8, RULES[1], out)
+    scores = torch.zeros((2, 4, 8), device=device)
+    with pytest.raises(RuntimeError, match="top_n=0: must be at least 1, or -1 for no cap"):
+        torch.ops.kcache.select_blocks(
+            scores, lengths, 8, 0, *selection_arguments(RULES[0])[1:], 0, 2, out.blocks, out.counts,
+            out.mass, None, None, None, 0,
+        )  # fmt: skip
 
 
 def make_hot_cache(case: Case, num_slots: int, device: str) -> HotCache:

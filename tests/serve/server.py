@@ -10,9 +10,11 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import openai
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
@@ -21,6 +23,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = REPOSITORY / "models" / "SmolLM2-135M-Instruct"
 MODEL_NAME = "smollm2"
 VLLM = Path(sys.executable).with_name("vllm")
+KV_CACHE_BYTES = 128 * 2**20
+NUM_LAYERS, NUM_KV_HEADS, HEAD_SIZE, FLOAT32_BYTES = 30, 3, 64, 4
 START_SECONDS = 240
 STOP_SECONDS = 60
 
@@ -160,6 +164,26 @@ class Server:
         except ProcessLookupError:
             return False
         return True
+
+
+@contextlib.contextmanager
+def serving(folder: Path, *flags: str) -> Iterator[Server]:
+    """A server of the split cache that answers, ended at the end; its log is in `folder`."""
+    common = ["--kv-backend", "kcache", "--kv-cache-memory-bytes", str(KV_CACHE_BYTES)]
+    running = Server(folder / "server.log", [*common, *flags])
+    try:
+        running.wait_until_ready()
+        yield running
+    finally:
+        running.close()
+
+
+def complete(client: openai.OpenAI, prompt: str, tokens: int = 16) -> str:
+    """Greedy text after a prompt."""
+    answer = client.completions.create(
+        model=MODEL_NAME, prompt=prompt, max_tokens=tokens, temperature=0
+    )
+    return answer.choices[0].text
 
 
 def free_port() -> int:

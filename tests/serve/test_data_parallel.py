@@ -9,45 +9,40 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 
-from tests.serve.server import MODEL_NAME, Server
+from tests.serve.server import (
+    FLOAT32_BYTES,
+    HEAD_SIZE,
+    NUM_KV_HEADS,
+    NUM_LAYERS,
+    Server,
+    complete,
+    serving,
+)
 
 pytestmark = pytest.mark.slow
 
 ENGINES = ("0", "1")
-# As many blocks as an engine has; host memory for three quarters of what both would take.
-KV_CACHE_BYTES, HOST_GIB = 128 * 2**20, 0.1875
-NUM_LAYERS, NUM_KV_HEADS, HEAD_SIZE, FLOAT32_BYTES = 30, 3, 64, 4
+# Three quarters of what the V of both engines' blocks would take.
+HOST_GIB = 0.1875
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log_path = tmp_path_factory.mktemp("serve") / "server.log"
-    flags = [
-        "--kv-backend", "kcache", "--kv-cache-memory-bytes", str(KV_CACHE_BYTES),
-        "--kcache-config.host_memory_gib", str(HOST_GIB), "--data-parallel-size", "2",
-    ]  # fmt: skip
+    flags = [f"--kcache-config.host_memory_gib={HOST_GIB}", "--data-parallel-size=2"]
     with pytest.MonkeyPatch.context() as environment:
         # Two engines share few cores here.
         environment.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        running = Server(log_path, flags)
-    try:
-        running.wait_until_ready()
-        yield running
-    finally:
-        running.close()
+        with serving(tmp_path_factory.mktemp("serve"), *flags) as running:
+            yield running
 
 
 def test_both_engines_answer_and_are_counted(server: Server) -> None:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120) as client:
-
-        def complete(_: int) -> str:
-            answer = client.completions.create(
-                model=MODEL_NAME, prompt="The capital of France is", max_tokens=8, temperature=0
-            )
-            return answer.choices[0].text
-
-        with ThreadPoolExecutor(8) as clients:
-            texts = set(clients.map(complete, range(16)))
+    prompts = ["The capital of France is"] * 16
+    with (
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120) as client,
+        ThreadPoolExecutor(8) as clients,
+    ):
+        texts = set(clients.map(lambda prompt: complete(client, prompt, tokens=8), prompts))
     assert len(texts) == 1
     assert "Paris" in texts.pop()
     for engine in ENGINES:

@@ -12,12 +12,20 @@ import httpx
 import openai
 import pytest
 
-from tests.serve.server import MODEL_NAME, Server
+from tests.serve.server import (
+    FLOAT32_BYTES,
+    HEAD_SIZE,
+    KV_CACHE_BYTES,
+    MODEL_NAME,
+    NUM_KV_HEADS,
+    NUM_LAYERS,
+    Server,
+    complete,
+    serving,
+)
 
 pytestmark = pytest.mark.slow
 
-KV_CACHE_BYTES = 128 * 2**20
-NUM_LAYERS, NUM_KV_HEADS, HEAD_SIZE, FLOAT32_BYTES = 30, 3, 64, 4
 PARALLEL_CLIENTS = 16
 # fmt: off
 FRUITS = (
@@ -29,14 +37,8 @@ FRUITS = (
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log_path = tmp_path_factory.mktemp("serve") / "server.log"
-    flags = ["--kv-backend", "kcache", "--kv-cache-memory-bytes", str(KV_CACHE_BYTES)]
-    running = Server(log_path, flags)
-    try:
-        running.wait_until_ready()
+    with serving(tmp_path_factory.mktemp("serve")) as running:
         yield running
-    finally:
-        running.close()
 
 
 @pytest.fixture
@@ -44,13 +46,6 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120) as made:
         yield made
     server.wait_until_idle()
-
-
-def complete(client: openai.OpenAI, prompt: str, tokens: int = 16) -> str:
-    answer = client.completions.create(
-        model=MODEL_NAME, prompt=prompt, max_tokens=tokens, temperature=0
-    )
-    return answer.choices[0].text
 
 
 def test_completion(client: openai.OpenAI) -> None:

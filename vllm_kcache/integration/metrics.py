@@ -130,12 +130,12 @@ def _cumulative(array: np.ndarray) -> list[tuple[str, float]]:
 _collector: KCacheCollector | None = None
 
 
-def _shared_collector() -> KCacheCollector:
+def _shared_collector(num_processes: int) -> KCacheCollector:
     global _collector
     if _collector is None:
-        several_processes = "PROMETHEUS_MULTIPROC_DIR" in os.environ
-        _collector = KCacheCollector(knows_usage=not several_processes)
-        if several_processes:
+        _collector = KCacheCollector(knows_usage=num_processes == 1)
+        # Set by vLLM for several processes, or by a user, and then for one as well.
+        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
             wrap(MultiProcessCollector, "collect", _followed_by(_collector), _SEVERAL_RECORD)
         else:
             REGISTRY.register(_collector)
@@ -164,7 +164,8 @@ class KCacheStatLogger(StatLoggerBase):
         if settings_of(vllm_config) is None:
             return
         self._engine = _Engine(counters.instance_of(vllm_config), engine_index)
-        _shared_collector().engines[engine_index] = self._engine
+        processes = vllm_config.parallel_config._api_process_count
+        _shared_collector(processes).engines[engine_index] = self._engine
 
     def record(
         self,

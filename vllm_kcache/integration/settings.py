@@ -44,4 +44,4 @@ def note_engines_on_host(vllm_config: Any) -> None:
 def engines_on_host(vllm_config: Any) -> int:
     """Data-parallel engines on this host, of this server; 1 without data parallelism."""
     additional = getattr(vllm_config, "additional_config", None) or {}
-    return max(1, additional.get(ENGINES_KEY, 1))
+    return additional.get(ENGINES_KEY, 1)

@@ -81,11 +81,13 @@ def _part_name(title: str, taken: Iterable[str]) -> str:
     return next(name for name in itertools.chain(names, numbered) if name not in taken)
 
 
-def draw_throughput(against: str, label: str) -> Callable[[Path], dict[str, Any]]:
+def draw_throughput(
+    against: str, label: str, preset: str | None = None
+) -> Callable[[Path], dict[str, Any]]:
     """Panels side by side, the crossing of kcache over stock bf16 marked."""
 
     def draw(results: Path) -> dict[str, Any]:
-        panels = throughput_panels(decode_runs(results / "decode.jsonl"), against)
+        panels = throughput_panels(decode_runs(results / "decode.jsonl", preset), against)
         figure, axes = _grid(len(panels))
         order = sorted({name for curves in panels.values() for name in curves}, reverse=True)
         for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
@@ -188,6 +190,7 @@ def all_figures() -> dict[str, Callable[[Path], dict[str, Any]]]:
         "perplexity": draw_accuracy("perplexity_change", "change of perplexity", log=False),
         "throughput_context": draw_throughput("context", "tokens of context"),
         "throughput_batch": draw_throughput("requests", "requests"),
+        "throughput_paper": draw_throughput("context", "tokens of context", preset="paper"),
         "hit_rate": draw_hit_rate,
     }
 

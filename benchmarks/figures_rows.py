@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -96,11 +97,15 @@ def accuracy_panels(path: Path, value: str) -> dict[str, dict[tuple[int, int], C
     return panels
 
 
-def decode_runs(path: Path) -> list[Row]:
+def decode_runs(path: Path, preset: str | None = None) -> list[Row]:
     """Runs of whole engines: one each, with its context and the number of requests.
 
     Of an engine's runs at one context those of the last commit count: a line joins no two states
     of the code.
+
+    Args:
+        path: rows of the decode benchmark.
+        preset: only runs of this preset; without, only runs of none.
 
     Raises:
         NoRowsError: see `read_jsonl`.
@@ -109,6 +114,8 @@ def decode_runs(path: Path) -> list[Row]:
     for row in read_jsonl(path):
         if row["label"] == "short":  # of make bench-gpu: one repeat
             continue
+        if preset_of(row["command"]) != preset:
+            continue
         for run in row["runs"]:
             asked = row.get("requests_asked", run["requests"])
             found = {
@@ -116,7 +123,10 @@ def decode_runs(path: Path) -> list[Row]:
                 "series": engine_name(row),
                 "context": row["context"],
                 "requests": run["requests"],
-                "is_full": asked == 0 or run["requests"] == row["requests_that_fit"],
+                # A preset asks for one number of requests, or as many of it as fit.
+                "is_full": preset is not None
+                or asked == 0
+                or run["requests"] == row["requests_that_fit"],
                 "is_capped": run["requests"] < row["requests_that_fit"],
                 "tokens_per_second": run["tokens_per_second"],
                 "commit": row["commit"],
@@ -126,6 +136,12 @@ def decode_runs(path: Path) -> list[Row]:
     runs = [run for run in runs if run["commit"] == newest[tuple(run[n] for n in _ENGINE)]]
     names = (*_ENGINE, "requests", "is_full")
     return list({tuple(run[n] for n in names): run for run in runs}.values())
+
+
+def preset_of(command: str) -> str | None:
+    """The preset that a command of the decode benchmark names, or None."""
+    found = re.search(r" --preset[ =](\S+)", command)
+    return found.group(1) if found else None
 
 
 def engine_name(row: Row) -> str:

@@ -68,7 +68,8 @@ def decode_row(
     split = engine == "kcache"
     run = {"requests": requests, "tokens_per_second": tokens_per_second}
     return {
-        "gpu": "GPU", "commit": "abc", "model": "llama", "label": "", "engine": engine,
+        "gpu": "GPU", "commit": "abc", "command": "python -m benchmarks.decode llama",
+        "model": "llama", "label": "", "engine": engine,
         "kv_cache_dtype": dtype or "auto", "mode": "replay" if split else None,
         "kcache_config": {"coverage": 0.95} if split else None, "context": context,
         "requests_that_fit": 100 if asked else requests, "requests_asked": asked, "runs": [run],

@@ -21,6 +21,7 @@ from benchmarks.figures_rows import (
     decode_runs,
     hit_rate_panels,
     is_line,
+    preset_of,
     read_jsonl,
     selection_family,
     throughput_panels,
@@ -135,6 +136,29 @@ def test_rows_of_several_runs_are_read(tmp_path: Path) -> None:
     assert one["series"] == "kcache, 16 V blocks, random"
 
 
+def test_a_preset_has_a_figure_of_its_own(tmp_path: Path) -> None:
+    of_preset = {"command": "python -m benchmarks.decode --preset paper", "commit": "new"}
+    rows = [
+        decode_row(series, context, fit, 8, tokens_per_second, requests_that_fit=20, **of_preset)
+        for series, context, fit, tokens_per_second in (
+            ("stock", 4096, 8, 1.0), ("stock", 16384, 6, 2.0),
+            ("kcache", 4096, 8, 3.0), ("kcache", 16384, 8, 4.0),
+        )
+    ]  # fmt: skip
+    path = write(tmp_path / "decode.jsonl", [*decode_rows(), *rows])
+    assert {run["commit"] for run in decode_runs(path)} == {"abc"}
+    (panel,) = throughput_panels(decode_runs(path, "paper"), "context").items()
+    assert panel == (
+        "llama, as many requests as fit, at most 8\nGPU, commit new",
+        {
+            "stock bf16": [(4096, 1.0, 0), (16384, 2.0, 0)],
+            "kcache, coverage .95, recorded selections": [(4096, 3.0, 0), (16384, 4.0, 0)],
+        },
+    )
+    assert preset_of("python -m benchmarks.decode m --preset=paper --repeats 1") == "paper"
+    assert preset_of("python -m benchmarks.decode presets/m") is None
+
+
 def test_a_line_joins_no_two_commits(tmp_path: Path) -> None:
     old = [decode_row("kcache", 4096, n, n, 1.0, commit="old") for n in (1, 13, 14)]
     new = [decode_row("kcache", 4096, n, n, 2.0, commit="new") for n in (1, 14)]
@@ -190,20 +214,21 @@ def test_figures_without_rows_are_left_out(
     written = figures.draw_all(tmp_path, tmp_path / "out")
     assert [path.name for path in written] == ["data_flow.svg", "data_flow.png"]
     said = capsys.readouterr().out
-    for name in ("kl", "perplexity", "throughput_context", "throughput_batch", "hit_rate"):
+    for name in set(figures.all_figures()) - {"data_flow"}:
         assert f"{name}: left out, there is no {tmp_path}" in said
 
 
 def test_all_figures_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="of the docs extra")
     write(tmp_path / "accuracy.jsonl", accuracy_rows())
-    write(tmp_path / "decode.jsonl", decode_rows())
+    of_preset = {"command": "python -m benchmarks.decode --preset paper"}
+    write(tmp_path / "decode.jsonl", [*decode_rows(), *({**r, **of_preset} for r in decode_rows())])
     write(tmp_path / "hit_rate.jsonl", [hit_row(1, m, 0.5 + m / 10) for m in (1.0, 2.0)])
     written = figures.draw_all(tmp_path, tmp_path / "one")
     names = {path.name for path in written if path.suffix == ".svg"}
     assert names == {
         "data_flow.svg", "kl-model.svg", "perplexity-model.svg", "throughput_context.svg",
-        "throughput_batch.svg", "hit_rate.svg",
+        "throughput_batch.svg", "throughput_paper.svg", "hit_rate.svg",
     }  # fmt: skip
     assert all(path.stat().st_size > 5000 for path in written)
     # The same rows give the same files.

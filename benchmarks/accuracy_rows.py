@@ -7,12 +7,11 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
+
+from benchmarks.origin import commit, date
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/accuracy.jsonl"
@@ -97,21 +96,6 @@ def versions() -> dict[str, str]:
     return {name: installed[name] for name in names if name in installed}
 
 
-@functools.cache
-def commit() -> str:
-    """The commit: from KCACHE_COMMIT where the tree came without its history."""
-    given = os.environ.get("KCACHE_COMMIT")
-    if given:
-        return given
-    done = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip() or "unknown"
-
-
 def environment(command: str) -> dict[str, Any]:
     """Device, versions, commit, command and date, for a row."""
     return {
@@ -119,5 +103,5 @@ def environment(command: str) -> dict[str, Any]:
         "versions": versions(),
         "commit": commit(),
         "command": command,
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "date": date(),
     }

@@ -10,10 +10,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.origin import command, origin
 from vllm_kcache.cache import HostPool
 from vllm_kcache.cache.hot_cache import HotCache
 
@@ -191,7 +188,7 @@ class Report:
         self.operation = operation
         self.rows: list[dict[str, Any]] = []
         self.path = folder / f"{operation}.jsonl"
-        self.common = environment()
+        self.common = {**origin("torch", "triton"), "command": command()}
 
     def add(self, shape: str, timing: Timing, gb_per_s: float | None = None, **values: Any) -> None:
         """One row.
@@ -220,30 +217,6 @@ class Report:
                 f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rest.items()
             )
             print(f"  {row['shape']:<44} {row['ms']['p50'] * 1e3:9.1f} us  {text}")
-
-
-def environment() -> dict[str, Any]:
-    """GPU, versions, commit and command of this run."""
-    import triton
-
-    # A copy of the tree without its history can be told the commit.
-    commit = (
-        os.environ.get("COMMIT")
-        or subprocess.run(
-            ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=False,
-        ).stdout.strip()
-    )
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": commit or "unknown",
-        "command": " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
 
 
 def arguments(description: str | None, sweep: bool = False) -> argparse.Namespace:

@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.decode_engine import ROOT, SHORT_STEPS
+from benchmarks.origin import command
 
 RESULTS = ROOT / "benchmarks/results/decode.jsonl"
 ENVIRONMENT = {
@@ -174,7 +175,7 @@ def main() -> None:
         "max_requests": arguments.max_requests,
         "repeats": arguments.repeats,
         "label": arguments.label,
-        "command": " ".join(["python -m benchmarks.decode", *sys.argv[1:]]),
+        "command": command(),
         "kcache_config": {key: value for key, value in settings.items() if value is not None},
     }
     table = Table(arguments.results)

@@ -7,15 +7,14 @@ python -m benchmarks.decode_engine OPTIONS    # JSON, see `measure`
 from __future__ import annotations
 
 import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.origin import origin
 from vllm_kcache.integration.counters import SCALARS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,7 +51,7 @@ def measure(options: dict[str, Any]) -> None:
         llm.collective_rpc("kcache_fill_host_pool", args=(0.5,))
     cache = llm.llm_engine.vllm_config.cache_config
     common = {
-        **about_this_machine(),
+        **origin("torch", "vllm"),
         "command": options["command"],
         "model": Path(options["model"]).name,
         "utilization": options["utilization"],
@@ -217,23 +216,6 @@ def _v_block_tokens() -> int:
     from vllm_kcache.integration import runtime
 
     return runtime.current().v_block_tokens
-
-
-def about_this_machine() -> dict[str, str]:
-    """GPU, versions and commit, for the row."""
-    import importlib.metadata
-
-    import torch
-
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "vllm": importlib.metadata.version("vllm"),
-        "commit": os.environ.get("KCACHE_COMMIT", commit),
-    }
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import PAGE_TOKENS, RESULTS, environment
+from benchmarks.common import PAGE_TOKENS, RESULTS
+from benchmarks.origin import command, origin
 from benchmarks.record import RECORDINGS, Recording, decode_mass, selected_blocks, statistics
 from benchmarks.replay import Replay
 from vllm_kcache.cache import HostPool
@@ -321,7 +322,7 @@ def main() -> None:
     rows = measure(recording, run, options.requests, options.multiples, torch.device("cuda"))
     options.results.mkdir(parents=True, exist_ok=True)
     with (options.results / "hit_rate.jsonl").open("a") as file:
-        common = environment()
+        common = {**origin("torch", "triton"), "command": command()}
         for row in rows:
             file.write(json.dumps({"operation": "hit_rate", **common, **row}) + "\n")
 

@@ -30,6 +30,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.origin import command, origin
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
 MODEL = ROOT / "models/SmolLM2-135M-Instruct"
@@ -371,8 +373,6 @@ def main() -> int:
     """Run it, append a row, say what is wrong."""
     import torch
 
-    from benchmarks.prefill import machine
-
     options = parse()
     for name, value in (
         ("HF_HUB_OFFLINE", "1"), ("VLLM_NO_USAGE_STATS", "1"), ("OMP_NUM_THREADS", "1"),
@@ -382,8 +382,8 @@ def main() -> int:
     sizes = ON_GPU if torch.cuda.is_available() else ON_CPU
     result = asyncio.run(run_load(options, sizes, expected_of(options, sizes)))
     wrong = verdicts(result)
-    row = {**machine(), "command": " ".join(["python -m benchmarks.mixed_load", *sys.argv[1:]]),
-           **result, "wrong": result["wrong"][:5], "passed": not wrong}  # fmt: skip
+    row = {**origin("torch", "vllm"), "command": command(), **result}
+    row |= {"wrong": result["wrong"][:5], "passed": not wrong}
     options.results.mkdir(parents=True, exist_ok=True)
     with open(options.results / "mixed_load.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")

@@ -33,9 +33,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.origin import command, origin
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
 NEW_TOKENS = 16
+# Prompts of so few new tokens are timed at least so often.
+SHORT_TOKENS, SHORT_REPEATS = 256, 21
 MOST_RATIO, LEAST_SHARE = 1.08, 0.85
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -75,7 +79,7 @@ def measure(options: dict[str, Any]) -> dict[str, Any]:
         "cases": cases,
         "memory": memory.measure_memory(llm, options["model"], config, before, budget),
         "link_gb_per_s": _link_gb_per_s() if torch.cuda.is_available() else None,
-        "machine": machine(),
+        "origin": origin("torch", "vllm"),
     }
 
 
@@ -121,7 +125,8 @@ class _Timer:
     def prompt(self, tokens: int) -> dict[str, Any]:
         """TTFT of new prompts of this length."""
         self.first_token(self.tokens(tokens), cached=0)
-        found = [self.first_token(self.tokens(tokens), cached=0) for _ in range(self.repeats)]
+        repeats = self.repeats_of(tokens)
+        found = [self.first_token(self.tokens(tokens), cached=0) for _ in range(repeats)]
         return self.case(f"{tokens} tokens", tokens, 0, found)
 
     def hit(self, tokens: int) -> dict[str, Any]:
@@ -132,9 +137,13 @@ class _Timer:
         self.first_token(prefix, cached=0)
         found = [
             self.first_token(prefix + self.tokens(NEW_TOKENS), cached)
-            for _ in range(self.repeats + 1)
+            for _ in range(self.repeats_of(NEW_TOKENS) + 1)
         ]
         return self.case(f"{cached} cached + {NEW_TOKENS}", cached + NEW_TOKENS, cached, found[1:])
+
+    def repeats_of(self, new_tokens: int) -> int:
+        """More for what takes milliseconds, most of them the CPU's: it varies by half."""
+        return max(self.repeats, SHORT_REPEATS) if new_tokens <= SHORT_TOKENS else self.repeats
 
     def tokens(self, count: int) -> list[int]:
         return [self.random.randrange(3, self.vocabulary - 3) for _ in range(count)]
@@ -190,23 +199,6 @@ def _link_gb_per_s() -> float:
     return round(host.numel() / sorted(times)[len(times) // 2] / 1e6, 2)
 
 
-def machine() -> dict[str, str]:
-    """GPU, versions, commit and date of a run."""
-    import torch
-    import vllm
-
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    return {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "torch": torch.__version__,
-        "vllm": vllm.__version__,
-        "commit": os.environ.get("COMMIT", commit) or "unknown",
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
-
-
 def _say(text: str) -> None:
     print(PROGRESS + text, flush=True)
 
@@ -251,7 +243,7 @@ def rows_of(result: dict[str, Any], common: dict[str, Any]) -> Iterator[dict[str
     """One row per case of an engine."""
     alone_ms = result["cases"][0]["ttft_ms"]
     for number, case in enumerate(result["cases"]):
-        row = {**result["machine"], **common, **case, "start_seconds": result["start_seconds"]}
+        row = {**result["origin"], **common, **case, "start_seconds": result["start_seconds"]}
         if case["cached_tokens"] and common["engine"] == "kcache":
             streamed = case["cached_tokens"] * result["v_bytes_per_token"]
             row["v_bytes"] = streamed
@@ -333,7 +325,7 @@ def main() -> None:
         for engine in arguments.engines:
             result = run_in_process({**options, "model": str(model), "engine": engine})
             common = {
-                "command": " ".join(["python -m benchmarks.prefill", *sys.argv[1:]]),
+                "command": command(),
                 "model": source.name,
                 "layers": arguments.layers,
                 "engine": engine,

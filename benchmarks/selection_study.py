@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.origin import command, commit, date
 from benchmarks.selection_model import (
     CALIBRATION,
     PASSAGES,
@@ -163,7 +162,14 @@ class Study:
         self.cache = cache
         self.results = results
         self.answers: dict[tuple[str, int], torch.Tensor] = {}
-        self.common = environment()
+        self.common = {
+            "study": "selection",
+            "device": "CPU, float32",
+            "torch": torch.__version__,
+            "commit": commit(),
+            "command": command(),
+            "date": date(),
+        }
 
     def prefix(self, name: str, context: int) -> Prefix:
         path = self.cache / f"{name}-{context}-{NUM_POSITIONS}.pt" if self.cache else None
@@ -250,23 +256,6 @@ class Study:
         with self.results.open("a") as file:
             file.write(json.dumps(self.common | row) + "\n")
         print(f"{case.label} {case.rule.level:g}: {row['tokens']:.0f} tokens, KL {kl:.5f}")
-
-
-def environment() -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-    return {
-        "study": "selection",
-        "device": "CPU, float32",
-        "torch": torch.__version__,
-        "commit": commit or "unknown",
-        "command": " ".join(["python", "-m", "benchmarks.selection_study", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
 
 
 def main() -> None:

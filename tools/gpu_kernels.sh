@@ -8,7 +8,7 @@
 #   tools/gpu_kernels.sh --only-sanitize  that alone
 #
 # Needs PyTorch with CUDA, Triton, pydantic and pytest; vLLM is not needed. PYTHON chooses the
-# interpreter, COMMIT names the commit in the rows where the tree has no history.
+# interpreter, KCACHE_COMMIT names the commit in the rows where the tree has no history.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-build/gpu}

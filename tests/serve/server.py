@@ -22,7 +22,9 @@ from prometheus_client.samples import Sample
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = REPOSITORY / "models" / "SmolLM2-135M-Instruct"
 MODEL_NAME = "smollm2"
-VLLM = Path(sys.executable).with_name("vllm")
+_SCRIPT = Path(sys.executable).with_name("vllm")
+# vLLM unpacked into a folder has no script.
+VLLM = [str(_SCRIPT)] if _SCRIPT.exists() else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 KV_CACHE_BYTES = 128 * 2**20
 NUM_LAYERS, NUM_KV_HEADS, HEAD_SIZE, FLOAT32_BYTES = 30, 3, 64, 4
 START_SECONDS = 240
@@ -50,7 +52,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         # fmt: off
         command = [
-            str(VLLM), "serve", str(MODEL), "--served-model-name", MODEL_NAME,
+            *VLLM, "serve", str(MODEL), "--served-model-name", MODEL_NAME,
             "--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32",
             "--max-model-len", "2048", "--enforce-eager", *flags,
         ]

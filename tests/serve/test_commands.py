@@ -70,7 +70,7 @@ def outcomes() -> dict[str, subprocess.CompletedProcess[str]]:
     def run(case: str) -> subprocess.CompletedProcess[str]:
         arguments, _ = REFUSED[case]
         return subprocess.run(
-            [VLLM, *arguments],
+            [*VLLM, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

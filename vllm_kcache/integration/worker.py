@@ -9,6 +9,7 @@ import torch
 from vllm.config import get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention.attention import Attention
+from vllm.platforms import current_platform
 
 from vllm_kcache.cache.host_memory import host_budget_bytes
 from vllm_kcache.config import KCacheConfig, KCacheConfigError
@@ -48,6 +49,8 @@ class SplitCacheWorker:
         raise NotImplementedError
 
     def _start_runtime(self) -> None:
+        # The executor does the same when the model is loaded, and sizes the pages by it.
+        current_platform.update_block_size_for_backend(self.vllm_config)
         specs = self.get_kv_cache_spec()  # type: ignore[attr-defined]
         shape = runtime.page_shape_of(self.vllm_config, specs, self._split_layers)
         engine = self.vllm_config.parallel_config.data_parallel_index

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a worker shares host memory with the other ranks of its machine, without an engine."""
+"""How a worker sizes the host pool, by the blocks that vLLM will have and beside the other ranks of
+its machine. Without an engine."""
 
 from __future__ import annotations
 
@@ -76,3 +77,33 @@ def test_without_a_plan_the_machine_is_asked(available: SimpleNamespace) -> None
     available.bytes //= 2
     with pytest.raises(KCacheConfigError, match=r"this rank may use 0\.29 GiB"):
         Worker()._check_host_memory(600)
+
+
+def test_pages_have_the_block_size_that_the_executor_sets_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vLLM may leave the block size to the attention backend, after the model is loaded."""
+    rank = Worker()
+    cache = rank.vllm_config.cache_config = SimpleNamespace(block_size=16)
+    monkeypatch.setattr(
+        worker.current_platform,
+        "update_block_size_for_backend",
+        lambda config: setattr(config.cache_config, "block_size", 128),
+    )
+    rank.get_kv_cache_spec = lambda: {  # type: ignore[method-assign]
+        "layer": SimpleNamespace(block_size=cache.block_size)
+    }
+    monkeypatch.setattr(
+        worker.runtime, "page_shape_of", lambda config, specs, split: specs["layer"].block_size
+    )
+    monkeypatch.setattr(worker.counters, "instance_of", lambda config: "none")
+    monkeypatch.setattr(worker.counters, "Counters", lambda path: None)
+    monkeypatch.setattr(worker.runtime, "start", lambda started: None)
+    made: list[int] = []
+    monkeypatch.setattr(
+        Worker, "_make_runtime", lambda self, config, shape, figures: made.append(shape)
+    )
+    rank.rank, rank._split_layers = 0, ["layer"]
+    rank.vllm_config.parallel_config.data_parallel_index = 0
+    rank._start_runtime()
+    assert made == [128]

@@ -198,6 +198,23 @@ def _register(address: int, length: int) -> None:
         )
 
 
+def page_lock(owner: object, memory: torch.Tensor) -> None:
+    """Lock the memory pages that a tensor lies in, for as long as `owner` lives.
+
+    Args:
+        owner: Holds the tensor. When it is collected, or at exit, the pages are released.
+        memory: Contiguous, host. The current CUDA device reads and writes it at its address; so it
+            does everything else in those pages.
+
+    Raises:
+        HostMemoryError: The driver refused; the message names the limit.
+    """
+    begin = memory.data_ptr() // _PAGE_BYTES * _PAGE_BYTES
+    end = -(-(memory.data_ptr() + memory.nbytes) // _PAGE_BYTES) * _PAGE_BYTES
+    _register(begin, end - begin)
+    weakref.finalize(owner, _release, [begin])
+
+
 def _release(registered: list[int]) -> None:
     if registered:
         cudart = torch.cuda.cudart()

@@ -19,6 +19,7 @@ import torch
 
 from vllm_kcache.cache.hot_cache import (
     COUNTER_NAMES,
+    COUNTER_WORDS,
     DROPPED_MASS_EDGES,
     FIRST_DROPPED_BUCKET,
 )
@@ -40,6 +41,13 @@ SCALARS = (
 )
 _DROPPED_AT = len(SCALARS)
 NUM_VALUES = _DROPPED_AT + len(DROPPED_BOUNDS)
+
+# A file: the values, then the bytes of a V block, both float64, then the words of a GPU, int64. It
+# is a whole memory page, which can be locked for the GPU to write to.
+_ROW_BYTES_AT = NUM_VALUES
+_WORDS_OFFSET = 8 * (NUM_VALUES + 1)
+FILE_BYTES = mmap.PAGESIZE
+assert _WORDS_OFFSET + 8 * COUNTER_WORDS <= FILE_BYTES
 
 
 def directory() -> Path:
@@ -81,14 +89,13 @@ class Counters:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
         if path is None:
-            self.values = np.zeros(NUM_VALUES)
-            return
-        size = NUM_VALUES * 8
-        with open(path, "w+b") as file:
-            file.truncate(size)
-            self._map = mmap.mmap(file.fileno(), size)
-        self.values = np.frombuffer(self._map, dtype=np.float64)
-        atexit.register(self.close)
+            self._map = mmap.mmap(-1, FILE_BYTES)
+        else:
+            with open(path, "w+b") as file:
+                file.truncate(FILE_BYTES)
+                self._map = mmap.mmap(file.fileno(), FILE_BYTES)
+            atexit.register(self.close)
+        self._values = np.frombuffer(self._map, dtype=np.float64, count=NUM_VALUES + 1)
 
     def close(self) -> None:
         """Remove the file. The array stays readable in this process."""
@@ -96,11 +103,29 @@ class Counters:
             self.path.unlink(missing_ok=True)
             self.path = None
 
+    def gpu_words(self, row_bytes: int) -> torch.Tensor:
+        """The part of the file that a GPU writes, once its page is locked.
+
+        Args:
+            row_bytes: Bytes of a V block.
+
+        Returns:
+            [COUNTER_WORDS] int64, host, at the file's memory: room for `HotCache.counters`. From
+            now on the counts of selected and fetched blocks are read from here.
+        """
+        self._values[_ROW_BYTES_AT] = row_bytes
+        words = np.frombuffer(self._map, np.int64, count=COUNTER_WORDS, offset=_WORDS_OFFSET)
+        return torch.from_numpy(words)
+
+    def read(self) -> np.ndarray:
+        """[NUM_VALUES] float64: what was counted until now, as a copy."""
+        return _read(self._map[:])
+
     def __getitem__(self, name: str) -> float:
-        return float(self.values[SCALARS.index(name)])
+        return float(self._values[SCALARS.index(name)])
 
     def __setitem__(self, name: str, value: float) -> None:
-        self.values[SCALARS.index(name)] = value
+        self._values[SCALARS.index(name)] = value
 
     def add_selection(self, counts: torch.Tensor, mass: torch.Tensor, row_bytes: int) -> None:
         """Count one layer of one decode step on the CPU, where every selected block is fetched.
@@ -118,23 +143,28 @@ class Counters:
         self["decode_layer_steps"] += 1
         buckets = np.searchsorted(DROPPED_BOUNDS, dropped, side="left")
         buckets = buckets.clip(max=len(DROPPED_BOUNDS) - 1)
-        self.values[_DROPPED_AT:] += np.bincount(buckets, minlength=len(DROPPED_BOUNDS))
+        self._values[_DROPPED_AT:NUM_VALUES] += np.bincount(buckets, minlength=len(DROPPED_BOUNDS))
 
-    def set_from_gpu(self, words: list[int], row_bytes: int) -> None:
-        """Take over the sums that a GPU's kernels keep.
 
-        Args:
-            words: The words of `HotCache.counters`.
-            row_bytes: Bytes of a V block.
-        """
+def _read(data: bytes) -> np.ndarray:
+    """[NUM_VALUES] float64 out of the bytes of a file."""
+    values = np.frombuffer(data, dtype=np.float64, count=NUM_VALUES + 1).copy()
+    row_bytes = values[_ROW_BYTES_AT]
+    if row_bytes > 0:
+        words = np.frombuffer(data, np.int64, count=COUNTER_WORDS, offset=_WORDS_OFFSET)
         lists, selected, hits, misses, direct = words[: len(COUNTER_NAMES)]
-        self["selected_lists"] = lists
-        self["selected_blocks"] = selected
-        self["hot_cache_hits"] = hits
-        self["hot_cache_misses"] = misses
-        self["direct_host_reads"] = direct
-        self["fetched_bytes"] = (misses + direct) * row_bytes
-        self.values[_DROPPED_AT:] = words[FIRST_DROPPED_BUCKET:]
+        counted = {
+            "selected_lists": lists,
+            "selected_blocks": selected,
+            "hot_cache_hits": hits,
+            "hot_cache_misses": misses,
+            "direct_host_reads": direct,
+            "fetched_bytes": (misses + direct) * row_bytes,
+        }
+        for name, value in counted.items():
+            values[SCALARS.index(name)] = value
+        values[_DROPPED_AT:NUM_VALUES] = words[FIRST_DROPPED_BUCKET:]
+    return values[:NUM_VALUES]
 
 
 def dropped_mass(values: np.ndarray) -> np.ndarray:
@@ -152,8 +182,8 @@ def read_all(instance: str, engine: int) -> list[np.ndarray]:
     arrays = []
     for path in sorted(directory().glob(pattern)):
         data = path.read_bytes()
-        if len(data) == NUM_VALUES * 8:
-            arrays.append(np.frombuffer(data, dtype=np.float64))
+        if len(data) == FILE_BYTES:
+            arrays.append(_read(data))
     return arrays
 
 

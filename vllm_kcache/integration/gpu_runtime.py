@@ -11,7 +11,8 @@ import torch
 from vllm.logger import init_logger
 
 from vllm_kcache.cache.context import ContextPiece, PrefillTransfer, plan_pieces
-from vllm_kcache.cache.hot_cache import COUNTER_WORDS, HotCache
+from vllm_kcache.cache.host_pool import page_lock
+from vllm_kcache.cache.hot_cache import HotCache
 from vllm_kcache.config import KCacheConfig
 from vllm_kcache.integration import prefill
 from vllm_kcache.integration.counters import Counters
@@ -108,8 +109,10 @@ class GPURuntime(Runtime):
         self.hot_cache: HotCache | None = None
         self.workspace = DecodeWorkspace.make(**self._workspace_arguments(), device=device)
         self.transfer = PrefillTransfer(*self._transfer_arguments(), device)
-        self._copy = torch.zeros(COUNTER_WORDS, dtype=torch.int64, pin_memory=True)
-        self._copied: torch.cuda.Event | None = None
+        # The GPU writes its counts where the API server reads them, so that they are there when a
+        # step's tokens are, and no step has to come to fetch those of the step before.
+        self._counter_words = counters.gpu_words(row_bytes=self.slot_bytes - 8)
+        page_lock(self, self._counter_words)
 
     def layer_shape(self) -> LayerShape:
         """What decides the kernels of a split layer."""
@@ -223,33 +226,16 @@ class GPURuntime(Runtime):
 
     # Figures ---------------------------------------------------------------------------------
 
-    def publish_counters(self, wait: bool = False) -> None:
-        """Copy the kernels' counters to the shared file, a call late unless told to wait.
-
-        Args:
-            wait: Wait for the GPU and publish what it has counted until now.
-        """
-        if self.hot_cache is None:
-            return
-        row_bytes = self.slot_bytes - 8
-        if self._copied is not None and (wait or self._copied.query()):
-            self._copied.synchronize()
-            self.counters.set_from_gpu(self._copy.tolist(), row_bytes)
-            self._copied = None
-        if self._copied is None:
-            self._copy.copy_(self.hot_cache.counters, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-        if wait:
-            self._copied.synchronize()
-            self.counters.set_from_gpu(self._copy.tolist(), row_bytes)
-            self._copied = None
+    def publish_counters(self) -> None:
+        """Have the GPU write the kernels' counters to the shared file, behind what is queued."""
+        if self.hot_cache is not None:
+            self._counter_words.copy_(self.hot_cache.counters, non_blocking=True)
 
     def reset_counters(self) -> None:
         """Forget what was counted so far."""
         if self.hot_cache is not None:
             self.hot_cache.counters.zero_()
-        self._copied = None
+        self.publish_counters()
         self.counters["eager_decode_steps"] = 0
 
     def before_step(self) -> None:

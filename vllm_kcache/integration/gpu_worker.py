@@ -19,9 +19,6 @@ from vllm_kcache.kernels.select import most_blocks
 
 logger = init_logger(__name__)
 
-# Counters of the GPU are copied to the shared file no more often than this.
-_PUBLISH_SECONDS = 1.0
-
 
 class KCacheGPUWorker(SplitCacheWorker, Worker):
     """vLLM's GPU worker with the split cache."""
@@ -68,7 +65,6 @@ class KCacheGPUWorker(SplitCacheWorker, Worker):
             scheduler.max_num_seqs, scheduler.max_num_batched_tokens, model.max_model_len
         )
         heads = model.get_num_attention_heads(self.vllm_config.parallel_config)
-        self._published = 0.0
         return GPURuntime(config, shape, figures, self.device, heads, limits)
 
     def _device_pages(self, available: int, page_bytes: int, v_bytes: int) -> int:
@@ -107,10 +103,7 @@ class KCacheGPUWorker(SplitCacheWorker, Worker):
         active = self._gpu_runtime()
         active.before_step()
         result = super().execute_model(scheduler_output)
-        now = time.monotonic()
-        if now - self._published > _PUBLISH_SECONDS:
-            self._published = now
-            active.publish_counters()
+        active.publish_counters()
         return result
 
     def execute_dummy_batch(self) -> None:
@@ -119,7 +112,8 @@ class KCacheGPUWorker(SplitCacheWorker, Worker):
         super().execute_dummy_batch()
 
     def kcache_counters(self) -> list[float]:
-        self._gpu_runtime().publish_counters(wait=True)
+        self._gpu_runtime().publish_counters()
+        torch.cuda.current_stream().synchronize()
         return super().kcache_counters()
 
     def _gpu_runtime(self) -> GPURuntime:

@@ -123,7 +123,7 @@ class SplitCacheWorker:
 
     def kcache_counters(self) -> list[float]:
         """Figures of this rank (see `vllm_kcache.metrics`)."""
-        return runtime.current().counters.values.tolist()
+        return runtime.current().counters.read().tolist()
 
     def kcache_reconfigure(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Select and attend by other settings from the next step on (see `Runtime.reconfigure`).

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.gpu.comparing import GRAPHS
+from tests.gpu.test_serve import SHARE
 from tests.integration.test_tensor_parallel import RANKS, check_two_ranks
 from tests.serve import test_data_parallel as data_parallel
 from tests.serve.server import serving
@@ -28,6 +29,6 @@ def test_text_equals_stock_on_two_gpus(tmp_path: Path, split: str) -> None:
 
 
 def test_two_engines_behind_one_port(tmp_path: Path) -> None:
-    with serving(tmp_path, *data_parallel.FLAGS) as server:
+    with serving(tmp_path, *data_parallel.FLAGS, SHARE) as server:
         data_parallel.check_both_engines_answer(server)
         data_parallel.check_host_memory_is_shared(server)

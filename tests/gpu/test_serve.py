@@ -19,6 +19,8 @@ from tests.serve.server import (
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
+# Other tests use the same GPU.
+SHARE = "--gpu-memory-utilization=0.1"
 V_BLOCK_TOKENS = 8
 DECODE_STEPS = 7
 
@@ -26,7 +28,7 @@ DECODE_STEPS = 7
 def test_figures_are_there_with_the_answer(tmp_path: Path) -> None:
     """No step comes after the last token to carry them over."""
     prompt = "The lighthouse keeper wrote down the wind, the tide and the ships that passed. " * 90
-    with serving(tmp_path) as server:
+    with serving(tmp_path, SHARE) as server:
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120) as client:
             answer = client.completions.create(
                 model=MODEL_NAME,

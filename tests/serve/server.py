@@ -87,7 +87,7 @@ class Server:
             time.sleep(0.25)
         raise RuntimeError(f"vllm serve did not answer in {START_SECONDS} s:\n{self.log_tail()}")
 
-    def log_tail(self, lines: int = 60) -> str:
+    def log_tail(self, lines: int = 200) -> str:
         return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-lines:])
 
     def metric(self, name: str, **labels: str) -> float:

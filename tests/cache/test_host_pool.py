@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_kcache.cache import HostMemoryError, HostPool
+from vllm_kcache.cache import HostMemoryError, HostPool, host_pool
 from vllm_kcache.cache.host_memory import check_host_memory, host_budget_bytes, host_memory
 
 
@@ -139,3 +139,23 @@ def test_ranks_and_engines_share_a_budget(tmp_path: Path):
     assert host_budget_bytes(twice, 2, 2, root) == pytest.approx(available / 2, abs=2)
     with pytest.raises(ValueError, match="engines=0"):
         host_budget_bytes("auto", 1, 0, root)
+
+
+def test_a_page_lock_holds_whole_pages_as_long_as_its_owner(monkeypatch):
+    calls = []
+    monkeypatch.setattr(host_pool, "_register", lambda begin, length: calls.append((begin, length)))
+    monkeypatch.setattr(host_pool, "_release", lambda begins: calls.append(begins))
+
+    class Owner:
+        pass
+
+    page = host_pool._PAGE_BYTES
+    memory = torch.zeros(4 * page, dtype=torch.uint8)
+    first = -memory.data_ptr() % page
+    owner = Owner()
+    host_pool.page_lock(owner, memory[first + 8 : first + 16])
+    host_pool.page_lock(owner, memory[first + page - 1 : first + page + 1])
+    begin = memory.data_ptr() + first
+    assert calls == [(begin, page), (begin, 2 * page)]
+    del owner
+    assert calls[2:] == [[begin], [begin]]

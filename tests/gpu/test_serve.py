@@ -26,7 +26,7 @@ DECODE_STEPS = 7
 
 
 def test_figures_are_there_with_the_answer(tmp_path: Path) -> None:
-    """No step comes after the last token to carry them over."""
+    """No step comes after the last token to carry them over. The server runs without graphs."""
     prompt = "The lighthouse keeper wrote down the wind, the tide and the ships that passed. " * 90
     with serving(tmp_path, SHARE) as server:
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120) as client:
@@ -52,5 +52,4 @@ def test_figures_are_there_with_the_answer(tmp_path: Path) -> None:
         row_bytes = V_BLOCK_TOKENS * HEAD_SIZE * FLOAT32_BYTES
         assert server.metric("vllm_kcache_fetched_bytes_total") == host_rows * row_bytes
         assert max(server.buckets("vllm_kcache_dropped_mass").values()) == lists
-        # The server runs without graphs.
         assert server.metric("vllm_kcache_eager_decode_steps_total") == DECODE_STEPS

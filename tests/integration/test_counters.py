@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_kcache.cache import HostMemoryError
 from vllm_kcache.cache.hot_cache import COUNTER_NAMES, COUNTER_WORDS, FIRST_DROPPED_BUCKET
 from vllm_kcache.integration import counters
 from vllm_kcache.integration.counters import SCALARS, Counters
@@ -84,3 +85,22 @@ def test_closed_files_are_gone_and_the_figures_are_not(folder: Path) -> None:
     assert counters.read_all("a", 0) == []
     words[0] = 7
     assert named(figures.read())["selected_lists"] == 7
+
+
+def test_a_page_that_is_not_locked_is_a_warning(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = Counters(counters.path_of("a", 0, 0))
+
+    def refuse(owner: object, memory: torch.Tensor) -> None:
+        raise HostMemoryError("the CUDA driver could not page-lock 4096 bytes")
+
+    said: list[str] = []
+    monkeypatch.setattr(counters, "page_lock", refuse)
+    monkeypatch.setattr(
+        counters.logger, "warning", lambda text, *values: said.append(text % values)
+    )
+    figures.lock(figures, figures.gpu_words(ROW_BYTES))
+    assert len(said) == 1
+    assert "could not page-lock 4096 bytes" in said[0]
+    assert str(figures.path) in said[0]

@@ -136,7 +136,11 @@ class HostPool:
             for i, pieces in enumerate(touched):
                 for piece in pieces:
                     piece.result()
-                _register(self._base + i * self._layer_stride, self._layer_stride)
+                _register(
+                    self._base + i * self._layer_stride,
+                    self._layer_stride,
+                    advice=", or set kcache_config.host_memory_gib lower",
+                )
                 registered.append(self._base + i * self._layer_stride)
                 now = time.monotonic()
                 if i + 1 == self.num_layers or now - last > 5.0:
@@ -174,7 +178,7 @@ def _touch(address: int, length: int) -> None:
         ctypes.memset(address, 0, length)
 
 
-def _register(address: int, length: int) -> None:
+def _register(address: int, length: int, advice: str = "") -> None:
     cudart = torch.cuda.cudart()
     result = int(cudart.cudaHostRegister(address, length, _REGISTER_PORTABLE | _REGISTER_MAPPED))
     if result != 0:
@@ -182,8 +186,7 @@ def _register(address: int, length: int) -> None:
         lock = "unlimited" if limit is None else f"{limit} bytes"
         raise HostMemoryError(
             f"the CUDA driver could not page-lock {length} bytes (error {result}; RLIMIT_MEMLOCK "
-            f"is {lock}): raise the limit (ulimit -l unlimited, docker --ulimit memlock=-1), or "
-            "set kcache_config.host_memory_gib lower"
+            f"is {lock}): raise the limit (ulimit -l unlimited, docker --ulimit memlock=-1){advice}"
         )
     mapped = ctypes.c_uint64()
     driver = ctypes.CDLL("libcuda.so.1")

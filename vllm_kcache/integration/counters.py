@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of a worker, in a small file that the API server maps and reads.
+"""Figures of a worker, in a small file that the API server reads.
 
 A worker cannot reach the server's metrics registry. It adds to a fixed array in shared memory, one
-file per rank, and the server reads the files of its engine when it is scraped.
+file per rank, and the server reads the files of its engine when it is scraped. What the kernels of
+a GPU count, the GPU writes there itself.
 """
 
 from __future__ import annotations
@@ -16,13 +17,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.logger import init_logger
 
+from vllm_kcache.cache.host_memory import HostMemoryError
+from vllm_kcache.cache.host_pool import page_lock
 from vllm_kcache.cache.hot_cache import (
     COUNTER_NAMES,
     COUNTER_WORDS,
     DROPPED_MASS_EDGES,
     FIRST_DROPPED_BUCKET,
 )
+
+logger = init_logger(__name__)
 
 # Upper bounds of the dropped mass, the same on CPU and GPU.
 DROPPED_BOUNDS = DROPPED_MASS_EDGES
@@ -80,7 +86,7 @@ def path_of(instance: str, engine: int, rank: int) -> Path:
 
 
 class Counters:
-    """The array of one worker. Only its worker writes; anyone may read.
+    """The array of one worker. Only the worker and its GPU write; anyone may read.
 
     Args:
         path: File to create; None keeps the array private to the process.
@@ -111,11 +117,32 @@ class Counters:
 
         Returns:
             [COUNTER_WORDS] int64, host, at the file's memory: room for `HotCache.counters`. From
-            now on the counts of selected and fetched blocks are read from here.
+            now on `read` takes the counts of selected and fetched blocks from here; by name they
+            stay 0.
         """
         self._values[_ROW_BYTES_AT] = row_bytes
         words = np.frombuffer(self._map, np.int64, count=COUNTER_WORDS, offset=_WORDS_OFFSET)
         return torch.from_numpy(words)
+
+    def lock(self, owner: object, words: torch.Tensor) -> None:
+        """Lock the page of the words for the GPU, or warn of what it costs that it is not locked.
+
+        A file that is not in shared memory is one that a driver may refuse. Figures alone are no
+        reason not to serve.
+
+        Args:
+            owner: Holds `words`: the lock ends with it.
+            words: From `gpu_words`.
+        """
+        try:
+            page_lock(owner, words)
+        except HostMemoryError as error:
+            logger.warning(
+                "KCache: %s. It holds the counters, in %s: without the lock every step waits until "
+                "the GPU has written them. Give the server /dev/shm.",
+                error,
+                self.path,
+            )
 
     def read(self) -> np.ndarray:
         """[NUM_VALUES] float64: what was counted until now, as a copy."""

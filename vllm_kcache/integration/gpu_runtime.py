@@ -11,7 +11,6 @@ import torch
 from vllm.logger import init_logger
 
 from vllm_kcache.cache.context import ContextPiece, PrefillTransfer, plan_pieces
-from vllm_kcache.cache.host_pool import page_lock
 from vllm_kcache.cache.hot_cache import HotCache
 from vllm_kcache.config import KCacheConfig
 from vllm_kcache.integration import prefill
@@ -112,7 +111,7 @@ class GPURuntime(Runtime):
         # The GPU writes its counts where the API server reads them, so that they are there when a
         # step's tokens are, and no step has to come to fetch those of the step before.
         self._counter_words = counters.gpu_words(row_bytes=self.slot_bytes - 8)
-        page_lock(self, self._counter_words)
+        counters.lock(self, self._counter_words)
 
     def layer_shape(self) -> LayerShape:
         """What decides the kernels of a split layer."""

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 HeadCombine = Literal["sum", "max"]
-Tail = Literal["renormalize", "clip", "drop", "mean"]
+Tail = Literal["renormalize", "clip"]
 
 # Query heads of a KV head that the GPU kernels take: the least rows of a product on tensor cores.
 MOST_QUERY_HEADS_GPU = 16
@@ -97,8 +97,8 @@ class Fetched:
 
     Attributes:
         rows: [B, Hkv, N] int32, beside `Selected.blocks`. `r >= 0`: row r of `v_rows`. -1: padding.
-            `r <= -2`: row `-2 - r` of the host V pool seen as `[M * Hkv * S / T, T * D]`.
-        v_rows: [R, T, D] model dtype. Staging rows, or the slots of the hot V cache.
+            `r <= -2`: row `-2 - r` of the layer's host pool.
+        v_rows: [R, T, D] model dtype. Staging rows, or the slots of the hot cache.
     """
 
     rows: torch.Tensor

@@ -40,9 +40,9 @@ def dense(
     return torch.einsum("hqk,khd->qhd", weights, values)
 
 
-def kernel_or_skip(name: str, head_size: int, dtype: torch.dtype) -> prefill.PrefillKernel:
+def kernel_or_skip(name: str, head_size: int, dtype: torch.dtype) -> prefill.Attend:
     try:
-        return prefill.choose(name, head_size, dtype)[1]
+        return prefill.choose(name, head_size, dtype).attend
     except KCacheConfigError as error:
         # xformers is an extra; vLLM's FlashAttention is there on every GPU that we test on.
         if name == "xformers":

@@ -10,6 +10,7 @@ a product of too few rows, more shared memory than there is.
 from __future__ import annotations
 
 import importlib
+import itertools
 import pkgutil
 import re
 import sys
@@ -22,17 +23,14 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import vllm_kcache.kernels
+from tests.kernels.layers import layer_of
 from tests.shapes import Shape, build_case
-from vllm_kcache.cache.hot_cache import HotCache
 from vllm_kcache.kernels.attend import attend_blocks
 from vllm_kcache.kernels.attend_plan import attend_config
 from vllm_kcache.kernels.context import gather_context, patch_context, store_value
-from vllm_kcache.kernels.fetch import launch_fetch
-from vllm_kcache.kernels.score import launch_score
-from vllm_kcache.kernels.score_plan import chunk_blocks, num_chunks
-from vllm_kcache.kernels.select import launch_select
-from vllm_kcache.kernels.write import write_kv
-from vllm_kcache.types import Fetched, Selected, Selection
+from vllm_kcache.kernels.score import score_blocks
+from vllm_kcache.kernels.write import WriteParts, write_kv
+from vllm_kcache.types import Selection, Tail
 
 # Group sizes 1 to 16, head sizes that are padded and that are not.
 CASES = (
@@ -44,9 +42,8 @@ CASES = (
     (Shape((300,), 1, 4, 64, 16, 1), torch.bfloat16),
     (Shape((300,), 1, 16, 256, 32, 32), torch.float32),
 )
-RULES = (
+RULES: tuple[tuple[Selection, Tail], ...] = (
     (Selection(4, None, 1, 1, "sum"), "renormalize"),
-    (Selection(None, 0.9, 1, 1, "max"), "drop"),
     (Selection(None, None, 1, 1, "max", 0.002), "clip"),
 )
 
@@ -96,46 +93,27 @@ def compile_instead_of_running(capability: int) -> set[str]:
 def launch_all(shape: Shape, dtype: torch.dtype, dependent: bool) -> None:
     """Every launch that a layer of this shape may make."""
     case = build_case(shape, dtype)
-    tokens, heads = shape.v_block_tokens, shape.num_kv_heads
-    rows = case.v_pool[..., 0].numel() // tokens
-    cache = HotCache.make(64, 1, rows, tokens, shape.head_size, dtype, "cpu")
     key = case.keys[0][:1].contiguous()
     slot = torch.zeros(1, dtype=torch.int64)
-    write_kv(
-        key, key, slot, case.k_pages, case.v_pool, cache, 0, allocate_tokens=1, dependent=dependent
-    )
-    block_lse = torch.zeros(len(shape.seq_lens), shape.num_heads, shape.max_blocks)
-    lists = (len(shape.seq_lens), heads)
-    scored = torch.zeros(lists[0] * heads, dtype=torch.int32)
-    arguments = (case.query, case.k_pages, case.block_table, case.seq_lens, case.scale, tokens)
-    launch_score(*arguments, block_lse, pad=True)
-    in_chunk = chunk_blocks(shape.head_size, dtype.itemsize, tokens)
-    sums = block_lse.new_zeros((*block_lse.shape[:2], num_chunks(shape.max_blocks, in_chunk)))
-    launch_score(*arguments, block_lse, new_epoch=cache)
-    for after_write in {False, dependent}:
-        chain = {"chunk_lse": sums, "dependent": dependent, "after_write": after_write}
-        launch_score(*arguments, block_lse, new_epoch=cache, **chain)
-        launch_score(*arguments, block_lse, parts_scored=scored, **chain)
-    for selection, tail in RULES:
-        columns = selection.top_n or shape.max_blocks
-        selected = Selected(
-            torch.zeros(*lists, columns, dtype=torch.int32),
-            torch.zeros(lists, dtype=torch.int32),
-            torch.zeros(lists),
-            torch.zeros(len(shape.seq_lens), shape.num_heads),
-        )
-        launch_select(block_lse, case.seq_lens, tokens, selection, selected, hot_cache=cache)
-        fetched = Fetched(torch.zeros_like(selected.blocks), cache.slots)
-        for hot in (cache, None):
-            launch_fetch(selected, case.block_table, case.v_pool, tokens, hot, 0, fetched)
-        usual = attend_config(2, columns, shape.head_size, dtype.itemsize, tokens)
+    for (selection, tail), num_slots in zip(RULES, (0, 64), strict=True):
+        layer = layer_of(case, selection, tail, num_slots)
+        view, batch, workspace = layer.view, layer.batch, layer.workspace
+        write_kv(view, key, key, slot, allocate_tokens=1, dependent=dependent)
+        write_kv(view, key, key, slot, parts=WriteParts.K | WriteParts.V_SLOT)
+        buffers = workspace.views(view, batch)
+        for after_write, signal in itertools.product({False, dependent}, (False, True)):
+            score_blocks(
+                view, batch, buffers, signal=signal, dependent=dependent, after_write=after_write
+            )
+        columns = buffers.rows.shape[2]
+        usual = attend_config(view.shape, 2, columns)
         # Whether lists are split is a compiled-in choice, apart from what the tail does.
         for splits in (1, 4) if tail == "clip" else (4,):
             attend_blocks(
-                case.query, case.k_pages, case.v_pool, fetched, selected, case.block_table,
-                case.seq_lens, case.scale, tokens, tail, block_lse, clip=selection.clip,
+                view, batch, buffers.selected, buffers.rows, workspace, torch.empty_like(case.query),
                 config=replace(usual, splits=splits), dependent=dependent,
             )  # fmt: skip
+    heads = shape.num_kv_heads
     context = torch.zeros(shape.seq_lens[0], heads, shape.head_size, dtype=dtype)
     one = (case.block_table, case.seq_lens * 0, case.seq_lens, case.seq_lens * 0)
     gather_context(case.v_pool, *one, shape.seq_lens[0], context, 2)

@@ -15,22 +15,25 @@ from typing import Any
 import pytest
 import torch
 
+from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.kernels import decode, self_check
-from vllm_kcache.kernels.self_check import KernelError, LayerShape, check_kernels
+from vllm_kcache.kernels.self_check import KernelError, check_kernels
 from vllm_kcache.types import Selection
 
-THRESHOLD = LayerShape(
-    3, 1, 64, 16, 8, torch.float32, Selection(None, None, 1, 32, "max", 0.01), "clip"
-)
-COVERAGE = replace(
-    THRESHOLD, selection=Selection(None, 0.9, 1, 32, "sum"), tail="renormalize", dtype=torch.float16
-)
-FIXED = replace(
-    THRESHOLD, head_size=80, v_block_tokens=16, page_tokens=32, tail="drop",
-    selection=Selection(5, None, 1, 32, "sum"),
+SHAPE = CacheShape(1, 3, 1, 64, 16, 8, torch.float32)
+THRESHOLD = (SHAPE, Selection(None, None, 1, 32, "max", 0.01), "clip")
+COVERAGE = (
+    replace(SHAPE, dtype=torch.float16), Selection(None, 0.9, 1, 32, "sum"), "renormalize"
 )  # fmt: skip
-EVERYTHING = replace(
-    COVERAGE, num_query_heads=2, num_kv_heads=2, selection=Selection(None, None, 1, 32, "sum")
+FIXED = (
+    replace(SHAPE, head_size=80, block_tokens=16, page_tokens=32),
+    Selection(5, None, 1, 32, "sum"),
+    "renormalize",
+)
+EVERYTHING = (
+    replace(SHAPE, num_query_heads=2, num_kv_heads=2, dtype=torch.float16),
+    Selection(None, None, 1, 32, "sum"),
+    "renormalize",
 )
 
 Function = Callable[..., Any]
@@ -50,12 +53,19 @@ def with_argument(place: int, change: Callable[[Any], Any]) -> Callable[[Functio
     return wrap
 
 
+def of_batch(**changes: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A change of the batch that a step is handed."""
+    return lambda batch: replace(
+        batch, **{name: change(getattr(batch, name)) for name, change in changes.items()}
+    )
+
+
 def shifted_rows(function: Function) -> Function:
-    """Fetch, with two rows of a list exchanged."""
+    """Select and fetch, with two rows of each list exchanged."""
 
     def faulty(*arguments: Any, **named: Any) -> Any:
         result = function(*arguments, **named)
-        rows = arguments[6].rows
+        rows = arguments[2].rows
         rows[0, 0, :2] = rows[0, 0, :2].flip(0)
         rows[1, 0, :2] = rows[1, 0, :2].flip(0)
         return result
@@ -63,42 +73,67 @@ def shifted_rows(function: Function) -> Function:
     return faulty
 
 
-def no_scores(step: decode.DecodeStep, first_head: int, last_head: int) -> None:
-    """What a benchmark may put in the place of scores."""
-    step.block_lse.fill_(0)
+def another_rule(**changes: Any) -> Callable[[Any], Any]:
+    """A change of the rule in the view that selection is handed."""
+
+    def change(view: Any) -> Any:
+        view = replace(view, selection=replace(view.selection, **changes))
+        return replace(view, packed=self_check.packed_view(view))
+
+    return change
 
 
+def when(condition: Callable[[dict[str, Any]], bool], fault: Function) -> Function:
+    """The fault only in calls whose keywords meet the condition: one specialisation is broken."""
+
+    def wrap(function: Function) -> Function:
+        faulty = fault(function)
+        return lambda *arguments, **named: (faulty if condition(named) else function)(
+            *arguments, **named
+        )
+
+    return wrap
+
+
+less = of_batch(seq_lens=lambda lengths: (lengths - 1).clamp_min(0))
+scaled = of_batch(scale=lambda scale: 1.05 * scale)
 # Stage that must be named, where the fault is put, and the fault.
 FAULTS: tuple[tuple[str, Any, str, Callable[[Function], Function]], ...] = (
-    ("write", self_check, "write_kv", with_argument(1, lambda value: value.flip(0))),
-    ("write", self_check, "write_kv", with_argument(2, lambda slots: slots.flip(0))),
-    ("score", decode, "launch_score", with_argument(4, lambda scale: 1.01 * scale)),
-    ("score", decode, "launch_score", with_argument(3, lambda lengths: (lengths - 1).clamp_min(0))),
-    ("select", decode, "launch_select",
-     with_argument(3, lambda rule: replace(rule, mass_threshold=0.05))),
-    ("select", decode, "launch_select",
-     with_argument(3, lambda rule: replace(rule, recent_tokens=1))),
-    ("fetch or attend", decode, "launch_fetch", shifted_rows),
-    ("fetch or attend", decode, "attend_blocks", with_argument(7, lambda scale: 1.05 * scale)),
-    ("fetch or attend", decode, "attend_blocks", with_argument(9, lambda tail: "renormalize")),
+    ("write", self_check, "write_kv", with_argument(2, lambda value: value.flip(0))),
+    ("write", self_check, "write_kv", with_argument(3, lambda slots: slots.flip(0))),
+    # Only the write that begins a step.
+    ("write", self_check, "write_kv",
+     when(lambda named: "allocate_tokens" in named, with_argument(2, lambda value: 2 * value))),
+    ("score", decode, "score_blocks", with_argument(1, scaled)),
+    ("score", decode, "score_blocks", with_argument(1, less)),
+    # Only the kernel behind a write, only the one before it, only the one that signals.
+    ("score", decode, "score_blocks",
+     when(lambda named: named["after_write"], with_argument(1, scaled))),
+    ("score", decode, "score_blocks",
+     when(lambda named: not named["after_write"], with_argument(1, scaled))),
+    ("score", decode, "score_blocks",
+     when(lambda named: "signal" in named, with_argument(1, scaled))),
+    ("select", decode, "select_and_fetch", with_argument(0, another_rule(mass_threshold=0.05))),
+    ("select", decode, "select_and_fetch", with_argument(0, another_rule(recent_tokens=1))),
+    ("select", decode, "follow_scores", with_argument(0, another_rule(mass_threshold=0.05))),
+    ("fetch or attend", decode, "select_and_fetch", shifted_rows),
+    ("fetch or attend", decode, "attend_blocks", with_argument(1, scaled)),
+    ("fetch or attend", decode, "attend_blocks",
+     with_argument(0, lambda view: replace(view, tail="renormalize"))),
 )  # fmt: skip
 
 
 def main() -> None:
-    shapes = (THRESHOLD, COVERAGE, FIXED, EVERYTHING)
-    for shape in shapes:
-        check_kernels(shape, "cpu")
+    layers = (THRESHOLD, COVERAGE, FIXED, EVERYTHING)
+    for layer in layers:
+        check_kernels(*layer, "cpu")
     for stage, module, name, fault in FAULTS:
         sound = getattr(module, name)
         setattr(module, name, fault(sound))
         with pytest.raises(KernelError, match=f"the step '{stage}'"):
-            check_kernels(THRESHOLD, "cpu")
+            check_kernels(*THRESHOLD, "cpu")
         setattr(module, name, sound)
-    # A benchmark's replacement of the scores is no fault of the kernels, and stays.
-    decode.after_score = no_scores
-    check_kernels(THRESHOLD, "cpu")
-    assert decode.after_score is no_scores
-    print(f"{len(shapes)} shapes pass, {len(FAULTS)} faults are found")
+    print(f"{len(layers)} layers pass, {len(FAULTS)} faults are found")
 
 
 if __name__ == "__main__":

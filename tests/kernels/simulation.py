@@ -8,13 +8,17 @@ the result must be that of the reference over the same selection, whose V comes 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from tests.conftest import TOLERANCES
+from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.cache.hot_cache import CacheCounters, HotCache
-from vllm_kcache.kernels.decode import DecodeWorkspace, decode_step
+from vllm_kcache.cache.layer_view import LayerView
+from vllm_kcache.kernels.decode import decode_step
+from vllm_kcache.kernels.select import packed_view
+from vllm_kcache.kernels.workspace import DecodeBatch, DecodeWorkspace, Followers
 from vllm_kcache.kernels.write import WriteParts, write_kv
 from vllm_kcache.reference.attend import attend_blocks
 from vllm_kcache.reference.fetch import fetch_blocks
@@ -23,6 +27,9 @@ from vllm_kcache.types import Selected, Selection
 PAGES, HEADS, GROUP, HEAD_SIZE, PAGE_TOKENS, BLOCK_TOKENS = 20, 2, 2, 64, 16, 8
 LAYERS, MAX_REQUESTS, MAX_BLOCKS = 2, 4, 12
 SELECTION = Selection(5, None, 1, 8, "sum")
+SHAPE = CacheShape(
+    LAYERS, HEADS * GROUP, HEADS, HEAD_SIZE, PAGE_TOKENS, BLOCK_TOKENS, torch.float32
+)
 
 
 @dataclass
@@ -39,11 +46,13 @@ class Simulation:
         device: "cpu" (Triton's interpreter) or "cuda".
         num_slots: of the hot cache; fewer than one step selects forces reads from the host.
         write_update: False takes out what keeps copies fresh.
+        followers: Lists are selected and fetched beside scoring.
     """
 
     device: str
     num_slots: int
     write_update: bool = True
+    followers: Followers | None = None
     seed: int = 0
     requests: list[Request] = field(default_factory=list)
     wrong_steps: int = 0
@@ -56,13 +65,17 @@ class Simulation:
         self.v_pool = torch.full(shape, torch.nan)
         if self.device != "cpu":
             self.v_pool = self.v_pool.pin_memory()
-        rows = PAGES * HEADS * PAGE_TOKENS // BLOCK_TOKENS
-        self.cache = HotCache.make(
-            self.num_slots, LAYERS, rows, BLOCK_TOKENS, HEAD_SIZE, torch.float32, self.device
-        )
-        self.cache.write_update = self.write_update
+        rows = PAGES * SHAPE.rows_per_page
+        self.cache = HotCache.make(self.num_slots, LAYERS, rows, SHAPE.row.bytes, self.device)
+        self.views = []
+        for layer in range(LAYERS):
+            host_rows = self.v_pool[layer].view(rows, -1).view(torch.uint8)
+            view = LayerView(
+                layer, SHAPE, SELECTION, "renormalize", self.k_pages[layer], host_rows, self.cache
+            )
+            self.views.append(replace(view, packed=packed_view(view)))
         self.workspace = DecodeWorkspace.make(
-            MAX_REQUESTS, HEADS * GROUP, HEADS, HEAD_SIZE, MAX_BLOCKS, SELECTION, self.device
+            SHAPE, SELECTION, MAX_REQUESTS, MAX_BLOCKS, self.device
         )
         self.free = list(range(PAGES))
 
@@ -133,12 +146,12 @@ class Simulation:
             lengths[row] = request.length
         query = 2 * torch.randn(rows, HEADS * GROUP, HEAD_SIZE)
         out = torch.full(query.shape, torch.nan, device=self.device)
-        decode_step(
-            self.workspace, query.to(self.device), self.k_pages[layer], self.v_pool[layer],
-            table.to(self.device), lengths.to(self.device), HEAD_SIZE**-0.5, BLOCK_TOKENS,
-            MAX_BLOCKS, SELECTION, "renormalize", self.cache, layer, out,
+        batch = DecodeBatch(
+            query.to(self.device), table.to(self.device), lengths.to(self.device), HEAD_SIZE**-0.5,
+            MAX_BLOCKS,
         )  # fmt: skip
-        lse, chosen, _ = self.workspace.views(rows, MAX_BLOCKS, SELECTION)
+        decode_step(self.views[layer], self.workspace, batch, out, followers=self.followers)
+        chosen = self.workspace.views(self.views[layer], batch).selected
         counts = chosen.counts.cpu()
         places = torch.arange(chosen.blocks.shape[2])
         blocks = chosen.blocks.cpu().masked_fill(places >= counts[..., None], -1)
@@ -146,7 +159,7 @@ class Simulation:
         fetched = fetch_blocks(selected, table, self.v_pool[layer], BLOCK_TOKENS)
         expected = attend_blocks(
             query, self.k_pages[layer].cpu(), self.v_pool[layer], fetched, selected, table,
-            lengths, HEAD_SIZE**-0.5, BLOCK_TOKENS, "renormalize", lse.cpu(),
+            lengths, HEAD_SIZE**-0.5, BLOCK_TOKENS, "renormalize",
         )  # fmt: skip
         relative, absolute = TOLERANCES[torch.float32]
         self.wrong_steps += not torch.allclose(out.cpu(), expected, rtol=relative, atol=absolute)
@@ -171,10 +184,9 @@ class Simulation:
         parts: WriteParts,
         allocate_tokens: int,
     ) -> None:
-        write_kv(
-            key, value, slots, self.k_pages[layer], self.v_pool[layer], self.cache, layer,
-            parts=parts, allocate_tokens=allocate_tokens,
-        )  # fmt: skip
+        if not self.write_update:
+            parts &= ~WriteParts.V_SLOT
+        write_kv(self.views[layer], key, value, slots, parts=parts, allocate_tokens=allocate_tokens)
 
 
 def check(device: str, rounds: int, sizes: tuple[int, ...]) -> None:
@@ -191,6 +203,11 @@ def check(device: str, rounds: int, sizes: tuple[int, ...]) -> None:
             assert counted.direct == 0
         elif num_slots < one_step // 4:
             assert counted.direct > 0
+    for followers in (Followers(2, 1), Followers(5, 5)):
+        simulation = Simulation(device, 30, followers=followers, seed=7)
+        counted = simulation.run(rounds)
+        assert simulation.wrong_steps == 0, f"{followers}: {simulation.wrong_steps} steps"
+        assert counted.selected == counted.hits + counted.misses + counted.direct
     blind = Simulation(device, 200, write_update=False, seed=1)
     blind.run(rounds)
     assert blind.wrong_steps > 0, "the simulation does not notice stale copies"

@@ -17,8 +17,8 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from vllm_kcache.config import KCacheConfigError
-from vllm_kcache.integration import runtime
 from vllm_kcache.integration.metadata import KCacheMetadata, KCacheMetadataBuilder
+from vllm_kcache.split_cache import LayerInputs, SplitCache
 
 
 class KCacheBackend(AttentionBackend):
@@ -72,10 +72,7 @@ class KCacheBackend(AttentionBackend):
 
 
 class KCacheImpl(AttentionImpl[KCacheMetadata]):
-    """Attention of one layer over the split cache.
-
-    Prefill is exact. Decode scores all K, selects V blocks, fetches and attends (docs/design.md).
-    """
+    """Attention of one layer over the split cache (docs/design.md)."""
 
     def __init__(
         self,
@@ -108,6 +105,17 @@ class KCacheImpl(AttentionImpl[KCacheMetadata]):
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        self._cache: SplitCache | None = None
+        self._index = -1
+
+    def bind(self, cache: SplitCache, index: int) -> None:
+        """Name the cache that this layer runs on. The worker does, when the model is loaded.
+
+        Args:
+            cache: That of this layer's engine.
+            index: The layer's number in it; that of another layer whose pages this one reads.
+        """
+        self._cache, self._index = cache, index
 
     def forward(
         self,
@@ -139,15 +147,36 @@ class KCacheImpl(AttentionImpl[KCacheMetadata]):
             raise RuntimeError("--kv-backend kcache does not quantise the attention output.")
         if attn_metadata is None or kv_cache.numel() == 0:
             return output.fill_(0)
+        if self._cache is None:
+            raise RuntimeError(
+                "The split cache is not running: this worker was not started by kcache."
+            )
         shares = self.kv_sharing_target_layer_name is not None
-        inputs = runtime.LayerInputs(
-            name=self.kv_sharing_target_layer_name or layer.layer_name,
-            query=query.view(-1, self.num_heads, self.head_size),
-            key=None if shares else key.view(-1, self.num_kv_heads, self.head_size),
-            value=None if shares else value.view(-1, self.num_kv_heads, self.head_size),
-            k_pages=kv_cache,
+        heads, kv_heads = (
+            (-1, self.num_heads, self.head_size),
+            (-1, self.num_kv_heads, self.head_size),
+        )
+        inputs = LayerInputs(
+            query=query.view(heads),
+            key=None if shares else key.view(kv_heads),
+            value=None if shares else value.view(kv_heads),
             scale=self.scale,
         )
-        shaped = output.view(-1, self.num_heads, self.head_size)
-        runtime.current().run_layer(inputs, attn_metadata, shaped)
+        shaped, order = output.view(heads), attn_metadata.token_order
+        if order is None:
+            self._cache.attend(self._index, kv_cache, inputs, attn_metadata, shaped)
+            return output
+        in_order = torch.empty_like(inputs.query[: order.shape[0]])
+        self._cache.attend(self._index, kv_cache, _take(inputs, order), attn_metadata, in_order)
+        shaped[order] = in_order
         return output
+
+
+def _take(inputs: LayerInputs, order: torch.Tensor) -> LayerInputs:
+    """The inputs of some tokens, in their order."""
+    return LayerInputs(
+        inputs.query[order],
+        None if inputs.key is None else inputs.key[order],
+        None if inputs.value is None else inputs.value[order],
+        inputs.scale,
+    )

@@ -6,19 +6,16 @@ from __future__ import annotations
 import torch
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_kcache.config import KCacheConfig
-from vllm_kcache.integration import counters, runtime
-from vllm_kcache.integration.cpu_runtime import CPURuntime
+from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.integration.worker import SplitCacheWorker
+from vllm_kcache.split_cache import CPUSplitCache, SplitCache
 
 
 class KCacheCPUWorker(SplitCacheWorker, CPUWorker):
     """vLLM's CPU worker with the split cache: the reference, for tests and trials."""
 
-    def _make_runtime(
-        self, config: KCacheConfig, shape: runtime.PageShape, figures: counters.Counters
-    ) -> runtime.Runtime:
-        return CPURuntime(config, shape, figures, torch.device("cpu"))
+    def _make_cache(self, shape: CacheShape) -> SplitCache:
+        return CPUSplitCache(self.kcache_config, shape, self.counters, torch.device("cpu"))
 
     def _device_pages(self, available: int, page_bytes: int, v_bytes: int) -> int:
         # Without an explicit size vLLM offers the whole machine to K; V lives in the same RAM.

@@ -10,12 +10,13 @@ import torch
 from vllm.logger import init_logger
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_kcache.config import KCacheConfig, KCacheConfigError
-from vllm_kcache.integration import counters, runtime
-from vllm_kcache.integration.gpu_runtime import GPULimits, GPURuntime
+from vllm_kcache.cache.formats import CacheShape
+from vllm_kcache.config import KCacheConfigError
+from vllm_kcache.integration import prefill
 from vllm_kcache.integration.worker import GIB, SplitCacheWorker
 from vllm_kcache.kernels import extension, self_check
-from vllm_kcache.kernels.select import most_blocks
+from vllm_kcache.memory import StepLimits
+from vllm_kcache.split_cache_gpu import GPUSplitCache
 
 logger = init_logger(__name__)
 
@@ -23,100 +24,97 @@ logger = init_logger(__name__)
 class KCacheGPUWorker(SplitCacheWorker, Worker):
     """vLLM's GPU worker with the split cache."""
 
+    split_cache: GPUSplitCache
+
     def load_model(self, *args: Any, **kwargs: Any) -> None:
+        extension.load()
         super().load_model(*args, **kwargs)
-        self._check_length()
+        # The GPU writes its counts where the API server reads them, so that they are there when a
+        # step's tokens are, and no step has to come to fetch those of the step before.
+        self._counter_words = self.counters.gpu_words(self.split_cache.shape.row.bytes)
+        self.counters.lock(self, self._counter_words)
         if self_check.is_wanted():
             self._check_kernels()
 
-    def _check_length(self) -> None:
-        """Refuse requests of more V blocks than the selection of this GPU can hold."""
-        active = self._gpu_runtime()
-        if not extension.available():
-            return
-        gpu = torch.cuda.get_device_properties(self.device)
-        group = active.num_query_heads // active.shape.num_kv_heads
-        shared = gpu.shared_memory_per_block_optin  # type: ignore[attr-defined]  # not in the stubs
-        most = most_blocks(active.selection, group, shared)
-        if active.max_blocks > most:
-            raise KCacheConfigError(
-                f"max_model_len={active.limits.max_model_len}: {active.max_blocks} V blocks of "
-                f"{active.v_block_tokens} tokens, and the selection of a {gpu.name} holds {most}. "
-                f"Lower --max-model-len to {most * active.v_block_tokens}, raise "
-                f"kcache_config.v_block_tokens, or set {extension.SWITCH}=0."
-            )
-
     def _check_kernels(self) -> None:
         """Do not start where this GPU's kernels differ from the reference."""
-        active = self._gpu_runtime()
+        cache = self.split_cache
         begin = time.monotonic()
-        self_check.check_kernels(active.layer_shape(), self.device)
+        self_check.check_kernels(
+            cache.shape, cache.selection, cache.config.resolved_tail, self.device
+        )
         # What it took is not what the model needs: vLLM measures next.
         torch.cuda.empty_cache()
         logger.info(
             "KCache: kernels checked against the reference in %.1f s.", time.monotonic() - begin
         )
 
-    def _make_runtime(
-        self, config: KCacheConfig, shape: runtime.PageShape, figures: counters.Counters
-    ) -> runtime.Runtime:
+    def _make_cache(self, shape: CacheShape) -> GPUSplitCache:
         scheduler, model = self.vllm_config.scheduler_config, self.vllm_config.model_config
-        limits = GPULimits(
+        limits = StepLimits(
             scheduler.max_num_seqs, scheduler.max_num_batched_tokens, model.max_model_len
         )
-        heads = model.get_num_attention_heads(self.vllm_config.parallel_config)
-        return GPURuntime(config, shape, figures, self.device, heads, limits)
+        kernels = prefill.choose(self.kcache_config.prefill, shape.head_size, shape.dtype)
+        logger.info("KCache: prompts attend through %s.", kernels.name)
+        return GPUSplitCache(self.kcache_config, shape, self.counters, self.device, limits, kernels)
 
     def _device_pages(self, available: int, page_bytes: int, v_bytes: int) -> int:
-        # The hot V cache and the tables come out of the same budget as K pages. Buffers of a fixed
+        # The hot cache and the tables come out of the same budget as K pages. Buffers of a fixed
         # size were there when vLLM measured what is left.
-        active = self._gpu_runtime()
-        left = available - active.plan_hot_cache(max(available, 0))
-        pages = left // (page_bytes + active.bytes_per_page())
+        memory, setting = self.split_cache.memory, self.kcache_config.hot_cache_gib
+        slots = memory.hot_slots(max(available, 0), setting)
+        pages = memory.pages(available, page_bytes, slots)
         if pages < 1:
             raise KCacheConfigError(
                 f"kcache: {available / GIB:.2f} GiB of GPU memory are left for K pages and the hot "
-                f"V cache ({(available - left) / GIB:.2f} GiB). Lower "
+                f"cache ({slots} rows of {self.split_cache.shape.row.bytes} bytes). Lower "
                 "--max-num-batched-tokens, --max-num-seqs or kcache_config.hot_cache_gib, or raise "
                 "--gpu-memory-utilization."
             )
+        self.split_cache.hot_slots = slots
         return pages
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
-        active = self._gpu_runtime()
-        if not active.hot_slots:
+        cache = self.split_cache
+        if cache.hot_slots is None:
             # With --num-gpu-blocks-override the plan above may not have run.
             specs = self.get_kv_cache_spec()
             page_bytes = sum(spec.page_size_bytes for spec in specs.values())
-            active.plan_hot_cache(kv_cache_config.num_blocks * page_bytes)
-        active.is_final = True
+            cache.hot_slots = cache.memory.hot_slots(
+                kv_cache_config.num_blocks * page_bytes, self.kcache_config.hot_cache_gib
+            )
+        cache.is_final = True
         super().initialize_from_config(kv_cache_config)
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
         # Warm-up wrote to the null block and counted steps that no user asked for.
-        active = self._gpu_runtime()
-        active.reset_counters()
+        cache = self.split_cache
+        if cache.hot_cache is not None:
+            cache.hot_cache.counters.zero_()
+        cache.eager_decode_steps = 0
+        self._publish_counters()
         return times
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        active = self._gpu_runtime()
-        active.before_step()
+        self.split_cache.before_step()
         result = super().execute_model(scheduler_output)
-        active.publish_counters()
+        self._publish_counters()
         return result
 
     def execute_dummy_batch(self) -> None:
         # It overwrites the slots that V of the step before may still be leaving to.
-        self._gpu_runtime().before_step()
+        self.split_cache.before_step()
         super().execute_dummy_batch()
 
+    def _publish_counters(self) -> None:
+        """Have the GPU write the kernels' counters to the shared file, behind what is queued."""
+        cache = self.split_cache
+        if cache.hot_cache is not None:
+            self._counter_words.copy_(cache.hot_cache.counters, non_blocking=True)
+        self.counters["eager_decode_steps"] = cache.eager_decode_steps
+
     def kcache_counters(self) -> list[float]:
-        self._gpu_runtime().publish_counters()
+        self._publish_counters()
         torch.cuda.current_stream().synchronize()
         return super().kcache_counters()
-
-    def _gpu_runtime(self) -> GPURuntime:
-        active = runtime.current()
-        assert isinstance(active, GPURuntime)
-        return active

@@ -9,68 +9,42 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 from vllm_kcache.config import KCacheConfigError
+from vllm_kcache.split_cache_gpu import Attended, PrefillKernels, Ragged
 
 
-@dataclass(frozen=True)
-class Ragged:
-    """Where the requests of a batch begin.
-
-    Attributes:
-        first_rows: [R + 1] int32, GPU.
-        max_length: Longest request, tokens (host).
-        lengths: Tokens of each request (host); only the torch and xformers kernels need it.
-    """
-
-    first_rows: torch.Tensor
-    max_length: int
-    lengths: tuple[int, ...]
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Ragged, Ragged, bool, float], Attended]
 
 
-# query, keys, values, ragged queries, ragged keys, causal, scale
-# -> output [Tq, Hq, D], log-sum-exp [Hq, Tq]
-PrefillKernel = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, Ragged, Ragged, bool, float],
-    tuple[torch.Tensor, torch.Tensor],
-]
-
-
-def choose(name: str, head_size: int, dtype: torch.dtype) -> tuple[str, PrefillKernel]:
-    """The prefill kernel for a setting.
+def choose(name: str, head_size: int, dtype: torch.dtype) -> PrefillKernels:
+    """The kernels of exact attention for a setting.
 
     Args:
         name: `kcache_config.prefill`: "auto", "flash_attn", "xformers" or "torch".
         head_size: D.
         dtype: Model dtype. FlashAttention and xformers take float16 and bfloat16.
 
-    Returns:
-        The name of the kernel taken and the kernel.
-
     Raises:
         KCacheConfigError: The named kernel cannot run here.
     """
     half = dtype in (torch.float16, torch.bfloat16)
     if name == "auto":
-        if not half:
-            return "torch", attend_torch
-        for candidate in ("flash_attn", "xformers"):
-            if _missing(candidate, head_size, dtype) is None:
-                return candidate, _kernel(candidate, head_size)
-        return "torch", attend_torch
-    if name != "torch":
+        candidates = ("flash_attn", "xformers") if half else ()
+        fits = (it for it in candidates if _missing(it, head_size, dtype) is None)
+        name = next(fits, "torch")
+    elif name != "torch":
         reason = _missing(name, head_size, dtype) if half else f"it does not take {dtype}"
         if reason is not None:
             raise KCacheConfigError(
                 f"kcache_config.prefill={name!r}: {reason}; use 'auto' or 'torch'."
             )
-    return name, _kernel(name, head_size)
+    return PrefillKernels(name, _kernel(name, head_size), merge)
 
 
-def _kernel(name: str, head_size: int) -> PrefillKernel:
+def _kernel(name: str, head_size: int) -> Attend:
     if name == "flash_attn":
         from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
@@ -121,7 +95,7 @@ def attend_flash(
     causal: bool,
     scale: float,
     version: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Attended:
     """vLLM's FlashAttention, of that version (3 on Hopper, 2 elsewhere)."""
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
@@ -149,7 +123,7 @@ def attend_xformers(
     keys_at: Ragged,
     causal: bool,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Attended:
     """xformers' memory-efficient attention with a block-diagonal bias."""
     from xformers.ops import fmha
 
@@ -184,7 +158,7 @@ def attend_torch(
     keys_at: Ragged,
     causal: bool,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Attended:
     """Plain torch, accumulated in float32: any dtype, any head size, slow."""
     output = torch.zeros_like(query, memory_format=torch.contiguous_format)
     lse = query.new_full((query.shape[1], query.shape[0]), float("-inf"), dtype=torch.float32)
@@ -215,9 +189,7 @@ def attend_torch(
     return output, lse
 
 
-def merge(
-    first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def merge(first: Attended, second: Attended) -> Attended:
     """Attention to the union of two sets of keys, from the attention to each.
 
     Args:

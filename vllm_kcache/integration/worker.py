@@ -11,13 +11,15 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention.attention import Attention
 from vllm.platforms import current_platform
 
+from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.cache.host_memory import host_budget_bytes
 from vllm_kcache.config import KCacheConfig, KCacheConfigError
-from vllm_kcache.integration import counters, runtime
+from vllm_kcache.integration import counters
 from vllm_kcache.integration.backend import KCacheBackend
 from vllm_kcache.integration.layers import is_dense_layer
 from vllm_kcache.integration.plugin import activate_backend
 from vllm_kcache.integration.settings import engines_on_host, settings_of
+from vllm_kcache.split_cache import SplitCache
 
 logger = init_logger(__name__)
 
@@ -33,6 +35,8 @@ class SplitCacheWorker:
     vllm_config: Any
     device: torch.device
     rank: int
+    split_cache: SplitCache
+    counters: counters.Counters
     # Host bytes for V as they were before any rank of this machine took its share.
     _first_host_budget: int | None = None
 
@@ -40,29 +44,30 @@ class SplitCacheWorker:
         """Load the model, then make sure that every layer runs the split cache."""
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         self.kcache_config = _settings(self.vllm_config)
-        self._split_layers = split_layers(self.vllm_config, self.kcache_config)
-        self._start_runtime()
-
-    def _make_runtime(
-        self, config: KCacheConfig, shape: runtime.PageShape, figures: counters.Counters
-    ) -> runtime.Runtime:
-        raise NotImplementedError
-
-    def _start_runtime(self) -> None:
+        names = split_layers(self.vllm_config, self.kcache_config)
         # The executor does the same when the model is loaded, and sizes the pages by it.
         current_platform.update_block_size_for_backend(self.vllm_config)
         specs = self.get_kv_cache_spec()  # type: ignore[attr-defined]
-        shape = runtime.page_shape_of(self.vllm_config, specs, self._split_layers)
+        shape = cache_shape_of(self.vllm_config, self.kcache_config, specs, names)
         engine = self.vllm_config.parallel_config.data_parallel_index
         path = counters.path_of(counters.instance_of(self.vllm_config), engine, self.rank)
-        runtime.start(self._make_runtime(self.kcache_config, shape, counters.Counters(path)))
+        self.counters = counters.Counters(path)
+        self.split_cache = self._make_cache(shape)
+        layers = get_layers_from_vllm_config(self.vllm_config, Attention)
+        for name, layer in layers.items():
+            owner = layer.kv_sharing_target_layer_name or name
+            if owner in names:
+                layer.impl.bind(self.split_cache, names.index(owner))
+
+    def _make_cache(self, shape: CacheShape) -> SplitCache:
+        raise NotImplementedError
 
     def determine_available_memory(self) -> int:
         """Bytes for K pages: what vLLM finds, or less where the host cannot hold that much V."""
         available = super().determine_available_memory()  # type: ignore[misc]
         specs = self.get_kv_cache_spec()  # type: ignore[attr-defined]
         page_bytes = sum(spec.page_size_bytes for spec in specs.values())
-        v_bytes = runtime.current().shape.v_bytes_per_page
+        v_bytes = self.split_cache.shape.host_page_bytes
         self._first_host_budget = self._host_budget(0)
         pages_device = self._device_pages(available, page_bytes, v_bytes)
         pages_host = self._host_budget(pages_device * page_bytes) // v_bytes
@@ -96,11 +101,10 @@ class SplitCacheWorker:
             )
         self._check_host_memory(kv_cache_config.num_blocks)
         super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
-        active = runtime.current()
-        active.allocate(kv_cache_config.num_blocks)
-        active.counters["host_pool_blocks"] = kv_cache_config.num_blocks
-        active.counters["host_pool_bytes"] = kv_cache_config.num_blocks * (
-            active.shape.v_bytes_per_page
+        self.split_cache.allocate(kv_cache_config.num_blocks)
+        self.counters["host_pool_blocks"] = kv_cache_config.num_blocks
+        self.counters["host_pool_bytes"] = (
+            kv_cache_config.num_blocks * self.split_cache.shape.host_page_bytes
         )
 
     def _check_host_memory(self, num_blocks: int) -> None:
@@ -109,7 +113,7 @@ class SplitCacheWorker:
         At the budget of that time: meanwhile another rank may have taken its share, which must not
         count against this one's.
         """
-        needed = num_blocks * runtime.current().shape.v_bytes_per_page
+        needed = num_blocks * self.split_cache.shape.host_page_bytes
         budget = self._first_host_budget
         if budget is None:
             budget = self._host_budget(0)
@@ -123,10 +127,10 @@ class SplitCacheWorker:
 
     def kcache_counters(self) -> list[float]:
         """Figures of this rank (see `vllm_kcache.metrics`)."""
-        return runtime.current().counters.read().tolist()
+        return self.counters.read().tolist()
 
     def kcache_reconfigure(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Select and attend by other settings from the next step on (see `Runtime.reconfigure`).
+        """Select and attend by other settings from the next step on (see `SplitCache.reconfigure`).
 
         Callers use `integration.reconfigure.reconfigure`, which also sees to the prefix cache.
 
@@ -139,20 +143,13 @@ class SplitCacheWorker:
                 "kcache_config cannot change while the engine runs: its CUDA graphs hold the "
                 "selection. Start it with enforce_eager=True, or start another engine."
             )
-        return runtime.current().reconfigure(settings).to_json_dict()
-
-    def kcache_fill_host_pool(self, std: float) -> None:
-        """Fill the host pool with random V, for benchmarks that skip prefill.
-
-        Args:
-            std: Standard deviation of the values.
-        """
-        runtime.current().fill_host_pool(std)
+        return self.split_cache.reconfigure(settings).to_json_dict()
 
     def shutdown(self) -> None:
         """Stop the worker and free the host pool."""
         super().shutdown()  # type: ignore[misc]
-        runtime.stop()
+        if hasattr(self, "split_cache"):
+            self.split_cache.close()
 
 
 def _settings(vllm_config: Any) -> KCacheConfig:
@@ -162,13 +159,59 @@ def _settings(vllm_config: Any) -> KCacheConfig:
     return config
 
 
+def cache_shape_of(
+    vllm_config: Any, config: KCacheConfig, specs: dict[str, Any], names: list[str]
+) -> CacheShape:
+    """Geometry of the split layers, read from vLLM's cache specs.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        config: The plugin's settings.
+        specs: Layer name to cache spec, all layers of this rank.
+        names: The split layers.
+
+    Raises:
+        KCacheConfigError: The split layers differ in shape, or the V block does not fit a page.
+    """
+    geometry = {
+        (s.num_kv_heads, s.block_size, s.head_size, s.head_size_v, s.dtype)
+        for s in (specs[name] for name in names)
+    }
+    if len(geometry) != 1:
+        raise KCacheConfigError(
+            "--kv-backend kcache does not support layers of different shapes: "
+            f"{len(geometry)} sets of (KV heads, block size, head size, V head size, dtype) found: "
+            f"{sorted(map(str, geometry))}. Serve this model with vLLM's own backend."
+        )
+    num_kv_heads, page_tokens, head_size, head_size_v, dtype = geometry.pop()
+    if head_size != head_size_v:
+        raise KCacheConfigError(
+            f"--kv-backend kcache does not support head_size_v={head_size_v} beside "
+            f"head_size={head_size}. Serve this model with vLLM's own backend."
+        )
+    return CacheShape(
+        num_layers=len(names),
+        num_query_heads=vllm_config.model_config.get_num_attention_heads(
+            vllm_config.parallel_config
+        ),
+        num_kv_heads=num_kv_heads,
+        head_size=head_size,
+        page_tokens=page_tokens,
+        block_tokens=config.resolved_v_block_tokens(head_size, dtype.itemsize, page_tokens),
+        dtype=dtype,
+    )
+
+
 def split_layers(vllm_config: Any, config: KCacheConfig) -> list[str]:
-    """Names of the layers that run the split cache, after checking every layer's backend.
+    """Names of the layers that run the split cache, bottom first, after checking every layer's
+    backend.
 
     Raises:
         RuntimeError: A layer that should run the split cache runs another attention.
         KCacheConfigError: A layer changes our attention, or differs from the others.
     """
+    from vllm.model_executor.models.utils import extract_layer_index
+
     num_layers = vllm_config.model_config.get_total_num_hidden_layers()
     names, query_heads = [], set()
     for name, layer in get_layers_from_vllm_config(vllm_config, Attention).items():
@@ -206,4 +249,4 @@ def split_layers(vllm_config: Any, config: KCacheConfig) -> list[str]:
             "kcache_config.dense_layers: every layer of this model is dense, so there is nothing "
             "to split. List fewer layers."
         )
-    return names
+    return sorted(names, key=extract_layer_index)

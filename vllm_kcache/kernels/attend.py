@@ -17,15 +17,13 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_kcache.kernels.attend_plan import (
-    MAX_SPLITS,
-    AttendBuffers,
-    AttendConfig,
-    attend_config,
-)
+from vllm_kcache.cache.hot_cache import EPOCH
+from vllm_kcache.cache.layer_view import LayerView
+from vllm_kcache.kernels.attend_plan import MAX_SPLITS, AttendConfig, attend_config
 from vllm_kcache.kernels.dependent import gdc_wait
-from vllm_kcache.kernels.score import check_query_strides
-from vllm_kcache.types import Fetched, Selected, Tail
+from vllm_kcache.kernels.score import check_query_strides, is_first_program
+from vllm_kcache.kernels.workspace import DecodeBatch, DecodeWorkspace
+from vllm_kcache.types import Selected
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # With the tail "clip", probabilities are counted in units of 2^-15: no maximum scales them up, and
@@ -33,6 +31,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 UNIT_BITS = tl.constexpr(15.0)
 ONE = tl.constexpr(float(1 << 15))
 _MOST_PARTS = tl.constexpr(MAX_SPLITS)
+_EPOCH = tl.constexpr(EPOCH)
 # Parts whose loads are on their way at once while they are added up.
 _AHEAD = tl.constexpr(4)
 
@@ -150,21 +149,6 @@ def add_parts(
 
 
 @triton.jit
-def weight_of_all(lse_rows, largest, num_blocks, group_mask, CHUNK: tl.constexpr):
-    """Sum of exp2(score - largest) over all tokens of the request, from its blocks' scores."""
-    weight = tl.zeros(largest.shape, tl.float32)
-    for start in range(0, num_blocks, CHUNK):
-        block = start + tl.arange(0, CHUNK)
-        lse = tl.load(
-            lse_rows[:, None] + block[None, :],
-            mask=group_mask[:, None] & (block < num_blocks)[None, :],
-            other=float("-inf"),
-        )
-        weight += tl.sum(tl.exp2(lse * LOG2_E - largest[:, None]), 1)
-    return weight
-
-
-@triton.jit
 def share_out(weight, sums, GROUP_PADDED: tl.constexpr, HEAD_PADDED: tl.constexpr):
     """Result [G, D] of the tail "clip", from its rows: the probabilities', then the clipped's."""
     weights = tl.reshape(weight, (2, GROUP_PADDED // 2))
@@ -179,26 +163,27 @@ def share_out(weight, sums, GROUP_PADDED: tl.constexpr, HEAD_PADDED: tl.constexp
     return tl.sum(sums * factors[:, :, None], 0)
 
 
-# Batch sizes and waves differ in these numbers only, and share one compiled kernel.
-@triton.jit(do_not_specialize=["columns", "max_blocks", "first_head", "host_distance"])
+# Batch sizes differ in these numbers only, and share one compiled kernel.
+@triton.jit(do_not_specialize=["columns", "host_distance"])
 def attend_kernel(
-    query, k_pages, v_rows, rows, blocks, counts, block_table, seq_lens, block_lse, request_lse,
+    query, k_pages, v_rows, rows, blocks, counts, block_table, seq_lens, request_lse, state,
     partial_sums, partial_weights, arrivals, out, scale, clip, host_distance, query_stride,
-    page_stride, table_stride, out_stride, columns, max_blocks, first_head,
+    page_stride, table_stride, out_stride, columns,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     GROUP_PADDED: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
     PAGE_TOKENS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, CHUNK_BLOCKS: tl.constexpr,
-    SPLIT: tl.constexpr, DROP: tl.constexpr, CLIP: tl.constexpr, LSE_CHUNK: tl.constexpr,
-    VALUES_OF_16_BYTES: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
+    SPLIT: tl.constexpr, CLIP: tl.constexpr, VALUES_OF_16_BYTES: tl.constexpr,
+    PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     if DEPENDENT:
         gdc_wait()
+    if is_first_program():
+        # The step's epoch ends here: this is its last launch, and it does not look at the epoch.
+        tl.store(state + _EPOCH, tl.load(state + _EPOCH) + 1)
     split, splits = tl.program_id(0), tl.num_programs(0)
-    head = first_head + tl.program_id(1)
+    head = tl.program_id(1)
     request = tl.program_id(2).to(tl.int64)
-    # The list among all, and among those of this launch.
     list_id = request * NUM_KV_HEADS + head
-    launch_list = request * tl.num_programs(1) + tl.program_id(1)
     num_tokens = tl.load(seq_lens + request)
     count = tl.load(counts + list_id)
     # Rows of results: one of each query head, or with CLIP two of each, in halves.
@@ -228,7 +213,7 @@ def attend_kernel(
     )  # fmt: skip
     last = True
     if SPLIT:
-        first_part = launch_list * splits
+        first_part = list_id * splits
         if split * CHUNK_BLOCKS < count:
             part = (first_part + split) * (sides * GROUP) + row
             leave_part(
@@ -236,9 +221,9 @@ def attend_kernel(
             )
         # All threads' stores come before the count of this program.
         tl.debug_barrier()
-        last = tl.atomic_add(arrivals + launch_list, 1) == splits - 1
+        last = tl.atomic_add(arrivals + list_id, 1) == splits - 1
         if last:
-            tl.store(arrivals + launch_list, 0)
+            tl.store(arrivals + list_id, 0)
             # Programs that had a share: the others left nothing.
             parts = tl.minimum(splits, tl.cdiv(count, CHUNK_BLOCKS))
             largest, weight, sums = add_parts(
@@ -246,10 +231,6 @@ def attend_kernel(
                 sides * GROUP, GROUP_PADDED, HEAD_PADDED,
             )  # fmt: skip
     if last:
-        if DROP:
-            lse_rows = block_lse + (request * NUM_HEADS + heads) * max_blocks
-            num_blocks = tl.cdiv(num_tokens, BLOCK_TOKENS)
-            weight = weight_of_all(lse_rows, largest, num_blocks, group_mask, LSE_CHUNK)
         if CLIP:
             result = share_out(weight, sums, GROUP_PADDED, HEAD_PADDED)
         else:
@@ -264,79 +245,72 @@ def attend_kernel(
 
 
 def attend_blocks(
-    query: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pool: torch.Tensor,
-    fetched: Fetched,
+    view: LayerView,
+    batch: DecodeBatch,
     selected: Selected,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    scale: float,
-    v_block_tokens: int,
-    tail: Tail,
-    block_lse: torch.Tensor,
-    v_page_means: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-    clip: float | None = None,
+    rows: torch.Tensor,
+    workspace: DecodeWorkspace,
+    out: torch.Tensor,
     *,
-    buffers: AttendBuffers | None = None,
     config: AttendConfig | None = None,
-    first_head: int = 0,
-    last_head: int | None = None,
     dependent: bool = False,
 ) -> torch.Tensor:
-    """Softmax over the selected tokens and the product with V. See `ops.attend_blocks`.
+    """Softmax over the selected tokens and the product with V (definition: reference/attend.py).
+
+    The last launch of a step: it ends the epoch of the hot cache.
 
     Args:
-        buffers: from `AttendBuffers.make` for at least this many lists, `clipped` for tail "clip".
+        selected: the lists, GPU. `lse` is read for the tail "clip" only.
+        rows: [B, Hkv, N] int32, GPU. Where each selected row lies (`types.Fetched`); 0 and above is
+            a slot of the hot cache.
+        workspace: `sums`, `weights` and `arrivals` are used.
+        out: [B, Hq, D] model dtype, GPU. Written and returned; 0 for a padded row.
         config: launch shape, chosen by `attend_config` unless given.
-        first_head, last_head: range of KV heads, without the last; None means all from the first.
         dependent: launch it as kernels/dependent.py says.
-    Graph-safe when `out` and `buffers` are given.
+    Graph-safe: no allocation, no host sync.
     """
-    if tail == "mean":
-        raise NotImplementedError(
-            'kcache_config.tail="mean": not implemented on the GPU; use "renormalize", "clip" or '
-            '"drop"'
-        )
-    clipped = tail == "clip"
-    lse = selected.lse if clipped else None
-    if clipped and (lse is None or clip is None):
-        raise ValueError('tail="clip": needs selected.lse and clip')
-    num_requests, num_heads, head_size = query.shape
-    _, num_kv_heads, page_tokens, _ = k_pages.shape
+    shape, query, cache = view.shape, batch.query, view.hot_cache
+    assert cache is not None
     check_query_strides(query)
-    if out is None:
-        out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    last_head = num_kv_heads if last_head is None else last_head
-    num_lists = num_requests * (last_head - first_head)
-    if num_lists <= 0:
+    clip = view.selection.clip if view.tail == "clip" else None
+    if view.tail == "clip" and (clip is None or selected.lse is None):
+        raise ValueError('tail="clip": needs selected.lse and a selection with a mass threshold')
+    num_lists, columns = batch.num_requests * shape.num_kv_heads, selected.blocks.shape[2]
+    if num_lists == 0:
         return out
-    group, columns = num_heads // num_kv_heads, selected.blocks.shape[2]
     if config is None:
-        config = attend_config(num_lists, columns, head_size, query.element_size(), v_block_tokens)
-    if buffers is None:
-        buffers = AttendBuffers.make(num_lists, group, head_size, query.device, clipped)
-    rows_of_list = 2 * group if clipped else group
-    buffers.check(num_lists, num_lists * config.splits * rows_of_list, clipped)
-    distance = v_pool.data_ptr() - fetched.v_rows.data_ptr()
+        config = attend_config(shape, num_lists, columns)
+    rows_of_list = shape.group if clip is None else 2 * shape.group
+    _check_workspace(workspace, num_lists, num_lists * config.splits * rows_of_list)
+    # With the hot cache off every row lies on the host.
+    values = view.hot_values if cache.num_slots else view.v_pages
+    distance = view.host_rows.data_ptr() - values.data_ptr()
     if distance % 16:
-        raise ValueError("v_pool and fetched.v_rows: must be aligned to 16 bytes")
-    attend_kernel[(config.splits, last_head - first_head, num_requests)](
-        query, k_pages, fetched.v_rows, fetched.rows, selected.blocks, selected.counts,
-        block_table, seq_lens, block_lse, block_lse if lse is None else lse, buffers.sums,
-        buffers.weights, buffers.arrivals, out, scale, 1.0 if clip is None else clip,
-        distance // 16, query.stride(0), k_pages.stride(0), block_table.stride(0), out.stride(0),
-        columns, block_lse.shape[2], first_head,
-        NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, GROUP=group,
+        raise ValueError("host rows and hot slots: must be aligned to 16 bytes")
+    attend_kernel[(config.splits, shape.num_kv_heads, batch.num_requests)](
+        query, view.k_pages, values, rows, selected.blocks, selected.counts, batch.block_table,
+        batch.seq_lens, workspace.lse if selected.lse is None else selected.lse, cache.state,
+        workspace.sums, workspace.weights, workspace.arrivals, out, batch.scale,
+        1.0 if clip is None else clip, distance // 16, query.stride(0), view.k_pages.stride(0),
+        batch.block_table.stride(0), out.stride(0), columns,
+        NUM_HEADS=shape.num_query_heads, NUM_KV_HEADS=shape.num_kv_heads, GROUP=shape.group,
         GROUP_PADDED=max(16, triton.next_power_of_2(rows_of_list)),
-        HEAD_SIZE=head_size, HEAD_PADDED=triton.next_power_of_2(head_size),
-        PAGE_TOKENS=page_tokens, BLOCK_TOKENS=v_block_tokens, CHUNK_BLOCKS=config.chunk_blocks,
-        SPLIT=config.splits > 1, DROP=tail == "drop", CLIP=clipped,
-        LSE_CHUNK=128,
+        HEAD_SIZE=shape.head_size, HEAD_PADDED=triton.next_power_of_2(shape.head_size),
+        PAGE_TOKENS=shape.page_tokens, BLOCK_TOKENS=shape.block_tokens,
+        CHUNK_BLOCKS=config.chunk_blocks, SPLIT=config.splits > 1, CLIP=clip is not None,
         VALUES_OF_16_BYTES=16 // query.element_size(),
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         DEPENDENT=dependent, launch_pdl=dependent,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out
+
+
+def _check_workspace(workspace: DecodeWorkspace, num_lists: int, num_weights: int) -> None:
+    """Raise ValueError unless a launch of so many lists and parts of heads fits."""
+    lists, weights = workspace.arrivals.numel(), workspace.weights.numel() // 2
+    if num_lists > lists or num_weights > weights:
+        raise ValueError(
+            f"workspace: made for {lists} lists and {weights} parts of heads; this launch has "
+            f"{num_lists} and {num_weights}"
+        )

@@ -11,15 +11,6 @@ newer.
 
 from __future__ import annotations
 
-import functools
-
-import torch
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["gdc_launch_dependents", "gdc_wait", "has_dependent_launches"]
-
-
-@functools.cache
-def has_dependent_launches(device: torch.device) -> bool:
-    """Whether the device knows such launches; False on the CPU (the interpreter)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+__all__ = ["gdc_launch_dependents", "gdc_wait"]

@@ -5,9 +5,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vllm_kcache.cache.formats import CacheShape
+
 # Bytes of K that a program loads at once. Twice as many are slower at every size measured
 # (docs/benchmarks.md, score).
 _CHUNK = 32768
+
+# With these registers the kernel spills nothing for heads of more than 64 in two bytes, and more
+# programs fit than the compiler's own choice lets in: only there are they set.
+MAX_REGISTERS = 80
+
+# Programs of a launch. Many more than fit at once even out the end, and the more a list has, the
+# sooner the first is scored and its fetch begins. But in a graph that was captured for longer
+# requests many have nothing to do, and still take a nanosecond each (docs/benchmarks.md, score).
+_PROGRAMS_OF_LIST, _LEAST_PROGRAMS, _MOST_PROGRAMS = 128, 2048, 16384
 
 
 def padded(head_size: int) -> int:
@@ -27,39 +38,23 @@ class ScoreConfig:
     max_registers: int | None = None
 
 
-# Left alone, the compiler takes more for the sums of chunks, and fewer programs fit; with these it
-# spills nothing for heads of more than 64 in two bytes, and only there are they set.
-MAX_REGISTERS = 80
-
-# Programs of a launch. Many more than fit at once even out the end, and the more a list has, the
-# sooner the first is scored and its fetch begins. But in a graph that was captured for longer
-# requests many have nothing to do, and still take a nanosecond each (docs/benchmarks.md, score).
-_PROGRAMS_OF_LIST, _LEAST_PROGRAMS, _MOST_PROGRAMS = 128, 2048, 16384
+def chunk_blocks(shape: CacheShape) -> int:
+    """V blocks of a chunk: what a program loads at once, and leaves one sum of."""
+    tokens = _CHUNK // (padded(shape.head_size) * shape.dtype.itemsize)
+    return max(16, shape.block_tokens, tokens) // shape.block_tokens
 
 
-def chunk_tokens(head_size: int, itemsize: int, v_block_tokens: int) -> int:
-    """Tokens that a program loads at once: of them it leaves one sum behind."""
-    return max(16, v_block_tokens, _CHUNK // (padded(head_size) * itemsize))
+def num_chunks(shape: CacheShape, max_blocks: int) -> int:
+    """C: chunks of a request of so many V blocks."""
+    return -(-max_blocks // chunk_blocks(shape))
 
 
-def chunk_blocks(head_size: int, itemsize: int, v_block_tokens: int) -> int:
-    """The same in V blocks."""
-    return chunk_tokens(head_size, itemsize, v_block_tokens) // v_block_tokens
-
-
-def score_config(
-    num_lists: int, head_size: int, itemsize: int, v_block_tokens: int, max_blocks: int
-) -> ScoreConfig:
-    """Launch shape for `num_lists` pairs of (request, KV head)."""
-    chunk = chunk_tokens(head_size, itemsize, v_block_tokens)
-    chunks = max(1, -(-max_blocks * v_block_tokens // chunk))
-    lists = max(1, num_lists)
+def score_config(shape: CacheShape, num_requests: int, max_blocks: int) -> ScoreConfig:
+    """Launch shape for a batch."""
+    chunks = max(1, num_chunks(shape, max_blocks))
+    lists = max(1, num_requests * shape.num_kv_heads)
     programs = min(max(_PROGRAMS_OF_LIST * lists, _LEAST_PROGRAMS), _MOST_PROGRAMS)
     each = -(-chunks * lists // programs)
-    limited = itemsize == 2 and head_size > 64
-    return ScoreConfig(chunk, -(-chunks // each), 4, 3, MAX_REGISTERS if limited else None)
-
-
-def num_chunks(max_blocks: int, blocks_each: int) -> int:
-    """C: chunks of the longest request; 0 where chunks leave no sums."""
-    return -(-max_blocks // blocks_each) if blocks_each else 0
+    limited = shape.dtype.itemsize == 2 and shape.head_size > 64
+    tokens = chunk_blocks(shape) * shape.block_tokens
+    return ScoreConfig(tokens, -(-chunks // each), 4, 3, MAX_REGISTERS if limited else None)

@@ -10,15 +10,16 @@ the model will run.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 
+from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.cache.hot_cache import HotCache
-from vllm_kcache.kernels import decode, extension
-from vllm_kcache.kernels.decode_plan import DecodePlan
-from vllm_kcache.kernels.decode_workspace import DecodeWorkspace
-from vllm_kcache.kernels.score_plan import chunk_blocks
+from vllm_kcache.cache.layer_view import LayerView
+from vllm_kcache.kernels.decode import LEAST_FOLLOWERS, MOST_FOLLOWERS, decode_step
+from vllm_kcache.kernels.select import packed_view
+from vllm_kcache.kernels.workspace import DecodeBatch, DecodeWorkspace, Followers
 from vllm_kcache.kernels.write import write_kv
 from vllm_kcache.reference.attend import attend_blocks
 from vllm_kcache.reference.fetch import fetch_blocks
@@ -43,34 +44,6 @@ class KernelError(RuntimeError):
     """A kernel and its definition differ; the message names the stage."""
 
 
-@dataclass(frozen=True)
-class LayerShape:
-    """What decides which kernels a layer runs.
-
-    Attributes:
-        num_query_heads, num_kv_heads, head_size: Hq, Hkv and D of one rank.
-        page_tokens, v_block_tokens: S and T.
-        dtype: of K and V.
-        selection, tail: the rule, and what happens to the rest.
-    """
-
-    num_query_heads: int
-    num_kv_heads: int
-    head_size: int
-    page_tokens: int
-    v_block_tokens: int
-    dtype: torch.dtype
-    selection: Selection
-    tail: Tail
-
-    @property
-    def chunk_blocks(self) -> int:
-        """V blocks of a chunk that scoring leaves a sum of; 0 where no extension takes them."""
-        if not extension.available():
-            return 0
-        return chunk_blocks(self.head_size, self.dtype.itemsize, self.v_block_tokens)
-
-
 def is_wanted() -> bool:
     """Whether the check is to run: unless the environment says 0.
 
@@ -83,139 +56,196 @@ def is_wanted() -> bool:
     return switch == "1"
 
 
-def check_kernels(shape: LayerShape, device: torch.device | str) -> None:
+def check_kernels(
+    shape: CacheShape, selection: Selection, tail: Tail, device: torch.device | str
+) -> None:
     """Write, score, select, fetch and attend a small batch, as the steps of a decode would.
 
-    Every plan of a step runs twice over one hot cache: first it has to fetch, then it finds all.
+    Each step runs as the engine's do: launches depend on one another where the GPU knows that,
+    behind a write of the newest tokens and behind other work, with and without followers, of which
+    more and then fewer work; on a GPU also replayed from a graph.
 
     Args:
-        shape: that of the model's layers.
+        shape, selection, tail: those of the model's layers.
         device: the GPU.
     Raises:
         KernelError: a result is not that of the reference.
     """
-    batch = _Batch(shape, torch.device(device))
-    plans = [DecodePlan()]
-    if extension.available():
-        plans.append(DecodePlan(followers=2))
-    # A benchmark that replaces the scores does so from the first step on.
-    replacing, decode.after_score = decode.after_score, None
-    try:
-        for plan in plans:
-            batch.check(plan)
-    finally:
-        decode.after_score = replacing
+    check = _Check(shape, selection, tail, torch.device(device))
+    check.write_all()
+    processors = check.workspace.multiprocessors
+    most = min(MOST_FOLLOWERS, processors // 2) if processors else 2
+    for followers in (None, Followers(most, min(LEAST_FOLLOWERS, most))):
+        for after_write in (False, True):
+            # All is missing, then all is there, then all is missing again: demand falls and rises.
+            for flush in (True, False, True):
+                check.step(followers, after_write, flush)
+        if check.device.type == "cuda":
+            check.replay(followers)
 
 
-class _Batch:
+class _Check:
     """A few requests in pages of random order, on the device and as the reference takes them."""
 
-    def __init__(self, shape: LayerShape, device: torch.device) -> None:
+    def __init__(
+        self, shape: CacheShape, selection: Selection, tail: Tail, device: torch.device
+    ) -> None:
         self.shape, self.device = shape, device
         generator = torch.Generator().manual_seed(0)
 
         def random(*sizes: int) -> torch.Tensor:
             return torch.randn(sizes, generator=generator).to(shape.dtype)
 
-        tokens, heads = shape.page_tokens, shape.num_kv_heads
-        self.lengths = torch.tensor(REQUEST_TOKENS, dtype=torch.int32)
+        tokens = shape.page_tokens
+        lengths = torch.tensor(REQUEST_TOKENS, dtype=torch.int32)
         pages_of = [-(-length // tokens) for length in REQUEST_TOKENS]
         num_pages = sum(pages_of) + 1
         order = torch.randperm(num_pages, generator=generator).int()
-        self.table = torch.zeros((len(pages_of), max(pages_of)), dtype=torch.int32)
-        first = 0
+        table = torch.zeros((len(pages_of), max(pages_of)), dtype=torch.int32)
+        newest, first = [], 0
         for row, pages in enumerate(pages_of):
-            self.table[row, :pages] = order[first : first + pages]
+            table[row, :pages] = order[first : first + pages]
             first += pages
-        pool = (num_pages, heads, tokens, shape.head_size)
+            last = REQUEST_TOKENS[row] - 1
+            newest.append(int(table[row, last // tokens]) * tokens + last % tokens if pages else -1)
+        pool = (num_pages, shape.num_kv_heads, tokens, shape.head_size)
         self.k_pages, self.v_pages = random(*pool), random(*pool)
-        self.query = SHARPNESS * random(len(pages_of), shape.num_query_heads, shape.head_size)
-        self.scale = shape.head_size**-0.5
-        self.max_blocks = max(pages_of) * tokens // shape.v_block_tokens
-        self.k_there = torch.full_like(self.k_pages, torch.nan, device=device)
+        # Newest token of each request; -1 for the padded row.
+        self.newest = torch.tensor(newest)
+        query = SHARPNESS * random(len(pages_of), shape.num_query_heads, shape.head_size)
+        max_blocks = shape.max_blocks(max(pages_of) * tokens)
+        self.batch = DecodeBatch(query, table, lengths, shape.head_size**-0.5, max_blocks)
+        self.batch_there = DecodeBatch(
+            query.to(device), table.to(device), lengths.to(device), self.batch.scale, max_blocks
+        )
+        rows = num_pages * shape.rows_per_page
         pinned = device.type == "cuda"
-        self.v_there = torch.full(pool, torch.nan, dtype=shape.dtype, pin_memory=pinned)
+        host_rows = torch.full((rows, shape.row.bytes), 255, dtype=torch.uint8, pin_memory=pinned)
+        # Claiming samples the slots: with as many again, every row finds one.
+        cache = HotCache.make(2 * rows, 1, rows, shape.row.bytes, device)
+        pages = torch.full_like(self.k_pages, torch.nan, device=device)
+        view = LayerView(0, shape, selection, tail, pages, host_rows, cache)
+        self.view = replace(view, packed=packed_view(view))
+        self.workspace = DecodeWorkspace.make(shape, selection, len(pages_of), max_blocks, device)
+        self.out = torch.empty_like(query, device=device)
 
-    def write(self, cache: HotCache) -> None:
+    def write_all(self) -> None:
         """Every token of every page goes through the kernel."""
-        rows = [pages.permute(0, 2, 1, 3).flatten(0, 1) for pages in (self.k_pages, self.v_pages)]
-        key, value = (row.contiguous().to(self.device) for row in rows)
-        slots = torch.arange(key.shape[0], device=self.device)
-        write_kv(key, value, slots, self.k_there, self.v_there, cache, 0)
+        key, value = self._tokens()
+        write_kv(self.view, key, value, torch.arange(key.shape[0], device=self.device))
+        self._check_written()
+
+    def step(self, followers: Followers | None, after_write: bool, flush: bool) -> None:
+        """Raise KernelError unless a step of this layout is the reference's."""
+        assert self.view.hot_cache is not None
+        if flush:
+            self.view.hot_cache.flush()
+        self._poison()
+        self._run(followers, after_write)
+        self._compare()
+
+    def replay(self, followers: Followers | None) -> None:
+        """The same from a graph, replayed once."""
+        # The kernels are compiled by now, and capturing allocates nothing of theirs.
+        self._poison()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._run(followers, after_write=True)
+        graph.replay()
+        self._compare()
+
+    def _run(self, followers: Followers | None, after_write: bool) -> None:
+        """As a layer does: write the newest tokens, then decode."""
+        key, value = self._new
+        write_kv(
+            self.view, key, value, self._places, allocate_tokens=key.shape[0],
+            dependent=self.workspace.dependent,
+        )  # fmt: skip
+        decode_step(
+            self.view, self.workspace, self.batch_there, self.out, after_write=after_write,
+            followers=followers,
+        )  # fmt: skip
+
+    def _poison(self) -> None:
+        """NaN where the newest tokens go, and in the output; their K and V made ready."""
+        tokens, heads = self.shape.page_tokens, range(self.shape.num_kv_heads)
+        for place in self.newest[self.newest >= 0].tolist():
+            for pages in (self.view.k_pages, self.view.v_pages):
+                for head in heads:
+                    pages[place // tokens, head, place % tokens] = torch.nan
+        self.out.fill_(torch.nan)
+        key, value = self._tokens()
+        rows = self.newest.clamp_min(0).to(self.device)
+        self._new = key[rows], value[rows]
+        self._places = self.newest.to(self.device)
         self._wait()
-        if not torch.equal(self.k_there.cpu(), self.k_pages):
-            raise self._error("write", "K")
-        if not torch.equal(self.v_there, self.v_pages):
-            raise self._error("write", "V")
 
-    def check(self, plan: DecodePlan) -> None:
-        """Raise KernelError unless two steps of this layout are the reference's."""
-        shape, device = self.shape, self.device
-        num_requests = len(self.lengths)
-        num_blocks = self.v_pages[..., 0].numel() // shape.v_block_tokens
-        # Claiming samples the slots: with as many again, every block finds one.
-        cache = HotCache.make(
-            2 * num_blocks, 1, num_blocks, shape.v_block_tokens, shape.head_size, shape.dtype,
-            device,
-        )  # fmt: skip
-        self.write(cache)
-        workspace = DecodeWorkspace.make(
-            num_requests, shape.num_query_heads, shape.num_kv_heads, shape.head_size,
-            self.max_blocks, shape.selection, device,
-            chunk_blocks=shape.chunk_blocks,
-        )  # fmt: skip
-        out = torch.empty_like(self.query, device=device)
-        for _ in range(2):
-            out.fill_(torch.nan)
-            decode.decode_step(
-                workspace, self.query.to(device), self.k_there, self.v_there,
-                self.table.to(device), self.lengths.to(device), self.scale, shape.v_block_tokens,
-                self.max_blocks, shape.selection, shape.tail, cache, 0, out, plan,
-            )  # fmt: skip
-            self._wait()
-            block_lse, selected, _ = workspace.views(num_requests, self.max_blocks, shape.selection)
-            self.compare(block_lse.cpu(), _on_host(selected), out.cpu())
+    def _tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of all slots, [M * S, Hkv, D], on the device."""
+        flat = [pages.permute(0, 2, 1, 3).flatten(0, 1) for pages in (self.k_pages, self.v_pages)]
+        key, value = (tokens.contiguous().to(self.device) for tokens in flat)
+        return key, value
 
-    def compare(self, block_lse: torch.Tensor, selected: Selected, out: torch.Tensor) -> None:
+    def _check_written(self) -> None:
+        self._wait()
+        for name, there, expected in (
+            ("K", self.view.k_pages.cpu(), self.k_pages),
+            ("V", self.view.v_pages, self.v_pages),
+        ):
+            if not torch.equal(there, expected):
+                raise self._error("write", name)
+
+    def _compare(self) -> None:
         """Each stage against the reference on the results of the stage before."""
-        shape, tokens = self.shape, self.shape.v_block_tokens
-        paged = (self.table, self.lengths, self.scale, tokens)
-        expected = score_blocks(self.query, self.k_pages, *paged, self.max_blocks)
+        self._check_written()
+        view, batch, shape, tokens = self.view, self.batch, self.shape, self.shape.block_tokens
+        buffers = self.workspace.views(view, self.batch_there)
+        block_lse, selected, out = buffers.block_lse.cpu(), _on_host(buffers.selected), self.out
+        paged = (batch.block_table, batch.seq_lens, batch.scale, tokens)
+        expected = score_blocks(batch.query, self.k_pages, *paged, batch.max_blocks)
         exists = expected.isfinite()
         if not _close(block_lse[exists], expected[exists], SCORE_TOLERANCE):
             raise self._error("score", f"off by {_most(block_lse[exists], expected[exists]):.2g}")
         block_lse = block_lse.masked_fill(~exists, -torch.inf)
-        chosen = select_blocks(block_lse, self.lengths, shape.num_kv_heads, tokens, shape.selection)
+        chosen = select_blocks(
+            block_lse, batch.seq_lens, shape.num_kv_heads, tokens, view.selection
+        )
         self._compare_lists(block_lse, selected, chosen)
         # Past its count a list of the kernels holds anything.
         listed = torch.arange(selected.blocks.shape[2]) < selected.counts[..., None]
         selected = Selected(
             selected.blocks.masked_fill(~listed, -1), selected.counts, selected.mass, selected.lse
         )
-        fetched = fetch_blocks(selected, self.table, self.v_pages, tokens)
+        fetched = fetch_blocks(selected, batch.block_table, self.v_pages, tokens)
         expected = attend_blocks(
-            self.query, self.k_pages, self.v_pages, fetched, selected, *paged, shape.tail,
-            block_lse, clip=shape.selection.clip,
+            batch.query, self.k_pages, self.v_pages, fetched, selected, *paged, view.tail,
+            clip=view.selection.clip,
         )  # fmt: skip
-        if not _close(out, expected, TOLERANCES[shape.dtype]):
-            raise self._error("fetch or attend", f"off by {_most(out, expected):.2g}")
+        if not _close(out.cpu(), expected, TOLERANCES[shape.dtype]):
+            raise self._error("fetch or attend", f"off by {_most(out.cpu(), expected):.2g}")
+        if bool(self.workspace.lists.any()):
+            raise self._error("select", "lists of this step are left for the next")
 
     def _compare_lists(self, block_lse: torch.Tensor, selected: Selected, chosen: Selected) -> None:
         """The same blocks, but for those whose masses are as good as equal to the least kept."""
         masses = (block_lse - block_lse.logsumexp(-1, keepdim=True)).exp().nan_to_num()
         by_group = masses.unflatten(1, (self.shape.num_kv_heads, -1))
-        mean = self.shape.selection.combine == "sum"
+        mean = self.view.selection.combine == "sum"
         combined = by_group.mean(2) if mean else by_group.amax(2)
         for row, head in torch.cartesian_prod(*map(torch.arange, selected.counts.shape)).tolist():
             ours = set(selected.blocks[row, head, : selected.counts[row, head]].tolist())
             theirs = set(chosen.blocks[row, head, : chosen.counts[row, head]].tolist())
             edge = min((float(combined[row, head, block]) for block in ours & theirs), default=0.0)
             for block in ours ^ theirs:
-                mass = float(combined[row, head, block]) if 0 <= block < self.max_blocks else -1.0
-                threshold = self.shape.selection.mass_threshold or edge
+                mass = (
+                    float(combined[row, head, block])
+                    if 0 <= block < self.batch.max_blocks
+                    else -1.0
+                )
+                threshold = self.view.selection.mass_threshold or edge
                 if min(abs(mass - edge), abs(mass - threshold)) > NEAR * max(edge, threshold):
                     raise self._error("select", f"V block {block} of KV head {head}")
-        covered = self.lengths[:, None] > 0
+        covered = self.batch.seq_lens[:, None] > 0
         if not _close(
             selected.mass.where(covered, 1.0), chosen.mass.where(covered, 1.0), 10 * NEAR
         ):
@@ -230,7 +260,7 @@ class _Batch:
         name = torch.cuda.get_device_name(self.device) if is_gpu else str(self.device)
         return KernelError(
             f"KCache: on {name} the kernel of the step '{stage}' does not do what it should "
-            f"({what}), with {self.shape}. Answers would be wrong, so the engine does not start. "
+            f"({what}), with {self.shape} and {self.view.selection}. Answers would be wrong, so the engine does not start. "
             f"Please report this; other settings of kcache_config may do, and {SWITCH}=0 skips "
             "the check."
         )

@@ -13,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_kcache.cache.hot_cache import EPOCH, HotCache
+from vllm_kcache.cache.hot_cache import EPOCH
+from vllm_kcache.cache.layer_view import LayerView
 from vllm_kcache.kernels.dependent import gdc_launch_dependents, gdc_wait
 from vllm_kcache.kernels.residency import claim_slot, find_slot
 
@@ -83,8 +84,8 @@ def write_kernel(
             blocks_per_page: tl.constexpr = PAGE_TOKENS // BLOCK_TOKENS
             row = (page * NUM_KV_HEADS + head) * blocks_per_page + offset // BLOCK_TOKENS
             owner = layer_rows + row
-            # The epoch that the scoring of this layer is about to begin. The stamp keeps a slot
-            # that is written here from being claimed by another program of this kernel.
+            # The epoch of the step that this write begins. The stamp keeps a slot that is written
+            # here from being claimed by another program of this kernel.
             epoch = tl.load(state + _EPOCH) + 1
             slot = find_slot(table, slot_word, owner, epoch)
             if (slot < 0) & (offset % BLOCK_TOKENS == 0) & (token < allocate_tokens):
@@ -95,83 +96,64 @@ def write_kernel(
 
 
 def write_kv(
+    view: LayerView,
     key: torch.Tensor,
     value: torch.Tensor,
     slot_mapping: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pool: torch.Tensor,
-    hot_cache: HotCache | None = None,
-    layer: int = 0,
     *,
     parts: WriteParts = WriteParts.ALL,
     allocate_tokens: int = 0,
     dependent: bool = False,
 ) -> None:
-    """Store each token's K and V. See `ops.write_kv`.
+    """Store each token's K in its page, its V in its host row and in the hot slot of that row.
 
     Args:
-        parts: what to store. V_SLOT does nothing without a hot cache.
+        view: The layer.
+        key, value: [Tk, Hkv, D] model dtype, GPU. May be strided over tokens.
+        slot_mapping: [Tk] int64, GPU. -1 marks padding. No slot occurs twice.
+        parts: what to store. V_SLOT does nothing where the hot cache is off.
         allocate_tokens: of the first so many tokens, those that begin a V block get a slot for it,
             so that the newest tokens never come back over the link. They must be decode tokens: of
             a V block that gets a slot here, no other token may be in the same call.
         dependent: launch it as kernels/dependent.py says.
     Graph-safe: a fixed grid, no allocation, no host sync.
     """
-    num_tokens = slot_mapping.shape[0]
-    _, num_kv_heads, page_tokens, head_size = k_pages.shape
-    if num_tokens == 0 or k_pages.shape[0] == 0:
+    num_tokens, shape, cache = slot_mapping.shape[0], view.shape, view.hot_cache
+    if num_tokens == 0:
         return
     for name, tensor in (("key", key), ("value", value)):
-        if tensor.stride()[1:] != (head_size, 1):
+        if tensor.stride()[1:] != (shape.head_size, 1):
             raise ValueError(
                 f"{name}: has strides {list(tensor.stride())}; the last two must be "
-                f"[{head_size}, 1]"
+                f"[{shape.head_size}, 1]"
             )
-    store_slot = hot_cache is not None and WriteParts.V_SLOT in parts and hot_cache.write_update
-    # Pointers that the kernel does not use when there is no hot cache.
-    cache = hot_cache if hot_cache is not None else _NoCache(k_pages, slot_mapping)
-    write_kernel[(num_tokens, num_kv_heads)](
+    stores_slot = cache is not None and cache.num_slots > 0 and WriteParts.V_SLOT in parts
+    unused = slot_mapping  # in place of pointers that are not followed
+    write_kernel[(num_tokens, shape.num_kv_heads)](
         key,
         value,
         slot_mapping,
-        k_pages,
-        v_pool,
-        cache.slots,
-        cache.table,
-        cache.slot_word,
-        cache.state,
+        view.k_pages,
+        view.v_pages,
+        view.hot_values if stores_slot else unused,
+        cache.table if cache is not None else unused,
+        cache.slot_word if cache is not None else unused,
+        cache.state if cache is not None else unused,
         key.stride(0),
         value.stride(0),
-        k_pages.stride(0),
-        layer * hot_cache.rows_per_layer if hot_cache is not None else 0,
-        cache.slot_word.shape[0],
+        view.k_pages.stride(0),
+        view.first_owner,
+        cache.num_slots if cache is not None else 0,
         allocate_tokens,
-        NUM_KV_HEADS=num_kv_heads,
-        PAGE_TOKENS=page_tokens,
-        HEAD_SIZE=head_size,
-        HEAD_PADDED=triton.next_power_of_2(head_size),
-        BLOCK_TOKENS=hot_cache.slots.shape[1] if hot_cache is not None else 1,
+        NUM_KV_HEADS=shape.num_kv_heads,
+        PAGE_TOKENS=shape.page_tokens,
+        HEAD_SIZE=shape.head_size,
+        HEAD_PADDED=triton.next_power_of_2(shape.head_size),
+        BLOCK_TOKENS=shape.block_tokens,
         STORE_K=WriteParts.K in parts,
         STORE_V_HOST=WriteParts.V_HOST in parts,
-        STORE_V_SLOT=store_slot,
+        STORE_V_SLOT=stores_slot,
         DEPENDENT=dependent,
         launch_pdl=dependent,
         num_warps=1,
-    )
-
-
-class _NoCache:
-    """Stands in for the pointers of a hot cache that is not there; none of them is followed."""
-
-    def __init__(self, k_pages: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-        self.slots = k_pages
-        self.table = self.slot_word = self.state = slot_mapping
-
-
-def update_page_means(
-    v_pool: torch.Tensor, slot_mapping: torch.Tensor, v_page_means: torch.Tensor
-) -> None:
-    """Not on the GPU yet: `tail` "mean" is refused there."""
-    raise NotImplementedError(
-        'kcache_config.tail="mean": not implemented on the GPU; use "renormalize" or "drop"'
     )

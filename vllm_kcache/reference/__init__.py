@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 """The definition of each step in plain torch. On a machine without a GPU it also runs the engine.
 
-Nothing here checks its arguments: `vllm_kcache.ops` does, and then calls this on CPU tensors.
+Nothing here checks its arguments: shapes are those of the engine's own tensors.
 """

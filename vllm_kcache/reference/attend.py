@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attend over the selected V blocks. Definition of `ops.attend_blocks`."""
+"""Attend over the selected V blocks. The definition of this step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from vllm_kcache.reference.paging import (
     accumulation_dtype,
     gather_v_blocks,
-    physical_pages,
     physical_v_blocks,
     request_groups,
 )
@@ -26,12 +25,41 @@ def attend_blocks(
     scale: float,
     v_block_tokens: int,
     tail: Tail,
-    block_lse: torch.Tensor,
-    v_page_means: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     clip: float | None = None,
 ) -> torch.Tensor:
-    """Softmax over the selected tokens and the product with V. See `ops.attend_blocks`."""
+    """Softmax over the selected tokens and the product with their V.
+
+    The softmax denominator covers, by `tail`:
+
+    - "renormalize": the selected tokens. The error of a head is then at most 2 x its dropped mass x
+      the largest |v|.
+    - "clip": all tokens of the request, from `selected.lse`; the dropped mass goes to the selected
+      tokens in proportion to min(p, clip): what was left out is like the weakest that were kept
+      (docs/selection.md). The same bound holds.
+
+    With everything selected, both equal full attention.
+
+    Args:
+        query: [B, Hq, D] model dtype. One query per request.
+        k_pages: [M, Hkv, S, D] model dtype. May be strided over M.
+        v_pool: [M, Hkv, S, D] model dtype, host (mapped, for a GPU), contiguous. Read for rows that
+            lie there only.
+        fetched: from `fetch_blocks`.
+        selected: from `select_blocks`.
+        block_table: [B, MB] int32. Columns past a row's length are never read.
+        seq_lens: [B] int32. Tokens, the current one included; 0 marks a padded row.
+        scale: factor on the scores.
+        v_block_tokens: T, tokens of a V block: a power of two that divides S.
+        tail: "renormalize" or "clip".
+        out: [B, Hq, D] model dtype, written and returned when given.
+        clip: in (0, 1]. Only for tail "clip", which needs `selected.lse`, too.
+    Returns:
+        [B, Hq, D] model dtype. 0 for a padded row.
+
+    Accumulates in float32 (float64 for float64). Source: KCache (arXiv 2404.18057) for attention
+    over selected V; the clipped tail is ours.
+    """
     _, num_kv_heads, page_tokens, head_size = k_pages.shape
     dtype = accumulation_dtype(query.dtype)
     if out is None:
@@ -61,23 +89,10 @@ def attend_blocks(
             weights = torch.where(torch.isneginf(scores), 0.0, (scores - lse).exp())
             out[group] = (clipped_weights(weights, clip) @ values).flatten(1, 2)
             continue
-        attended = scores if tail == "renormalize" else block_lse[group].to(dtype)
-        denominator = attended.logsumexp(-1).view(*scores.shape[:3], 1)
+        denominator = scores.logsumexp(-1, keepdim=True)
         # Where nothing is selected (a padded row) every score is -inf: weights of 0, not NaN.
         denominator = denominator.masked_fill(torch.isneginf(denominator), 0.0)
-        result = (scores - denominator).exp() @ values
-        if tail == "mean":
-            assert v_page_means is not None
-            masses = (block_lse[group].to(dtype).view(*scores.shape[:3], -1) - denominator).exp()
-            page_masses = _dropped_page_masses(masses, blocks, page_tokens // v_block_tokens)
-            result += page_masses @ _page_means(
-                v_page_means,
-                block_table[group],
-                seq_lens[group],
-                page_masses.shape[-1],
-                page_tokens,
-            ).to(dtype)
-        out[group] = result.flatten(1, 2)
+        out[group] = ((scores - denominator).exp() @ values).flatten(1, 2)
     return out
 
 
@@ -114,35 +129,3 @@ def _values(v_pool: torch.Tensor, v_rows: torch.Tensor, rows: torch.Tensor) -> t
         host_rows = FIRST_HOST_ROW - rows[in_host_pool].long()
         values[in_host_pool] = gather_v_blocks(v_pool, host_rows, v_rows.shape[1])
     return values.flatten(2, 3)
-
-
-def _dropped_page_masses(
-    masses: torch.Tensor, blocks: torch.Tensor, blocks_per_page: int
-) -> torch.Tensor:
-    """Mass of the V blocks of each page that were not selected: [g, Hkv, G, pages].
-
-    Args:
-        masses: [g, Hkv, G, P], full softmax mass of each V block; 0 past the length.
-        blocks: [g, Hkv, N], the selected ones, padded with -1.
-    """
-    num_blocks = masses.shape[-1]
-    # One column more than there are blocks takes the marks of the padding.
-    selected = masses.new_zeros((*blocks.shape[:2], num_blocks + 1), dtype=torch.bool)
-    selected.scatter_(-1, blocks.masked_fill(blocks < 0, num_blocks).long(), True)
-    dropped = masses.masked_fill(selected[:, :, None, :num_blocks], 0.0)
-    dropped = torch.nn.functional.pad(dropped, (0, -num_blocks % blocks_per_page))
-    return dropped.unflatten(-1, (-1, blocks_per_page)).sum(-1)
-
-
-def _page_means(
-    v_page_means: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    num_pages: int,
-    page_tokens: int,
-) -> torch.Tensor:
-    """Mean V of each page of each request, [g, Hkv, pages, D]; 0 where there is no page."""
-    logical_pages = torch.arange(num_pages, device=block_table.device)
-    exists = logical_pages * page_tokens < seq_lens[:, None]
-    pages = physical_pages(block_table, logical_pages.expand_as(exists), exists)
-    return v_page_means[pages].masked_fill(~exists[..., None, None], 0.0).transpose(1, 2)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bring the selected V blocks to where attention runs. Definition of `ops.fetch_blocks`."""
+"""Bring the selected V blocks to where attention runs. The definition of this step."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ def fetch_blocks(
     block_table: torch.Tensor,
     v_pool: torch.Tensor,
     v_block_tokens: int,
-    hot_cache: object | None = None,
-    layer: int = 0,
-    out: Fetched | None = None,
 ) -> Fetched:
-    """Copy each selected V block to a staging row of its own. See `ops.fetch_blocks`.
+    """Copy each selected V block to a staging row of its own.
 
-    Without a hot cache there is nothing to look up: `layer` names its pages and is not used.
+    On a GPU the same step looks a block up in the hot cache, and copies only what is missing.
+
+    Args:
+        selected: from `select_blocks`.
+        block_table: [B, MB] int32. Columns past a row's length are never read.
+        v_pool: [M, Hkv, S, D] model dtype, host, contiguous.
+        v_block_tokens: T, tokens of a V block: a power of two that divides S.
+    Returns:
+        Fetched: rows [B, Hkv, N] int32, v_rows [R, T, D] model dtype. Tokens of a block past the
+        request's length come along with whatever the pool holds: mask them.
     """
-    if hot_cache is not None:
-        raise ValueError("hot_cache: the CPU has no hot V cache; accepted: None")
     _, num_kv_heads, page_tokens, _ = v_pool.shape
     blocks = selected.blocks
     wanted = blocks >= 0
@@ -32,13 +36,4 @@ def fetch_blocks(
     # Staging rows in the order of (request, KV head, block), with no gaps.
     rows = wanted.flatten().cumsum(0).view_as(blocks) - 1
     rows = rows.masked_fill(~wanted, PADDING_ROW).to(torch.int32)
-    if out is None:
-        return Fetched(rows, v_rows)
-    if v_rows.shape[0] > out.v_rows.shape[0]:
-        raise ValueError(
-            f"out.v_rows: has {out.v_rows.shape[0]} rows; must have at least {v_rows.shape[0]}, "
-            "one for each selected V block"
-        )
-    out.rows.copy_(rows)
-    out.v_rows[: v_rows.shape[0]] = v_rows
-    return out
+    return Fetched(rows, v_rows)

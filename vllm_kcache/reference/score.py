@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Score every V block by exact QK. Definition of `ops.score_blocks`."""
+"""Score every V block by exact QK. The definition of this step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,23 @@ def score_blocks(
     max_blocks: int,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Log-sum-exp of the scaled scores of each logical V block. See `ops.score_blocks`."""
+    """Log-sum-exp of the scaled scores of each logical V block, in one pass over K.
+
+    Args:
+        query: [B, Hq, D] model dtype. One query per request, at position `seq_lens - 1`.
+        k_pages: [M, Hkv, S, D] model dtype. May be strided over M.
+        block_table: [B, MB] int32. Columns past a row's length are never read.
+        seq_lens: [B] int32. Tokens, the current one included; 0 marks a padded row.
+        scale: factor on the scores.
+        v_block_tokens: T, tokens of a V block: a power of two that divides S.
+        max_blocks: P, columns of the result. Covers the longest row.
+        out: [B, Hq, P] float32, written and returned when given.
+    Returns:
+        [B, Hq, P] float32 (float64 for a float64 model). -inf past `seq_lens`.
+
+    Accumulates in float32 (float64 for float64). Source: exact scores over all K, KCache (arXiv
+    2404.18057); by V block is ours.
+    """
     num_requests, num_heads, _ = query.shape
     _, num_kv_heads, page_tokens, head_size = k_pages.shape
     if out is None:

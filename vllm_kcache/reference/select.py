@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choose the V blocks to attend. Definition of `ops.select_blocks`."""
+"""Choose the V blocks to attend. The definition of this step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,32 @@ def select_blocks(
     selection: Selection,
     out: Selected | None = None,
 ) -> Selected:
-    """Choose V blocks by their exact softmax mass. See `ops.select_blocks`."""
+    """Choose V blocks for each request and KV head, by their exact softmax mass.
+
+    Each query head's masses are normalised over the whole request. A KV head ranks its blocks by
+    the mean (combine "sum") or the largest (combine "max") of its query heads' masses. Sink and
+    recent blocks come first, then the others by falling mass. With a coverage, the fewest blocks in
+    that order are kept whose covered mass, mean (combine "sum") or least (combine "max") over the
+    query heads, reaches it; `top_n` caps them. With a mass threshold, every block that holds that
+    much is kept, at most `top_n`. Without either, `min(top_n, blocks of the request)`.
+
+    Args:
+        block_lse: [B, Hq, P] float32. From `score_blocks`.
+        seq_lens: [B] int32. Tokens, the current one included; 0 marks a padded row. At most
+            P * T.
+        num_kv_heads: Hkv. Query heads `h * G .. (h + 1) * G - 1` share KV head h.
+        v_block_tokens: T, tokens of a V block.
+        selection: the rule. Its `top_n` is at least the blocks that sink and recent can force in.
+        out: buffers to write and return. `blocks` has at least `min(top_n, P)` columns.
+    Returns:
+        Selected: blocks [B, Hkv, N] int32 ascending and padded with -1, counts [B, Hkv] int32,
+        mass [B, Hkv] float32, and lse [B, Hq] float32 where `out` has it or the rule has a mass
+        threshold. Without `out`, N is the longest list. A padded row has an
+        empty list and mass 1.
+
+    Ties: the lower block wins. Source: N scores of most mass, KCache (arXiv 2404.18057); selection
+    by coverage and by mass are ours.
+    """
     block_ids = torch.arange(block_lse.shape[-1], device=block_lse.device)
     num_blocks = torch.div(seq_lens + v_block_tokens - 1, v_block_tokens, rounding_mode="floor")
     exists = block_ids < num_blocks[:, None]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.kernels.context import (
     GPU_PROGRAMS,
     LINK_PROGRAMS,
@@ -103,23 +104,17 @@ class PrefillTransfer:
     take longer at any prompt length, so a second buffer would only take blocks from the cache.
 
     Args:
+        shape: Geometry of the layers.
         max_tokens: Most tokens of a step.
-        scratch_tokens: Rows of a context piece.
-        num_kv_heads, head_size, dtype: of K and V.
-        device: The GPU.
+        scratch_tokens: Tokens of a context piece.
+        device: The GPU. Takes `memory.transfer_bytes` of it.
     """
 
     def __init__(
-        self,
-        max_tokens: int,
-        scratch_tokens: int,
-        num_kv_heads: int,
-        head_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, shape: CacheShape, max_tokens: int, scratch_tokens: int, device: torch.device
     ) -> None:
         self.scratch_tokens = scratch_tokens
-        row = (num_kv_heads, head_size)
+        row, dtype = (shape.num_kv_heads, shape.head_size), shape.dtype
         self._staging = torch.empty((max_tokens, *row), dtype=dtype, device=device)
         self._v_scratch = torch.empty((2, scratch_tokens, *row), dtype=dtype, device=device)
         self._k_scratch = torch.empty((scratch_tokens, *row), dtype=dtype, device=device)
@@ -133,13 +128,6 @@ class PrefillTransfer:
         self._reading = 0
         self._ahead: tuple[tuple[int, int], int, torch.cuda.Event] | None = None
         self._outbound = False
-
-    @staticmethod
-    def bytes(
-        max_tokens: int, scratch_tokens: int, num_kv_heads: int, head_size: int, dtype: torch.dtype
-    ) -> int:
-        """GPU memory that an instance takes, without `set_num_slots`."""
-        return (max_tokens + 3 * scratch_tokens) * num_kv_heads * head_size * dtype.itemsize
 
     def set_num_slots(self, num_slots: int) -> None:
         """Serve a paged cache of M * S = `num_slots` token slots; takes 4 bytes of GPU for each."""

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One split layer as its kernels take it: where its pages, rows and hot slots lie, and its rule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_kcache.cache.formats import CacheShape
+from vllm_kcache.cache.hot_cache import HotCache
+from vllm_kcache.types import Selection, Tail
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """Everything of a layer that stays from step to step.
+
+    Attributes:
+        index: The layer's number in the host pool and in the hot cache's table.
+        shape: Geometry.
+        selection, tail: The rule, and what happens to the mass that is not selected.
+        k_pages: [M, Hkv, S, D] model dtype, GPU (host on the CPU). May be strided over M.
+        host_rows: [M * Hkv * S / T, row bytes] uint8, host (mapped for the GPU). Row
+            `(page * Hkv + head) * (S / T) + offset / T`.
+        hot_cache: Rows in GPU memory; None on the CPU.
+        packed: The same for the extension (`kcache::layer_view`); None on the CPU.
+    """
+
+    index: int
+    shape: CacheShape
+    selection: Selection
+    tail: Tail
+    k_pages: torch.Tensor
+    host_rows: torch.Tensor
+    hot_cache: HotCache | None = None
+    packed: torch.Tensor | None = None
+
+    @property
+    def v_pages(self) -> torch.Tensor:
+        """V of the host rows as pages: [M, Hkv, S, D] model dtype, host; the same memory."""
+        shape = self.shape
+        pages = (-1, shape.num_kv_heads, shape.page_tokens, shape.head_size)
+        return self.host_rows.view(shape.dtype).view(pages)
+
+    @property
+    def hot_values(self) -> torch.Tensor:
+        """V of the hot slots: [R, T, D] model dtype, GPU."""
+        assert self.hot_cache is not None
+        return self.shape.row.values(self.hot_cache.slots)
+
+    @property
+    def first_owner(self) -> int:
+        """Flat index into the hot cache's table of the layer's first row."""
+        return 0 if self.hot_cache is None else self.index * self.hot_cache.rows_per_layer

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A decode batch, and the buffers, stream and events of its steps: made once, nothing allocated
+in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from vllm_kcache.cache.formats import CacheShape
+from vllm_kcache.cache.layer_view import LayerView
+from vllm_kcache.kernels import attend_plan, score_plan
+from vllm_kcache.types import Selected, Selection
+
+# Higher than that of the stream that scores; otherwise scoring starves the fetch.
+FETCH_PRIORITY = -1
+
+# Name of a buffer -> values and dtype.
+Buffers = Mapping[str, tuple[int, torch.dtype]]
+
+
+@dataclass(frozen=True)
+class DecodeBatch:
+    """One query token for each request of a step.
+
+    Attributes:
+        query: [B, Hq, D] model dtype, GPU. May be strided over B.
+        block_table: [B, MB] int32, GPU. Columns past a row's length are never read.
+        seq_lens: [B] int32, GPU. Tokens, the current one included; 0 marks a padded row.
+        scale: factor on the scores.
+        max_blocks: P, V blocks of the longest request there may be: part of a captured shape.
+    """
+
+    query: torch.Tensor
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    scale: float
+    max_blocks: int
+
+    @property
+    def num_requests(self) -> int:
+        return self.query.shape[0]
+
+
+@dataclass(frozen=True)
+class Followers:
+    """Thread blocks that select and fetch beside scoring.
+
+    Attributes:
+        most: of the launch.
+        least: of these, how many work where nothing was missing in the step before; the more was,
+            the more do.
+    """
+
+    most: int
+    least: int
+
+
+@dataclass(frozen=True)
+class StepBuffers:
+    """What the steps of one batch leave for each other. All on the GPU.
+
+    Attributes:
+        block_lse: [B, Hq, P] float32. Log-sum-exp of the scores of each V block; anything past a
+            request's length.
+        chunk_lse: [B, Hq, C] float32. The same of each chunk of `chunk_blocks` V blocks.
+        chunk_blocks: V blocks of a chunk.
+        selected: the lists, [B, Hkv, N]; anything past a list's count.
+        rows: [B, Hkv, N] int32. Where each selected row lies (`types.Fetched`).
+        lists: [B * Hkv] int32. Progress of each list within a step, 0 between steps: score programs
+            that are done with it, or -1 when it was selected and fetched beside scoring.
+    """
+
+    block_lse: torch.Tensor
+    chunk_lse: torch.Tensor
+    chunk_blocks: int
+    selected: Selected
+    rows: torch.Tensor
+    lists: torch.Tensor
+
+
+def workspace_buffers(
+    shape: CacheShape, selection: Selection, max_requests: int, max_blocks: int
+) -> dict[str, tuple[int, torch.dtype]]:
+    """What `DecodeWorkspace.make` allocates for batches of up to so many requests and V blocks."""
+    heads, lists = max_requests * shape.num_query_heads, max_requests * shape.num_kv_heads
+    chunks = score_plan.num_chunks(shape, max_blocks)
+    places = lists * columns_of(selection, max_blocks)
+    parts = attend_plan.most_parts(lists) * attend_plan.rows_of_list(shape.group, selection)
+    return {
+        "block_lse": (heads * max_blocks, torch.float32),
+        "chunk_lse": (heads * chunks, torch.float32),
+        "blocks": (places, torch.int32),
+        "rows": (places, torch.int32),
+        "counts": (lists, torch.int32),
+        "mass": (lists, torch.float32),
+        "lse": (heads, torch.float32),
+        "lists": (lists, torch.int32),
+        "sums": (parts * score_plan.padded(shape.head_size), torch.float32),
+        "weights": (parts * 2, torch.float32),
+        "arrivals": (lists, torch.int32),
+    }
+
+
+def columns_of(selection: Selection, max_blocks: int) -> int:
+    """N: the longest list there may be."""
+    return max_blocks if selection.top_n is None else min(selection.top_n, max_blocks)
+
+
+@dataclass
+class DecodeWorkspace:
+    """Buffers of decode steps, shared by all layers and batch sizes.
+
+    Attributes:
+        max_requests, max_blocks: of a batch.
+        block_lse ... lists: flat, see `StepBuffers`. `lists` is zero between steps.
+        sums, weights, arrivals: parts of attention (kernels/attend.py). `arrivals` is zero between
+            launches.
+        fetch_stream: where followers run; None on the CPU (the interpreter).
+        multiprocessors: of the GPU; 0 on the CPU.
+        dependent: the GPU knows dependent launches (kernels/dependent.py).
+        begun, followed: events around the followers; None on the CPU.
+    """
+
+    max_requests: int
+    max_blocks: int
+    block_lse: torch.Tensor
+    chunk_lse: torch.Tensor
+    blocks: torch.Tensor
+    rows: torch.Tensor
+    counts: torch.Tensor
+    mass: torch.Tensor
+    lse: torch.Tensor
+    lists: torch.Tensor
+    sums: torch.Tensor
+    weights: torch.Tensor
+    arrivals: torch.Tensor
+    fetch_stream: torch.cuda.Stream | None
+    multiprocessors: int
+    dependent: bool
+    begun: torch.cuda.Event | None
+    followed: torch.cuda.Event | None
+
+    @classmethod
+    def make(
+        cls,
+        shape: CacheShape,
+        selection: Selection,
+        max_requests: int,
+        max_blocks: int,
+        device: torch.device | str,
+    ) -> DecodeWorkspace:
+        """Allocate `workspace_buffers` on the device."""
+        device = torch.device(device)
+        buffers = workspace_buffers(shape, selection, max_requests, max_blocks)
+        on_gpu = device.type == "cuda"
+        return cls(
+            max_requests=max_requests,
+            max_blocks=max_blocks,
+            **{
+                name: torch.zeros(size, dtype=dtype, device=device)
+                for name, (size, dtype) in buffers.items()
+            },
+            fetch_stream=torch.cuda.Stream(device, FETCH_PRIORITY) if on_gpu else None,
+            multiprocessors=_multiprocessors(device) if on_gpu else 0,
+            dependent=on_gpu and torch.cuda.get_device_capability(device) >= (9, 0),
+            begun=torch.cuda.Event() if on_gpu else None,
+            followed=torch.cuda.Event() if on_gpu else None,
+        )
+
+    def views(self, view: LayerView, batch: DecodeBatch) -> StepBuffers:
+        """The buffers in the shape of one batch.
+
+        Raises:
+            ValueError: the batch does not fit.
+        """
+        requests, max_blocks, shape = batch.num_requests, batch.max_blocks, view.shape
+        if requests > self.max_requests or max_blocks > self.max_blocks:
+            raise ValueError(
+                f"workspace: made for {self.max_requests} requests of {self.max_blocks} V blocks; "
+                f"this batch has {requests} of {max_blocks}"
+            )
+        lists = (requests, shape.num_kv_heads)
+        places = (*lists, columns_of(view.selection, max_blocks))
+        heads = (requests, shape.num_query_heads)
+        selected = Selected(
+            _front(self.blocks, *places),
+            _front(self.counts, *lists),
+            _front(self.mass, *lists),
+            _front(self.lse, *heads),
+        )
+        return StepBuffers(
+            _front(self.block_lse, *heads, max_blocks),
+            _front(self.chunk_lse, *heads, score_plan.num_chunks(shape, max_blocks)),
+            score_plan.chunk_blocks(shape),
+            selected,
+            _front(self.rows, *places),
+            self.lists,
+        )
+
+    def selection_scores(
+        self, view: LayerView, batch: DecodeBatch, buffers: StepBuffers
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The `block_lse` and `chunk_lse` that lists are selected by: those that scoring writes.
+
+        Benchmarks override this to select by recorded scores, with random K in the pages.
+        """
+        return buffers.block_lse, buffers.chunk_lse
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _front(buffer: torch.Tensor, *shape: int) -> torch.Tensor:
+    size = 1
+    for extent in shape:
+        size *= extent
+    return buffer[:size].view(shape)

@@ -1,37 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The host V pool: exact size, zeroed, separate layers, bounded by the machine and its control
-group.
+"""The host pool: exact size, zeroed, separate layers, on the NUMA node wanted, bounded by the
+machine and its control group.
 """
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from vllm_kcache.cache import HostMemoryError, HostPool, host_pool
+from vllm_kcache.cache import HostMemoryError, HostPool, host_pool, numa
 from vllm_kcache.cache.host_memory import check_host_memory, host_budget_bytes, host_memory
 
 
 def make_pool(**changes):
-    arguments = {
-        "num_layers": 3,
-        "num_pages": 5,
-        "num_kv_heads": 2,
-        "page_tokens": 16,
-        "head_size": 80,
-        "dtype": torch.float32,
-        "pinned": False,
-    }
+    arguments = {"num_layers": 3, "num_rows": 21, "row_bytes": 2080, "pinned": False}
     return HostPool(**(arguments | changes))
 
 
-def test_layers_are_zeroed_contiguous_and_apart():
-    pool = make_pool()
+@pytest.mark.parametrize("numa_node", [None, 0])
+def test_layers_are_zeroed_contiguous_and_apart(numa_node):
+    pool = make_pool(numa_node=numa_node)
     for i in range(3):
         layer = pool.layer(i)
-        assert layer.shape == (5, 2, 16, 80)
-        assert layer.dtype == torch.float32
+        assert layer.shape == (21, 2080)
+        assert layer.dtype == torch.uint8
         assert layer.is_contiguous()
+        assert layer.data_ptr() % 4096 == 0
         assert not layer.any()
         layer.fill_(i + 1)
     assert [pool.layer(i).unique().tolist() for i in range(3)] == [[1], [2], [3]]
@@ -40,8 +35,9 @@ def test_layers_are_zeroed_contiguous_and_apart():
 
 def test_size_is_exact_up_to_one_memory_page_a_layer():
     pool = make_pool()
-    exact = 3 * 5 * 2 * 16 * 80 * 4
-    assert exact <= pool.bytes < exact + 3 * 4096
+    assert (pool.num_layers, pool.num_rows, pool.row_bytes) == (3, 21, 2080)
+    assert pool.layer_bytes == 21 * 2080
+    assert 3 * pool.layer_bytes <= pool.bytes < 3 * (pool.layer_bytes + 4096)
     pool.close()
 
 
@@ -53,9 +49,7 @@ def test_closed_pool_refuses_and_closes_twice():
         pool.layer(0)
 
 
-@pytest.mark.parametrize(
-    "name", ["num_layers", "num_pages", "num_kv_heads", "page_tokens", "head_size"]
-)
+@pytest.mark.parametrize("name", ["num_layers", "num_rows", "row_bytes"])
 def test_bad_shape_is_named(name):
     with pytest.raises(ValueError, match=f"{name}=0: must be at least 1"):
         make_pool(**{name: 0})
@@ -69,7 +63,64 @@ def test_pinned_needs_cuda():
 
 def test_more_than_the_machine_has_is_refused():
     with pytest.raises(HostMemoryError, match=r"MemAvailable.*host_memory_gib"):
-        make_pool(num_pages=1 << 40)
+        make_pool(num_rows=1 << 40)
+
+
+def test_more_than_the_bound_nodes_have_is_refused(monkeypatch):
+    asked = []
+
+    def refuse(needed_bytes):
+        asked.append(needed_bytes)
+        raise HostMemoryError("bound")
+
+    monkeypatch.setattr(numa, "check_node_memory", refuse)
+    with pytest.raises(HostMemoryError, match="bound"):
+        make_pool(row_bytes=4096)
+    assert asked == [3 * 21 * 4096]
+
+
+def test_a_pinned_pool_is_placed_then_touched_then_locked(monkeypatch):
+    """By the GPU's node, and from the CPUs that the placement names."""
+    cpu = max(os.sched_getaffinity(0))
+    calls = []
+
+    def place(address, length, node):
+        calls.append(("place", node, length))
+        return {cpu}
+
+    def touch(address, length):
+        calls.append(("touch", os.sched_getaffinity(0)))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(numa, "gpu_node", lambda: 1)
+    monkeypatch.setattr(numa, "place", place)
+    monkeypatch.setattr(
+        numa, "report", lambda address, length, node: calls.append(("report", node))
+    )
+    monkeypatch.setattr(host_pool, "_touch", touch)
+    monkeypatch.setattr(host_pool, "_register", lambda *_, advice: calls.append(("lock",)))
+    monkeypatch.setattr(host_pool, "_release", lambda begins: calls.append(("free", len(begins))))
+    before = os.sched_getaffinity(0)
+    pool = make_pool(pinned=True)
+    pool.close()
+    touches = [call for call in calls if call[0] == "touch"]
+    rest = [call for call in calls if call[0] != "touch"]
+    assert calls[:2] == [("place", 1, pool.bytes), ("touch", {cpu})]
+    assert touches == 3 * [("touch", {cpu})]
+    assert rest == [("place", 1, pool.bytes), *3 * [("lock",)], ("report", 1), ("free", 3)]
+    assert calls.index(("lock",)) < calls.index(("report", 1))
+    assert os.sched_getaffinity(0) == before
+
+
+def test_a_pool_without_a_node_is_neither_placed_nor_touched(monkeypatch):
+    def no(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(numa, "place", no)
+    monkeypatch.setattr(numa, "report", no)
+    monkeypatch.setattr(host_pool, "_touch", no)
+    make_pool().close()
 
 
 def fake_root(tmp_path: Path, files: dict[str, str]) -> Path:

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The host V pool: V of every KV-cache block, in host memory, always complete.
+"""The host pool: a row of bytes for each block of tokens of a KV head, in host memory.
 
-Layer i is a `[M, Hkv, S, D]` tensor in host memory. Seen as rows of `v_block_tokens * head_size`
-values it is addressed by physical V block, so a V block is one contiguous row. With `pinned=True`
-the memory is page-locked and mapped: GPU kernels read and write it at the same address as the
-host does.
+A layer is `[num_rows, row_bytes]`. Row r holds what the host keeps of physical block r; what its
+bytes mean is the row format's business. The pool is always complete. With `pinned=True` the memory
+is page-locked and mapped: GPU kernels read and write it at the same address as the host does.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import weakref
 
 import torch
 
+from vllm_kcache.cache import numa
 from vllm_kcache.cache.host_memory import HostMemoryError, check_host_memory, memlock_limit_bytes
 
 logger = logging.getLogger(__name__)
@@ -31,54 +31,57 @@ _MADV_POPULATE_WRITE = 23  # Linux 5.14
 
 
 class HostPool:
-    """Host memory for V of all pages of all layers, zeroed, of the exact size.
+    """Host memory for the rows of all layers, zeroed, of the exact size.
 
     Args:
-        num_layers: layers whose V lives in the pool.
-        num_pages: M, pages of one layer (the KV-cache blocks of vLLM).
-        num_kv_heads, page_tokens, head_size: Hkv, S, D of one page.
-        dtype: model dtype of V.
+        num_layers: layers whose rows live in the pool.
+        num_rows: rows of one layer, one for each physical block.
+        row_bytes: bytes of a row.
         pinned: page-lock and map the memory for the current CUDA device. Without it the pool is
             pageable memory for the CPU implementation.
+        numa_node: node whose memory is wanted. None: the current CUDA device's when `pinned`, else
+            no node in particular.
 
-    Raises HostMemoryError when the host or its control group has not enough memory, or when the
-    driver refuses to lock it; the message names the limit and what to change. Memory is returned
-    by `close()`, when the pool is collected and at interpreter exit; the mapping is private and
-    anonymous, so the kernel also takes it back from a process that dies by a signal.
+    Attributes:
+        num_layers, num_rows, row_bytes, pinned: as given.
+        layer_bytes: bytes of one layer's rows.
+        bytes: bytes of the whole pool; each layer starts on a memory page.
+
+    Memory that a node is wanted for is touched at once. Where it lies is logged; that it lies
+    elsewhere is a warning (see `numa`).
+
+    Raises HostMemoryError when the host, its control group or the NUMA nodes this process is bound
+    to have not enough memory, or when the driver refuses to lock it; the message names the limit
+    and what to change. Memory is returned by `close()`, when the pool is collected and at
+    interpreter exit; the mapping is private and anonymous, so the kernel also takes it back from a
+    process that dies by a signal.
     """
 
     def __init__(
         self,
         num_layers: int,
-        num_pages: int,
-        num_kv_heads: int,
-        page_tokens: int,
-        head_size: int,
-        dtype: torch.dtype,
+        num_rows: int,
+        row_bytes: int,
         pinned: bool,
+        numa_node: int | None = None,
     ) -> None:
-        shape = {
-            "num_layers": num_layers,
-            "num_pages": num_pages,
-            "num_kv_heads": num_kv_heads,
-            "page_tokens": page_tokens,
-            "head_size": head_size,
-        }
+        shape = {"num_layers": num_layers, "num_rows": num_rows, "row_bytes": row_bytes}
         for name, value in shape.items():
             if value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
         if pinned and not torch.cuda.is_available():
             raise HostMemoryError("pinned=True: needs a CUDA device; use pinned=False on the CPU")
         self.num_layers = num_layers
-        self.layer_shape = (num_pages, num_kv_heads, page_tokens, head_size)
-        self.dtype = dtype
+        self.num_rows = num_rows
+        self.row_bytes = row_bytes
         self.pinned = pinned
-        self.layer_bytes = num_pages * num_kv_heads * page_tokens * head_size * dtype.itemsize
+        self.layer_bytes = num_rows * row_bytes
         # Each layer starts on a memory page: page-locking works on whole pages, and a copy must
         # not cross two registrations.
         self._layer_stride = -(-self.layer_bytes // _PAGE_BYTES) * _PAGE_BYTES
         self.bytes = num_layers * self._layer_stride
         check_host_memory(self.bytes)
+        numa.check_node_memory(self.bytes)
 
         mapping = _map_zeroed(self.bytes)
         self._mapping: mmap.mmap | None = mapping
@@ -86,22 +89,23 @@ class HostPool:
         registered: list[int] = []
         # Also runs at interpreter exit.
         self._finalizer = weakref.finalize(self, _release, registered)
-        if pinned:
+        node = numa.gpu_node() if pinned and numa_node is None else numa_node
+        if pinned or node is not None:
             try:
-                self._pin(registered)
+                self._fill(registered, node)
             except BaseException:
                 self.close()
                 raise
         flat = torch.frombuffer(mapping, dtype=torch.uint8)
         self._layers = [
-            flat[i * self._layer_stride : i * self._layer_stride + self.layer_bytes]
-            .view(dtype)
-            .view(self.layer_shape)
+            flat[i * self._layer_stride : i * self._layer_stride + self.layer_bytes].view(
+                num_rows, row_bytes
+            )
             for i in range(num_layers)
         ]
 
     def layer(self, index: int) -> torch.Tensor:
-        """V of one layer: [M, Hkv, S, D], host. When `pinned`, the GPU sees it at its address."""
+        """One layer: [num_rows, row_bytes] uint8, host. The GPU sees it there when `pinned`."""
         if not self._layers:
             raise RuntimeError("the host V pool is closed")
         return self._layers[index]
@@ -113,19 +117,18 @@ class HostPool:
         # Tensors handed out keep the mapping alive; without any it is unmapped here and now.
         self._mapping = None
 
-    def _pin(self, registered: list[int]) -> None:
+    def _fill(self, registered: list[int], node: int | None) -> None:
         """Touch the memory from several threads and page-lock it, layer by layer."""
+        cpus = os.sched_getaffinity(0)
+        if node is not None:
+            cpus = numa.place(self._base, self.bytes, node)
+        if self.pinned:
+            self._warn_of_lock_limit()
+            torch.cuda.current_stream()  # makes the context of this device current
         start = last = time.monotonic()
-        limit = memlock_limit_bytes()
-        if limit is not None and limit < self.bytes:
-            logger.warning(
-                "RLIMIT_MEMLOCK is %d bytes, the host V pool %d: the driver may refuse to lock it",
-                limit,
-                self.bytes,
-            )
-        torch.cuda.current_stream()  # makes the context of this device current
-        threads = min(16, len(os.sched_getaffinity(0)))
-        with concurrent.futures.ThreadPoolExecutor(threads) as executor:
+        with concurrent.futures.ThreadPoolExecutor(
+            min(16, len(cpus)), initializer=os.sched_setaffinity, initargs=(0, cpus)
+        ) as executor:
             touched = [
                 [
                     executor.submit(_touch, self._base + offset, length)
@@ -136,6 +139,8 @@ class HostPool:
             for i, pieces in enumerate(touched):
                 for piece in pieces:
                     piece.result()
+                if not self.pinned:
+                    continue
                 _register(
                     self._base + i * self._layer_stride,
                     self._layer_stride,
@@ -153,6 +158,17 @@ class HostPool:
                         now - start,
                         done / 1e9 / max(now - start, 1e-9),
                     )
+        if node is not None:
+            numa.report(self._base, self.bytes, node)
+
+    def _warn_of_lock_limit(self) -> None:
+        limit = memlock_limit_bytes()
+        if limit is not None and limit < self.bytes:
+            logger.warning(
+                "RLIMIT_MEMLOCK is %d bytes, the host V pool %d: the driver may refuse to lock it",
+                limit,
+                self.bytes,
+            )
 
     def _pieces(self, layer: int) -> list[tuple[int, int]]:
         begin, end = layer * self._layer_stride, (layer + 1) * self._layer_stride

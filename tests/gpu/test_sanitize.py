@@ -108,10 +108,6 @@ def test_writes_and_steps() -> None:
             generator = torch.Generator().manual_seed(len(slots) + step)
             tokens = torch.randn(size, generator=generator).to(case.query.dtype)
             key, value = tokens.to(DEVICE).unbind(1)  # strided over tokens
-            if parts == WriteParts.V_HOST:
-                # The same V as in the other part.
-                key, value = kept
-            kept = key, value
             write_kv(layer.view, key, value, slots, parts=parts, allocate_tokens=claims)
             write.write_kv(key.cpu(), value.cpu(), slots.cpu(), k_pages, v_pool)
         torch.cuda.synchronize()

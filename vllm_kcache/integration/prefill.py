@@ -15,7 +15,6 @@ import torch
 from vllm_kcache.config import KCacheConfigError
 from vllm_kcache.split_cache_gpu import Attended, PrefillKernels, Ragged
 
-
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Ragged, Ragged, bool, float], Attended]
 
 

@@ -260,8 +260,9 @@ class _Check:
         name = torch.cuda.get_device_name(self.device) if is_gpu else str(self.device)
         return KernelError(
             f"KCache: on {name} the kernel of the step '{stage}' does not do what it should "
-            f"({what}), with {self.shape} and {self.view.selection}. Answers would be wrong, so the engine does not start. "
-            f"Please report this; other settings of kcache_config may do, and {SWITCH}=0 skips "
+            f"({what}), with {self.shape} and {self.view.selection}. Answers would be wrong, so "
+            "the engine does not start. Please report this; other settings of kcache_config may "
+            f"do, and {SWITCH}=0 skips "
             "the check."
         )
 

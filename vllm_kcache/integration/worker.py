@@ -15,8 +15,7 @@ from vllm_kcache.cache.host_memory import host_budget_bytes
 from vllm_kcache.config import KCacheConfig, KCacheConfigError
 from vllm_kcache.integration import counters, runtime
 from vllm_kcache.integration.backend import KCacheBackend
-from vllm_kcache.integration.layers import is_dense_layer
-from vllm_kcache.integration.plugin import activate_backend
+from vllm_kcache.integration.layers import activate_backend, is_dense_layer
 from vllm_kcache.integration.settings import engines_on_host, settings_of
 
 logger = init_logger(__name__)
@@ -54,7 +53,7 @@ class SplitCacheWorker:
         specs = self.get_kv_cache_spec()  # type: ignore[attr-defined]
         shape = runtime.page_shape_of(self.vllm_config, specs, self._split_layers)
         engine = self.vllm_config.parallel_config.data_parallel_index
-        path = counters.path_of(counters.instance_of(self.vllm_config), engine, self.rank)
+        path = counters.path_of(self.vllm_config.instance_id, engine, self.rank)
         runtime.start(self._make_runtime(self.kcache_config, shape, counters.Counters(path)))
 
     def determine_available_memory(self) -> int:

@@ -181,10 +181,10 @@ class Counters:
 def _read(data: bytes) -> np.ndarray:
     """[NUM_VALUES] float64 out of the bytes of a file."""
     values = np.frombuffer(data, dtype=np.float64, count=NUM_VALUES + 1).copy()
-    row_bytes = values[_ROW_BYTES_AT]
+    row_bytes = float(values[_ROW_BYTES_AT])
     if row_bytes > 0:
         words = np.frombuffer(data, np.int64, count=COUNTER_WORDS, offset=_WORDS_OFFSET)
-        lists, selected, hits, misses, direct = words[: len(COUNTER_NAMES)]
+        lists, selected, hits, misses, direct = words[: len(COUNTER_NAMES)].tolist()
         counted = {
             "selected_lists": lists,
             "selected_blocks": selected,

@@ -4,6 +4,8 @@ import math
 
 import pydantic
 import pytest
+from hypothesis import given as drawn
+from hypothesis import strategies as st
 
 from vllm_kcache.config import ACCEPTED_VALUES, KCacheConfig, KCacheConfigError
 from vllm_kcache.types import Selection
@@ -77,11 +79,11 @@ def test_mass_threshold_brings_its_own_tail_and_combination(given, threshold):
 
 def test_mass_threshold_with_a_cap_and_another_tail():
     config = KCacheConfig.from_user(
-        {"mass_threshold": 0.002, "top_n": 64, "coverage": None, "tail": "drop"}
+        {"mass_threshold": 0.002, "top_n": 64, "coverage": None, "tail": "renormalize"}
         | {"head_combine": "sum"}
     )
     assert config.selection(8) == Selection(64, None, 1, 32, "sum", 0.002)
-    assert config.resolved_tail == "drop"
+    assert config.resolved_tail == "renormalize"
 
 
 def test_settings_that_exclude_each_other():
@@ -97,20 +99,28 @@ def test_settings_that_exclude_each_other():
         KCacheConfig(tail="clip", coverage=0.9).selection(8)
 
 
+# fmt: off
 BAD_VALUES = {
-    "top_n": [0, -1, 1.5, 64.0, True, "some", "64", [1], {}],
-    "coverage": [0, 0.0, -0.5, 1.5, 2, math.nan, math.inf, True, "0.9", "high", []],
-    "mass_threshold": [0, 0.0, -0.5, 1.5, 2, math.nan, True, "0.002", "all", []],
-    "v_block_tokens": [0, -8, 3, 24, 64, 8.0, True, None, "8", "big"],
-    "sink_tokens": [-1, 0.5, 8.0, False, None, "8", "auto"],
-    "recent_tokens": [0, -1, 0.5, 32.0, True, None, "32"],
-    "dense_layers": [-1, 1.0, True, None, "0", [-1], [0.0], ["0"], [True], {"0": 1}],
-    "tail": ["none", "Renormalize", None, 0, True],
+    "top_n": [0, -1, 1.5, 64.0, True, "some", "64", [1], {}, 2**24 + 1, 2**31, 10**400],
+    "coverage": [
+        0, 0.0, -0.5, 1.5, 2, 5e-324, math.nan, math.inf, True, "0.9", "high", [], 10**400
+    ],
+    "mass_threshold": [0, 0.0, -0.5, 1.5, 2, 5e-324, math.nan, True, "0.002", "all", [], 1e300],
+    "v_block_tokens": [0, -8, 3, 24, 64, 8.0, True, None, "8", "big", 2**31, 10**400],
+    "sink_tokens": [-1, 0.5, 8.0, False, None, "8", "auto", 2**24 + 1, 2**31, 10**400],
+    "recent_tokens": [0, -1, 0.5, 32.0, True, None, "32", 2**24 + 1, 2**31, 10**400],
+    "dense_layers": [
+        -1, 1.0, True, None, "0", [-1], [0.0], ["0"], [True], {"0": 1}, 2**31, [2**31], [[]]
+    ],
+    "tail": ["none", "Renormalize", "drop", "mean", None, 0, True],
     "head_combine": ["mean", "SUM", None, 0, []],
-    "host_memory_gib": [0, 0.0, -1, math.nan, math.inf, True, None, "4", "all"],
-    "hot_cache_gib": [-0.1, -1, math.nan, math.inf, False, None, "4"],
+    "host_memory_gib": [
+        0, 0.0, -1, math.nan, math.inf, True, None, "4", "all", 2**20 + 1, 1e300, 10**400
+    ],
+    "hot_cache_gib": [-0.1, -1, math.nan, math.inf, False, None, "4", 2**20 + 1, 1e300, 10**400],
     "prefill": ["cudnn", "", None, 1, True],
 }
+# fmt: on
 
 
 def test_every_key_has_bad_values_and_a_text_of_what_is_accepted():
@@ -122,42 +132,47 @@ def test_every_key_has_bad_values_and_a_text_of_what_is_accepted():
     ("key", "value"), [(key, value) for key, values in BAD_VALUES.items() for value in values]
 )
 def test_bad_values_name_key_value_and_what_is_accepted(key, value):
-    expected = f"kcache_config.{key}={value!r}: must be {ACCEPTED_VALUES[key]}"
+    given = repr(value)
+    shown = given if len(given) <= 200 else given[:200] + "..."
+    expected = f"kcache_config.{key}={shown}: must be {ACCEPTED_VALUES[key]}"
     assert refusal({"sink_tokens": 8, key: value}) == expected
 
 
 def test_the_texts_of_what_is_accepted():
     assert [refusal({key: values[0]}) for key, values in BAD_VALUES.items()] == [
-        'kcache_config.top_n=0: must be an integer of at least 1, "all" or null',
-        'kcache_config.coverage=0: must be greater than 0 and at most 1, null or "auto"',
-        'kcache_config.mass_threshold=0: must be greater than 0 and at most 1, null or "auto"',
+        'kcache_config.top_n=0: must be an integer from 1 to 16777216, "all" or null',
+        'kcache_config.coverage=0: must be a number from 1e-9 to 1, null or "auto"',
+        'kcache_config.mass_threshold=0: must be a number from 1e-9 to 1, null or "auto"',
         'kcache_config.v_block_tokens=0: must be 1, 2, 4, 8, 16, 32 or "auto"',
-        "kcache_config.sink_tokens=-1: must be an integer of at least 0",
-        "kcache_config.recent_tokens=0: must be an integer of at least 1",
+        "kcache_config.sink_tokens=-1: must be an integer from 0 to 16777216",
+        "kcache_config.recent_tokens=0: must be an integer from 1 to 16777216",
         (
-            "kcache_config.dense_layers=-1: must be an integer of at least 0 "
+            "kcache_config.dense_layers=-1: must be an integer from 0 to 16777216 "
             "(count from the bottom) or a list of layer numbers"
         ),
-        'kcache_config.tail=\'none\': must be "auto", "renormalize", "clip", "drop" or "mean"',
+        'kcache_config.tail=\'none\': must be "auto", "renormalize" or "clip"',
         'kcache_config.head_combine=\'mean\': must be "auto", "sum" or "max"',
-        'kcache_config.host_memory_gib=0: must be a finite number greater than 0 or "auto"',
-        'kcache_config.hot_cache_gib=-0.1: must be a finite number of at least 0 or "auto"',
+        (
+            "kcache_config.host_memory_gib=0: must be a number greater than 0 and at most 1048576, "
+            'or "auto"'
+        ),
+        'kcache_config.hot_cache_gib=-0.1: must be a number from 0 to 1048576, or "auto"',
         'kcache_config.prefill=\'cudnn\': must be "auto", "flash_attn", "xformers" or "torch"',
     ]
 
 
 GOOD_VALUES = {
-    "top_n": [1, 5000, "all", None],
-    "coverage": [0.01, 0.95, 1.0, 1, None, "auto"],
-    "mass_threshold": [0.002, 1.0, None, "auto"],
+    "top_n": [1, 5000, 2**24, "all", None],
+    "coverage": [1e-9, 0.01, 0.95, 1.0, 1, None, "auto"],
+    "mass_threshold": [1e-9, 0.002, 1.0, None, "auto"],
     "v_block_tokens": [1, 2, 4, 8, 16, 32, "auto"],
-    "sink_tokens": [0, 8, 100],
-    "recent_tokens": [1, 32, 100],
-    "dense_layers": [0, 2, [], [0, 5]],
-    "tail": ["auto", "renormalize", "drop", "mean"],
+    "sink_tokens": [0, 8, 100, 2**24],
+    "recent_tokens": [1, 32, 100, 2**24],
+    "dense_layers": [0, 2, [], [0, 5], 2**24],
+    "tail": ["auto", "renormalize", "clip"],
     "head_combine": ["auto", "sum", "max"],
-    "host_memory_gib": [0.5, 4, "auto"],
-    "hot_cache_gib": [0, 0.5, 4, "auto"],
+    "host_memory_gib": [0.5, 4, 2**20, "auto"],
+    "hot_cache_gib": [0, 0.5, 4, 2**20, "auto"],
     "prefill": ["auto", "flash_attn", "xformers", "torch"],
 }
 
@@ -190,9 +205,9 @@ def test_frozen():
 def test_several_bad_values_make_one_message():
     message = refusal({"coverage": 1.5, "tail": "x", "top_n": 0})
     assert message == (
-        'kcache_config.top_n=0: must be an integer of at least 1, "all" or null; '
-        'kcache_config.coverage=1.5: must be greater than 0 and at most 1, null or "auto"; '
-        'kcache_config.tail=\'x\': must be "auto", "renormalize", "clip", "drop" or "mean"'
+        'kcache_config.top_n=0: must be an integer from 1 to 16777216, "all" or null; '
+        'kcache_config.coverage=1.5: must be a number from 1e-9 to 1, null or "auto"; '
+        'kcache_config.tail=\'x\': must be "auto", "renormalize" or "clip"'
     )
 
 
@@ -208,6 +223,93 @@ def test_unknown_keys(key, hint):
 def test_not_json():
     message = refusal("{top_n: 3}")
     assert message.startswith("kcache_config='{top_n: 3}': not valid JSON (Expecting property name")
+
+
+@pytest.mark.parametrize(
+    ("value", "beginning"),
+    [
+        ('{"top_n": ' + "9" * 5001 + "}", 'kcache_config=\'{"top_n": 999'),
+        ("[" * 100_000, "kcache_config='[[[["),
+        ('{"top_n": ' + "[" * 100_000, 'kcache_config=\'{"top_n": [[[['),
+        ({"top_n": 10**5001}, "kcache_config.top_n=<int>: must be an integer from 1"),
+        ({"coverage": 10**5001}, "kcache_config.coverage=<int>: must be a number from 1e-9"),
+        ({"dense_layers": [10**5001]}, "kcache_config.dense_layers=<list>: must be an integer"),
+        ({10**5001: 1}, "kcache_config.<int>=1: unknown key"),
+        ({"x" * 100_000: 1}, "kcache_config.xxxx"),
+        ({"a\nb": "c\nd"}, "kcache_config.'a\\nb'='c\\nd': unknown key"),
+    ],
+    ids=range(9),
+)
+def test_what_python_cannot_read_or_write_is_one_short_line(value, beginning):
+    message = refusal(value)
+    assert message.startswith(beginning)
+    assert len(message) < 600
+    assert "\n" not in message
+
+
+NUMBERS = st.one_of(
+    st.integers(),
+    st.integers(2**24 - 2, 2**24 + 2),
+    st.integers(10**4299, 10**4301),
+    st.floats(),
+    st.floats(0, 1),
+)
+LEAVES = st.one_of(
+    st.none(),
+    st.booleans(),
+    NUMBERS,
+    st.text(),
+    st.sampled_from(["auto", "all", "renormalize", "clip", "sum", "max", "torch"]),
+)
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=8,
+)
+SETTINGS = st.dictionaries(st.sampled_from(KEYS.split(", ")), VALUES | NUMBERS, max_size=4)
+
+
+def accepted_or_refused(value):
+    """What must hold for anything that a user gives."""
+    refused = None
+    try:
+        config = KCacheConfig.from_user(value)
+        again = KCacheConfig.from_user(json.dumps(config.to_json_dict()))
+        assert again == config
+        config.resolved_dense_layers(30)
+        selection = config.selection(8)
+    except KCacheConfigError as error:
+        refused = str(error)
+    if refused is not None:
+        assert "\n" not in refused
+        return
+    # The numbers that kernels and pools compute with.
+    for count in (selection.top_n or 0, selection.recent_tokens, selection.most_forced_blocks(8)):
+        assert 0 <= count < 2**31 // 32
+    for share in (selection.coverage, selection.mass_threshold, selection.clip):
+        assert share is None or 1e-30 < share <= 1
+    for gib in (config.host_memory_gib, config.hot_cache_gib):
+        assert gib == "auto" or 0 <= int(gib * 2**30) < 2**63
+
+
+@drawn(SETTINGS | VALUES | st.dictionaries(st.text() | st.integers(), VALUES, max_size=3))
+def test_anything_in_python_is_accepted_or_refused(value):
+    accepted_or_refused(value)
+
+
+@drawn(SETTINGS)
+def test_any_json_is_accepted_or_refused(value):
+    try:
+        text = json.dumps(value)
+    except ValueError:
+        # More digits than Python writes: what a user may type all the same.
+        text = '{"top_n": ' + "1" * 4301 + "}"
+    accepted_or_refused(text)
+
+
+@drawn(st.text() | st.text(alphabet='{}[]":,0123456789.eE-+ \\ntruefals'))
+def test_any_text_is_accepted_or_refused(text):
+    accepted_or_refused(text)
 
 
 @pytest.mark.parametrize("value", ["3", "[]", "null", '"all"', 3, [("top_n", 3)]])
@@ -303,7 +405,7 @@ def test_dense_layers(dense_layers, layers):
     ("dense_layers", "num_layers", "message"),
     [
         (30, 30, "30: must be at most 29, since the model has 30 layers"),
-        (10**12, 30, "1000000000000: must be at most 29, since the model has 30 layers"),
+        (2**24, 30, "16777216: must be at most 29, since the model has 30 layers"),
         (
             [2, 30],
             30,

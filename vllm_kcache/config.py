@@ -23,26 +23,38 @@ V_BLOCK_TOKENS_LEAST = 4
 V_BLOCK_BYTES = 2048
 V_BLOCK_TOKENS_ACCEPTED = (1, 2, 4, 8, 16, 32)
 
+# Far above any context; sums and products of a few of them with a V block stay below 2**31, as the
+# kernels need them.
+MOST_COUNT = 2**24
+# Far below the mass of a token in the longest context; half of it is a float32 above 0.
+LEAST_SHARE = 1e-9
+# A pebibyte. In bytes it is an integer that every part takes.
+MOST_GIB = 2**20
+
 ACCEPTED_VALUES = {
-    "top_n": 'an integer of at least 1, "all" or null',
-    "coverage": 'greater than 0 and at most 1, null or "auto"',
-    "mass_threshold": 'greater than 0 and at most 1, null or "auto"',
+    "top_n": f'an integer from 1 to {MOST_COUNT}, "all" or null',
+    "coverage": 'a number from 1e-9 to 1, null or "auto"',
+    "mass_threshold": 'a number from 1e-9 to 1, null or "auto"',
     "v_block_tokens": '1, 2, 4, 8, 16, 32 or "auto"',
-    "sink_tokens": "an integer of at least 0",
-    "recent_tokens": "an integer of at least 1",
-    "dense_layers": "an integer of at least 0 (count from the bottom) or a list of layer numbers",
-    "tail": '"auto", "renormalize", "clip", "drop" or "mean"',
+    "sink_tokens": f"an integer from 0 to {MOST_COUNT}",
+    "recent_tokens": f"an integer from 1 to {MOST_COUNT}",
+    "dense_layers": (
+        f"an integer from 0 to {MOST_COUNT} (count from the bottom) or a list of layer numbers"
+    ),
+    "tail": '"auto", "renormalize" or "clip"',
     "head_combine": '"auto", "sum" or "max"',
-    "host_memory_gib": 'a finite number greater than 0 or "auto"',
-    "hot_cache_gib": 'a finite number of at least 0 or "auto"',
+    "host_memory_gib": f'a number greater than 0 and at most {MOST_GIB}, or "auto"',
+    "hot_cache_gib": f'a number from 0 to {MOST_GIB}, or "auto"',
     "prefill": '"auto", "flash_attn", "xformers" or "torch"',
 }
+# Characters of a value in a message.
+_MOST_SHOWN = 200
 
-PositiveInt = Annotated[int, Field(strict=True, ge=1)]
-NonNegativeInt = Annotated[int, Field(strict=True, ge=0)]
-Fraction = Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)]
-PositiveFloat = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+PositiveInt = Annotated[int, Field(strict=True, ge=1, le=MOST_COUNT)]
+NonNegativeInt = Annotated[int, Field(strict=True, ge=0, le=MOST_COUNT)]
+Fraction = Annotated[float, Field(strict=True, ge=LEAST_SHARE, le=1, allow_inf_nan=False)]
+PositiveGiB = Annotated[float, Field(strict=True, gt=0, le=MOST_GIB, allow_inf_nan=False)]
+NonNegativeGiB = Annotated[float, Field(strict=True, ge=0, le=MOST_GIB, allow_inf_nan=False)]
 
 
 class KCacheConfigError(ValueError):
@@ -96,10 +108,10 @@ class KCacheConfig(BaseModel):
     sink_tokens: NonNegativeInt = 8
     recent_tokens: PositiveInt = 32
     dense_layers: NonNegativeInt | tuple[NonNegativeInt, ...] = 0
-    tail: Tail | Literal["auto"] = "auto"
+    tail: Literal["auto", "renormalize", "clip"] = "auto"
     head_combine: HeadCombine | Literal["auto"] = "auto"
-    host_memory_gib: PositiveFloat | Literal["auto"] = "auto"
-    hot_cache_gib: NonNegativeFloat | Literal["auto"] = "auto"
+    host_memory_gib: PositiveGiB | Literal["auto"] = "auto"
+    hot_cache_gib: NonNegativeGiB | Literal["auto"] = "auto"
     prefill: Literal["auto", "flash_attn", "xformers", "torch"] = "auto"
 
     @field_validator("v_block_tokens")
@@ -123,13 +135,15 @@ class KCacheConfig(BaseModel):
         if isinstance(given, str):
             try:
                 given = json.loads(given)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
+                # Beside errors of the grammar: a number of more digits than Python reads, lists
+                # that are nested too deep.
                 raise KCacheConfigError(
-                    f"{KEY_PREFIX}={value!r}: not valid JSON ({error})"
+                    f"{KEY_PREFIX}={_shown(value)}: not valid JSON ({error})"
                 ) from None
         if not isinstance(given, dict):
             raise KCacheConfigError(
-                f"{KEY_PREFIX}={value!r}: must be a JSON object (or a dict) of settings; "
+                f"{KEY_PREFIX}={_shown(value)}: must be a JSON object (or a dict) of settings; "
                 f"accepted keys: {', '.join(cls.model_fields)}"
             )
         for key in given:
@@ -262,7 +276,7 @@ class KCacheConfig(BaseModel):
             shown = str(self.dense_layers)
             accepted = f"at most {num_layers - 1}"
         else:
-            layers, shown = frozenset(self.dense_layers), str(list(self.dense_layers))
+            layers, shown = frozenset(self.dense_layers), _shown(list(self.dense_layers))
             accepted = f"layer numbers from 0 to {num_layers - 1}, and not all of them"
         if len(layers) >= num_layers or max(layers, default=0) >= num_layers:
             raise KCacheConfigError(
@@ -272,12 +286,25 @@ class KCacheConfig(BaseModel):
         return layers
 
 
+def _shown(value: Any) -> str:
+    """A value that was given, in one line that is not too long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        # Python writes no integer of more than 4,300 digits, and no list nested too deep.
+        return f"<{type(value).__name__}>"
+    text = text.replace("\n", " ")
+    return text if len(text) <= _MOST_SHOWN else text[:_MOST_SHOWN] + "..."
+
+
 def _bad_value(field: str, value: Any) -> str:
-    return f"{KEY_PREFIX}.{field}={value!r}: must be {ACCEPTED_VALUES[field]}"
+    return f"{KEY_PREFIX}.{field}={_shown(value)}: must be {ACCEPTED_VALUES[field]}"
 
 
 def _unknown_key_message(key: Any, value: Any) -> str:
-    close = difflib.get_close_matches(str(key), KCacheConfig.model_fields, n=1)
+    name = key if isinstance(key, str) and key.isidentifier() else _shown(key)
+    close = difflib.get_close_matches(name[:_MOST_SHOWN], KCacheConfig.model_fields, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     accepted = ", ".join(KCacheConfig.model_fields)
-    return f"{KEY_PREFIX}.{key}={value!r}: unknown key{hint}; accepted keys: {accepted}"
+    shown = name if len(name) <= _MOST_SHOWN else f"{name[:_MOST_SHOWN]}..."
+    return f"{KEY_PREFIX}.{shown}={_shown(value)}: unknown key{hint}; accepted keys: {accepted}"

@@ -123,6 +123,86 @@ def error_of(arguments: dict[str, Any]) -> dict[str, Any]:
     return {"type": None, "text": None}
 
 
+def variables_of_ours(model: str) -> dict[str, Any]:
+    """What vLLM says of our environment variables, and of one that is only like them.
+
+    They are set after the plugin was loaded: a notebook may do so.
+    """
+    import logging
+    import os
+
+    from vllm.engine.arg_utils import EngineArgs
+
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("vllm").addHandler(handler)
+    result: dict[str, Any] = {}
+    for name, backend in (
+        ("VLLM_KCACHE_EXTENSION", None),
+        ("VLLM_KCACHE_SELF_CHECK", "kcache"),
+        ("VLLM_KCACHE_MISSPELT", "kcache"),
+    ):
+        os.environ[name] = "0"
+        for is_error in (False, True):
+            said.clear()
+            arguments = EngineArgs(
+                model=model,
+                skip_tokenizer_init=True,
+                kv_backend=backend,
+                fail_on_environ_validation=is_error,
+            )
+            try:
+                arguments.create_engine_config()
+            except ValueError as error:
+                said.append(str(error))
+            result[f"{name} {is_error}"] = [text for text in said if name in text]
+    return result
+
+
+def names_of_servers(model: str) -> dict[str, list[str]]:
+    """Names by which counters are found, in the processes of servers that are made here."""
+    import pickle
+
+    from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    def arguments() -> Any:
+        parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+        return parser.parse_args(
+            ["--model", model, "--skip-tokenizer-init", "--kv-backend", "kcache"]
+        )
+
+    def name(parsed: Any, processes: int, rank: int) -> str:
+        made = AsyncEngineArgs.from_cli_args(parsed)
+        made._api_process_count, made._api_process_rank = processes, rank
+        return made.create_engine_config().instance_id
+
+    def server(processes: int) -> list[str]:
+        """As vLLM does: the first process, then the others with its arguments."""
+        parsed = arguments()
+        names = [name(parsed, processes, -1)]
+        sent = pickle.dumps(parsed)
+        return [*names, *(name(pickle.loads(sent), processes, rank) for rank in range(processes))]
+
+    # Of two servers, this is the same, or ends in the same name.
+    import os
+
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = "/tmp/a/prometheus"
+    first = server(2)
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = "/tmp/b/prometheus"
+    second = server(2)
+    del os.environ["PROMETHEUS_MULTIPROC_DIR"]
+    parsed = arguments()
+    python = EngineArgs(model=model, skip_tokenizer_init=True, kv_backend="kcache")
+    return {
+        "first": first,
+        "second": second,
+        "of one command": [name(parsed, 1, 0) for _ in range(2)],
+        "in python": [python.create_engine_config().instance_id for _ in range(2)],
+    }
+
+
 def one_stock_layer(model: str) -> dict[str, Any]:
     """Start an engine with our backend in which one layer was given vLLM's own attention."""
     from vllm.model_executor.layers.attention.attention import Attention

@@ -7,7 +7,9 @@ from typing import Any
 
 KCACHE = ["--kv-backend", "kcache"]
 BAD = '{"coverage": 2}'
-BAD_TEXT = "kcache_config.coverage=2: must be greater than 0 and at most 1"
+BAD_TEXT = "kcache_config.coverage=2: must be a number from 1e-9 to 1"
+DEEP = "[" * 100_000
+LONG = "9" * 5001
 NOT_ENGINES = (["bench", "serve"], ["bench", "sweep", "serve"])
 
 # Commands with engine arguments, by what they need beside them to parse.
@@ -44,13 +46,52 @@ WRONG = {
         ["--kv-backend", "default", "--kcache-config", "{}"],
         "kcache_config is given but kv_backend is 'default': add --kv-backend kcache",
     ),
+    "additional_config for the default backend": (
+        ["--kv-backend", "default", "--additional-config", '{"kcache": {}}'],
+        "additional_config['kcache'] is given but kv_backend is 'default': leave",
+    ),
+    "a number above the bound": (
+        [*KCACHE, "--kcache-config", '{"top_n": 2147483648}'],
+        "kcache_config.top_n=2147483648: must be an integer from 1 to 16777216",
+    ),
+    "a number above the bound, dotted": (
+        [*KCACHE, "--kcache-config.sink_tokens", "2147483648"],
+        "kcache_config.sink_tokens=2147483648: must be an integer from 0 to 16777216",
+    ),
+    "1e300": (
+        [*KCACHE, "--kcache-config.host_memory_gib", "1e300"],
+        "kcache_config.host_memory_gib=1e+300: must be a number greater than 0 and at most 1048576",
+    ),
+    "a long number": (
+        [*KCACHE, "--kcache-config", f'{{"top_n": {LONG}}}'],
+        'kcache_config=\'{"top_n": 9999',
+    ),
+    "a long number, dotted": (
+        [*KCACHE, "--kcache-config.top_n", LONG],
+        "Exceeds the limit (4300 digits) for integer string conversion",
+    ),
+    "a long number, by additional_config": (
+        ["--additional-config", f'{{"kcache": {{"top_n": {LONG}}}}}'],
+        "argument --additional-config",
+    ),
+    "nested": ([*KCACHE, "--kcache-config", DEEP], "kcache_config='[[[["),
+    "nested, dotted": ([*KCACHE, "--kcache-config.top_n", DEEP], "JSON nested too deep"),
+    "nested, by additional_config": (
+        ["--additional-config", f'{{"kcache": {DEEP}'],
+        "JSON nested too deep",
+    ),
+    # vLLM looks at the variables first.
+    "a variable of ours, validated": (
+        [*KCACHE, "--block-size", "8", "--fail-on-environ-validation"],
+        "--kv-backend kcache does not support block_size=8",
+    ),
     "unknown key": (
         [*KCACHE, "--kcache-config", '{"covrage": 0.9}'],
         "kcache_config.covrage=0.9: unknown key (did you mean 'coverage'?)",
     ),
     "wrong type": (
         [*KCACHE, "--kcache-config", '{"sink_tokens": "many"}'],
-        "kcache_config.sink_tokens='many': must be an integer of at least 0",
+        "kcache_config.sink_tokens='many': must be an integer from 0 to 16777216",
     ),
     "out of range": ([*KCACHE, "--kcache-config", BAD], BAD_TEXT),
     "not JSON": (
@@ -59,7 +100,7 @@ WRONG = {
     ),
     "dotted": (
         [*KCACHE, "--kcache-config.recent_tokens", "0"],
-        "kcache_config.recent_tokens=0: must be an integer of at least 1",
+        "kcache_config.recent_tokens=0: must be an integer from 1 to 16777216",
     ),
     "both ways": (
         [*KCACHE, "--kcache-config", "{}", "--additional-config", '{"kcache": {}}'],
@@ -88,13 +129,25 @@ WRONG_IN_PYTHON: dict[str, tuple[dict[str, Any], str]] = {
         {"kcache_config": {}},
         "kcache_config is given but kv_backend is 'default'",
     ),
+    "additional_config for the default backend": (
+        {"kv_backend": "default", "additional_config": {"kcache": {}}},
+        "additional_config['kcache'] is given but kv_backend is 'default': leave 'kcache' out of",
+    ),
+    "additional_config that is no dict": (
+        {"kv_backend": "kcache", "additional_config": "kcache"},
+        "additional_config of type str: kv_backend and kcache_config are stored in it",
+    ),
+    "a number above the bound": (
+        {"kv_backend": "kcache", "kcache_config": {"recent_tokens": 2**31}},
+        "kcache_config.recent_tokens=2147483648: must be an integer from 1 to 16777216",
+    ),
     "unknown key": (
         {"kv_backend": "kcache", "kcache_config": {"covrage": 0.9}},
         "kcache_config.covrage=0.9: unknown key (did you mean 'coverage'?)",
     ),
     "wrong type": (
         {"kv_backend": "kcache", "kcache_config": {"top_n": 1.5}},
-        "kcache_config.top_n=1.5: must be an integer of at least 1",
+        "kcache_config.top_n=1.5: must be an integer from 1 to 16777216",
     ),
     "out of range": ({"kv_backend": "kcache", "kcache_config": {"coverage": 2}}, BAD_TEXT),
     "not an object": (

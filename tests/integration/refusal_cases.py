@@ -224,6 +224,16 @@ CASES = {
         "Leave --enable-fault-tolerance",
         changed={"parallel_config.enable_fault_tolerance": True},
     ),
+    "sleep mode": Case(
+        "sleep mode ({value})", "sleep mode (enable_sleep_mode=True):",
+        "Leave --enable-sleep-mode",
+        changed={"model_config.enable_sleep_mode": True},
+    ),
+    "the allocator of sleep mode": Case(
+        "sleep mode ({value})", "sleep mode (enable_cumem_allocator=True):",
+        "--enable-cumem-allocator out",
+        changed={"model_config.enable_cumem_allocator": True},
+    ),
     "HiSparse": Case(
         "HiSparse (hisparse_config={value})", "HiSparse (hisparse_config=HiSparseConfig(",
         "Leave hisparse_config out",

@@ -68,7 +68,9 @@ class Runs:
         self.wide = model_folder(folder / "wide", llama(vocab_size=10000))
         with ThreadPoolExecutor(max_workers=2) as pool:
             forks = {
-                "plain": pool.submit(self._fork, "plain", self._plain()),
+                "plain": pool.submit(
+                    self._fork, "plain", self._plain(), VLLM_KCACHE_SELF_CHECK="1"
+                ),
                 "arguments first": pool.submit(self._fork, "arguments", self._arguments_first()),
                 "no plugins": pool.submit(self._fork, "bare", self._no_plugins(), VLLM_PLUGINS=""),
             }
@@ -112,6 +114,8 @@ class Runs:
         }
         wanted["async"] = ("async_arguments", self.tiny)
         wanted["one stock layer"] = ("one_stock_layer", self.tiny)
+        wanted["variables"] = ("variables_of_ours", self.tiny)
+        wanted["names"] = ("names_of_servers", self.tiny)
         for name, (arguments, _) in WRONG_IN_PYTHON.items():
             wanted[f"wrong: {name}"] = ("error_of", {"model": self.tiny, **arguments})
         return {"imports": ["vllm.engine.arg_utils"], "calls": calls(wanted)}
@@ -252,6 +256,29 @@ def test_python_without_importing_the_plugin(way: str, runs: Runs) -> None:
 
 def test_async_arguments_take_json(runs: Runs) -> None:
     assert runs.forks["arguments first"]["async"]["result"] == {"top_n": 64}
+
+
+# Beside vLLM.
+
+
+def test_vllm_knows_our_variables(runs: Runs) -> None:
+    """No warning that reads as if they were ignored, and a start where it wants to know them."""
+    result = runs.forks["arguments first"]["variables"]["result"]
+    for name in ("VLLM_KCACHE_EXTENSION", "VLLM_KCACHE_SELF_CHECK"):
+        assert result[f"{name} False"] == result[f"{name} True"] == []
+    unknown = "Unknown vLLM environment variable detected: VLLM_KCACHE_MISSPELT"
+    assert result["VLLM_KCACHE_MISSPELT False"] == result["VLLM_KCACHE_MISSPELT True"] == [unknown]
+    # Set for all of these commands.
+    for outcome in runs.forks["plain"].values():
+        assert "Unknown vLLM environment" not in outcome["stdout"] + outcome["stderr"]
+
+
+def test_processes_of_a_server_and_no_others_share_a_name(runs: Runs) -> None:
+    result = runs.forks["arguments first"]["names"]["result"]
+    assert [len(result[name]) for name in ("first", "second")] == [3, 3]
+    assert len(set(result["first"])) == len(set(result["second"])) == 1
+    every = {name for names in result.values() for name in names}
+    assert len(every) == 2 + 2 + 2
 
 
 # Wrong.

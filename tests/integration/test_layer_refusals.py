@@ -80,7 +80,8 @@ def test_layer_refuses(vllm_config: Any, arguments: dict[str, Any], feature: str
 
     with pytest.raises(KCacheConfigError) as caught:
         add_layer(vllm_config, 0, attn_backend=KCacheBackend, **arguments)
-    assert str(caught.value) == PREFIX + feature + ". Serve this model with vLLM's own backend."
+    assert str(caught.value).startswith(PREFIX)
+    assert feature in str(caught.value)
 
 
 @pytest.mark.parametrize("attn_type", ["encoder", "encoder_only", "encoder_decoder"])
@@ -91,7 +92,9 @@ def test_layer_refuses_other_attention(vllm_config: Any, attn_type: str) -> None
 
     with pytest.raises(KCacheConfigError) as caught:
         add_layer(vllm_config, 0, attn_backend=KCacheBackend, attn_type=AttentionType(attn_type))
-    assert str(caught.value).startswith(f"{PREFIX}attention type {attn_type}. Serve this model")
+    assert str(caught.value).startswith(f"{PREFIX}attention ")
+    assert attn_type in str(caught.value)
+    assert "Serve this model with vLLM's own backend." in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +192,8 @@ def test_layers_that_share_a_cache_are_refused_on_a_gpu(vllm_config: Any) -> Non
     with pytest.raises(KCacheConfigError) as caught:
         split_layers(vllm_config)
     assert str(caught.value).startswith(
-        f"{PREFIX}kv_sharing_target_layer_name={first.layer_name} (model.layers.1.self_attn.attn)"
+        f"{PREFIX}layers that share the cache of another layer, on a GPU "
+        f"(model.layers.1.self_attn.attn that of {first.layer_name}): a prompt's V"
     )
     assert "Serve this model with vLLM's own backend." in str(caught.value)
 
@@ -224,7 +228,7 @@ def test_layers_of_one_shape(vllm_config: Any) -> None:
 
 
 def test_layers_of_different_shapes_are_refused(vllm_config: Any) -> None:
-    with pytest.raises(KCacheConfigError, match="does not support layers of different shapes: 2"):
+    with pytest.raises(KCacheConfigError, match="does not support layers of different shapes"):
         page_shape(vllm_config, full_attention(), full_attention(num_kv_heads=1))
 
 
@@ -232,7 +236,8 @@ def test_v_of_another_size_is_refused(vllm_config: Any) -> None:
     wide = full_attention(head_size_v=128)
     with pytest.raises(KCacheConfigError) as caught:
         page_shape(vllm_config, wide, wide)
-    assert str(caught.value).startswith(PREFIX + "head_size_v=128 beside head_size=64")
+    assert str(caught.value).startswith(PREFIX)
+    assert "head_size_v=128 beside head_size=64" in str(caught.value)
 
 
 def test_several_kv_cache_groups_are_refused() -> None:
@@ -243,7 +248,7 @@ def test_several_kv_cache_groups_are_refused() -> None:
     groups = [KVCacheGroupSpec([name], full_attention()) for name in LAYERS]
     with pytest.raises(KCacheConfigError) as caught:
         SplitCacheWorker().initialize_from_config(KVCacheConfig(8, [], groups))
-    assert str(caught.value).startswith(PREFIX + "several KV cache groups: this model has 2.")
+    assert str(caught.value).startswith(PREFIX + "several KV cache groups (2): one id must")
     assert "vLLM's own backend" in str(caught.value)
 
 
@@ -258,7 +263,7 @@ def test_a_changed_backend_is_refused(vllm_config: Any) -> None:
         vllm_config.compilation_config.static_forward_context.clear()
         add_layer(vllm_config, 0, attn_backend=Bidirectional)
         add_layer(vllm_config, 1)
-        with pytest.raises(KCacheConfigError, match=r"Bidirectional \(model\.layers\.0.*causal"):
+        with pytest.raises(KCacheConfigError, match=r"Bidirectional of model\.layers\.0.*causal"):
             split_layers(vllm_config, **settings)
 
 
@@ -267,5 +272,5 @@ def test_layers_of_different_query_heads_are_refused(vllm_config: Any) -> None:
     add_layer(vllm_config, 1)
     assert len(split_layers(vllm_config)) == 2
     layer.num_heads = 8
-    with pytest.raises(KCacheConfigError, match=r"layers of \[4, 8\] query heads"):
+    with pytest.raises(KCacheConfigError, match=r"different numbers of query heads \(4, 8\)"):
         split_layers(vllm_config)

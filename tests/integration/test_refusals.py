@@ -47,9 +47,38 @@ SNAPSHOT = "snapshots ({value})"  # test_snapshot_is_refused
 def test_every_entry_has_a_case() -> None:
     from vllm_kcache.integration.refusals import REFUSALS
 
-    entries = [refusal.feature for refusal in REFUSALS]
-    assert len(entries) == len(set(entries))
-    assert set(entries) == {case.entry for case in CASES.values()} | {SNAPSHOT}
+    for names in ([r.feature for r in REFUSALS], [r.name for r in REFUSALS]):
+        assert len(names) == len(set(names))
+    entries = {refusal.feature for refusal in REFUSALS if refusal.value is not None}
+    assert entries == {case.entry for case in CASES.values()} | {SNAPSHOT}
+    # Those of test_what_the_plugin_sets_itself, and those of test_layer_refusals.py.
+    assert {r.name for r in REFUSALS if r.argument is not None} == {
+        "attention_backend", "backend_per_kind", "worker_cls"
+    }  # fmt: skip
+    assert {r.name for r in REFUSALS if r.argument is None and r.value is None} == {
+        "attention_type", "derived_backend", "not_causal", "output_quantisation",
+        "kv_cache_groups", "layer_shapes", "v_head_size", "layer_query_heads", "shared_cache",
+    }  # fmt: skip
+
+
+def test_every_entry_has_a_reason_and_a_way_out() -> None:
+    from vllm_kcache.integration import refusals
+
+    for refusal in refusals.REFUSALS:
+        with pytest.raises(KCacheConfigError) as caught:
+            refusals.refuse(refusal.name, "this value")
+        text = str(caught.value)
+        assert text.startswith(PREFIX + refusal.feature.format(value="this value") + ": ")
+        assert text.endswith(f": {refusal.reason}. {refusal.remedy}")
+        assert refusal.remedy.endswith(".")
+        assert not refusal.reason.endswith(".")
+
+
+def test_an_unknown_entry_is_a_mistake_of_ours() -> None:
+    from vllm_kcache.integration import refusals
+
+    with pytest.raises(ValueError, match="unpack"):
+        refusals.refuse("no such entry")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -170,15 +199,6 @@ def test_settings_that_do_not_fit(
             folders("llama"), kv_backend="kcache", kcache_config=settings, **arguments
         ).create_engine_config()
     assert str(caught.value).startswith(expected)
-
-
-def test_mean_tail_needs_the_cpu(folders: Callable[[str], str]) -> None:
-    vllm_config = stock_config(folders("llama"))
-    assert messages(vllm_config, tail="mean") == []
-    on_gpu = changed(vllm_config, {"device_config.device_type": "cuda"})
-    (found,) = messages(on_gpu, tail="mean")
-    assert found.startswith("kcache_config.tail='mean': only the CPU implementation has it")
-    assert "'renormalize'" in found
 
 
 def test_all_refusals_are_found_at_once(folders: Callable[[str], str]) -> None:

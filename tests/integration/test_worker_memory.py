@@ -4,15 +4,18 @@ its machine. Without an engine."""
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from vllm_kcache.config import KCacheConfig, KCacheConfigError
-from vllm_kcache.integration import runtime, worker
+from vllm_kcache.integration import cpu_worker, runtime, worker
 from vllm_kcache.integration.settings import note_engines_on_host
 
 V_BYTES = K_BYTES = 1 << 20
+PAGE_TOKENS = 16
 
 
 class Engine:
@@ -25,10 +28,18 @@ class Engine:
 class Worker(worker.SplitCacheWorker, Engine):
     """One of two ranks of one machine."""
 
-    def __init__(self, engines: int = 1) -> None:
-        self.kcache_config = KCacheConfig()
+    def __init__(self, engines: int = 1, max_model_len: int = 1024, **settings: Any) -> None:
+        self.kcache_config = KCacheConfig.from_user(settings)
         parallel = SimpleNamespace(local_world_size=2, data_parallel_size_local=engines)
-        self.vllm_config = SimpleNamespace(parallel_config=parallel, additional_config={})
+        self.vllm_config = SimpleNamespace(
+            parallel_config=parallel,
+            additional_config={},
+            instance_id="none",
+            cache_config=SimpleNamespace(num_gpu_blocks_override=None, kv_cache_memory_bytes=None),
+            model_config=SimpleNamespace(
+                max_model_len=max_model_len, original_max_model_len=max_model_len
+            ),
+        )
         note_engines_on_host(self.vllm_config)
         # As vLLM does in each engine of a model without experts.
         parallel.data_parallel_size_local = 1
@@ -46,7 +57,8 @@ def available(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         "host_budget_bytes",
         lambda gib, ranks, engines: machine.bytes // (ranks * engines),
     )
-    active = SimpleNamespace(shape=SimpleNamespace(v_bytes_per_page=V_BYTES))
+    shape = SimpleNamespace(v_bytes_per_page=V_BYTES, page_tokens=PAGE_TOKENS)
+    active = SimpleNamespace(shape=shape)
     monkeypatch.setattr(runtime, "current", lambda: active)
     return machine
 
@@ -79,6 +91,110 @@ def test_without_a_plan_the_machine_is_asked(available: SimpleNamespace) -> None
         Worker()._check_host_memory(600)
 
 
+# One request of max_model_len.
+
+
+@pytest.fixture
+def small_group(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A machine whose control group leaves some bytes, which a test changes."""
+    group = SimpleNamespace(bytes=0)
+    # The folder gives the function of the same name.
+    module = importlib.import_module("vllm_kcache.cache.host_memory")
+    monkeypatch.setattr(module, "host_memory", lambda root: module.HostMemory(2**40, group.bytes))
+    shape = SimpleNamespace(v_bytes_per_page=V_BYTES, page_tokens=PAGE_TOKENS)
+    monkeypatch.setattr(runtime, "current", lambda: SimpleNamespace(shape=shape))
+    return group
+
+
+# 64 pages of 16 tokens, and the one that vLLM keeps: of two ranks.
+ONE_REQUEST = 2 * 65 * V_BYTES
+
+
+@pytest.mark.parametrize("gib", [0.0001, 0.02])
+def test_a_number_too_small_for_one_request_names_itself(
+    small_group: SimpleNamespace, gib: float
+) -> None:
+    small_group.bytes = 2**40
+    with pytest.raises(KCacheConfigError) as caught:
+        Worker(host_memory_gib=gib).determine_available_memory()
+    text = str(caught.value)
+    assert text == (
+        f"kcache_config.host_memory_gib={gib}: one request of max_model_len=1024 needs 0.127 GiB "
+        "of host memory; set it to that at least, or lower --max-model-len"
+    )
+    # What it says is enough, and no more than that.
+    assert Worker(host_memory_gib=0.127).determine_available_memory() == 65 * K_BYTES
+    with pytest.raises(KCacheConfigError):
+        Worker(host_memory_gib=0.1269).determine_available_memory()
+
+
+def test_too_small_a_control_group_is_named(small_group: SimpleNamespace) -> None:
+    small_group.bytes = int(ONE_REQUEST / 0.85) - 4096
+    with pytest.raises(KCacheConfigError) as caught:
+        Worker().determine_available_memory()
+    assert str(caught.value) == (
+        "kcache_config.host_memory_gib='auto': one request of max_model_len=1024 needs 0.15 GiB of "
+        "host memory to be available, but the memory limit of this control group leaves 0.15 GiB: "
+        "raise that limit (docker --memory, MemoryMax=), or lower --max-model-len"
+    )
+    small_group.bytes = int(ONE_REQUEST / 0.85) + 4096
+    assert Worker().determine_available_memory() == 65 * K_BYTES
+
+
+def test_engines_count_towards_what_one_request_needs(small_group: SimpleNamespace) -> None:
+    small_group.bytes = 2**40
+    with pytest.raises(KCacheConfigError, match=r"needs 0\.2540 GiB|needs 0\.254 GiB"):
+        Worker(engines=2, host_memory_gib=0.02).determine_available_memory()
+
+
+def test_a_length_that_vllm_chooses_is_left_to_it(small_group: SimpleNamespace) -> None:
+    """--max-model-len -1: the longest that fits, be it one page."""
+    small_group.bytes = 2**40
+    rank = Worker(host_memory_gib=0.02)
+    rank.vllm_config.model_config.original_max_model_len = -1
+    assert rank.determine_available_memory() == 10 * K_BYTES
+    rank = Worker(host_memory_gib=0.0001)
+    rank.vllm_config.model_config.original_max_model_len = -1
+    with pytest.raises(KCacheConfigError, match="one request of max_model_len=1 needs 0"):
+        rank.determine_available_memory()
+
+
+def test_blocks_that_are_given_are_checked_when_they_are_made(small_group: SimpleNamespace) -> None:
+    small_group.bytes = 2**40
+    rank = Worker(host_memory_gib=0.02)
+    rank.vllm_config.cache_config.num_gpu_blocks_override = 100
+    rank.determine_available_memory()
+    with pytest.raises(KCacheConfigError, match="num_gpu_blocks_override=100"):
+        rank._check_host_memory(100)
+
+
+class CPURank(Worker, cpu_worker.KCacheCPUWorker):
+    """The CPU's share, on the memory of `Engine`."""
+
+    def determine_available_memory(self) -> int:
+        return worker.SplitCacheWorker.determine_available_memory(self)
+
+
+@pytest.mark.parametrize("explicit", [None, 1000 * K_BYTES])
+def test_on_a_cpu_k_and_v_share_what_is_left(
+    small_group: SimpleNamespace, explicit: int | None
+) -> None:
+    """vLLM offers K far more than the control group leaves for both."""
+    small_group.bytes = 400 * K_BYTES
+    rank = CPURank()
+    rank.vllm_config.cache_config.kv_cache_memory_bytes = explicit
+    pages = rank.determine_available_memory() // K_BYTES
+    assert pages == int(400 * K_BYTES * 0.85) // 2 // (K_BYTES + V_BYTES) == 85
+
+
+def test_on_a_cpu_too_small_a_group_is_named(small_group: SimpleNamespace) -> None:
+    small_group.bytes = ONE_REQUEST
+    with pytest.raises(
+        KCacheConfigError, match=r"needs 0\.30 GiB.*this control group leaves 0\.13"
+    ):
+        CPURank().determine_available_memory()
+
+
 def test_pages_have_the_block_size_that_the_executor_sets_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -96,7 +212,6 @@ def test_pages_have_the_block_size_that_the_executor_sets_later(
     monkeypatch.setattr(
         worker.runtime, "page_shape_of", lambda config, specs, split: specs["layer"].block_size
     )
-    monkeypatch.setattr(worker.counters, "instance_of", lambda config: "none")
     monkeypatch.setattr(worker.counters, "Counters", lambda path: None)
     monkeypatch.setattr(worker.runtime, "start", lambda started: None)
     made: list[int] = []

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much host memory this process may take: the machine, its control group and the lock limit."""
+"""How much host memory this process may take: the machine, its control group, its own limits."""
 
 from __future__ import annotations
 
+import math
 import resource
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +21,36 @@ class HostMemory:
         machine_bytes: MemAvailable of the machine.
         cgroup_bytes: what the tightest control group above the process leaves, None without a
             limit.
+        process_bytes: what the limits of the process (RLIMIT_AS, RLIMIT_DATA) leave, None without
+            one.
     """
 
     machine_bytes: int
-    cgroup_bytes: int | None
+    cgroup_bytes: int | None = None
+    process_bytes: int | None = None
 
     @property
     def available_bytes(self) -> int:
-        if self.cgroup_bytes is None:
-            return self.machine_bytes
-        return min(self.machine_bytes, self.cgroup_bytes)
+        limits = (self.machine_bytes, self.cgroup_bytes, self.process_bytes)
+        return min(limit for limit in limits if limit is not None)
+
+    def limit(self) -> tuple[str, str]:
+        """What bounds the memory, as the end of a sentence, and what a user can do about it."""
+        gib, left = 2**30, self.available_bytes
+        if left == self.process_bytes:
+            return (
+                f"the address-space limit of this process leaves {left / gib:.2f} GiB",
+                "raise that limit (ulimit -v unlimited, ulimit -d unlimited)",
+            )
+        if left == self.cgroup_bytes:
+            return (
+                f"the memory limit of this control group leaves {left / gib:.2f} GiB",
+                "raise that limit (docker --memory, MemoryMax=)",
+            )
+        return (
+            f"this machine has {left / gib:.2f} GiB available (MemAvailable)",
+            "free host memory",
+        )
 
 
 def host_memory(root: Path = Path("/")) -> HostMemory:
@@ -43,7 +64,7 @@ def host_memory(root: Path = Path("/")) -> HostMemory:
             "/proc/meminfo has no MemAvailable line: Linux 3.14 or newer is needed"
         )
     limits = [left for left in (_cgroup_v2(root), _cgroup_v1(root)) if left is not None]
-    return HostMemory(machine, min(limits) if limits else None)
+    return HostMemory(machine, min(limits, default=None), _process_limit(root))
 
 
 def check_host_memory(needed_bytes: int, root: Path = Path("/")) -> None:
@@ -51,15 +72,9 @@ def check_host_memory(needed_bytes: int, root: Path = Path("/")) -> None:
     memory = host_memory(root)
     if needed_bytes <= memory.available_bytes:
         return
-    gib = 2**30
-    if memory.cgroup_bytes is not None and memory.cgroup_bytes < memory.machine_bytes:
-        limit = f"the memory limit of this control group leaves {memory.cgroup_bytes / gib:.2f} GiB"
-        remedy = "raise that limit (docker --memory, MemoryMax=)"
-    else:
-        limit = f"this machine has {memory.machine_bytes / gib:.2f} GiB available (MemAvailable)"
-        remedy = "free host memory"
+    limit, remedy = memory.limit()
     raise HostMemoryError(
-        f"the host V pool needs {needed_bytes / gib:.2f} GiB, but {limit}: {remedy}, "
+        f"the host V pool needs {needed_bytes / 2**30:.2f} GiB, but {limit}: {remedy}, "
         "or set kcache_config.host_memory_gib lower"
     )
 
@@ -72,6 +87,22 @@ def memlock_limit_bytes() -> int | None:
     """
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return None if soft == resource.RLIM_INFINITY else soft
+
+
+def _process_limit(root: Path) -> int | None:
+    """Least memory that this process may still map."""
+    status = root / "proc/self/status"
+    sizes = {}
+    for line in status.read_text().splitlines() if status.exists() else ():
+        name, _, value = line.partition(":")
+        if name in ("VmSize", "VmData"):
+            sizes[name] = int(value.split()[0]) * 1024
+    left = [
+        max(0, soft - sizes[name])
+        for name, kind in (("VmSize", resource.RLIMIT_AS), ("VmData", resource.RLIMIT_DATA))
+        if (soft := resource.getrlimit(kind)[0]) != resource.RLIM_INFINITY and name in sizes
+    ]
+    return min(left, default=None)
 
 
 def _membership(root: Path) -> dict[str, str]:
@@ -158,3 +189,29 @@ def host_budget_bytes(
     budget = int(float(host_memory_gib) * 2**30) // engines
     check_host_memory(budget, root)
     return budget // ranks
+
+
+def too_little_for_one_request(
+    host_memory_gib: float | str, tokens: int, needed_bytes: int, root: Path = Path("/")
+) -> str:
+    """What to say where a host pool cannot hold the longest request that is allowed.
+
+    Args:
+        host_memory_gib: `kcache_config.host_memory_gib`.
+        tokens: Tokens of that request.
+        needed_bytes: What it takes of the budget, on all ranks of this host together.
+        root: the file system's root, another one in tests.
+    """
+    needs = f"one request of max_model_len={tokens} needs"
+    if host_memory_gib != "auto":
+        # Rounded up, so that the number that is shown is enough.
+        gib = math.ceil(needed_bytes / 2**30 * 10_000) / 10_000
+        return (
+            f"kcache_config.host_memory_gib={host_memory_gib}: {needs} {gib} GiB of host memory; "
+            "set it to that at least, or lower --max-model-len"
+        )
+    limit, remedy = host_memory(root).limit()
+    return (
+        f"kcache_config.host_memory_gib='auto': {needs} {needed_bytes / AUTO_SHARE / 2**30:.2f} "
+        f"GiB of host memory to be available, but {limit}: {remedy}, or lower --max-model-len"
+    )

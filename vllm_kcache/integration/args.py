@@ -4,19 +4,24 @@
 from __future__ import annotations
 
 import atexit
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from vllm_kcache.config import KCacheConfig, KCacheConfigError
 from vllm_kcache.integration import counters, refusals
+from vllm_kcache.integration.layers import activate_backend
 from vllm_kcache.integration.patches import PatchRecord, wrap
-from vllm_kcache.integration.plugin import activate_backend
 from vllm_kcache.integration.settings import KEY, note_engines_on_host
 
 BACKENDS = ("default", "kcache")
 WORKER_CPU = "vllm_kcache.integration.cpu_worker.KCacheCPUWorker"
 WORKER_GPU = "vllm_kcache.integration.gpu_worker.KCacheGPUWorker"
+# Read where they act, in kernels/. vLLM must know them: it warns of any other VLLM_ variable.
+VARIABLES = ("VLLM_KCACHE_EXTENSION", "VLLM_KCACHE_SELF_CHECK")
+# Of the parsed arguments: vLLM hands them to every API server process of a server.
+_INSTANCE = "kcache_instance"
 
 _UPSTREAM = "vLLM offers plugins no way to add engine arguments."
 _UNTIL = "vLLM lets a plugin register engine arguments."
@@ -50,12 +55,21 @@ _RECORDS = {
         ),
     )
 }
+_PARSE_RECORD = PatchRecord(
+    target="vllm.utils.argparse_utils.FlexibleArgumentParser.parse_args",
+    why="A number of 5,000 digits or brackets nested 100,000 deep in JSON end in a traceback.",
+    how="Where an argument names kcache, what reading them raises is argparse's error.",
+    upstream="It catches errors of JSON's grammar only (0.32.0).",
+    until="vLLM's parser reports every value that it cannot read.",
+)
 
 
 def install() -> None:
     """Wrap vLLM's engine arguments. Idempotent."""
     from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    wrap(FlexibleArgumentParser, "parse_args", _with_errors, _PARSE_RECORD)
     wrap(EngineArgs, "add_cli_args", _with_flags, _RECORDS["EngineArgs.add_cli_args"])
     wrap(EngineArgs, "__init__", _with_keywords, _RECORDS["EngineArgs.__init__"])
     wrap(AsyncEngineArgs, "__init__", _with_keywords, _RECORDS["AsyncEngineArgs.__init__"])
@@ -79,6 +93,11 @@ def merge_settings(additional: dict | None, kv_backend: str | None, kcache_confi
     Raises:
         KCacheConfigError: An unknown backend, settings without the backend, or bad settings.
     """
+    if not isinstance(additional, dict | None):
+        raise KCacheConfigError(
+            f"additional_config of type {type(additional).__name__}: kv_backend and kcache_config "
+            "are stored in it, so it must be a dict."
+        )
     merged = dict(additional or {})
     if kv_backend not in (None, *BACKENDS):
         raise KCacheConfigError(
@@ -89,6 +108,11 @@ def merge_settings(additional: dict | None, kv_backend: str | None, kcache_confi
             raise KCacheConfigError(
                 f"kcache_config is given but kv_backend is {kv_backend or 'default'!r}: "
                 "add --kv-backend kcache, or leave kcache_config out."
+            )
+        if kv_backend == "default" and KEY in merged:
+            raise KCacheConfigError(
+                f"additional_config[{KEY!r}] is given but kv_backend is 'default': leave "
+                f"{KEY!r} out of additional_config for vLLM's own cache, or say kcache."
             )
         return merged
     if KEY in merged and kcache_config is not None:
@@ -124,6 +148,19 @@ def _with_flags(original: Callable) -> Callable:
     return add_cli_args
 
 
+def _with_errors(original: Callable) -> Callable:
+    def parse_args(self: Any, args: Any = None, namespace: Any = None) -> Any:
+        try:
+            return original(self, args, namespace)
+        except (ValueError, RecursionError) as error:
+            if not any("kcache" in str(word) for word in (sys.argv[1:] if args is None else args)):
+                raise
+            too_deep = isinstance(error, RecursionError)
+            self.error("JSON nested too deep" if too_deep else str(error).splitlines()[0])
+
+    return parse_args
+
+
 def _with_keywords(original: Callable) -> Callable:
     def __init__(
         self: Any,
@@ -153,7 +190,10 @@ def _with_parsed_flags(original: Callable) -> Callable:
             except KCacheConfigError as error:
                 _exit_with(error)
         if isinstance(additional, dict) and KEY in additional:
-            engine_args.additional_config = _FromCommandLine(additional)
+            if not hasattr(args, _INSTANCE):
+                setattr(args, _INSTANCE, counters.new_instance())
+            engine_args.additional_config = marked = _FromCommandLine(additional)
+            marked.instance = getattr(args, _INSTANCE)
         return engine_args
 
     return from_cli_args
@@ -164,7 +204,12 @@ class _FromCommandLine(dict):
 
     The mark is on the dict because `LLM.from_engine_args` makes new engine arguments out of the
     fields of the old ones.
+
+    Attributes:
+        instance: Name of the server, if the command starts one (see `counters.new_instance`).
     """
+
+    instance: str | None = None
 
 
 def _exit_with(error: Exception) -> NoReturn:
@@ -175,6 +220,7 @@ def _exit_with(error: Exception) -> NoReturn:
 
 def _with_checks(original: Callable) -> Callable:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _make_variables_known()
         additional = self.additional_config
         if not isinstance(additional, dict) or KEY not in additional:
             return original(self, *args, **kwargs)
@@ -185,7 +231,8 @@ def _with_checks(original: Callable) -> Callable:
             vllm_config = original(self, *args, **kwargs)
             refusals.check(vllm_config, config)
             note_engines_on_host(vllm_config)
-            atexit.register(counters.remove_all, counters.instance_of(vllm_config))
+            vllm_config.instance_id = _instance_of(self)
+            atexit.register(counters.remove_all, vllm_config.instance_id)
         except KCacheConfigError as error:
             if isinstance(additional, _FromCommandLine):
                 _exit_with(error)
@@ -193,6 +240,29 @@ def _with_checks(original: Callable) -> Callable:
         return vllm_config
 
     return create_engine_config
+
+
+def _make_variables_known() -> None:
+    """Tell vLLM of the variables that are set. Every one that it knows goes into the key of its
+    compilation cache, so those that are not set stay unknown.
+    """
+    from vllm import envs
+
+    for name in VARIABLES:
+        if name in os.environ:
+            envs.environment_variables.setdefault(name, lambda name=name: os.environ.get(name))
+
+
+def _instance_of(engine_args: Any) -> str:
+    """The name by which a server's processes find each other's counters.
+
+    Each of several API server processes makes its own configuration, out of the arguments that the
+    first process read. Everywhere else one configuration is one engine.
+    """
+    given = getattr(engine_args.additional_config, "instance", None)
+    if given is not None and engine_args._api_process_count > 1:
+        return given
+    return counters.new_instance()
 
 
 def _choose_backend_and_worker(engine_args: Any) -> None:

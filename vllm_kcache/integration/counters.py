@@ -2,18 +2,24 @@
 """Figures of a worker, in a small file that the API server reads.
 
 A worker cannot reach the server's metrics registry. It adds to a fixed array in shared memory, one
-file per rank, and the server reads the files of its engine when it is scraped. What the kernels of
-a GPU count, the GPU writes there itself.
+file per rank, and the server reads the files of its own ranks when it is scraped. What the kernels
+of a GPU count, the GPU writes there itself.
+
+Everybody on a machine may write to the folder of shared memory. So a file is made, never taken
+over, under a name that nobody else can know, for its owner only; and a reader believes no name: it
+looks at what it has opened.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import mmap
 import os
+import secrets
+import stat
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -48,8 +54,8 @@ SCALARS = (
 _DROPPED_AT = len(SCALARS)
 NUM_VALUES = _DROPPED_AT + len(DROPPED_BOUNDS)
 
-# A file: the values, then the bytes of a V block, both float64, then the words of a GPU, int64. It
-# is a whole memory page, which can be locked for the GPU to write to.
+# A file: the values, then the bytes of a V block, both float64, then the words of a GPU, int64; 0
+# to its end. It is a whole memory page, which can be locked for the GPU to write to.
 _ROW_BYTES_AT = NUM_VALUES
 _WORDS_OFFSET = 8 * (NUM_VALUES + 1)
 FILE_BYTES = mmap.PAGESIZE
@@ -62,23 +68,16 @@ def directory() -> Path:
     return shared if shared.is_dir() else Path(tempfile.gettempdir())
 
 
-def instance_of(vllm_config: Any) -> str:
-    """A name that all processes of one server know, and no other server has.
-
-    That is vLLM's id of the configuration, but where several API server processes each make their
-    own: then it is the folder that vLLM makes for the metrics of them all.
-    """
-    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
-    if folder is not None and vllm_config.parallel_config._api_process_count > 1:
-        return Path(folder).name
-    return vllm_config.instance_id
+def new_instance() -> str:
+    """A name for all processes of one server, which no other server has and nobody can guess."""
+    return secrets.token_hex(16)
 
 
 def path_of(instance: str, engine: int, rank: int) -> Path:
     """File of one worker.
 
     Args:
-        instance: From `instance_of`.
+        instance: From `new_instance`, the same in all processes of a server.
         engine: Data-parallel rank.
         rank: Rank of the worker within its engine.
     """
@@ -89,25 +88,31 @@ class Counters:
     """The array of one worker. Only the worker and its GPU write; anyone may read.
 
     Args:
-        path: File to create; None keeps the array private to the process.
+        path: File to make; None keeps the array private to the process.
+
+    Raises:
+        HostMemoryError: The file cannot be made; the message says what to change.
     """
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
+        self._file: tuple[int, int] | None = None
         if path is None:
             self._map = mmap.mmap(-1, FILE_BYTES)
         else:
-            with open(path, "w+b") as file:
-                file.truncate(FILE_BYTES)
-                self._map = mmap.mmap(file.fileno(), FILE_BYTES)
+            self._map, self._file = _make(path)
             atexit.register(self.close)
         self._values = np.frombuffer(self._map, dtype=np.float64, count=NUM_VALUES + 1)
 
     def close(self) -> None:
         """Remove the file. The array stays readable in this process."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
-            self.path = None
+        if self.path is None:
+            return
+        with contextlib.suppress(OSError):
+            found = os.lstat(self.path)
+            if (found.st_dev, found.st_ino) == self._file:
+                self.path.unlink()
+        self.path = None
 
     def gpu_words(self, row_bytes: int) -> torch.Tensor:
         """The part of the file that a GPU writes, once its page is locked.
@@ -176,10 +181,10 @@ class Counters:
 def _read(data: bytes) -> np.ndarray:
     """[NUM_VALUES] float64 out of the bytes of a file."""
     values = np.frombuffer(data, dtype=np.float64, count=NUM_VALUES + 1).copy()
-    row_bytes = values[_ROW_BYTES_AT]
+    row_bytes = float(values[_ROW_BYTES_AT])
     if row_bytes > 0:
         words = np.frombuffer(data, np.int64, count=COUNTER_WORDS, offset=_WORDS_OFFSET)
-        lists, selected, hits, misses, direct = words[: len(COUNTER_NAMES)]
+        lists, selected, hits, misses, direct = words[: len(COUNTER_NAMES)].tolist()
         counted = {
             "selected_lists": lists,
             "selected_blocks": selected,
@@ -203,24 +208,91 @@ def dropped_mass(values: np.ndarray) -> np.ndarray:
     return values[_DROPPED_AT:NUM_VALUES]
 
 
-def read_all(instance: str, engine: int) -> list[np.ndarray]:
-    """Arrays of all workers of an engine, as copies; empty where none runs."""
-    pattern = f"vllm_kcache.{instance}.{engine}.*"
+def _make(path: Path) -> tuple[mmap.mmap, tuple[int, int]]:
+    """A new file of its owner alone, with its memory reserved: its bytes, device and number.
+
+    Memory that is not reserved is missing when it is first written to, which ends the process.
+    """
+    try:
+        descriptor = os.open(
+            path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+        )
+        try:
+            os.posix_fallocate(descriptor, 0, FILE_BYTES)
+            made = os.fstat(descriptor)
+            return mmap.mmap(descriptor, FILE_BYTES), (made.st_dev, made.st_ino)
+        except BaseException:
+            path.unlink()
+            raise
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise HostMemoryError(
+            f"KCache: {path}, which holds the counters, cannot be made ({error.strerror}): "
+            f"{path.parent} must be writable and have {FILE_BYTES} bytes left (docker --shm-size)"
+        ) from error
+
+
+def _load(path: Path) -> np.ndarray:
+    """[NUM_VALUES] float64 out of a worker's file.
+
+    Raises:
+        OSError: There is none.
+        ValueError: It is not one of our workers'; the message says how one can tell.
+    """
+    # Nothing here may wait, as the opening of a pipe does.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("it is no file")
+        if found.st_uid != os.geteuid():
+            raise ValueError(f"it belongs to user {found.st_uid}")
+        if found.st_size != FILE_BYTES:
+            raise ValueError(f"it has {found.st_size} bytes in place of {FILE_BYTES}")
+        data = os.pread(descriptor, FILE_BYTES, 0)
+    finally:
+        os.close(descriptor)
+    values = _read(data)
+    # Also false for what is no number.
+    if not ((values >= 0) & (values < 2.0**63)).all():
+        raise ValueError("it holds what no worker counts")
+    return values
+
+
+def read_all(instance: str, engine: int, ranks: int) -> list[np.ndarray]:
+    """Arrays of the workers of an engine, as copies, without those that cannot be read.
+
+    Args:
+        instance: From `new_instance`.
+        engine: Data-parallel rank.
+        ranks: Workers of the engine.
+    """
     arrays = []
-    for path in sorted(directory().glob(pattern)):
-        data = path.read_bytes()
-        if len(data) == FILE_BYTES:
-            arrays.append(_read(data))
+    for rank in range(ranks):
+        path = path_of(instance, engine, rank)
+        try:
+            arrays.append(_load(path))
+        except FileNotFoundError:
+            # Its worker has not started, has ended or runs on another machine.
+            continue
+        except (OSError, ValueError) as error:
+            logger.warning_once(
+                "KCache: the counters in %s cannot be read (%s): /metrics goes without them.",
+                path,
+                error,
+            )
     return arrays
 
 
 def remove_all(instance: str) -> None:
-    """Remove the files of all workers of an instance.
+    """Remove the files of all workers of a server.
 
     vLLM ends workers with SIGKILL when it stops, so they cannot remove their own.
     """
     for path in directory().glob(f"vllm_kcache.{instance}.*"):
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def summed(arrays: list[np.ndarray]) -> np.ndarray:

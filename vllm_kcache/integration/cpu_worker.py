@@ -23,9 +23,6 @@ class KCacheCPUWorker(SplitCacheWorker, CPUWorker):
             return available // (page_bytes + v_bytes)
         return available // page_bytes
 
-    def _host_budget(self, device_bytes: int) -> int:
-        # K pages will take their share of the same memory.
-        budget = super()._host_budget(device_bytes)
-        if self.kcache_config.host_memory_gib == "auto":
-            return max(0, budget - device_bytes)
-        return budget
+    def _host_bytes_per_page(self, page_bytes: int, v_bytes: int) -> int:
+        # "auto" is a share of all that is left, and K pages will be in the same memory.
+        return page_bytes + v_bytes if self.kcache_config.host_memory_gib == "auto" else v_bytes

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads from vLLM's configuration which features are on. Each function returns the value, or None.
 
-Every function takes a complete `VllmConfig`.
+Every function takes a complete `VllmConfig`, the first three vLLM's `EngineArgs`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,25 @@ SINK_SETTINGS = (
     "swa_attention_sink_enabled",
     "param_sink_number",
 )
+
+
+def attention_backend(engine_args: Any) -> str | None:
+    """Name of an attention backend that is not ours."""
+    chosen = engine_args.attention_backend or engine_args.attention_config.backend
+    name = getattr(chosen, "name", chosen)
+    return None if name == "CUSTOM" else name
+
+
+def backend_per_kind(engine_args: Any) -> str | None:
+    """Attention backends by kind of layer."""
+    chosen = engine_args.attention_config.backend_per_kind
+    return ", ".join(f"{kind}: {backend.name}" for kind, backend in chosen.items()) or None
+
+
+def worker_cls(engine_args: Any) -> str | None:
+    """A worker class that is not ours."""
+    name = str(engine_args.worker_cls)
+    return None if name == "auto" or name.startswith("vllm_kcache.") else name
 
 
 def text_config(vllm_config: Any) -> Any:
@@ -151,6 +170,14 @@ def microbatching(vllm_config: Any) -> str | None:
     if parallel.enable_dbo:
         return "enable_dbo=True"
     return f"ubatch_size={parallel.ubatch_size}" if parallel.use_ubatching else None
+
+
+def sleep_mode(vllm_config: Any) -> str | None:
+    """Setting with which `sleep` frees K pages: it asks only how they were allocated."""
+    for name in ("enable_sleep_mode", "enable_cumem_allocator"):
+        if getattr(vllm_config.model_config, name):
+            return f"{name}=True"
+    return None
 
 
 def batch_invariance(_: Any) -> str | None:

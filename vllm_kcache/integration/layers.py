@@ -10,6 +10,8 @@ from vllm_kcache.config import KCacheConfig
 from vllm_kcache.integration.patches import PatchRecord, wrap
 from vllm_kcache.integration.settings import settings_of
 
+BACKEND_PATH = "vllm_kcache.integration.backend.KCacheBackend"
+
 _DENSE_RECORD = PatchRecord(
     target="vllm.model_executor.layers.attention.attention.Attention.__init__",
     why="vLLM picks one backend for all layers, and the pick does not see the layer's name.",
@@ -36,6 +38,17 @@ def install() -> None:
         from vllm.platforms.cpu import CpuPlatform
 
         wrap(CpuPlatform, "get_attn_backend_cls", _honour_custom_on_cpu, _CPU_RECORD)
+
+
+def activate_backend() -> None:
+    """Register our attention backend under vLLM's CUSTOM name, in this process.
+
+    A new enum member would not survive the way to the engine core: the configuration is unpickled
+    there before plugins are loaded.
+    """
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    register_backend(AttentionBackendEnum.CUSTOM, BACKEND_PATH)
 
 
 def is_dense_layer(layer_name: str, config: KCacheConfig, num_layers: int) -> bool:

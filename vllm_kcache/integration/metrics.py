@@ -45,10 +45,14 @@ _SEVERAL_RECORD = PatchRecord(
 class _Engine:
     """What the server knows of one engine."""
 
-    def __init__(self, instance: str, index: int) -> None:
+    def __init__(self, instance: str, index: int, ranks: int) -> None:
         self.instance = instance
         self.index = index
+        self.ranks = ranks
         self.usage = 0.0
+
+    def figures(self) -> np.ndarray:
+        return counters.summed(counters.read_all(self.instance, self.index, self.ranks))
 
 
 class KCacheCollector:
@@ -69,10 +73,7 @@ class KCacheCollector:
 
     def collect(self) -> Iterator[Metric]:
         """One family per metric, one sample per engine."""
-        values = {
-            engine.index: counters.summed(counters.read_all(engine.instance, engine.index))
-            for engine in self.engines.values()
-        }
+        values = {engine.index: engine.figures() for engine in self.engines.values()}
         yield self._host_pool(values)
         for name, text in _COUNTERS.items():
             family = CounterMetricFamily(PREFIX + name, text, labels=["engine"])
@@ -163,9 +164,9 @@ class KCacheStatLogger(StatLoggerBase):
         self._engine: _Engine | None = None
         if settings_of(vllm_config) is None:
             return
-        self._engine = _Engine(counters.instance_of(vllm_config), engine_index)
-        processes = vllm_config.parallel_config._api_process_count
-        _shared_collector(processes).engines[engine_index] = self._engine
+        parallel = vllm_config.parallel_config
+        self._engine = _Engine(vllm_config.instance_id, engine_index, parallel.world_size)
+        _shared_collector(parallel._api_process_count).engines[engine_index] = self._engine
 
     def record(
         self,

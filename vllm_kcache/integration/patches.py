@@ -35,9 +35,6 @@ class PatchRecord:
     until: str
 
 
-_applied: dict[str, PatchRecord] = {}
-
-
 def wrap(owner: Any, name: str, make: Callable[[Callable], Callable], record: PatchRecord) -> None:
     """Replace `owner.name` by `make(original)`, once.
 
@@ -46,7 +43,7 @@ def wrap(owner: Any, name: str, make: Callable[[Callable], Callable], record: Pa
         name: Name of the attribute. A classmethod or staticmethod is kept one: `make` then gets
             and returns the plain function.
         make: Takes the original function, returns the wrapper.
-        record: The reasons; `applied_patches` returns it.
+        record: The reasons, for whoever reads the code; its target is named when it is gone.
 
     Raises:
         RuntimeError: The target does not exist in the installed vLLM.
@@ -65,9 +62,3 @@ def wrap(owner: Any, name: str, make: Callable[[Callable], Callable], record: Pa
     wrapper = functools.update_wrapper(make(original), original)
     setattr(wrapper, _MARK, True)
     setattr(owner, name, kind(wrapper) if kind is not None else wrapper)
-    _applied[record.target] = record
-
-
-def applied_patches() -> dict[str, PatchRecord]:
-    """Records of the patches in force in this process, by target."""
-    return dict(_applied)

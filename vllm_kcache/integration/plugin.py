@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import logging
 
-BACKEND_PATH = "vllm_kcache.integration.backend.KCacheBackend"
-
 
 def register() -> None:
     """Entry point `vllm.general_plugins`. Idempotent; called in every vLLM process.
@@ -24,14 +22,3 @@ def register() -> None:
     layers.install()
     # vLLM sets up its own loggers only; ours follow them, whatever it does to them later.
     logging.getLogger("vllm_kcache").parent = logging.getLogger("vllm")
-
-
-def activate_backend() -> None:
-    """Register our attention backend under vLLM's CUSTOM name, in this process.
-
-    A new enum member would not survive the way to the engine core: the configuration is unpickled
-    there before plugins are loaded.
-    """
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-
-    register_backend(AttentionBackendEnum.CUSTOM, BACKEND_PATH)

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the split cache does not support, refused at start with the reason and the way out.
 
-Each entry names the feature, how to see that it is on, and what to change. A feature that would
-lose V, or silently run without the split, must be here or work.
+Each entry of the one table names the feature, how to see that it is on, and what to change. A
+feature that would lose V, or silently run without the split, must be here or work. What shows only
+when layers are built is refused by whoever meets it, with `refuse`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from vllm_kcache.config import KCacheConfig, KCacheConfigError
 from vllm_kcache.integration import features
@@ -21,21 +22,41 @@ class Refusal:
     """One unsupported feature.
 
     Attributes:
+        name: Short name, for `refuse`.
         feature: Name of the feature with its value ("{value}" is replaced).
-        value: Takes vLLM's configuration; returns the offending value, or None when off.
         reason: Why it cannot work.
         remedy: What the user changes.
+        value: Takes vLLM's configuration; returns the offending value, or None when off.
+        argument: The same of vLLM's engine arguments: what the plugin itself must set.
+
+    An entry without either is found later, in a layer or in what the model asks of the cache.
     """
 
+    name: str
     feature: str
-    value: Callable[[Any], Any]
     reason: str
     remedy: str
+    value: Callable[[Any], Any] | None = None
+    argument: Callable[[Any], Any] | None = None
 
     def message(self, value: Any) -> str:
         """The error text for a value that was found."""
         feature = self.feature.format(value=value)
         return f"--kv-backend kcache does not support {feature}: {self.reason}. {self.remedy}"
+
+
+def refuse(name: str, value: Any = None) -> NoReturn:
+    """Refuse a feature that was met.
+
+    Args:
+        name: `name` of the entry.
+        value: What was found, if the entry shows a value.
+
+    Raises:
+        KCacheConfigError: Always.
+    """
+    (refusal,) = (refusal for refusal in REFUSALS if refusal.name == name)
+    raise KCacheConfigError(refusal.message(value))
 
 
 def check(vllm_config: Any, config: KCacheConfig) -> None:
@@ -55,7 +76,7 @@ def check(vllm_config: Any, config: KCacheConfig) -> None:
 def found(vllm_config: Any, config: KCacheConfig) -> Iterator[str]:
     """All refusals of a configuration, as messages (what `vllm-kcache check` lists)."""
     for refusal in REFUSALS:
-        value = refusal.value(vllm_config)
+        value = None if refusal.value is None else refusal.value(vllm_config)
         if value is not None:
             yield refusal.message(value)
     yield from _settings_that_do_not_fit(vllm_config, config)
@@ -73,26 +94,10 @@ def check_engine_args(engine_args: Any) -> None:
 
 def found_in_arguments(engine_args: Any) -> Iterator[str]:
     """All refusals of engine arguments that the plugin itself must set, as messages."""
-    refused = "--kv-backend kcache does not support"
-    chosen = engine_args.attention_backend or engine_args.attention_config.backend
-    name = getattr(chosen, "name", chosen)
-    if name not in (None, "CUSTOM"):
-        yield (
-            f"{refused} attention_backend={name}: it brings its own attention. "
-            "Leave --attention-backend out."
-        )
-    per_kind = engine_args.attention_config.backend_per_kind
-    if per_kind:
-        names = ", ".join(f"{kind}: {backend.name}" for kind, backend in per_kind.items())
-        yield (
-            f"{refused} backend_per_kind={{{names}}}: it brings its own attention. "
-            "Leave backend_per_kind out of --attention-config."
-        )
-    worker_cls = engine_args.worker_cls
-    if worker_cls != "auto" and not str(worker_cls).startswith("vllm_kcache."):
-        yield (
-            f"{refused} worker_cls={worker_cls}: it brings its own worker. Leave --worker-cls out."
-        )
+    for refusal in REFUSALS:
+        value = None if refusal.argument is None else refusal.argument(engine_args)
+        if value is not None:
+            yield refusal.message(value)
 
 
 def _settings_that_do_not_fit(vllm_config: Any, config: KCacheConfig) -> Iterator[str]:
@@ -109,202 +114,316 @@ def _settings_that_do_not_fit(vllm_config: Any, config: KCacheConfig) -> Iterato
         config.resolved_dense_layers(model_config.get_total_num_hidden_layers())
     except KCacheConfigError as error:
         yield str(error)
-    if vllm_config.device_config.device_type == "cpu":
-        if config.prefill not in ("auto", "torch"):
-            yield (
-                f"kcache_config.prefill={config.prefill!r}: needs a GPU; on the CPU use 'auto' or "
-                "'torch'."
-            )
-    elif config.tail == "mean":
+    is_cpu = vllm_config.device_config.device_type == "cpu"
+    if is_cpu and config.prefill not in ("auto", "torch"):
         yield (
-            "kcache_config.tail='mean': only the CPU implementation has it; on a GPU use "
-            "'clip' (with a mass_threshold), 'renormalize' or 'drop'."
+            f"kcache_config.prefill={config.prefill!r}: needs a GPU; on the CPU use 'auto' or "
+            "'torch'."
         )
 
 
+_STOCK = "Serve this model with vLLM's own backend."
+
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
+        "attention_backend",
+        "attention_backend={value}",
+        "the split cache brings its own attention",
+        "Leave --attention-backend out.",
+        argument=features.attention_backend,
+    ),
+    Refusal(
+        "backend_per_kind",
+        "backend_per_kind={{{value}}}",
+        "the split cache brings its own attention",
+        "Leave backend_per_kind out of --attention-config.",
+        argument=features.backend_per_kind,
+    ),
+    Refusal(
+        "worker_cls",
+        "worker_cls={value}",
+        "the split cache brings its own worker",
+        "Leave --worker-cls out.",
+        argument=features.worker_cls,
+    ),
+    Refusal(
+        "kv_dtype",
         "kv_cache_dtype={value}",
-        features.kv_dtype,
         "V blocks are fetched in the model's dtype, and pages in another are not read yet",
         "Leave --kv-cache-dtype at auto; where the checkpoint asks for it, set --kv-cache-dtype to "
         "the model's dtype.",
+        value=features.kv_dtype,
     ),
     Refusal(
+        "kv_offloading",
         "kv_offloading_size={value}",
-        lambda c: features.true(c.cache_config.kv_offloading_size),
         "vLLM's offloading would copy K pages and leave V behind",
         "Leave --kv-offloading-size out; V is in host memory already.",
+        value=lambda c: features.true(c.cache_config.kv_offloading_size),
     ),
     Refusal(
+        "kv_connector",
         "kv_connector={value}",
-        features.kv_connector,
         "a connector would copy K pages and leave V behind",
         "Leave --kv-transfer-config out.",
+        value=features.kv_connector,
     ),
     Refusal(
+        "fast_prefill",
         "kv_sharing_fast_prefill={value}",
-        lambda c: features.true(c.cache_config.kv_sharing_fast_prefill),
         "it skips layers whose V the host pool must hold",
         "Leave --kv-sharing-fast-prefill out.",
+        value=lambda c: features.true(c.cache_config.kv_sharing_fast_prefill),
     ),
     Refusal(
+        "speculation",
         "speculative decoding (method={value})",
-        lambda c: getattr(c.speculative_config, "method", None),
         "a verification step has several queries a request, and a decode step here has one",
         "Leave --speculative-config out.",
+        value=lambda c: getattr(c.speculative_config, "method", None),
     ),
     Refusal(
+        "sliding_window",
         "sliding-window attention ({value})",
-        features.sliding_window,
         "selection covers the whole context",
         "Serve a model with full attention in every layer; where all layers have the window, "
         "--disable-sliding-window caps the context at it instead.",
+        value=features.sliding_window,
     ),
     Refusal(
+        "chunked_attention",
         "chunked local attention ({value})",
-        features.chunked_attention,
         "selection covers the whole context",
         "Serve a model with full attention in every layer.",
+        value=features.chunked_attention,
     ),
     Refusal(
+        "reference_window",
         "reference sliding-window attention (rswa_window={value})",
-        lambda c: features.true(c.model_config.rswa_window),
         "selection covers the whole context",
         "Serve a model with full attention in every layer.",
+        value=lambda c: features.true(c.model_config.rswa_window),
     ),
     Refusal(
+        "encoder_decoder",
         "encoder-decoder models ({value})",
-        features.architecture_if(lambda c: c.model_config.is_encoder_decoder),
         "cross attention keeps its own cache",
         "Serve a decoder-only model.",
+        value=features.architecture_if(lambda c: c.model_config.is_encoder_decoder),
     ),
     Refusal(
+        "mla",
         "multi-head latent attention, MLA ({value})",
-        features.architecture_if(lambda c: c.model_config.use_mla),
         "its cache holds one latent vector a token, with no V of its own",
-        "Serve it with vLLM's own backend.",
+        _STOCK,
+        value=features.architecture_if(lambda c: c.model_config.use_mla),
     ),
     Refusal(
+        "no_kv_cache",
         "hybrid or attention-free models ({value})",
-        features.architecture_if(
-            lambda c: c.model_config.is_hybrid or c.model_config.is_attention_free
-        ),
         "their state is not a KV cache",
         "Serve a model with attention in every layer.",
+        value=features.architecture_if(
+            lambda c: c.model_config.is_hybrid or c.model_config.is_attention_free
+        ),
     ),
     Refusal(
+        "diffusion",
         "diffusion models ({value})",
-        features.architecture_if(lambda c: c.diffusion_config or c.model_config.is_diffusion),
         "a step has several queries a request that see each other, and a decode step here has one",
         "Serve a model that decodes token by token.",
+        value=features.architecture_if(lambda c: c.diffusion_config or c.model_config.is_diffusion),
     ),
     Refusal(
+        "image_attention",
         "bidirectional attention among the tokens of an image ({value})",
-        features.architecture_if(lambda c: c.model_config.is_mm_prefix_lm),
         "prefill is causal here",
         "Serve text only, with --language-model-only, or use vLLM's own backend.",
+        value=features.architecture_if(lambda c: c.model_config.is_mm_prefix_lm),
     ),
     Refusal(
+        "encoder_only",
         "encoder-only instances (mm_encoder_only of {value})",
-        features.architecture_if(lambda c: c.is_mm_encoder_only),
         "they hold no KV cache, so there is nothing to split",
         "Leave --mm-encoder-only and the ec_producer role out.",
+        value=features.architecture_if(lambda c: c.is_mm_encoder_only),
     ),
     Refusal(
+        "use_non_causal",
         "use_non_causal={value}",
-        lambda c: features.true(c.attention_config.use_non_causal),
         "prefill is causal here",
         "Leave use_non_causal out of --attention-config.",
+        value=lambda c: features.true(c.attention_config.use_non_causal),
     ),
     Refusal(
+        "pooling",
         "pooling models (runner={value})",
-        lambda c: c.model_config.runner_type if c.model_config.runner_type != "generate" else None,
         "they never decode, so there is nothing to gain",
-        "Serve it with vLLM's own backend.",
+        _STOCK,
+        value=lambda c: (
+            c.model_config.runner_type if c.model_config.runner_type != "generate" else None
+        ),
     ),
     Refusal(
+        "alibi",
         "ALiBi ({value})",
-        features.alibi,
         "scores get no position bias here",
         "Serve a model with rotary or learned positions.",
+        value=features.alibi,
     ),
     Refusal(
+        "logit_softcap",
         "attn_logit_softcapping={value}",
-        lambda c: features.true(getattr(features.text_config(c), "attn_logit_softcapping", None)),
         "scores are not capped here",
         "Serve a model without a soft cap on attention logits.",
+        value=lambda c: features.true(
+            getattr(features.text_config(c), "attn_logit_softcapping", None)
+        ),
     ),
     Refusal(
+        "attention_sinks",
         "attention sinks ({value})",
-        features.attention_sinks,
         "the softmax has no term beside the tokens here",
         "Serve a model without learned sinks.",
+        value=features.attention_sinks,
     ),
     Refusal(
+        "head_size",
         "head_size={value}",
-        features.head_size,
         "the kernels take 64, 80, 96, 128 and 256",
         "Serve a model with one of these head sizes.",
+        value=features.head_size,
     ),
     Refusal(
+        "block_size",
         "block_size={value}",
-        features.block_size,
         "a K page must be a multiple of 16 tokens",
         "Set --block-size to 16, 32, 64 or 128, or leave it out.",
+        value=features.block_size,
     ),
     Refusal(
+        "query_heads",
         "{value} query heads per KV head",
-        features.group_size_on_gpu,
         f"the GPU kernels take at most {MOST_QUERY_HEADS_GPU}",
         "Serve a model with more KV heads, or use vLLM's own backend.",
+        value=features.group_size_on_gpu,
     ),
     Refusal(
+        "decode_context_parallel",
         "decode_context_parallel_size={value}",
-        lambda c: features.positive(c.parallel_config.decode_context_parallel_size),
         "pages of one request would lie on several ranks",
         "Use --tensor-parallel-size.",
+        value=lambda c: features.positive(c.parallel_config.decode_context_parallel_size),
     ),
     Refusal(
+        "prefill_context_parallel",
         "prefill_context_parallel_size={value}",
-        lambda c: features.positive(c.parallel_config.prefill_context_parallel_size),
         "pages of one request would lie on several ranks",
         "Use --tensor-parallel-size.",
+        value=lambda c: features.positive(c.parallel_config.prefill_context_parallel_size),
     ),
     Refusal(
+        "microbatching",
         "microbatching ({value})",
-        features.microbatching,
         "two halves of a batch would share the fetch buffers",
         "Leave --enable-dbo and --ubatch-size out.",
+        value=features.microbatching,
     ),
     Refusal(
+        "elastic_ep",
         "enable_elastic_ep={value}",
-        lambda c: features.true(c.parallel_config.enable_elastic_ep),
         "ranks that join later have no host pool",
         "Leave --enable-elastic-ep out.",
+        value=lambda c: features.true(c.parallel_config.enable_elastic_ep),
     ),
     Refusal(
+        "fault_tolerance",
         "enable_fault_tolerance={value}",
-        lambda c: features.true(c.parallel_config.enable_fault_tolerance),
         "a restarted rank has lost its host pool",
         "Leave --enable-fault-tolerance and --fault-tolerance-config out.",
+        value=lambda c: features.true(c.parallel_config.enable_fault_tolerance),
     ),
     Refusal(
+        "hisparse",
         "HiSparse (hisparse_config={value})",
-        lambda c: c.attention_config.hisparse_config,
         "it is another split of the same cache",
         "Leave hisparse_config out of --attention-config.",
+        value=lambda c: c.attention_config.hisparse_config,
     ),
     Refusal(
+        "batch_invariance",
         "batch invariance ({value})",
-        features.batch_invariance,
         "the order of sums depends on the selection",
         "Unset VLLM_BATCH_INVARIANT.",
+        value=features.batch_invariance,
     ),
     Refusal(
+        "snapshot",
         "snapshots ({value})",
-        features.snapshot,
         "the image of the process would hold the host pool, and restoring does not pin it again",
         "Start the server with vllm serve.",
+        value=features.snapshot,
+    ),
+    Refusal(
+        "sleep_mode",
+        "sleep mode ({value})",
+        "it would free the K pages under a hot cache and a host pool that keep their V",
+        "Leave --enable-sleep-mode and --enable-cumem-allocator out, and stop the server when its "
+        "memory is needed.",
+        value=features.sleep_mode,
+    ),
+    Refusal(
+        "attention_type",
+        "attention of another type than a decoder's ({value})",
+        "it reads no cache, or that of an encoder",
+        _STOCK,
+    ),
+    Refusal(
+        "derived_backend",
+        "attention derived from ours ({value})",
+        "vLLM changes what is attended, and prefill is causal here",
+        _STOCK,
+    ),
+    Refusal(
+        "not_causal",
+        "attention that is not causal",
+        "prefill is causal here",
+        _STOCK,
+    ),
+    Refusal(
+        "output_quantisation",
+        "quantised attention output",
+        "it is not written here",
+        "Leave the fusion that asks for it off.",
+    ),
+    Refusal(
+        "kv_cache_groups",
+        "several KV cache groups ({value})",
+        "one id must name a block of K and its block of V",
+        _STOCK,
+    ),
+    Refusal(
+        "layer_shapes",
+        "layers of different shapes ({value})",
+        "there is one host pool for all layers",
+        _STOCK,
+    ),
+    Refusal(
+        "v_head_size",
+        "V heads of another size than K heads ({value})",
+        "there is one host pool for all layers, of the shape of K",
+        _STOCK,
+    ),
+    Refusal(
+        "layer_query_heads",
+        "layers of different numbers of query heads ({value})",
+        "all split layers share their buffers",
+        _STOCK,
+    ),
+    Refusal(
+        "shared_cache",
+        "layers that share the cache of another layer, on a GPU ({value})",
+        "a prompt's V would be read back before it has left",
+        _STOCK,
     ),
 )

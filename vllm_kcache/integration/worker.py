@@ -12,12 +12,11 @@ from vllm.model_executor.layers.attention.attention import Attention
 from vllm.platforms import current_platform
 
 from vllm_kcache.cache.formats import CacheShape
-from vllm_kcache.cache.host_memory import host_budget_bytes
+from vllm_kcache.cache.host_memory import host_budget_bytes, too_little_for_one_request
 from vllm_kcache.config import KCacheConfig, KCacheConfigError
-from vllm_kcache.integration import counters
+from vllm_kcache.integration import counters, refusals
 from vllm_kcache.integration.backend import KCacheBackend
-from vllm_kcache.integration.layers import is_dense_layer
-from vllm_kcache.integration.plugin import activate_backend
+from vllm_kcache.integration.layers import activate_backend, is_dense_layer
 from vllm_kcache.integration.settings import engines_on_host, settings_of
 from vllm_kcache.split_cache import SplitCache
 
@@ -50,7 +49,7 @@ class SplitCacheWorker:
         specs = self.get_kv_cache_spec()  # type: ignore[attr-defined]
         shape = cache_shape_of(self.vllm_config, self.kcache_config, specs, names)
         engine = self.vllm_config.parallel_config.data_parallel_index
-        path = counters.path_of(counters.instance_of(self.vllm_config), engine, self.rank)
+        path = counters.path_of(self.vllm_config.instance_id, engine, self.rank)
         self.counters = counters.Counters(path)
         self.split_cache = self._make_cache(shape)
         layers = get_layers_from_vllm_config(self.vllm_config, Attention)
@@ -68,10 +67,12 @@ class SplitCacheWorker:
         specs = self.get_kv_cache_spec()  # type: ignore[attr-defined]
         page_bytes = sum(spec.page_size_bytes for spec in specs.values())
         v_bytes = self.split_cache.shape.host_page_bytes
-        self._first_host_budget = self._host_budget(0)
+        budget = self._first_host_budget = self._host_budget()
         pages_device = self._device_pages(available, page_bytes, v_bytes)
-        pages_host = self._host_budget(pages_device * page_bytes) // v_bytes
+        host_bytes_per_page = self._host_bytes_per_page(page_bytes, v_bytes)
+        pages_host = budget // host_bytes_per_page
         pages = min(pages_device, pages_host)
+        self._check_one_request(pages_host, host_bytes_per_page)
         logger.info(
             "KCache: K pages %.2f GiB on the device, V %.2f GiB on the host: %d blocks "
             "(the device could hold %d, the host %d).",
@@ -86,19 +87,37 @@ class SplitCacheWorker:
     def _device_pages(self, available: int, page_bytes: int, v_bytes: int) -> int:
         return available // page_bytes
 
-    def _host_budget(self, device_bytes: int) -> int:
+    def _host_budget(self) -> int:
         """Host bytes that this rank may pin for V."""
         ranks = self.vllm_config.parallel_config.local_world_size
         engines = engines_on_host(self.vllm_config)
         return host_budget_bytes(self.kcache_config.host_memory_gib, ranks, engines)
 
+    def _host_bytes_per_page(self, page_bytes: int, v_bytes: int) -> int:
+        """What one page takes of that budget."""
+        return v_bytes
+
+    def _check_one_request(self, pages_host: int, host_bytes_per_page: int) -> None:
+        """Refuse a host pool that cannot hold one request of max_model_len.
+
+        vLLM checks the pages of both sides later, and would ask for GPU memory.
+        """
+        cache, model = self.vllm_config.cache_config, self.vllm_config.model_config
+        # At -1 vLLM lowers max_model_len to what fits. One block it keeps for itself.
+        tokens = 1 if model.original_max_model_len == -1 else model.max_model_len
+        pages = -(-tokens // self.split_cache.shape.page_tokens) + 1
+        if cache.num_gpu_blocks_override is not None or pages_host >= pages:
+            return
+        ranks = self.vllm_config.parallel_config.local_world_size
+        needed = pages * host_bytes_per_page * ranks * engines_on_host(self.vllm_config)
+        raise KCacheConfigError(
+            too_little_for_one_request(self.kcache_config.host_memory_gib, tokens, needed)
+        )
+
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """Allocate the K pages, then the host pool of as many pages."""
         if len(kv_cache_config.kv_cache_groups) != 1:
-            raise KCacheConfigError(
-                "--kv-backend kcache does not support several KV cache groups: this model has "
-                f"{len(kv_cache_config.kv_cache_groups)}. Serve it with vLLM's own backend."
-            )
+            refusals.refuse("kv_cache_groups", len(kv_cache_config.kv_cache_groups))
         self._check_host_memory(kv_cache_config.num_blocks)
         super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
         self.split_cache.allocate(kv_cache_config.num_blocks)
@@ -116,7 +135,7 @@ class SplitCacheWorker:
         needed = num_blocks * self.split_cache.shape.host_page_bytes
         budget = self._first_host_budget
         if budget is None:
-            budget = self._host_budget(0)
+            budget = self._host_budget()
         if needed > budget:
             raise KCacheConfigError(
                 f"num_gpu_blocks_override={num_blocks}: V of that many blocks needs "
@@ -219,10 +238,7 @@ def split_layers(vllm_config: Any, config: KCacheConfig) -> list[str]:
         is_ours = backend is KCacheBackend
         if issubclass(backend, KCacheBackend) and not is_ours:
             # vLLM derives such classes to change what is attended, as for bidirectional prompts.
-            raise KCacheConfigError(
-                f"--kv-backend kcache does not support {backend.__name__} ({name}): prefill is "
-                "causal here. Serve this model with vLLM's own backend."
-            )
+            refusals.refuse("derived_backend", f"{backend.__name__} of {name}")
         is_dense = is_dense_layer(name, config, num_layers)
         if is_ours == is_dense:
             raise RuntimeError(
@@ -231,19 +247,13 @@ def split_layers(vllm_config: Any, config: KCacheConfig) -> list[str]:
             )
         if is_ours and layer.kv_sharing_target_layer_name is not None:
             if vllm_config.device_config.device_type != "cpu":
-                raise KCacheConfigError(
-                    f"--kv-backend kcache does not support kv_sharing_target_layer_name="
-                    f"{layer.kv_sharing_target_layer_name} ({name}) on a GPU: a prompt's V would "
-                    "be read back before it has left. Serve this model with vLLM's own backend."
-                )
+                target = layer.kv_sharing_target_layer_name
+                refusals.refuse("shared_cache", f"{name} that of {target}")
         elif is_ours:
             names.append(name)
             query_heads.add(layer.num_heads)
     if len(query_heads) > 1:
-        raise KCacheConfigError(
-            f"--kv-backend kcache does not support layers of {sorted(query_heads)} query heads: "
-            "all split layers share their buffers. Serve this model with vLLM's own backend."
-        )
+        refusals.refuse("layer_query_heads", ", ".join(map(str, sorted(query_heads))))
     if not names:
         raise KCacheConfigError(
             "kcache_config.dense_layers: every layer of this model is dense, so there is nothing "

@@ -75,20 +75,6 @@ class Case:
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
 
-    @property
-    def v_page_means(self) -> torch.Tensor:
-        """[M, Hkv, D] float32 (float64): mean of the filled tokens of each page, NaN elsewhere."""
-        shape = self.shape
-        dtype = torch.float64 if self.query.dtype == torch.float64 else torch.float32
-        means = torch.full(
-            (self.v_pool.shape[0], shape.num_kv_heads, shape.head_size), torch.nan, dtype=dtype
-        )
-        for table_row, values in zip(self.block_table.cpu(), self.values, strict=True):
-            for first in range(0, len(values), shape.page_tokens):
-                chunk = values[first : first + shape.page_tokens]
-                means[table_row[first // shape.page_tokens]] = chunk.to(dtype).mean(0)
-        return means.to(self.query.device)
-
 
 def build_case(
     shape: Shape,

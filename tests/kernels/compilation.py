@@ -111,7 +111,8 @@ def launch_all(shape: Shape, dtype: torch.dtype, dependent: bool) -> None:
         for splits in (1, 4) if tail == "clip" else (4,):
             attend_blocks(
                 view, batch, buffers.selected, buffers.rows, workspace,
-                torch.empty_like(case.query), config=replace(usual, splits=splits), dependent=dependent,
+                torch.empty_like(case.query), config=replace(usual, splits=splits),
+                dependent=dependent,
             )  # fmt: skip
     heads = shape.num_kv_heads
     context = torch.zeros(shape.seq_lens[0], heads, shape.head_size, dtype=dtype)

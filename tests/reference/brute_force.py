@@ -93,14 +93,9 @@ def attend(
             continue
         weights = scores[head].softmax(0)
         result = (weights * chosen) @ values[head]
-        if tail == "clip":
-            claims = [min(float(weights[t]), clip) if chosen[t] else 0.0 for t in tokens]
-            dropped = 1 - sum(float(weights[t]) for t in tokens if chosen[t])
-            shares = torch.tensor(claims, dtype=torch.float64) / sum(claims)
-            result = result + dropped * shares @ values[head]
-        if tail == "mean":
-            for page in tokens.split(shape.page_tokens):
-                dropped = (weights * ~chosen)[page].sum()
-                result = result + dropped * values[head][page].mean(0)
+        claims = [min(float(weights[t]), clip) if chosen[t] else 0.0 for t in tokens]
+        dropped = 1 - sum(float(weights[t]) for t in tokens if chosen[t])
+        shares = torch.tensor(claims, dtype=torch.float64) / sum(claims)
+        result = result + dropped * shares @ values[head]
         results.append(result)
     return torch.stack(results)

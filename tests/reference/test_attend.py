@@ -15,7 +15,7 @@ from vllm_kcache.reference.score import score_blocks
 from vllm_kcache.reference.select import select_blocks
 from vllm_kcache.types import Fetched, Selected, Selection
 
-TAILS = ["renormalize", "clip", "drop", "mean"]
+TAILS = ["renormalize", "clip"]
 CLIP = 0.01
 
 
@@ -45,8 +45,7 @@ class Step:
         case = self.case
         return attend_blocks(
             case.query, case.k_pages, case.v_pool, fetched or self.fetched, self.selected,
-            case.block_table, case.seq_lens, case.scale, case.shape.v_block_tokens, tail,
-            self.block_lse, case.v_page_means if tail == "mean" else None, out, CLIP,
+            case.block_table, case.seq_lens, case.scale, case.shape.v_block_tokens, tail, out, CLIP,
         )  # fmt: skip
 
     def assert_result(self, result: torch.Tensor, tail: str) -> None:

@@ -2,9 +2,9 @@
 import pytest
 import torch
 
-from tests.shapes import ODD_SHAPES, Shape, build_case
+from tests.shapes import ODD_SHAPES, build_case
 from vllm_kcache.reference.fetch import fetch_blocks
-from vllm_kcache.types import Fetched, Selected
+from vllm_kcache.types import Selected
 
 
 def some_blocks(shape, seed=0) -> Selected:
@@ -47,35 +47,3 @@ def test_odd_shapes(shape, dtype):
     assert fetched.v_rows.dtype == dtype
     assert fetched.v_rows.shape[0] == int(selected.counts.sum())
     assert_fetched(case, selected, fetched)
-
-
-@pytest.mark.parametrize("spare_rows", [0, 5])
-@pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
-def test_into_buffers(shape, spare_rows):
-    case, selected = build_case(shape), some_blocks(shape)
-    num_rows = int(selected.counts.sum()) + spare_rows
-    out = Fetched(
-        torch.full_like(selected.blocks, 77),
-        torch.full((num_rows, shape.v_block_tokens, shape.head_size), torch.nan),
-    )
-    table, pool = case.block_table, case.v_pool
-    assert fetch_blocks(selected, table, pool, shape.v_block_tokens, out=out) is out
-    assert_fetched(case, selected, out)
-
-
-def test_too_few_staging_rows():
-    shape = Shape((100,), 2, 1, 64, 16, 8)
-    case, selected = build_case(shape), some_blocks(shape)
-    needed = int(selected.counts.sum())
-    out = Fetched(torch.empty_like(selected.blocks), torch.empty(needed - 1, 8, 64))
-    with pytest.raises(
-        ValueError, match=f"out.v_rows: has {needed - 1} rows; must have at least {needed}"
-    ):
-        fetch_blocks(selected, case.block_table, case.v_pool, 8, out=out)
-
-
-def test_no_hot_cache_on_the_cpu():
-    shape = Shape((100,), 2, 1, 64, 16, 8)
-    case, selected = build_case(shape), some_blocks(shape)
-    with pytest.raises(ValueError, match="hot_cache: the CPU has no hot V cache; accepted: None"):
-        fetch_blocks(selected, case.block_table, case.v_pool, 8, hot_cache=object())

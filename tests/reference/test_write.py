@@ -2,9 +2,8 @@
 import pytest
 import torch
 
-from tests.conftest import assert_close
-from tests.shapes import ODD_SHAPES, Shape, build_case
-from vllm_kcache.reference.write import update_page_means, write_kv
+from tests.shapes import ODD_SHAPES, build_case
+from vllm_kcache.reference.write import write_kv
 
 WRITTEN = [shape for shape in ODD_SHAPES if sum(shape.seq_lens)]
 
@@ -49,41 +48,4 @@ def test_nothing_to_write():
     pages, v_pool = torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2)
     empty = torch.zeros(0, 1, 2)
     write_kv(empty, empty, torch.zeros(0, dtype=torch.int64), pages, v_pool)
-    update_page_means(v_pool, torch.full((3,), -1), means := torch.full((1, 1, 2), 7.0))
     assert not pages.any()
-    assert bool((means == 7.0).all())
-
-
-def test_no_hot_cache_on_the_cpu():
-    pages = torch.zeros(1, 1, 4, 2)
-    empty = torch.zeros(0, 1, 2)
-    with pytest.raises(ValueError, match="hot_cache: the CPU has no hot V cache; accepted: None"):
-        write_kv(empty, empty, torch.zeros(0, dtype=torch.int64), pages, pages, hot_cache=object())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", WRITTEN, ids=str)
-def test_page_means_of_whole_prompts(shape, dtype):
-    case = build_case(shape, dtype)
-    means = torch.full_like(case.v_page_means, torch.nan)
-    update_page_means(case.v_pool, slots_of(case), means)
-    assert torch.equal(means.isnan(), case.v_page_means.isnan())
-    assert_close(means.nan_to_num(0.0), case.v_page_means.nan_to_num(0.0))
-
-
-def test_page_means_token_by_token_follow_the_filled_part():
-    case = build_case(Shape((21,), 2, 1, 64, 16, 8))
-    v_pool = torch.full_like(case.v_pool, torch.nan)
-    means = torch.full_like(case.v_page_means, torch.nan)
-    for token, slot in enumerate(slots_of(case)):
-        page, offset = divmod(int(slot), 16)
-        v_pool[page, :, offset] = case.values[0][token]
-        update_page_means(v_pool, slot[None], means)
-        assert_close(means[page], case.values[0][token - offset : token + 1].mean(0))
-
-
-def test_page_means_of_a_reused_page_forget_the_tokens_before():
-    v_pool = torch.randn(1, 2, 16, 8)
-    means = torch.full((1, 2, 8), torch.nan)
-    update_page_means(v_pool, torch.arange(3), means)
-    assert_close(means[0], v_pool[0, :, :3].mean(1))

@@ -16,7 +16,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
-from vllm_kcache.config import KCacheConfigError
+from vllm_kcache.integration import refusals
 from vllm_kcache.integration.metadata import KCacheMetadata, KCacheMetadataBuilder
 from vllm_kcache.split_cache import LayerInputs, SplitCache
 
@@ -87,18 +87,14 @@ class KCacheImpl(AttentionImpl[KCacheMetadata]):
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
     ) -> None:
-        refused = {
-            "ALiBi": alibi_slopes is not None,
-            f"sliding_window={sliding_window}": sliding_window is not None,
-            f"attn_logit_softcapping={logits_soft_cap}": bool(logits_soft_cap),
-            f"attention type {AttentionType(attn_type).value}": attn_type != AttentionType.DECODER,
-        }
-        for feature, is_on in refused.items():
-            if is_on:
-                raise KCacheConfigError(
-                    f"--kv-backend kcache does not support {feature}. "
-                    "Serve this model with vLLM's own backend."
-                )
+        if alibi_slopes is not None:
+            refusals.refuse("alibi", "slopes")
+        if sliding_window is not None:
+            refusals.refuse("sliding_window", sliding_window)
+        if logits_soft_cap:
+            refusals.refuse("logit_softcap", logits_soft_cap)
+        if attn_type != AttentionType.DECODER:
+            refusals.refuse("attention_type", AttentionType(attn_type).value)
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
@@ -141,10 +137,11 @@ class KCacheImpl(AttentionImpl[KCacheMetadata]):
             output: [tokens, Hq, D], overwritten.
 
         Raises:
-            RuntimeError: Output quantisation was asked for.
+            KCacheConfigError: Output quantisation was asked for.
+            RuntimeError: This worker was not started by kcache.
         """
         if output_scale is not None or output_block_scale is not None:
-            raise RuntimeError("--kv-backend kcache does not quantise the attention output.")
+            refusals.refuse("output_quantisation")
         if attn_metadata is None or kv_cache.numel() == 0:
             return output.fill_(0)
         if self._cache is None:

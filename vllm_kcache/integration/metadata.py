@@ -15,7 +15,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from vllm_kcache.config import KCacheConfigError
+from vllm_kcache.integration import refusals
 from vllm_kcache.split_cache import Step
 
 
@@ -67,10 +67,7 @@ class KCacheMetadataBuilder(AttentionMetadataBuilder[KCacheMetadata]):
         """
         common = common_attn_metadata
         if common.causal is not True:
-            raise KCacheConfigError(
-                "--kv-backend kcache does not support attention that is not causal: prefill is "
-                "causal here. Serve this model with vLLM's own backend."
-            )
+            refusals.refuse("not_causal")
         prefilling = common.is_prefilling
         if prefilling is not None and prefilling.shape[0] < common.num_reqs:
             # A batch padded for a graph: rows past the real ones prefill nothing.

@@ -197,17 +197,11 @@ def cache_shape_of(
         for s in (specs[name] for name in names)
     }
     if len(geometry) != 1:
-        raise KCacheConfigError(
-            "--kv-backend kcache does not support layers of different shapes: "
-            f"{len(geometry)} sets of (KV heads, block size, head size, V head size, dtype) found: "
-            f"{sorted(map(str, geometry))}. Serve this model with vLLM's own backend."
-        )
+        # (KV heads, block size, head size, V head size, dtype)
+        refusals.refuse("layer_shapes", "; ".join(sorted(map(str, geometry))))
     num_kv_heads, page_tokens, head_size, head_size_v, dtype = geometry.pop()
     if head_size != head_size_v:
-        raise KCacheConfigError(
-            f"--kv-backend kcache does not support head_size_v={head_size_v} beside "
-            f"head_size={head_size}. Serve this model with vLLM's own backend."
-        )
+        refusals.refuse("v_head_size", f"{head_size_v} beside {head_size}")
     return CacheShape(
         num_layers=len(names),
         num_query_heads=vllm_config.model_config.get_num_attention_heads(

@@ -5,11 +5,16 @@ from __future__ import annotations
 
 import difflib
 import json
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vllm_kcache.types import HeadCombine, Selection, Tail
+
+if TYPE_CHECKING:
+    import torch
+
+    from vllm_kcache.cache.formats import HostDtype
 
 KEY_PREFIX = "kcache_config"
 # At 2K to 8K tokens the perplexity is within .4%, below 500 tokens a head (docs/accuracy.md).
@@ -35,6 +40,8 @@ ACCEPTED_VALUES = {
     "top_n": f'an integer from 1 to {MOST_COUNT}, "all" or null',
     "coverage": 'a number from 1e-9 to 1, null or "auto"',
     "mass_threshold": 'a number from 1e-9 to 1, null or "auto"',
+    "k_bits": '4, 16 or "auto"',
+    "host_dtype": '"auto", "model" or "int8"',
     "v_block_tokens": '1, 2, 4, 8, 16, 32 or "auto"',
     "sink_tokens": f"an integer from 0 to {MOST_COUNT}",
     "recent_tokens": f"an integer from 1 to {MOST_COUNT}",
@@ -85,6 +92,10 @@ class KCacheConfig(BaseModel):
         coverage: share of the softmax mass that the selected blocks hold. `"auto"` is "not given".
         mass_threshold: least share of the softmax mass for which a block is selected. `"auto"` is
             "not given".
+        k_bits: 16, GPU pages hold K, which scores are of; 4, they hold K codes, scores are
+            estimates, and host rows hold K beside V (see `resolved_k_bits`).
+        host_dtype: with k_bits 4, the values of rows: the model's dtype, or int8. "auto": int8 for
+            models of 2 bytes a value.
         v_block_tokens: tokens of a V block. `"auto"`: 8, or 2 KiB at 2 bytes a value where that is
             less.
         sink_tokens: first tokens of a request, always attended; rounded up to V blocks.
@@ -104,6 +115,8 @@ class KCacheConfig(BaseModel):
     top_n: PositiveInt | Literal["all"] | None = None
     coverage: Fraction | Literal["auto"] | None = "auto"
     mass_threshold: Fraction | Literal["auto"] | None = "auto"
+    k_bits: Literal[4, 16, "auto"] = "auto"
+    host_dtype: Literal["auto", "model", "int8"] = "auto"
     v_block_tokens: PositiveInt | Literal["auto"] = "auto"
     sink_tokens: NonNegativeInt = 8
     recent_tokens: PositiveInt = 32
@@ -161,6 +174,11 @@ class KCacheConfig(BaseModel):
 
     def check_together(self) -> None:
         """Raise KCacheConfigError for values that are accepted each, and not together."""
+        if self.host_dtype == "int8" and self.resolved_k_bits == 16:
+            raise KCacheConfigError(
+                f"{KEY_PREFIX}.host_dtype='int8': needs {KEY_PREFIX}.k_bits=4; with 16 the host "
+                "holds V as the model has it"
+            )
         if self.resolved_mass_threshold is None:
             if self.tail == "clip":
                 raise KCacheConfigError(
@@ -201,6 +219,17 @@ class KCacheConfig(BaseModel):
         if self.tail != "auto":
             return self.tail
         return "renormalize" if self.resolved_mass_threshold is None else "clip"
+
+    @property
+    def resolved_k_bits(self) -> int:
+        """Bits of an element of K in GPU pages. The one place that decides what "auto" means."""
+        return 16 if self.k_bits == "auto" else self.k_bits
+
+    def resolved_host_dtype(self, dtype: torch.dtype) -> HostDtype:
+        """What host rows hold for a model of this dtype."""
+        if self.host_dtype != "auto":
+            return self.host_dtype
+        return "int8" if self.resolved_k_bits == 4 and dtype.itemsize == 2 else "model"
 
     def resolved_v_block_tokens(self, head_size: int, itemsize: int, page_tokens: int) -> int:
         """Tokens of a V block for one model.

@@ -16,12 +16,13 @@ from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.cache.host_pool import HostPool
 from vllm_kcache.cache.layer_view import LayerView
 from vllm_kcache.config import KCacheConfig, KCacheConfigError
-from vllm_kcache.reference.attend import attend_blocks
-from vllm_kcache.reference.fetch import fetch_blocks
-from vllm_kcache.reference.full import attend_full
-from vllm_kcache.reference.score import score_blocks
+from vllm_kcache.reference.attend import attend_blocks, attend_rows, estimate_errors
+from vllm_kcache.reference.fetch import fetch_blocks, fetch_rows
+from vllm_kcache.reference.full import attend_full, attend_full_rows
+from vllm_kcache.reference.score import score_blocks, score_codes
 from vllm_kcache.reference.select import select_blocks
-from vllm_kcache.reference.write import write_kv
+from vllm_kcache.reference.write import write_codes_and_rows, write_kv
+from vllm_kcache.types import KStats
 
 # Settings that `SplitCache.reconfigure` may change; buffers and layers depend on all others.
 RECONFIGURABLE = (
@@ -34,6 +35,9 @@ class Figures(Protocol):
 
     def add_selection(self, counts: torch.Tensor, mass: torch.Tensor, row_bytes: int) -> None:
         """Count the lists of one layer and step."""
+
+    def add_estimate_errors(self, errors: torch.Tensor) -> None:
+        """Count how far estimates were from the truth, for the blocks of one layer and step."""
 
 
 @dataclass
@@ -105,6 +109,8 @@ class SplitCache:
         self.device = device
         self.selection = config.selection(shape.block_tokens)
         self.pool: HostPool | None = None
+        # Constants of the codes of each layer; measured before the first page is written.
+        self.k_stats: list[KStats] = []
         self._views: dict[int, LayerView] = {}
 
     def allocate(self, num_pages: int) -> None:
@@ -129,10 +135,11 @@ class SplitCache:
 
         Args:
             layer: Its number among the split layers, bottom first.
-            k_pages: [M, Hkv, S, D] model dtype, on the device.
+            k_pages: [M, Hkv, S, D] model dtype, on the device; of fewer elements with codes.
 
         Raises:
-            RuntimeError: The pool was made for another number of pages.
+            RuntimeError: The pool was made for another number of pages, or the pages for another
+                form of K.
         """
         view = self._views.get(layer)
         # While vLLM measures the memory of graphs the pages are others, maybe at the same address.
@@ -148,9 +155,16 @@ class SplitCache:
         if self.pool is None or self.pool.num_rows != rows:
             have = None if self.pool is None else self.pool.num_rows
             raise RuntimeError(f"The host pool has {have} rows a layer, the K pages need {rows}.")
-        host_rows = self.pool.layer(layer)
-        tail = self.config.resolved_tail
-        return LayerView(layer, self.shape, self.selection, tail, k_pages, host_rows)
+        token_bytes = k_pages.shape[3] * k_pages.dtype.itemsize
+        if token_bytes != self.shape.k_token_bytes:
+            raise RuntimeError(
+                f"The K pages have {token_bytes} bytes a token and head, "
+                f"k_bits={self.shape.k_bits} needs {self.shape.k_token_bytes}."
+            )
+        return LayerView(
+            layer, self.shape, self.selection, self.config.resolved_tail, k_pages,
+            self.pool.layer(layer), None if self.shape.k_bits == 16 else self.k_stats[layer],
+        )  # fmt: skip
 
     def attend(
         self, layer: int, k_pages: torch.Tensor, inputs: LayerInputs, step: Step, out: torch.Tensor
@@ -222,40 +236,74 @@ class CPUSplitCache(SplitCache):
         self, layer: int, k_pages: torch.Tensor, inputs: LayerInputs, step: Step, out: torch.Tensor
     ) -> None:
         view = self.view(layer, k_pages)
-        if inputs.key is not None and inputs.value is not None:
-            tokens = step.slot_mapping.shape[0]
-            write_kv(
-                inputs.key[:tokens], inputs.value[:tokens], step.slot_mapping, k_pages, view.v_pages
-            )
+        self._write(view, inputs, step.slot_mapping)
         decodes = step.num_decodes
         if decodes:
             self._decode(view, inputs, step, out[:decodes])
         if step.num_prefills:
-            first = int(step.query_start_loc_cpu[decodes])
-            last = int(step.query_start_loc_cpu[decodes + step.num_prefills])
-            attend_full(
-                inputs.query[first:last],
-                k_pages,
-                view.v_pages,
-                step.block_table[decodes:],
-                step.query_start_loc_cpu[decodes:] - first,
-                step.seq_lens[decodes:],
-                inputs.scale,
-                out=out[first:last],
-            )
+            self._prefill(view, inputs, step, out)
+
+    def _write(self, view: LayerView, inputs: LayerInputs, slots: torch.Tensor) -> None:
+        if inputs.key is None or inputs.value is None:
+            return
+        key, value = inputs.key[: slots.shape[0]], inputs.value[: slots.shape[0]]
+        if view.k_stats is None:
+            write_kv(key, value, slots, view.k_pages, view.v_pages)
+            return
+        write_codes_and_rows(
+            key, value, slots, view.code_pages, view.host_rows, self.shape.row, view.k_stats
+        )
+
+    def _prefill(self, view: LayerView, inputs: LayerInputs, step: Step, out: torch.Tensor) -> None:
+        """Exact attention of prompt chunks to themselves and to everything before them."""
+        decodes = step.num_decodes
+        first = int(step.query_start_loc_cpu[decodes])
+        last = int(step.query_start_loc_cpu[decodes + step.num_prefills])
+        batch = (
+            step.block_table[decodes:], step.query_start_loc_cpu[decodes:] - first,
+            step.seq_lens[decodes:], inputs.scale, out[first:last],
+        )  # fmt: skip
+        query = inputs.query[first:last]
+        if view.k_stats is None:
+            attend_full(query, view.k_pages, view.v_pages, *batch)
+            return
+        chunk = None
+        if inputs.key is not None and inputs.value is not None:
+            chunk = inputs.key[first:last], inputs.value[first:last]
+        attend_full_rows(
+            query, view.host_rows, self.shape.row, view.k_stats, self.shape.page_tokens, chunk,
+            *batch,
+        )  # fmt: skip
 
     def _decode(self, view: LayerView, inputs: LayerInputs, step: Step, out: torch.Tensor) -> None:
         """Score, select, fetch, attend: one query per request."""
         decodes, shape, tokens = step.num_decodes, self.shape, self.shape.block_tokens
-        query = inputs.query[:decodes]
+        query, stats, scale = inputs.query[:decodes], view.k_stats, inputs.scale
         table, seq_lens = step.block_table[:decodes], step.seq_lens[:decodes]
-        batch = (table, seq_lens, inputs.scale, tokens)
+        batch = (table, seq_lens, scale, tokens)
         max_blocks = shape.max_blocks(int(seq_lens.max()))
-        block_lse = score_blocks(query, view.k_pages, *batch, max_blocks)
-        selected = select_blocks(block_lse, seq_lens, shape.num_kv_heads, tokens, view.selection)
-        fetched = fetch_blocks(selected, table, view.v_pages, tokens)
-        attend_blocks(
-            query, view.k_pages, view.v_pages, fetched, selected, *batch, view.tail, out=out,
-            clip=view.selection.clip,
+        if stats is None:
+            block_lse = score_blocks(query, view.k_pages, *batch, max_blocks)
+        else:
+            block_lse = score_codes(query, view.code_pages, stats, *batch, max_blocks)
+        selected = select_blocks(
+            block_lse, seq_lens, shape.num_kv_heads, tokens, view.selection,
+            estimated=stats is not None,
         )  # fmt: skip
+        if stats is None:
+            fetched = fetch_blocks(selected, table, view.v_pages, tokens)
+            attend_blocks(
+                query, view.k_pages, view.v_pages, fetched, selected, *batch, view.tail, out=out,
+                clip=view.selection.clip,
+            )  # fmt: skip
+        else:
+            fetched = fetch_rows(
+                selected, table, view.host_rows, shape.num_kv_heads, shape.page_tokens // tokens
+            )
+            refined = block_lse.new_zeros((*block_lse.shape[:2], selected.blocks.shape[2]))
+            attend_rows(
+                query, view.host_rows, shape.row, stats, fetched, selected, seq_lens, scale,
+                view.tail, out=out, clip=view.selection.clip, refined=refined,
+            )  # fmt: skip
+            self.figures.add_estimate_errors(estimate_errors(block_lse, refined, selected))
         self.figures.add_selection(selected.counts, selected.mass, shape.row.bytes)

@@ -71,6 +71,19 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class KStats:
+    """What K of one layer is like, measured once at start; constants of its codes.
+
+    Attributes:
+        mean: [Hkv, D] float32. Of each channel, after rotary embedding.
+        deviation: [Hkv, D] float32, above 0.
+    """
+
+    mean: torch.Tensor
+    deviation: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Selected:
     """The V blocks chosen for each request and KV head.
 
@@ -81,6 +94,9 @@ class Selected:
             least (combine "max"). 1 for a padded row.
         lse: [B, Hq] float32. Log-sum-exp of each query head's scores over the whole request; any
             value for a padded row. None where nobody asked: only the tail "clip" needs it.
+        dropped: [B, Hq] float32. Estimated mass of what is not selected, at least 0; any value for
+            a padded row. Beside `lse` where scores are estimates; None where they are exact, and
+            what the selected tokens lack is the dropped mass.
 
     All lie on the device of the query.
     """
@@ -89,16 +105,18 @@ class Selected:
     counts: torch.Tensor
     mass: torch.Tensor
     lse: torch.Tensor | None = None
+    dropped: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """Where the V of each selected block lies.
+    """Where the row of each selected block lies.
 
     Attributes:
         rows: [B, Hkv, N] int32, beside `Selected.blocks`. `r >= 0`: row r of `v_rows`. -1: padding.
             `r <= -2`: row `-2 - r` of the layer's host pool.
-        v_rows: [R, T, D] model dtype. Staging rows, or the slots of the hot cache.
+        v_rows: [R, T, D] model dtype, or [R, row bytes] uint8 where rows hold K and V. Staging
+            rows, or the slots of the hot cache.
     """
 
     rows: torch.Tensor

@@ -9,7 +9,7 @@ import torch
 
 from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.cache.hot_cache import HotCache
-from vllm_kcache.types import Selection, Tail
+from vllm_kcache.types import KStats, Selection, Tail
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,11 @@ class LayerView:
         index: The layer's number in the host pool and in the hot cache's table.
         shape: Geometry.
         selection, tail: The rule, and what happens to the mass that is not selected.
-        k_pages: [M, Hkv, S, D] model dtype, GPU (host on the CPU). May be strided over M.
+        k_pages: [M, Hkv, S, D] model dtype, GPU (host on the CPU). May be strided over M. With
+            k_bits 4 [M, Hkv, S, C] of as many bytes as codes have: see `code_pages`.
         host_rows: [M * Hkv * S / T, row bytes] uint8, host (mapped for the GPU). Row
             `(page * Hkv + head) * (S / T) + offset / T`.
+        k_stats: Constants of the layer's K codes, on its device; None with k_bits 16.
         hot_cache: Rows in GPU memory; None on the CPU.
         packed: The same for the extension (`kcache::layer_view`); None on the CPU.
     """
@@ -33,12 +35,19 @@ class LayerView:
     tail: Tail
     k_pages: torch.Tensor
     host_rows: torch.Tensor
+    k_stats: KStats | None = None
     hot_cache: HotCache | None = None
     packed: torch.Tensor | None = None
 
     @property
+    def code_pages(self) -> torch.Tensor:
+        """The K pages as bytes: [M, Hkv, S * (Dp / 2 + 4)] uint8, GPU; the same memory. Of a page
+        and head the codes of all tokens, [S, Dp / 2], then scale and zero, [S, 2] float16."""
+        return self.k_pages.view(torch.uint8).flatten(2)
+
+    @property
     def v_pages(self) -> torch.Tensor:
-        """V of the host rows as pages: [M, Hkv, S, D] model dtype, host; the same memory."""
+        """V of host rows without K as pages: [M, Hkv, S, D] model dtype, host; the same memory."""
         shape = self.shape
         pages = (-1, shape.num_kv_heads, shape.page_tokens, shape.head_size)
         return self.host_rows.view(shape.dtype).view(pages)

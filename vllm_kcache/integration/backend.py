@@ -16,14 +16,18 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
+from vllm_kcache.cache.formats import code_bytes
 from vllm_kcache.integration import refusals
 from vllm_kcache.integration.metadata import KCacheMetadata, KCacheMetadataBuilder
 from vllm_kcache.split_cache import LayerInputs, SplitCache
 
 
 class KCacheBackend(AttentionBackend):
-    """K in vLLM's pages, V in the host pool."""
+    """K, or its codes, in vLLM's pages; V, or K and V, in the host pool."""
 
+    # What the pages of this process's engine hold. vLLM asks the class, without an instance or a
+    # configuration, how large a page is; the worker says it before it loads the model.
+    k_bits: ClassVar[int] = 16
     # One opaque op per layer: how V is stored depends on the step, which only `forward` is given.
     forward_includes_kv_cache_update = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [
@@ -62,8 +66,10 @@ class KCacheBackend(AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """A page holds K only: half the bytes, twice the blocks for the same memory."""
-        return replace(spec, state_content_bytes=spec.head_size * get_dtype_size(spec.dtype))
+        """A page holds K only, half the bytes of K and V, or K codes."""
+        if cls.k_bits == 16:
+            return replace(spec, state_content_bytes=spec.head_size * get_dtype_size(spec.dtype))
+        return replace(spec, state_content_bytes=code_bytes(spec.head_size))
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
@@ -130,9 +136,10 @@ class KCacheImpl(AttentionImpl[KCacheMetadata]):
         Args:
             layer: vLLM's attention layer.
             query: [tokens, Hq, D] model dtype, on the device.
-            key: [tokens, Hkv, D] model dtype, on the device. Written to the K pages.
+            key: [tokens, Hkv, D] model dtype, on the device. Written to the K pages; with codes to
+                the host pool, too.
             value: [tokens, Hkv, D] model dtype, on the device. Written through to the host pool.
-            kv_cache: [M, Hkv, S, D] K pages; empty while vLLM profiles.
+            kv_cache: [M, Hkv, S, D] K pages (with codes [M, Hkv, S, C]); empty while vLLM profiles.
             attn_metadata: The step; None while vLLM profiles.
             output: [tokens, Hq, D], overwritten.
 

@@ -52,7 +52,15 @@ SCALARS = (
     "selected_blocks",
 )
 _DROPPED_AT = len(SCALARS)
-NUM_VALUES = _DROPPED_AT + len(DROPPED_BOUNDS)
+# Upper bounds of |estimate - refined|, of the log-sum-exp of a block's scores.
+ESTIMATE_BOUNDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, float("inf"))
+_ESTIMATES_AT = _DROPPED_AT + len(DROPPED_BOUNDS)
+NUM_VALUES = _ESTIMATES_AT + len(ESTIMATE_BOUNDS)
+# Codes that are so far off for so many blocks, of at least so many, are worth a warning: a block is
+# taken for e times what it is.
+ESTIMATE_FAR = 1.0
+ESTIMATE_FAR_SHARE = 0.05
+ESTIMATE_LEAST_BLOCKS = 10_000
 
 # A file: the values, then the bytes of a V block, both float64, then the words of a GPU, int64; 0
 # to its end. It is a whole memory page, which can be locked for the GPU to write to.
@@ -97,6 +105,7 @@ class Counters:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
         self._file: tuple[int, int] | None = None
+        self._has_warned = False
         if path is None:
             self._map = mmap.mmap(-1, FILE_BYTES)
         else:
@@ -175,7 +184,29 @@ class Counters:
         self["decode_layer_steps"] += 1
         buckets = np.searchsorted(DROPPED_BOUNDS, dropped, side="left")
         buckets = buckets.clip(max=len(DROPPED_BOUNDS) - 1)
-        self._values[_DROPPED_AT:NUM_VALUES] += np.bincount(buckets, minlength=len(DROPPED_BOUNDS))
+        dropped_mass(self._values)[:] += np.bincount(buckets, minlength=len(DROPPED_BOUNDS))
+
+    def add_estimate_errors(self, errors: torch.Tensor) -> None:
+        """Count how far estimates from K codes were from the truth, and warn where they are far.
+
+        Args:
+            errors: [n] float32, host. |estimate - refined| of selected blocks and query heads.
+        """
+        found = estimate_errors(self._values)
+        buckets = np.searchsorted(ESTIMATE_BOUNDS, errors.numpy(), side="left")
+        # What is no number sorts behind infinity.
+        buckets = buckets.clip(max=len(ESTIMATE_BOUNDS) - 1)
+        found += np.bincount(buckets, minlength=len(ESTIMATE_BOUNDS))
+        blocks, far = found.sum(), found[ESTIMATE_BOUNDS.index(ESTIMATE_FAR) + 1 :].sum()
+        is_far = blocks >= ESTIMATE_LEAST_BLOCKS and far > ESTIMATE_FAR_SHARE * blocks
+        if is_far and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "KCache: for %.0f%% of the selected blocks the estimate from 4-bit K codes is off "
+                "by more than a factor of e: the selection may miss blocks that matter. Set "
+                "kcache_config.k_bits to 16 for this model.",
+                100 * far / blocks,
+            )
 
 
 def _read(data: bytes) -> np.ndarray:
@@ -195,7 +226,7 @@ def _read(data: bytes) -> np.ndarray:
         }
         for name, value in counted.items():
             values[SCALARS.index(name)] = value
-        values[_DROPPED_AT:NUM_VALUES] = words[FIRST_DROPPED_BUCKET:]
+        dropped_mass(values)[:] = words[FIRST_DROPPED_BUCKET:]
     return values[:NUM_VALUES]
 
 
@@ -205,7 +236,17 @@ def dropped_mass(values: np.ndarray) -> np.ndarray:
     Args:
         values: [NUM_VALUES] float64, one worker's array or a sum of several.
     """
-    return values[_DROPPED_AT:NUM_VALUES]
+    return values[_DROPPED_AT:_ESTIMATES_AT]
+
+
+def estimate_errors(values: np.ndarray) -> np.ndarray:
+    """Selected blocks and query heads by |estimate - refined|: [len(ESTIMATE_BOUNDS)], not
+    cumulative.
+
+    Args:
+        values: as for `dropped_mass`.
+    """
+    return values[_ESTIMATES_AT:NUM_VALUES]
 
 
 def _make(path: Path) -> tuple[mmap.mmap, tuple[int, int]]:

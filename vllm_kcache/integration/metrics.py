@@ -90,6 +90,12 @@ class KCacheCollector:
             "Softmax mass not selected, per request, KV head, layer and decode step.",
             labels=["engine"],
         )
+        estimates = HistogramMetricFamily(
+            PREFIX + "estimate_error",
+            "|estimate - refined| of the log-sum-exp of a selected V block, per query head, with "
+            "k_bits 4 (CPU).",
+            labels=["engine"],
+        )
         for index, array in values.items():
             selected.add_metric(
                 [str(index)],
@@ -97,9 +103,17 @@ class KCacheCollector:
                 sum_value=_scalar(array, "selected_blocks"),
             )
             # Only the buckets are kept, so there is no sum to publish.
-            dropped.add_metric([str(index)], _cumulative(array), sum_value=None)
+            labels = [str(index)]
+            counted = counters.dropped_mass(array)
+            # The last bound is 1, the largest mass there is.
+            bounds = (*counters.DROPPED_BOUNDS[:-1], np.inf)
+            dropped.add_metric(labels, _cumulative(bounds, counted), sum_value=None)
+            counted = counters.estimate_errors(array)
+            bounds = counters.ESTIMATE_BOUNDS
+            estimates.add_metric(labels, _cumulative(bounds, counted), sum_value=None)
         yield selected
         yield dropped
+        yield estimates
 
     def _host_pool(self, values: dict[int, np.ndarray]) -> Metric:
         family = GaugeMetricFamily(
@@ -122,10 +136,9 @@ def _scalar(array: np.ndarray, name: str) -> float:
     return float(array[counters.SCALARS.index(name)])
 
 
-def _cumulative(array: np.ndarray) -> list[tuple[str, float]]:
-    # The last bound is 1, the largest mass there is.
-    labels = [*(f"{bound:.6g}" for bound in counters.DROPPED_BOUNDS[:-1]), "+Inf"]
-    return list(zip(labels, np.cumsum(counters.dropped_mass(array)).tolist(), strict=True))
+def _cumulative(bounds: tuple[float, ...], counted: np.ndarray) -> list[tuple[str, float]]:
+    labels = ["+Inf" if bound == np.inf else f"{bound:.6g}" for bound in bounds]
+    return list(zip(labels, np.cumsum(counted).tolist(), strict=True))
 
 
 _collector: KCacheCollector | None = None
@@ -190,6 +203,7 @@ def metrics(llm: Any) -> dict[str, Any]:
 
     Returns:
         The counters by name, summed over ranks; `dropped_mass`, pairs of (upper bound, lists);
+        `estimate_error`, pairs of (upper bound, blocks and query heads);
         and `mean_selected_blocks`, per request, KV head, layer and decode step.
 
     Raises:
@@ -201,7 +215,9 @@ def metrics(llm: Any) -> dict[str, Any]:
     total = counters.summed(arrays)
     result: dict[str, Any] = {name: _scalar(total, name) for name in counters.SCALARS}
     result["mean_selected_blocks"] = result["selected_blocks"] / max(result["selected_lists"], 1)
-    result["dropped_mass"] = list(
-        zip(counters.DROPPED_BOUNDS, map(int, counters.dropped_mass(total)), strict=True)
-    )
+    for name, bounds, counted in (
+        ("dropped_mass", counters.DROPPED_BOUNDS, counters.dropped_mass(total)),
+        ("estimate_error", counters.ESTIMATE_BOUNDS, counters.estimate_errors(total)),
+    ):
+        result[name] = list(zip(bounds, map(int, counted), strict=True))
     return result

@@ -16,6 +16,7 @@ from vllm_kcache.cache.host_memory import host_budget_bytes, too_little_for_one_
 from vllm_kcache.config import KCacheConfig, KCacheConfigError
 from vllm_kcache.integration import counters, refusals
 from vllm_kcache.integration.backend import KCacheBackend
+from vllm_kcache.integration.calibration import calibrate
 from vllm_kcache.integration.layers import activate_backend, is_dense_layer
 from vllm_kcache.integration.settings import engines_on_host, settings_of
 from vllm_kcache.split_cache import SplitCache
@@ -41,8 +42,9 @@ class SplitCacheWorker:
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, then make sure that every layer runs the split cache."""
-        super().load_model(*args, **kwargs)  # type: ignore[misc]
         self.kcache_config = _settings(self.vllm_config)
+        KCacheBackend.k_bits = self.kcache_config.resolved_k_bits
+        super().load_model(*args, **kwargs)  # type: ignore[misc]
         names = split_layers(self.vllm_config, self.kcache_config)
         # The executor does the same when the model is loaded, and sizes the pages by it.
         current_platform.update_block_size_for_backend(self.vllm_config)
@@ -57,6 +59,9 @@ class SplitCacheWorker:
             owner = layer.kv_sharing_target_layer_name or name
             if owner in names:
                 layer.impl.bind(self.split_cache, names.index(owner))
+        if shape.k_bits == 4:
+            runner = self.model_runner  # type: ignore[attr-defined]
+            self.split_cache.k_stats = calibrate(runner, self.vllm_config, names, self.device)
 
     def _make_cache(self, shape: CacheShape) -> SplitCache:
         raise NotImplementedError
@@ -212,6 +217,8 @@ def cache_shape_of(
         page_tokens=page_tokens,
         block_tokens=config.resolved_v_block_tokens(head_size, dtype.itemsize, page_tokens),
         dtype=dtype,
+        k_bits=config.resolved_k_bits,
+        host_dtype=config.resolved_host_dtype(dtype),
     )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bring the selected V blocks to where attention runs. The definition of this step."""
+"""Bring the rows of the selected V blocks to where attention runs. The definition of this step."""
 
 from __future__ import annotations
 
@@ -29,11 +29,37 @@ def fetch_blocks(
         request's length come along with whatever the pool holds: mask them.
     """
     _, num_kv_heads, page_tokens, _ = v_pool.shape
-    blocks = selected.blocks
-    wanted = blocks >= 0
-    physical = physical_v_blocks(blocks, block_table, num_kv_heads, page_tokens // v_block_tokens)
+    physical = physical_v_blocks(
+        selected.blocks, block_table, num_kv_heads, page_tokens // v_block_tokens
+    )
+    wanted = selected.blocks >= 0
     v_rows = gather_v_blocks(v_pool, physical[wanted], v_block_tokens)
-    # Staging rows in the order of (request, KV head, block), with no gaps.
-    rows = wanted.flatten().cumsum(0).view_as(blocks) - 1
-    rows = rows.masked_fill(~wanted, PADDING_ROW).to(torch.int32)
-    return Fetched(rows, v_rows)
+    return Fetched(_staging_rows(wanted), v_rows)
+
+
+def fetch_rows(
+    selected: Selected,
+    block_table: torch.Tensor,
+    host_rows: torch.Tensor,
+    num_kv_heads: int,
+    blocks_per_page: int,
+) -> Fetched:
+    """The same for rows of K and V.
+
+    Args:
+        selected, block_table: as `fetch_blocks`.
+        host_rows: [M * Hkv * S / T, row bytes] uint8, host.
+        num_kv_heads: Hkv.
+        blocks_per_page: S / T.
+    Returns:
+        Fetched: v_rows [R, row bytes] uint8.
+    """
+    physical = physical_v_blocks(selected.blocks, block_table, num_kv_heads, blocks_per_page)
+    wanted = selected.blocks >= 0
+    return Fetched(_staging_rows(wanted), host_rows.index_select(0, physical[wanted]))
+
+
+def _staging_rows(wanted: torch.Tensor) -> torch.Tensor:
+    """Staging rows in the order of (request, KV head, block), with no gaps: [B, Hkv, N] int32."""
+    rows = wanted.flatten().cumsum(0).view_as(wanted) - 1
+    return rows.masked_fill(~wanted, PADDING_ROW).to(torch.int32)

@@ -1,12 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact causal attention over paged K and paged V, for prefill on the CPU."""
+"""Exact causal attention over paged K and V, for prefill on the CPU."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+
+from vllm_kcache.cache.formats import RowFormat
+from vllm_kcache.reference.codes import restore_keys
+from vllm_kcache.types import KStats
 
 # Tokens of context gathered at once: bounds the scratch, however long the context is.
 CONTEXT_PIECE_TOKENS = 4096
+
+# K and V of whole pages, from their ids, [n] int: [Hkv, n * S, D] each, copies.
+ReadPages = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# K and V of the tokens of a batch's chunks: [Tq, Hkv, D] each.
+ChunkKV = tuple[torch.Tensor, torch.Tensor]
 
 
 def attend_full(
@@ -43,6 +54,77 @@ def attend_full(
     Raises:
         ValueError: a chunk longer than its request.
     """
+    num_kv_heads, page_tokens = k_pages.shape[1:3]
+
+    def tokens_of(pages: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return pages.index_select(0, ids).transpose(0, 1).reshape(num_kv_heads, -1, pages.shape[3])
+
+    def read_pages(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return tokens_of(k_pages, ids), tokens_of(v_pages, ids)
+
+    return _attend_batch(
+        query, read_pages, page_tokens, None, block_table, query_start_loc, seq_lens, scale, out
+    )
+
+
+def attend_full_rows(
+    query: torch.Tensor,
+    host_rows: torch.Tensor,
+    row: RowFormat,
+    stats: KStats,
+    page_tokens: int,
+    chunk: ChunkKV | None,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The same where K and V of the context lie in rows.
+
+    Args:
+        query, block_table, query_start_loc, seq_lens, scale, out: as for `attend_full`.
+        host_rows: [M * Hkv * S / T, row bytes] uint8, host: one layer of the host pool.
+        row: What a row holds.
+        stats: Constants of the layer's codes.
+        page_tokens: S.
+        chunk: K and V of the chunks' own tokens; None takes them from the rows, too.
+    """
+    num_kv_heads = stats.mean.shape[0]
+    by_page = host_rows.view(-1, num_kv_heads * page_tokens // row.block_tokens, row.bytes)
+
+    def read_pages(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = by_page.index_select(0, ids).flatten(0, 1)
+        keys, values = row.keys(rows), row.values(rows)
+        if row.host_dtype == "int8":
+            key_scales, value_scales = (scale.float()[..., None] for scale in row.scales(rows))
+            keys, values = keys * key_scales, values * value_scales
+
+        def tokens_of(x: torch.Tensor) -> torch.Tensor:
+            by_head = x.view(ids.shape[0], num_kv_heads, page_tokens, -1).transpose(0, 1)
+            return by_head.flatten(1, 2)
+
+        keys, values = tokens_of(keys), tokens_of(values)
+        if row.host_dtype == "int8":
+            keys = restore_keys(keys.transpose(0, 1), stats).transpose(0, 1)
+        return keys.to(query.dtype), values.to(query.dtype)
+
+    return _attend_batch(
+        query, read_pages, page_tokens, chunk, block_table, query_start_loc, seq_lens, scale, out
+    )
+
+
+def _attend_batch(
+    query: torch.Tensor,
+    read_pages: ReadPages,
+    page_tokens: int,
+    chunk: ChunkKV | None,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
     if out is None:
         out = torch.zeros_like(query, memory_format=torch.contiguous_format)
     starts = query_start_loc.tolist()
@@ -55,43 +137,43 @@ def attend_full(
                 f"query_start_loc: request {request} has {last - first} query tokens; "
                 f"must be at most its seq_lens={seq_len}"
             )
-        chunk = query[first:last]
+        own = None
+        if chunk is not None:
+            own = chunk[0][first:last].transpose(0, 1), chunk[1][first:last].transpose(0, 1)
         out[first:last] = _attend_request(
-            chunk, k_pages, v_pages, block_table[request], seq_len, scale
+            query[first:last], read_pages, page_tokens, own, block_table[request], seq_len, scale
         )
     return out
 
 
 def _attend_request(
     query: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
+    read_pages: ReadPages,
+    page_tokens: int,
+    own: ChunkKV | None,
     page_ids: torch.Tensor,
     seq_len: int,
     scale: float,
 ) -> torch.Tensor:
-    """[n, Hq, D] for the n tokens of one chunk, [n, Hq, D]."""
-    num_kv_heads = k_pages.shape[1]
+    """[n, Hq, D] for the n tokens of one chunk, [n, Hq, D]; `own` is its K and V, [Hkv, n, D]."""
     context = seq_len - query.shape[0]
+
+    def gather(first_token: int, past_token: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return _gather_tokens(read_pages, page_tokens, page_ids, first_token, past_token)
+
+    keys, values = gather(context, seq_len) if own is None else own
     # The G heads that share a KV head become the batch: K and V are expanded, never repeated.
-    heads_first = query.unflatten(1, (num_kv_heads, -1)).permute(2, 1, 0, 3)
-
-    def attend(
-        first_token: int, past_token: int, causal: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys = _gather_tokens(k_pages, page_ids, first_token, past_token)
-        values = _gather_tokens(v_pages, page_ids, first_token, past_token)
-        return _attend_piece(heads_first, keys, values, causal, scale)
-
-    result, lse = attend(context, seq_len, causal=True)
+    heads_first = query.unflatten(1, (keys.shape[0], -1)).permute(2, 1, 0, 3)
+    result, lse = _attend_piece(heads_first, keys, values, True, scale)
     # Pieces end on page boundaries, so no page is gathered twice for the context.
-    page_tokens = k_pages.shape[2]
     piece_tokens = max(CONTEXT_PIECE_TOKENS // page_tokens, 1) * page_tokens
     if context:
         result = result.to(lse.dtype)
     for first_token in range(0, context, piece_tokens):
         past_token = min(first_token + piece_tokens, context)
-        piece, piece_lse = attend(first_token, past_token, causal=False)
+        piece, piece_lse = _attend_piece(
+            heads_first, *gather(first_token, past_token), False, scale
+        )
         merged_lse = torch.logaddexp(lse, piece_lse)
         result = result * (lse - merged_lse).exp()[..., None]
         result += piece * (piece_lse - merged_lse).exp()[..., None]
@@ -100,15 +182,18 @@ def _attend_request(
 
 
 def _gather_tokens(
-    pages: torch.Tensor, page_ids: torch.Tensor, first_token: int, past_token: int
-) -> torch.Tensor:
-    """K or V of tokens [first, past) of one request: [Hkv, past - first, D], a copy."""
-    _, num_kv_heads, page_tokens, head_size = pages.shape
+    read_pages: ReadPages,
+    page_tokens: int,
+    page_ids: torch.Tensor,
+    first_token: int,
+    past_token: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of tokens [first, past) of one request: [Hkv, past - first, D] each."""
     first_page = first_token // page_tokens
-    ids = page_ids[first_page : -(-past_token // page_tokens)]
-    tokens = pages.index_select(0, ids).transpose(0, 1).reshape(num_kv_heads, -1, head_size)
     skipped = first_page * page_tokens
-    return tokens[:, first_token - skipped : past_token - skipped]
+    keys, values = read_pages(page_ids[first_page : -(-past_token // page_tokens)])
+    kept = slice(first_token - skipped, past_token - skipped)
+    return keys[:, kept], values[:, kept]
 
 
 def _attend_piece(

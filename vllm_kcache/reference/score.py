@@ -1,11 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Score every V block by exact QK. The definition of this step."""
+"""Score every V block, by exact QK or by the estimates of K codes. The definition of this step."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
+from vllm_kcache.cache.formats import code_bytes
+from vllm_kcache.reference.codes import read_codes, transform_query
 from vllm_kcache.reference.paging import accumulation_dtype, physical_pages, request_groups
+from vllm_kcache.types import KStats
+
+# Page ids, int64, to K of those pages: [pages, Hkv, S, D] in the dtype of accumulation.
+KeysOfPages = Callable[[torch.Tensor], torch.Tensor]
 
 
 def score_blocks(
@@ -35,51 +43,106 @@ def score_blocks(
     Accumulates in float32 (float64 for float64). Source: exact scores over all K, KCache (arXiv
     2404.18057); by V block is ours.
     """
-    num_requests, num_heads, _ = query.shape
-    _, num_kv_heads, page_tokens, head_size = k_pages.shape
+    dtype = accumulation_dtype(query.dtype)
+
+    def keys_of(pages: torch.Tensor) -> torch.Tensor:
+        return k_pages.index_select(0, pages).to(dtype)
+
+    grouped = query.to(dtype).unflatten(1, (k_pages.shape[1], -1))
+    return _score(
+        grouped, None, keys_of, k_pages.shape[2], block_table, seq_lens, scale, v_block_tokens,
+        max_blocks, out,
+    )  # fmt: skip
+
+
+def score_codes(
+    query: torch.Tensor,
+    code_pages: torch.Tensor,
+    stats: KStats,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    v_block_tokens: int,
+    max_blocks: int,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The same from K codes: log-sum-exp of estimates, on the scale of true scores.
+
+    The estimate of a score is scale * (s * (q' . code) + z * sum(q') + q . mean), with the scale s
+    and the zero z of the token (reference/codes.py).
+
+    Args:
+        query, block_table, seq_lens, scale, v_block_tokens, max_blocks, out: as `score_blocks`.
+        code_pages: [M, Hkv, S * (Dp / 2 + 4)] uint8. May be strided over M.
+        stats: Constants of the layer's codes.
+    Returns:
+        [B, Hq, P] as `score_blocks`.
+    """
+    head_size = query.shape[-1]
+    transformed, bias = transform_query(query, stats)
+
+    def keys_of(pages: torch.Tensor) -> torch.Tensor:
+        return read_codes(code_pages.index_select(0, pages), head_size).to(transformed.dtype)
+
+    heads = (code_pages.shape[1], -1)
+    page_tokens = code_pages.shape[-1] // code_bytes(head_size)
+    return _score(
+        transformed.unflatten(1, heads), bias.unflatten(1, heads), keys_of, page_tokens,
+        block_table, seq_lens, scale, v_block_tokens, max_blocks, out,
+    )  # fmt: skip
+
+
+def _score(
+    query: torch.Tensor,
+    bias: torch.Tensor | None,
+    keys_of: KeysOfPages,
+    page_tokens: int,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    v_block_tokens: int,
+    max_blocks: int,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """Both, for a query [B, Hkv, G, D] in the dtype of accumulation and what a head's scores have
+    in common, [B, Hkv, G]."""
+    num_requests, num_kv_heads, group_size, head_size = query.shape
     if out is None:
-        dtype = accumulation_dtype(query.dtype)
-        out = query.new_empty((num_requests, num_heads, max_blocks), dtype=dtype)
+        out = query.new_empty((num_requests, num_kv_heads * group_size, max_blocks))
     out.fill_(-torch.inf)
     page_counts = [-(-tokens // page_tokens) for tokens in seq_lens.tolist()]
-    grouped_query = query.unflatten(1, (num_kv_heads, -1))
     cost = num_kv_heads * page_tokens * head_size
     for first, last, num_pages in request_groups(page_counts, cost):
         group = slice(first, last)
-        block_lse = _score_group(
-            grouped_query[group],
-            k_pages,
-            block_table[group],
-            seq_lens[group],
-            num_pages,
-            scale,
-            v_block_tokens,
-        )
-        num_blocks = min(block_lse.shape[-1], max_blocks)
-        out[group, :, :num_blocks] = block_lse[..., :num_blocks]
+        scores = _score_group(
+            query[group] * scale, keys_of, page_tokens, block_table[group], seq_lens[group],
+            num_pages, v_block_tokens,
+        )  # fmt: skip
+        if bias is not None:
+            scores += (bias[group] * scale).flatten(1)[..., None]
+        num_blocks = min(scores.shape[-1], max_blocks)
+        out[group, :, :num_blocks] = scores[..., :num_blocks]
     return out
 
 
 def _score_group(
     query: torch.Tensor,
-    k_pages: torch.Tensor,
+    keys_of: KeysOfPages,
+    page_tokens: int,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     num_pages: int,
-    scale: float,
     v_block_tokens: int,
 ) -> torch.Tensor:
-    """[g, Hq, num_pages * S / T] for the g requests of one group; query is [g, Hkv, G, D]."""
+    """[g, Hq, num_pages * S / T] for the g requests of one group; the query, [g, Hkv, G, D], holds
+    the scale."""
     num_requests, num_kv_heads, group_size, _ = query.shape
-    page_tokens = k_pages.shape[2]
-    dtype = accumulation_dtype(query.dtype)
     logical_pages = torch.arange(num_pages, device=query.device).expand(num_requests, -1)
     starts = logical_pages * page_tokens
     pages = physical_pages(block_table, logical_pages, starts < seq_lens[:, None])
-    keys = k_pages.index_select(0, pages.flatten()).to(dtype)
-    keys = keys.view(num_requests, num_pages, *k_pages.shape[1:])
+    keys = keys_of(pages.flatten()).unflatten(0, (num_requests, num_pages))
     # [g, pages, Hkv, G, S]: the query of a KV head's group is the short side of each product.
-    scores = (query.to(dtype) * scale)[:, None] @ keys.mT
+    scores = query[:, None] @ keys.mT
     tokens = starts[..., None] + torch.arange(page_tokens, device=query.device)
     past_end = tokens >= seq_lens[:, None, None]
     # Filled, not added to: K past the length may hold NaN.

@@ -15,8 +15,9 @@ def select_blocks(
     v_block_tokens: int,
     selection: Selection,
     out: Selected | None = None,
+    estimated: bool = False,
 ) -> Selected:
-    """Choose V blocks for each request and KV head, by their exact softmax mass.
+    """Choose V blocks for each request and KV head, by their softmax mass.
 
     Each query head's masses are normalised over the whole request. A KV head ranks its blocks by
     the mean (combine "sum") or the largest (combine "max") of its query heads' masses. Sink and
@@ -33,11 +34,12 @@ def select_blocks(
         v_block_tokens: T, tokens of a V block.
         selection: the rule. Its `top_n` is at least the blocks that sink and recent can force in.
         out: buffers to write and return. `blocks` has at least `min(top_n, P)` columns.
+        estimated: `block_lse` holds estimates, so what is left out is to be told, too.
     Returns:
         Selected: blocks [B, Hkv, N] int32 ascending and padded with -1, counts [B, Hkv] int32,
         mass [B, Hkv] float32, and lse [B, Hq] float32 where `out` has it or the rule has a mass
-        threshold. Without `out`, N is the longest list. A padded row has an
-        empty list and mass 1.
+        threshold; beside it, where `estimated`, dropped [B, Hq] float32. Without `out`, N is the
+        longest list. A padded row has an empty list and mass 1.
 
     Ties: the lower block wins. Source: N scores of most mass, KCache (arXiv 2404.18057); selection
     by coverage and by mass are ours.
@@ -51,7 +53,9 @@ def select_blocks(
     if selection.selects_everything:
         chosen = torch.where(exists, block_ids, -1)[:, None].expand(-1, num_kv_heads, -1)
         counts = num_blocks[:, None].expand(-1, num_kv_heads)
-        return _into(chosen, counts, torch.ones_like(counts, dtype=torch.float32), lse, out)
+        dropped = None if lse is None or not estimated else torch.zeros_like(lse)
+        mass = torch.ones_like(counts, dtype=torch.float32)
+        return _into(Selected(chosen, counts, mass, lse, dropped), out)
 
     masses = block_masses(block_lse, exists).unflatten(1, (num_kv_heads, -1))
     combined = masses.mean(2) if selection.combine == "sum" else masses.amax(2)
@@ -62,8 +66,8 @@ def select_blocks(
     # A stable sort leaves equal keys in ascending order of block: the lower block wins a tie.
     order = rank_key.sort(dim=-1, descending=True, stable=True).indices
 
-    covered = masses.gather(-1, order[:, :, None].expand_as(masses)).cumsum(-1, dtype=torch.float64)
-    covered = covered.mean(2) if selection.combine == "sum" else covered.amin(2)
+    each = masses.gather(-1, order[:, :, None].expand_as(masses)).cumsum(-1, dtype=torch.float64)
+    covered = each.mean(2) if selection.combine == "sum" else each.amin(2)
     counts = num_blocks[:, None].expand(-1, num_kv_heads)
     if selection.coverage is not None:
         reaching = (~(covered >= selection.coverage)).sum(-1) + 1
@@ -80,13 +84,15 @@ def select_blocks(
     past_last = block_lse.shape[-1]
     chosen = order[..., :width].masked_fill(beyond, past_last).sort(-1).values
     chosen = chosen.masked_fill(chosen == past_last, -1)
-    mass = (
-        covered.gather(-1, (counts[..., None] - 1).clamp_min(0).long())[..., 0]
-        if width
-        else covered.new_zeros(counts.shape)
-    )
+    last = (counts[..., None] - 1).clamp_min(0).long()
+    mass = covered.gather(-1, last)[..., 0] if width else covered.new_zeros(counts.shape)
     mass = torch.where(counts > 0, mass.clamp_max(1.0), 1.0)
-    return _into(chosen, counts, mass, lse, out)
+    dropped = None
+    if estimated and lse is not None:
+        # Of each query head. A padded row has no block to gather.
+        kept = each.gather(-1, last[:, :, None].expand(-1, -1, each.shape[2], -1))[..., 0]
+        dropped = (1.0 - kept).clamp_min(0.0).flatten(1) if width else torch.zeros_like(lse)
+    return _into(Selected(chosen, counts, mass, lse, dropped), out)
 
 
 def block_masses(block_lse: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
@@ -109,23 +115,23 @@ def forced_blocks(
     return (block_ids < selection.sink_blocks) | (block_ids >= first_recent[:, None])
 
 
-def _into(
-    blocks: torch.Tensor,
-    counts: torch.Tensor,
-    mass: torch.Tensor,
-    lse: torch.Tensor | None,
-    out: Selected | None,
-) -> Selected:
+def _into(found: Selected, out: Selected | None) -> Selected:
     """Copy into `out`, padded with -1 to its width, or make tensors of just the width needed."""
     if out is None:
-        width = int(counts.max()) if counts.numel() else 0
-        blocks = blocks[..., :width].to(torch.int32).contiguous()
-        return Selected(blocks, counts.to(torch.int32).contiguous(), mass.to(torch.float32), lse)
+        width = int(found.counts.max()) if found.counts.numel() else 0
+        return Selected(
+            found.blocks[..., :width].to(torch.int32).contiguous(),
+            found.counts.to(torch.int32).contiguous(),
+            found.mass.to(torch.float32),
+            found.lse,
+            None if found.dropped is None else found.dropped.to(torch.float32),
+        )
     out.blocks.fill_(-1)
-    width = min(blocks.shape[-1], out.blocks.shape[-1])
-    out.blocks[..., :width] = blocks[..., :width]
-    out.counts.copy_(counts)
-    out.mass.copy_(mass)
-    if out.lse is not None and lse is not None:
-        out.lse.copy_(lse)
+    width = min(found.blocks.shape[-1], out.blocks.shape[-1])
+    out.blocks[..., :width] = found.blocks[..., :width]
+    out.counts.copy_(found.counts)
+    out.mass.copy_(found.mass)
+    for target, source in ((out.lse, found.lse), (out.dropped, found.dropped)):
+        if target is not None and source is not None:
+            target.copy_(source)
     return out

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mean and deviation of K, measured at start: the constants that K codes need.
+
+One pass over a text that ships with the package, the same always, before the first page is written:
+so answers do not depend on what a server was asked first. In that pass every layer attends to the
+text itself. After the zeros that vLLM's profile run puts in place of attention, K of later layers
+would be another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from importlib import resources
+from typing import Any
+
+import torch
+from vllm.config import get_layers_from_vllm_config
+from vllm.distributed import get_pp_group
+from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention.attention import Attention
+from vllm.sequence import IntermediateTensors
+from vllm.tokenizers import cached_tokenizer_from_config
+
+from vllm_kcache.config import KCacheConfigError
+from vllm_kcache.types import KStats
+
+logger = init_logger(__name__)
+
+CALIBRATION_TOKENS = 2048
+# Least deviation of a channel, as a share of the root mean square over the channels of its head: a
+# channel that stood still in the text may move later, and must not drown the others then.
+LEAST_DEVIATION = 1 / 128
+# A channel this many times as wide as its head's root mean square counts as large, for the log.
+LARGE = 4.0
+
+
+def calibrate(
+    runner: Any, vllm_config: Any, names: list[str], device: torch.device
+) -> list[KStats]:
+    """Measure K of the split layers.
+
+    All ranks of an engine call it at the same time. A text longer than a request or a step may be
+    is read in pieces, each as a request of its own.
+
+    Args:
+        runner: vLLM's model runner, its model loaded.
+        vllm_config: vLLM's configuration.
+        names: The split layers, bottom first.
+        device: Where the model runs.
+
+    Returns:
+        One for each layer, on the device.
+
+    Raises:
+        KCacheConfigError: The model cannot be run this way; the message says what to change.
+    """
+    begin = time.monotonic()
+    tokens = _tokens(vllm_config.model_config)
+    layers = get_layers_from_vllm_config(vllm_config, Attention)
+    limits = vllm_config.model_config.max_model_len, vllm_config.scheduler_config
+    piece_tokens = min(CALIBRATION_TOKENS, limits[0], limits[1].max_num_batched_tokens)
+    try:
+        with _recording(layers) as recorders:
+            for piece in tokens.split(piece_tokens):
+                _run(runner, vllm_config, piece.to(device))
+        stats = [recorders[name].stats() for name in names]
+    except Exception as error:
+        # A model class may ask for anything, and raise anything where it does not get it.
+        raise KCacheConfigError(
+            "kcache_config.k_bits=4: the pass over a short text that measures K failed for "
+            f"{vllm_config.model_config.architecture} ({type(error).__name__}: {error}). Set "
+            "kcache_config.k_bits to 16, which needs no such pass."
+        ) from error
+    logger.info(
+        "KCache: K measured over %d tokens in %.1f s. %s",
+        CALIBRATION_TOKENS,
+        time.monotonic() - begin,
+        summary(stats),
+    )
+    return stats
+
+
+def summary(stats: list[KStats]) -> str:
+    """The one line about what was measured: of all layers of this rank."""
+    shift = max(float((each.mean.abs() / each.deviation).max()) for each in stats)
+    large = sum(int((_relative(each.deviation) > LARGE).sum()) for each in stats)
+    channels = sum(each.deviation.numel() for each in stats)
+    return (
+        f"Of {len(stats)} layers the largest |mean| / deviation of a channel is {shift:.1f}, and "
+        f"{large} of {channels} channels are more than {LARGE:.0f} times as wide as their head."
+    )
+
+
+def _relative(deviation: torch.Tensor) -> torch.Tensor:
+    """Deviation of each channel in units of its head's root mean square."""
+    return deviation / deviation.square().mean(-1, keepdim=True).sqrt()
+
+
+def _tokens(model_config: Any) -> torch.Tensor:
+    """[CALIBRATION_TOKENS] int64, host: the text, from its beginning again where it is too short;
+    random tokens where there is no tokenizer. The same always."""
+    vocabulary = model_config.get_vocab_size()
+    tokenizer = cached_tokenizer_from_config(model_config)
+    if tokenizer is None:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(vocabulary, (CALIBRATION_TOKENS,), generator=generator)
+    text = resources.files(__package__).joinpath("calibration.txt").read_text(encoding="utf-8")
+    ids = tokenizer.encode(text)
+    repeats = -(-CALIBRATION_TOKENS // len(ids))
+    return torch.tensor((ids * repeats)[:CALIBRATION_TOKENS])
+
+
+@torch.inference_mode()
+def _run(runner: Any, vllm_config: Any, tokens: torch.Tensor) -> None:
+    """One piece through the stages of the model that this rank holds."""
+    model, group, count = runner.get_model(), get_pp_group(), tokens.shape[0]
+    config = vllm_config.model_config
+    positions = torch.arange(count, device=tokens.device)
+    if config.uses_mrope:
+        # Text stands at the same place in all three.
+        positions = positions.expand(3, -1)
+    embeds = before = None
+    if not group.is_first_rank:
+        before = IntermediateTensors(group.recv_tensor_dict())
+    elif config.is_multimodal_model:
+        embeds = model.embed_input_ids(tokens)
+    if vllm_config.lora_config is not None:
+        # No adapter for any token.
+        runner._set_active_loras((0,), (0,) * count, set())
+    # Not compiled: the first shape that a compiled model sees is vLLM's own choice.
+    with set_forward_context(None, vllm_config, num_tokens=count, skip_compiled=True):
+        result = model(
+            input_ids=None if embeds is not None else tokens,
+            positions=positions,
+            intermediate_tensors=before,
+            inputs_embeds=embeds,
+        )
+    if not group.is_last_rank:
+        group.send_tensor_dict(result.tensors)
+
+
+@contextlib.contextmanager
+def _recording(layers: dict[str, Any]) -> Iterator[dict[str, _Recorder]]:
+    """Every layer attends to the tokens of the pass alone, and remembers its K."""
+    impls = {name: layer.impl for name, layer in layers.items()}
+    recorders: dict[str, _Recorder] = {}
+    for name, layer in layers.items():
+        target = layer.kv_sharing_target_layer_name
+        # Layers of other stages have no target here; a target comes before those that read it.
+        recorders[name] = layer.impl = _Recorder(layer.impl, recorders.get(target))
+    try:
+        yield recorders
+    finally:
+        for name, layer in layers.items():
+            layer.impl = impls[name]
+
+
+class _Recorder:
+    """In place of a layer's attention: causal attention of some tokens to themselves.
+
+    Args:
+        impl: The layer's own.
+        source: Recorder of the layer whose K and V this one reads.
+    """
+
+    def __init__(self, impl: Any, source: _Recorder | None) -> None:
+        self._heads = impl.num_heads, impl.num_kv_heads
+        self._scale = impl.scale
+        self._source = source
+        self._count = 0
+        self._sum = self._squares = torch.zeros(())
+        # Of the last pass, for layers that share them.
+        self._kv: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As vLLM's; there is no cache and no metadata yet."""
+        tokens, (heads, kv_heads) = query.shape[0], self._heads
+        if self._source is None:
+            self._kv = key.view(tokens, kv_heads, -1), value.view(tokens, kv_heads, -1)
+            self._add(self._kv[0])
+        keys, values = self._kv if self._source is None else self._source._kv
+        result = torch.nn.functional.scaled_dot_product_attention(
+            query.view(tokens, heads, -1).transpose(0, 1)[None],
+            keys.transpose(0, 1)[None],
+            values.transpose(0, 1)[None],
+            is_causal=True,
+            scale=self._scale,
+            enable_gqa=heads != kv_heads,
+        )
+        output.view(tokens, heads, -1).copy_(result[0].transpose(0, 1))
+        return output
+
+    def _add(self, key: torch.Tensor) -> None:
+        exact = key.double()
+        self._count += key.shape[0]
+        self._sum = self._sum.to(exact.device) + exact.sum(0)
+        self._squares = self._squares.to(exact.device) + exact.square().sum(0)
+
+    def stats(self) -> KStats:
+        """Mean and deviation of what was seen."""
+        if not self._count:
+            raise RuntimeError("a split layer was not run")
+        mean = self._sum / self._count
+        variance = (self._squares / self._count - mean.square()).clamp_min(0.0)
+        if not bool(variance.isfinite().all()):
+            raise RuntimeError("K is not finite")
+        width = variance.mean(-1, keepdim=True).sqrt()
+        # A head that stands still altogether has no width: then 1 is as good as any.
+        width = torch.where(width > 0, width, 1 / LEAST_DEVIATION)
+        deviation = torch.maximum(variance.sqrt(), width * LEAST_DEVIATION)
+        return KStats(mean.float(), deviation.float())

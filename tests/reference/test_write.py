@@ -2,21 +2,11 @@
 import pytest
 import torch
 
+from tests.reference.coded import slots_of
 from tests.shapes import ODD_SHAPES, build_case
 from vllm_kcache.reference.write import write_kv
 
 WRITTEN = [shape for shape in ODD_SHAPES if sum(shape.seq_lens)]
-
-
-def slots_of(case) -> torch.Tensor:
-    """Slot of each token of each request, one request after the other."""
-    page_tokens = case.shape.page_tokens
-    slots = [
-        int(case.block_table[request, token // page_tokens]) * page_tokens + token % page_tokens
-        for request, tokens in enumerate(case.shape.seq_lens)
-        for token in range(tokens)
-    ]
-    return torch.tensor(slots)
 
 
 @pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])

@@ -192,7 +192,9 @@ class _Recorder:
         if self._source is None:
             self._kv = key.view(tokens, kv_heads, -1), value.view(tokens, kv_heads, -1)
             self._add(self._kv[0])
-        keys, values = self._kv if self._source is None else self._source._kv
+        shared = (self._source or self)._kv
+        assert shared is not None
+        keys, values = shared
         result = torch.nn.functional.scaled_dot_product_attention(
             query.view(tokens, heads, -1).transpose(0, 1)[None],
             keys.transpose(0, 1)[None],

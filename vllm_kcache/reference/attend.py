@@ -170,9 +170,10 @@ def _combine(
         exponents = scores - lse
         dropped, unit = None, scores.new_ones(())
         if selected.dropped is not None:
-            # Estimates may be far below the truth: exp of the difference must not overflow.
-            most = exponents.amax(-1, keepdim=True).clamp_min(0.0)
-            unit = (-most.nan_to_num(0.0)).exp()
+            # Estimates may be far from the truth: in units of the largest selected token, neither
+            # its weight nor the dropped mass leaves the range of a float.
+            most = exponents.amax(-1, keepdim=True).nan_to_num(0.0).clamp_min(-60.0)
+            unit = (-most).exp()
             exponents = exponents - most
             dropped = selected.dropped[group].to(scores.dtype).view(heads) * unit
         # The score of padding is -inf, and the lse of a padded row anything.

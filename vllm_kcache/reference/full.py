@@ -101,8 +101,8 @@ def attend_full_rows(
             keys, values = keys * key_scales, values * value_scales
 
         def tokens_of(x: torch.Tensor) -> torch.Tensor:
-            by_head = x.view(ids.shape[0], num_kv_heads, page_tokens, -1).transpose(0, 1)
-            return by_head.flatten(1, 2)
+            by_head = x.unflatten(0, (ids.shape[0], num_kv_heads, -1)).transpose(0, 1)
+            return by_head.flatten(1, 3)
 
         keys, values = tokens_of(keys), tokens_of(values)
         if row.host_dtype == "int8":

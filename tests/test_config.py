@@ -4,6 +4,7 @@ import math
 
 import pydantic
 import pytest
+import torch
 from hypothesis import given as drawn
 from hypothesis import strategies as st
 
@@ -11,8 +12,8 @@ from vllm_kcache.config import ACCEPTED_VALUES, KCacheConfig, KCacheConfigError
 from vllm_kcache.types import Selection
 
 KEYS = (
-    "top_n, coverage, mass_threshold, v_block_tokens, sink_tokens, recent_tokens, dense_layers, "
-    "tail, head_combine, host_memory_gib, hot_cache_gib, prefill"
+    "top_n, coverage, mass_threshold, k_bits, host_dtype, v_block_tokens, sink_tokens, "
+    "recent_tokens, dense_layers, tail, head_combine, host_memory_gib, hot_cache_gib, prefill"
 )
 
 
@@ -99,6 +100,34 @@ def test_settings_that_exclude_each_other():
         KCacheConfig(tail="clip", coverage=0.9).selection(8)
 
 
+@pytest.mark.parametrize(
+    ("given", "bits", "two_bytes", "four_bytes"),
+    [
+        ({}, 16, "model", "model"),
+        ({"k_bits": 16}, 16, "model", "model"),
+        ({"k_bits": 4}, 4, "int8", "model"),
+        ({"k_bits": 4, "host_dtype": "model"}, 4, "model", "model"),
+        ({"k_bits": 4, "host_dtype": "int8"}, 4, "int8", "int8"),
+        ({"k_bits": "auto", "host_dtype": "auto"}, 16, "model", "model"),
+    ],
+    ids=str,
+)
+def test_bits_of_k_and_what_rows_hold(given, bits, two_bytes, four_bytes):
+    config = KCacheConfig.from_user(given)
+    assert config.resolved_k_bits == bits
+    for dtype in (torch.float16, torch.bfloat16):
+        assert config.resolved_host_dtype(dtype) == two_bytes
+    assert config.resolved_host_dtype(torch.float32) == four_bytes
+
+
+@pytest.mark.parametrize("bits", [{}, {"k_bits": 16}, {"k_bits": "auto"}], ids=str)
+def test_int8_rows_need_codes(bits):
+    assert refusal({"host_dtype": "int8", **bits}) == (
+        "kcache_config.host_dtype='int8': needs kcache_config.k_bits=4; with 16 the host holds V "
+        "as the model has it"
+    )
+
+
 # fmt: off
 BAD_VALUES = {
     "top_n": [0, -1, 1.5, 64.0, True, "some", "64", [1], {}, 2**24 + 1, 2**31, 10**400],
@@ -106,6 +135,8 @@ BAD_VALUES = {
         0, 0.0, -0.5, 1.5, 2, 5e-324, math.nan, math.inf, True, "0.9", "high", [], 10**400
     ],
     "mass_threshold": [0, 0.0, -0.5, 1.5, 2, 5e-324, math.nan, True, "0.002", "all", [], 1e300],
+    "k_bits": [0, 2, 8, 4.0, 16.0, True, None, "4", "16", "all", [4], 10**400],
+    "host_dtype": ["fp8", "INT8", "bfloat16", None, 8, True],
     "v_block_tokens": [0, -8, 3, 24, 64, 8.0, True, None, "8", "big", 2**31, 10**400],
     "sink_tokens": [-1, 0.5, 8.0, False, None, "8", "auto", 2**24 + 1, 2**31, 10**400],
     "recent_tokens": [0, -1, 0.5, 32.0, True, None, "32", 2**24 + 1, 2**31, 10**400],
@@ -165,6 +196,8 @@ GOOD_VALUES = {
     "top_n": [1, 5000, 2**24, "all", None],
     "coverage": [1e-9, 0.01, 0.95, 1.0, 1, None, "auto"],
     "mass_threshold": [1e-9, 0.002, 1.0, None, "auto"],
+    "k_bits": [4, 16, "auto"],
+    "host_dtype": ["auto", "model"],
     "v_block_tokens": [1, 2, 4, 8, 16, 32, "auto"],
     "sink_tokens": [0, 8, 100, 2**24],
     "recent_tokens": [1, 32, 100, 2**24],

@@ -246,7 +246,7 @@ def _check(parsed: argparse.Namespace, others: list[str]) -> int:
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
-        from vllm_kcache.integration.check import problems
+        from vllm_kcache.integration.check import notes, problems
     except ImportError as error:
         raise PlanError(f"check needs vLLM, which does not import: {error}") from None
     found = problems(parsed.model, others)
@@ -256,6 +256,8 @@ def _check(parsed: argparse.Namespace, others: list[str]) -> int:
         for text in found:
             print(f"refused: {text}")
         print(f"{parsed.model}: {_count(found)}")
+        for text in notes(parsed.model, others):
+            print(f"note: {text}")
     return 1 if found else 0
 
 

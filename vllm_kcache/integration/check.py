@@ -92,3 +92,21 @@ def _one_line(error: Exception) -> str:
         if text and "validation error for" not in text and "errors.pydantic.dev" not in text:
             kept.append(text)
     return " ".join(kept) or type(error).__name__
+
+
+def notes(model: str, flags: list[str]) -> list[str]:
+    """What such a start would do that a user may want to know beforehand.
+
+    Args:
+        model, flags: As for `problems`, which has accepted them.
+    """
+    parsed = _parse(model, flags)
+    settings, additional = parsed.kcache_config, parsed.additional_config
+    if isinstance(additional, dict) and KEY in additional:
+        settings = args.merge_settings(additional, "kcache", settings)[KEY]
+    if KCacheConfig.from_user(settings).resolved_k_bits == 16:
+        return []
+    return [
+        "k_bits 4: at start the model reads a short text of the package, to measure K (mean and "
+        "deviation of each channel)"
+    ]

@@ -174,6 +174,8 @@ def test_the_texts_of_what_is_accepted():
         'kcache_config.top_n=0: must be an integer from 1 to 16777216, "all" or null',
         'kcache_config.coverage=0: must be a number from 1e-9 to 1, null or "auto"',
         'kcache_config.mass_threshold=0: must be a number from 1e-9 to 1, null or "auto"',
+        'kcache_config.k_bits=0: must be 4, 16 or "auto"',
+        'kcache_config.host_dtype=\'fp8\': must be "auto", "model" or "int8"',
         'kcache_config.v_block_tokens=0: must be 1, 2, 4, 8, 16, 32 or "auto"',
         "kcache_config.sink_tokens=-1: must be an integer from 0 to 16777216",
         "kcache_config.recent_tokens=0: must be an integer from 1 to 16777216",

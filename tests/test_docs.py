@@ -66,7 +66,7 @@ def test_every_refusal_is_named() -> None:
 
 def test_every_metric_is_named() -> None:
     text = (DOCS / "metrics.md").read_text()
-    for name in (*counters.SCALARS, "mean_selected_blocks", "dropped_mass"):
+    for name in (*counters.SCALARS, "mean_selected_blocks", "dropped_mass", "estimate_error"):
         assert f"`{name}`" in text, f"metrics.md does not name {name}"
 
 

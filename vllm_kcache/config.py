@@ -115,7 +115,7 @@ class KCacheConfig(BaseModel):
     top_n: PositiveInt | Literal["all"] | None = None
     coverage: Fraction | Literal["auto"] | None = "auto"
     mass_threshold: Fraction | Literal["auto"] | None = "auto"
-    k_bits: Literal[4, 16, "auto"] = "auto"
+    k_bits: PositiveInt | Literal["auto"] = "auto"
     host_dtype: Literal["auto", "model", "int8"] = "auto"
     v_block_tokens: PositiveInt | Literal["auto"] = "auto"
     sink_tokens: NonNegativeInt = 8
@@ -126,6 +126,14 @@ class KCacheConfig(BaseModel):
     host_memory_gib: PositiveGiB | Literal["auto"] = "auto"
     hot_cache_gib: NonNegativeGiB | Literal["auto"] = "auto"
     prefill: Literal["auto", "flash_attn", "xformers", "torch"] = "auto"
+
+    @field_validator("k_bits")
+    @classmethod
+    def _four_or_sixteen(cls, value: int | str) -> int | str:
+        # A Literal of numbers would take 4.0, too.
+        if value not in ("auto", 4, 16):
+            raise ValueError(f"must be {ACCEPTED_VALUES['k_bits']}")
+        return value
 
     @field_validator("v_block_tokens")
     @classmethod

@@ -53,6 +53,40 @@ def test_what_a_cpu_counts(folder: Path) -> None:
     np.testing.assert_array_equal(read, written.read())
 
 
+def test_how_far_estimates_are_off(folder: Path) -> None:
+    written = Counters(counters.path_of("a", 0, 0))
+    written.add_estimate_errors(torch.tensor([0.0, 0.01, 0.011, 0.7, 1.0, 3.0, torch.inf]))
+    written.add_estimate_errors(torch.tensor([torch.nan, 0.15]))
+    written.add_estimate_errors(torch.zeros(0))
+    (read,) = counters.read_all("a", 0, 1)
+    found = dict(zip(counters.ESTIMATE_BOUNDS, counters.estimate_errors(read), strict=True))
+    assert {bound: count for bound, count in found.items() if count} == {
+        0.01: 2, 0.02: 1, 0.2: 1, 1.0: 2, 5.0: 1, float("inf"): 2,
+    }  # fmt: skip
+    assert not counters.dropped_mass(read).any()
+
+
+@pytest.mark.parametrize(("far", "warns"), [(499, False), (501, True)])
+def test_estimates_that_are_far_off_are_a_warning_once(
+    monkeypatch: pytest.MonkeyPatch, far: int, warns: bool
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(
+        counters.logger, "warning", lambda text, *values: said.append(text % values)
+    )
+    figures = Counters()
+    errors = torch.full((10_000,), 0.1)
+    errors[:far] = 1.5
+    figures.add_estimate_errors(errors[:-1])
+    assert not said  # too few yet
+    for _ in range(2):
+        figures.add_estimate_errors(errors[-1:])
+    assert len(said) == warns
+    if warns:
+        assert "for 5% of the selected blocks" in said[0]
+        assert "Set kcache_config.k_bits to 16" in said[0]
+
+
 def test_what_a_gpu_writes(folder: Path) -> None:
     written = Counters(counters.path_of("a", 0, 0))
     written["eager_decode_steps"] = 2

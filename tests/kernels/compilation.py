@@ -100,17 +100,17 @@ def launch_all(shape: Shape, dtype: torch.dtype, dependent: bool) -> None:
         view, batch, workspace = layer.view, layer.batch, layer.workspace
         write_kv(view, key, key, slot, allocate_tokens=1, dependent=dependent)
         write_kv(view, key, key, slot, parts=WriteParts.K | WriteParts.V_SLOT)
-        buffers = workspace.views(view, batch)
+        lists = workspace.views(view, batch)
         for after_write, signal in itertools.product({False, dependent}, (False, True)):
             score_blocks(
-                view, batch, buffers, signal=signal, dependent=dependent, after_write=after_write
+                view, batch, lists, signal=signal, dependent=dependent, after_write=after_write
             )
-        columns = buffers.rows.shape[2]
+        columns = lists.rows.shape[2]
         usual = attend_config(view.shape, 2, columns)
         # Whether lists are split is a compiled-in choice, apart from what the tail does.
         for splits in (1, 4) if tail == "clip" else (4,):
             attend_blocks(
-                view, batch, buffers.selected, buffers.rows, workspace,
+                view, batch, lists.selected, lists.rows, workspace,
                 torch.empty_like(case.query), config=replace(usual, splits=splits),
                 dependent=dependent,
             )  # fmt: skip

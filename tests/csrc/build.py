@@ -2,7 +2,7 @@
 """Builds csrc/ for the host, so that its kernels run where there is no GPU.
 
 The sources are those of csrc/ but for the headers that emulator/ replaces, and for what C++ has no
-words for: launches, dynamic shared memory and the dispatch key. Needs a C++ compiler and torch's
+words for: launches, shared memory and the dispatch key. Needs a C++ compiler and torch's
 headers.
 """
 
@@ -35,12 +35,15 @@ def compiler() -> str | None:
 def translate(text: str) -> str:
     """CUDA C++ of csrc/ to C++."""
     text = re.sub(
-        r"extern __shared__ (\w+) (\w+)\[\];",
-        r"\1* \2 = static_cast<\1*>(emulator::dynamic_shared());",
+        r"__shared__ ([\w<>]+) (\w+)(\[\w+\])?;",
+        r"auto& \2 = emulator::shared_variable<\1\3>(__LINE__);",
         text,
     )
     text = re.sub(
-        r"(\w+(?:<[\w, ]+>)?)\s*<<<(.*?)>>>\(", r"emulator::launch(\1, \2)(", text, flags=re.DOTALL
+        r"(\w+(?:<[\w(), ]+>)?)\s*<<<(.*?)>>>\(",
+        r"emulator::launch(\1, \2)(",
+        text,
+        flags=re.DOTALL,
     )
     library = "STABLE_TORCH_LIBRARY_IMPL(kcache, {},"
     return text.replace(library.format("CUDA"), library.format("CPU"))

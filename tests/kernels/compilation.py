@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import os
 import pkgutil
 import re
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -133,7 +133,9 @@ def all_kernels() -> set[str]:
     return names
 
 
-def main(capability: int) -> None:
+def main() -> None:
+    """Compile for the GPU that KCACHE_CAPABILITY names, such as 90."""
+    capability = int(os.environ["KCACHE_CAPABILITY"])
     compiled = compile_instead_of_running(capability)
     for shape, dtype in CASES:
         launch_all(shape, dtype, dependent=capability >= 90)
@@ -142,4 +144,4 @@ def main(capability: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main()

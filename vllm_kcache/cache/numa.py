@@ -15,6 +15,7 @@ import mmap
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,9 +48,9 @@ def gpu_node(device: int | None = None, root: Path = _ROOT) -> int | None:
     if len(nodes) < 2:
         logger.info("NUMA: this machine has one memory node")
         return None
-    properties = torch.cuda.get_device_properties(
-        torch.cuda.current_device() if device is None else device
-    )
+    if device is None:
+        device = torch.cuda.current_device()
+    properties: Any = torch.cuda.get_device_properties(device)  # the stubs lack pci_...
     address = (
         f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}"
         f":{properties.pci_device_id:02x}.0"
@@ -140,7 +141,7 @@ def place(address: int, length: int, node: int, root: Path = _ROOT) -> set[int]:
             "NUMA: node %d cannot be chosen here (%s; docker needs --cap-add SYS_NICE): the memory "
             "is touched from its %d CPUs that this process may use",
             node,
-            os.strerror(error.errno),
+            error.strerror,
             len(local),
         )
     return local or cpus
@@ -159,7 +160,7 @@ def report(address: int, length: int, node: int) -> None:
     except OSError as error:
         logger.info(
             "NUMA: where the host V pool lies cannot be read here (%s); numastat -p %d tells",
-            os.strerror(error.errno),
+            error.strerror,
             os.getpid(),
         )
         return

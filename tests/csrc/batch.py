@@ -133,7 +133,8 @@ class Batch:
                     integers(*lists, columns), integers(*lists), torch.full(lists, torch.nan),
                     torch.full((requests, heads), torch.nan),
                 ),
-                integers(*lists, columns), torch.zeros(requests * sizes.kv_heads, dtype=torch.int32),
+                integers(*lists, columns),
+                torch.zeros(requests * sizes.kv_heads, dtype=torch.int32),
             ),
         )  # fmt: skip
 

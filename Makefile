@@ -22,7 +22,7 @@ OFFLINE = HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 SHAPES = benchmarks/shapes
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model serve test test-gpu bench-gpu lint format figures docs wheel clean
+.PHONY: help setup model serve test test-all test-gpu bench-gpu lint format figures docs wheel clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -36,9 +36,13 @@ model: setup ## Get SmolLM2-135M-Instruct into models/
 serve: model ## Serve the model with --kv-backend kcache (PORT=, MODEL=, ARGS=)
 	@exec $(BIN)/python tools/serve.py $(MODEL) --port $(PORT) -- $(ARGS)
 
-test: model ## Run all tests that need no GPU (TESTS= chooses)
-	@$(OFFLINE) $(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile \
-	  --no-loadscope-reorder $(TESTS)
+PYTEST = $(OFFLINE) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+test: model ## Run the tests that a change must pass; none needs a GPU (TESTS= chooses)
+	@$(PYTEST) -m "not gpu and not full" $(TESTS)
+
+test-all: model ## Run these and the long ones: all layers, accuracy (TESTS= chooses)
+	@$(PYTEST) -m "not gpu" $(TESTS)
 
 test-gpu: ## Run the GPU tests; in .venv if there is one, else with a python3 that has vLLM
 	@$(OFFLINE) PYTHON=$(GPU_PYTHON) tools/test_gpu.sh
@@ -84,5 +88,5 @@ wheel: ## Build the wheel with the CUDA extension into dist/ (needs only Python 
 	@ls -l dist
 
 clean: ## Remove what was built; .venv and models/ stay
-	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .cache build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -14,7 +14,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from torch import __version__ as torch_version
+
 from csrc.build import SOURCE, SOURCES, TORCH_TARGET, torch_root
+from tests.kept import digest, digest_of_files
 
 EMULATOR = Path(__file__).resolve().parent / "emulator"
 # The emulator's longjmp between stacks is what _FORTIFY_SOURCE, some compilers' default, forbids.
@@ -61,6 +64,18 @@ def compile_library(sources: list[Path], folder: Path, name: str, *flags: str) -
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
     return output
+
+
+def key() -> str:
+    """Of all that decides what `build` makes: the sources, the emulator, the compiler, torch."""
+    sources = [*SOURCE.glob("*.cu*"), *SOURCE.glob("*.h"), *SOURCE.glob("*.cpp")]
+    emulator = [path for path in EMULATOR.iterdir() if path.is_file()]
+    recipes = [Path(__file__), SOURCE / "build.py"]
+    done = subprocess.run(
+        [str(compiler()), "--version"], capture_output=True, text=True, check=True
+    )
+    files = digest_of_files(*sorted(sources), *sorted(emulator), *recipes)
+    return digest(files, done.stdout, torch_version)
 
 
 def build(folder: Path) -> Path:

@@ -8,20 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.csrc.build import build, compiler
 from vllm_kcache.kernels import extension
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built library, loaded."""
-    if compiler() is None:
-        pytest.skip("no C++ compiler: csrc/ cannot be run without a GPU")
-    path = build(tmp_path_factory.mktemp("csrc"))
-    torch.ops.load_library(str(path))
-    return path
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ BENCHMARKS = {
 }
 
 LATENCY = ["bench", "latency", "--skip-tokenizer-init"]
-# Arguments after the model, and the one line of the error.
+# Arguments after `vllm serve MODEL`, and the one line of the error.
 WRONG = {
     "unknown backend": (
         ["--kv-backend", "kcahe"],
@@ -113,6 +113,10 @@ WRONG = {
     "an engine setting": (
         [*KCACHE, "--block-size", "8"],
         "--kv-backend kcache does not support block_size=8: a K page must be a multiple of 16",
+    ),
+    "an engine feature": (
+        [*KCACHE, "--kv-offloading-size", "1"],
+        "--kv-backend kcache does not support kv_offloading_size=1",
     ),
     "a setting that does not fit the model": (
         [*KCACHE, "--kcache-config", '{"dense_layers": 2}'],

@@ -15,7 +15,7 @@ import pytest
 from benchmarks import accuracy
 from tests.integration.engines import MODEL
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.full]
 
 CONTEXT_TOKENS = 1024
 FORCED_TOKENS = 24

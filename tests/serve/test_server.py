@@ -1,15 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real server process with --kv-backend kcache, its default settings, and real clients."""
+"""A real server process with --kv-backend kcache, its default settings, and real clients.
+
+One server for all: the last test ends it.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import openai
+import psutil
 import pytest
 
 from tests.serve.server import (
@@ -27,6 +34,7 @@ from tests.serve.server import (
 pytestmark = pytest.mark.slow
 
 PARALLEL_CLIENTS = 16
+SHARED_MEMORY = Path("/dev/shm")
 # fmt: off
 FRUITS = (
     "apple", "banana", "cherry", "damson", "elderberry", "fig", "grape", "hazelnut",
@@ -177,3 +185,37 @@ def test_clients_leaving_a_full_server_free_everything(server: Server) -> None:
     assert all(count > 3 for count in chunks[::2])
     server.wait_until_idle()
     assert server.process.poll() is None
+
+
+def test_sigterm_in_mid_stream_ends_every_process(server: Server) -> None:
+    """It stops when told to, in the middle of a request, and leaves nothing. Ends the server."""
+    processes = server.processes()
+    assert len(processes) > 1  # the engine core has a process of its own
+    files = counter_files(processes)
+    assert len(files) == 1  # one worker
+    read_one_chunk_and_stop(server)
+    assert server.process.returncode in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert not alive, f"still alive: {alive}"
+    assert not [path for path in files if path.exists()]
+
+
+def read_one_chunk_and_stop(server: Server) -> None:
+    body = {
+        "model": MODEL_NAME,
+        "prompt": "Once upon a time",
+        "max_tokens": 1900,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+        next(line for line in answer.iter_lines() if line.startswith("data: "))
+        told = time.monotonic()
+        server.stop(signal.SIGTERM)
+    assert time.monotonic() - told < 30
+
+
+def counter_files(processes: list[psutil.Process]) -> set[Path]:
+    """Files of the plugin in shared memory that these processes map."""
+    maps = [Path(region.path) for process in processes for region in process.memory_maps()]
+    return {path for path in maps if path.parent == SHARED_MEMORY and "vllm_kcache" in path.name}

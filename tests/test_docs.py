@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The documentation against the code: settings, refusals, metrics, rows of the study, links."""
+"""The documentation against the code: settings, refusals, metrics, links."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import selection_table
 from vllm_kcache.config import ACCEPTED_VALUES, KCacheConfig
 from vllm_kcache.integration import counters, refusals
 
@@ -68,23 +67,6 @@ def test_every_metric_is_named() -> None:
     text = (DOCS / "metrics.md").read_text()
     for name in (*counters.SCALARS, "mean_selected_blocks", "dropped_mass"):
         assert f"`{name}`" in text, f"metrics.md does not name {name}"
-
-
-def test_the_study_shows_its_rows() -> None:
-    """Every row of selection.md is part of a row that the table prints. Labels may differ."""
-    rows = [json.loads(line) for line in selection_table.RESULTS.read_text().splitlines()]
-    printed = []
-    for group in {(row["rule"]["block_tokens"], row["context"]) for row in rows}:
-        chosen = [row for row in rows if (row["rule"]["block_tokens"], row["context"]) == group]
-        printed += [cells_of(line) for line in selection_table.table(chosen)]
-    shown = [
-        [cell for cell in cells_of(line)[1:] if cell]
-        for line in (DOCS / "selection.md").read_text().splitlines()
-        if line.startswith("|") and line.count("±") == 2
-    ]
-    assert len(shown) > 50
-    for cells in shown:
-        assert any(set(cells) <= set(row) for row in printed), f"no such row: {cells}"
 
 
 def without_code(text: str) -> str:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The simulation of the hot cache's policy (benchmarks/hit_rate.py)."""
+"""The simulation of the hot cache's policy (replay/hit_rate.py)."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from benchmarks.hit_rate import ExactLRU, Run, WindowLRU, simulate
-from benchmarks.record import Recording, decode_mass, selected_blocks
+from benchmarks.replay.hit_rate import ExactLRU, Run, WindowLRU, simulate
+from benchmarks.replay.record import Recording, decode_mass, selected_blocks
 from vllm_kcache.types import Selection
 
 SELECTION = Selection(None, 0.95, 1, 32, "sum")

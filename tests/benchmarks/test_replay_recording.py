@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was recorded of a real model, and the form it is stored in (benchmarks/record.py)."""
+"""What was recorded of a real model, and the form it is stored in (replay/record.py)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.record import (
+from benchmarks.replay.record import (
     RECORDINGS,
     Recording,
     ScoreRecorder,

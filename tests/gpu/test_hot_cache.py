@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.residency import compare_copies
+from benchmarks.replay.residency import compare_copies
 from tests.kernels import simulation
 from vllm_kcache.kernels import extension
 

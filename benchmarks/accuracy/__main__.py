@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the selection costs in accuracy, through the real vLLM engine, stock beside the split cache.
 
-    python -m benchmarks.accuracy sweep MODEL --lengths 2048 4096 8000 --grid default
+    python -m benchmarks.accuracy sweep MODEL --lengths 2048 4096 8000
     python -m benchmarks.accuracy sweep MODEL --settings '[{"coverage": 0.97}, {"top_n": 32}]'
     python -m benchmarks.accuracy table
 
@@ -27,7 +27,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.accuracy.grid import GRIDS, parse_settings
+from benchmarks.accuracy.settings import parse_settings
 from benchmarks.rows import RESULTS
 
 
@@ -47,9 +47,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     sweep.add_argument(
         "--settings", nargs="+", metavar="JSON", help="kcache_config of each setting, or a list"
     )
-    sweep.add_argument("--grid", choices=GRIDS, default="default")
-    sweep.add_argument("--v-blocks", type=int, nargs="+", help="V blocks of the grid, tokens")
-    sweep.add_argument("--dense-layers", type=int, nargs="+", help="dense layers of the grid")
     sweep.add_argument("--dtype", default="float32")
     sweep.add_argument("--block-size", type=int, help="tokens of a K page (GPU 16, CPU 32)")
     sweep.add_argument("--max-num-batched-tokens", type=int, help="(GPU 8192, CPU 2048)")

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks import rows
 from benchmarks.accuracy.engine import stock_logits_path
-from benchmarks.accuracy.grid import EngineSettings, listed, make_grid
+from benchmarks.accuracy.settings import EngineSettings, by_engine, default_settings
 from benchmarks.accuracy.texts import hash_of, make_passages, save_passages
 from benchmarks.rows import ROOT, Row, Rows, key_of
 from vllm_kcache.cache.host_memory import host_budget_bytes
@@ -99,11 +99,8 @@ class Sweep:
 
     def engines(self) -> list[EngineSettings]:
         """The engines that the options ask for."""
-        options = self.options
         size = KCacheConfig().resolved_v_block_tokens(self.head_size(), 2, self.page_tokens)
-        if options.settings is not None:
-            return listed(options.settings, size)
-        return make_grid(options.grid, size, options.v_blocks, options.dense_layers, not self.gpu)
+        return by_engine(self.options.settings or default_settings(size), size)
 
     def row(self, length: int, setting: dict[str, Any] | None) -> Row:
         """What is known of a row before it is measured."""
@@ -138,9 +135,7 @@ class Sweep:
 
     def run(self) -> None:
         """Stock first, then one engine after the other."""
-        engines = self.engines()
-        self._note_skipped(engines)
-        todo = [(engine, jobs) for engine in engines if (jobs := self.jobs(engine))]
+        todo = [(engine, jobs) for engine in self.engines() if (jobs := self.jobs(engine))]
         count = sum(len(job["settings"]) for _, jobs in todo for job in jobs)
         print(f"{count} rows to measure on {len(todo)} engines of the split cache", flush=True)
         if not todo:
@@ -159,16 +154,6 @@ class Sweep:
         if not self.options.keep_work:
             shutil.rmtree(self.work)
 
-    def _note_skipped(self, engines: list[EngineSettings]) -> None:
-        for engine in engines:
-            for setting, reason in engine.skipped:
-                full = {**engine.start, **setting}
-                about = {**self.common, "kcache": full, "skipped": reason}
-                key = key_of(about)
-                if key not in self.rows:
-                    self.rows.add({"key": key, **rows.environment(self.command), **about})
-                print(f"skipped {json.dumps(full)}: {reason}", flush=True)
-
     def _check_disk(self, lengths: int) -> None:
         positions = lengths * len(self.passages) * self.options.forced
         needed = positions * self.config.vocab_size * 4
@@ -185,7 +170,7 @@ class Sweep:
         spec = {
             "engine": self.engine,
             "kcache": None if engine is None else self._start_settings(engine),
-            "v_block_tokens": None if engine is None else engine.v_block_tokens,
+            "v_block_tokens": None if engine is None else engine.start["v_block_tokens"],
             "work": str(self.work),
             "results": str(self.options.results.resolve()),
             "passages": str(self.work / "passages.json"),

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import rows
-from benchmarks.accuracy.grid import parse_settings
+from benchmarks.accuracy.settings import parse_settings
 from benchmarks.rows import RESULTS, ROOT, Rows, key_of
 from vllm_kcache.config import KCacheConfig
 

@@ -21,14 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.rows import RESULTS, ROOT, append, command, commit, date
-from benchmarks.study.model import (
-    CALIBRATION,
-    PASSAGES,
-    Prefix,
-    StudyModel,
-    attend_exactly,
-    fit_head_weights,
-)
+from benchmarks.study.model import PASSAGES, Prefix, StudyModel, attend_exactly
 from benchmarks.study.rules import Rule, RuleAttention
 
 NUM_POSITIONS = 256
@@ -40,7 +33,7 @@ class Study:
     Args:
         model: whose attention goes by the rules.
         context: tokens of a passage.
-        cache: folder that keeps prefixes and fitted weights, if any.
+        cache: folder that keeps prefixes, if any.
     """
 
     def __init__(self, model: StudyModel, context: int, cache: Path | None) -> None:
@@ -61,24 +54,18 @@ class Study:
 
     def run(self, rules: list[Rule], names: list[str]) -> list[list[dict[str, Any]]]:
         """Figures of each rule on each passage, one of which is in memory at a time."""
-        weights = None
-        if any(rule.weights != "none" for rule in rules):
-            # Fitted on passages which no figure is reported on.
-            weights = fit_head_weights(self.model, [self.prefix(name) for name in CALIBRATION])
         found: list[list[dict[str, Any]]] = [[] for _ in rules]
         for name in names:
             prefix = self.prefix(name)
             log_full = self.model.logits(prefix, attend_exactly).log_softmax(-1)
             for rule, passages in zip(rules, found, strict=True):
-                passages.append(self.measure(rule, prefix, log_full, weights))
+                passages.append(self.measure(rule, prefix, log_full))
                 print(f"  {name:<10} {passages[-1]['kl']:.5f}  {rule}", flush=True)
         return found
 
-    def measure(
-        self, rule: Rule, prefix: Prefix, log_full: torch.Tensor, weights: torch.Tensor | None
-    ) -> dict[str, Any]:
+    def measure(self, rule: Rule, prefix: Prefix, log_full: torch.Tensor) -> dict[str, Any]:
         """One rule on one passage: KL a token, change of log-likelihood, tokens."""
-        attention = RuleAttention(rule, weights)
+        attention = RuleAttention(rule)
         log_rule = self.model.logits(prefix, attention).log_softmax(-1)
         kl = (log_full.exp() * (log_full - log_rule)).sum(-1)
         following = prefix.tokens[-NUM_POSITIONS:, None]

@@ -32,13 +32,6 @@ PASSAGES = {
     "python-b": ("stdlib.py.txt.gz", 0.45),
     "python-c": ("stdlib.py.txt.gz", 0.80),
 }
-# What is fitted is fitted on these, and no figure is reported on them.
-CALIBRATION = {
-    "matthew": ("kjv.txt.gz", 0.50),
-    "jargon-b": ("jargon.txt.gz", 0.50),
-    "python-d": ("stdlib.py.txt.gz", 0.30),
-}
-
 # (layer, query [Hkv, G, Q, D], k [Hkv, T, D], v [Hkv, T, D]) -> [Hkv, G, Q, D]. Query i stands at
 # position T - Q + i and may see the keys up to its own.
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -86,7 +79,7 @@ class StudyModel:
 
     def read_passage(self, name: str, num_tokens: int) -> torch.Tensor:
         """[num_tokens] int64: tokens of a passage of benchmarks/data/."""
-        file, start = (PASSAGES | CALIBRATION)[name]
+        file, start = PASSAGES[name]
         text = read_text(file)
         first = text.index("\n", int(start * len(text))) + 1
         tokens = self.tokenizer(text[first : first + 8 * num_tokens]).input_ids[:num_tokens]
@@ -146,38 +139,6 @@ class StudyModel:
             hidden = hidden + layer.self_attn.o_proj(out)
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         return hidden
-
-
-def fit_head_weights(model: StudyModel, prefixes: list[Prefix], samples: int = 3) -> torch.Tensor:
-    """How much an error in a query head's output costs, from gradients: [L, Hkv, G], mean 1.
-
-    To second order the KL of the model's answer is half of e'Fe for an error e of the output of a
-    head, where F is the Fisher information: the mean of gg' over the gradients g of the
-    log-probability of tokens drawn from the model's own answer. An error of dropped mass m is m
-    times a deviation of V, so the weight is the root of the trace of F x covariance of V.
-    """
-    shape = (model.num_kv_heads, model.group, prefixes[0].num_positions, model.head_size)
-    fisher = torch.zeros(model.num_layers, *shape[:2], shape[-1], shape[-1])
-    spread = torch.zeros(model.num_layers, shape[0], shape[-1], shape[-1])
-    for prefix in prefixes:
-        shifts = [torch.zeros(shape, requires_grad=True) for _ in range(model.num_layers)]
-
-        def attend(layer: int, *inputs: torch.Tensor, shifts: list = shifts) -> torch.Tensor:
-            return attend_exactly(layer, *inputs) + shifts[layer]
-
-        with torch.enable_grad():
-            log_p = model.logits(prefix, attend).log_softmax(-1)
-        drawn = torch.multinomial(log_p.detach().exp(), samples, replacement=True)
-        for sample in drawn.T:
-            with torch.enable_grad():
-                total = log_p.gather(-1, sample[:, None]).sum()
-            for layer, g in enumerate(torch.autograd.grad(total, shifts, retain_graph=True)):
-                fisher[layer] += torch.einsum("hgqd,hgqe->hgde", g, g)
-        for layer, v in enumerate(prefix.values):
-            away = v - v.mean(1, keepdim=True)
-            spread[layer] += away.transpose(1, 2) @ away / v.shape[1]
-    weights = torch.einsum("lhgde,lhed->lhg", fisher, spread).sqrt()
-    return weights / weights.mean()
 
 
 def attend_exactly(

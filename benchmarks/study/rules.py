@@ -2,8 +2,7 @@
 """Rules that choose V blocks, and what each does for the mass it drops.
 
 Shapes: Hkv KV heads, G query heads of each, Q queries, T tokens, P V blocks, D head size. A rule
-sees the exact softmax, as the scoring step of the engine does, and at most one number of each V
-block beside it.
+sees the exact softmax, as the scoring step of the engine does.
 """
 
 from __future__ import annotations
@@ -23,53 +22,33 @@ class Rule:
     """One rule.
 
     Attributes:
-        stop: which blocks are enough. "coverage": the fewest whose share of all importance reaches
-            `level`; "threshold": each whose importance is at least `level`; "marginal": in
-            descending order, as long as importance x what is still dropped is at least `level`;
-            "dropped": the fewest that leave at most `level` of importance.
+        stop: which blocks are enough. "coverage": the fewest whose share of the mass reaches
+            `level`; "threshold": each whose mass is at least `level`.
         level: see `stop`.
         combine: how the query heads of a KV head speak as one: "mean", "max" or "rms" of their
-            importances. With coverage, "max" asks each head to be covered.
-        value: importance is mass times this statistic of the block: "one"; "norm", the mean |v|;
-            "centred", the mean |v - mean v|; the last two relative to their mean over the request.
-        weights: importance is also multiplied with a fitted weight: "none", of the "layer", or of
-            the query "head".
+            masses. With coverage, "max" asks each head to be covered.
         floor: blocks are also added, in descending order, until they cover this mass.
         tail: where the dropped mass goes. "renormalize": to the selected tokens, in proportion to
-            their p; "spread": the share `beta` of it to all selected tokens alike, the rest in
-            proportion; "sqrt" and "clip": in proportion to sqrt(p) and to min(p, `clip`);
-            "request": the share `beta` to the mean V of all tokens not selected; "page": to the
-            mean V of the 16-token page it falls in; "beyond_sink": in proportion to p, but not to
-            the sink; "drop": nowhere.
-        hold: a block that was kept in one of the last `hold_steps` steps is kept while its
-            importance is at least `hold` x `level`; 1 means no memory.
+            their p; "clip": in proportion to min(p, `clip`); "request": half to the mean V of all
+            tokens not selected, half in proportion to p; "page": to the mean V of the 16-token page
+            it falls in; "drop": nowhere.
         dense_layers: the first layers attend to everything and are left out of the counts.
     """
 
     stop: str = "coverage"
     level: float = 0.95
     combine: str = "mean"
-    value: str = "one"
-    weights: str = "none"
     floor: float = 0.0
     tail: str = "renormalize"
-    beta: float = 0.5
     clip: float = 0.0
-    hold: float = 1.0
-    hold_steps: int = 8
     dense_layers: int = 0
     block_tokens: int = 8
 
     def __post_init__(self) -> None:
         known = {
-            "stop": ("coverage", "threshold", "marginal", "dropped"),
+            "stop": ("coverage", "threshold"),
             "combine": ("mean", "max", "rms"),
-            "value": ("one", "norm", "centred"),
-            "weights": ("none", "layer", "head"),
-            "tail": (
-                *("renormalize", "spread", "sqrt", "clip"),
-                *("request", "page", "beyond_sink", "drop"),
-            ),
+            "tail": ("renormalize", "clip", "request", "page", "drop"),
         }
         for name, accepted in known.items():
             if getattr(self, name) not in accepted:
@@ -83,17 +62,15 @@ class RuleAttention:
 
     Attributes:
         tokens: for each layer, mean tokens selected for a KV head and position.
-        fetched: for each layer, mean tokens of blocks not kept in any of the last `hold_steps`
-            steps, of the later positions.
+        fetched: for each layer, mean tokens of blocks not kept in any of the last 8 steps, of the
+            later positions.
         dropped: for each layer, mean dropped mass of a query head.
     """
 
-    WARM_UP_POSITIONS = 64
+    WARM_UP_POSITIONS, STEPS = 64, 8
 
-    def __init__(self, rule: Rule, head_weights: torch.Tensor | None = None) -> None:
-        """`head_weights` [L, Hkv, G]: needed where the rule has weights."""
+    def __init__(self, rule: Rule) -> None:
         self.rule = rule
-        self.head_weights = head_weights
         self.tokens: dict[int, float] = {}
         self.fetched: dict[int, float] = {}
         self.dropped: dict[int, float] = {}
@@ -107,9 +84,7 @@ class RuleAttention:
         weights = exact_softmax(query, k)
         masses = weights.unflatten(-1, (-1, rule.block_tokens)).sum(-1)
         exists, forced = self.blocks(query.shape[2], k.shape[1])
-        keep = (self.choose(layer, masses, v, forced) | forced) & exists
-        if rule.hold < 1:
-            keep = self.held(layer, masses, v, keep, exists)
+        keep = (self.choose(masses, forced) | forced) & exists
         self.count(layer, masses, keep)
         return attend_selected(rule, weights, masses, keep, exists & ~keep, v)
 
@@ -125,75 +100,28 @@ class RuleAttention:
         recent = block_ids >= (positions + 1 - RECENT_TOKENS).clamp_min(0) // size
         return exists, exists & (sink | recent)
 
-    def importance(self, layer: int, masses: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """[Hkv, G, Q, P]: masses, by V's statistic and the fitted weights.
-
-        With coverage, those of a query head add up to its weight.
-        """
-        rule = self.rule
-        found = masses
-        if rule.value != "one":
-            past = v[:, : v.shape[1] - masses.shape[2]]
-            centre = past.mean(1, keepdim=True) if rule.value == "centred" else 0.0
-            norms = (v - centre).norm(dim=-1).unflatten(-1, (-1, rule.block_tokens)).mean(-1)
-            found = found * (norms / norms.mean(-1, keepdim=True))[:, None, None]
-        if rule.stop == "coverage":
-            found = found / found.sum(-1, keepdim=True)
-        if rule.weights != "none":
-            assert self.head_weights is not None
-            of_heads = self.head_weights[layer]
-            if rule.weights == "layer":
-                of_heads = of_heads.mean().expand_as(of_heads)
-            found = found * of_heads[..., None, None]
-        return found
-
-    def choose(
-        self, layer: int, masses: torch.Tensor, v: torch.Tensor, forced: torch.Tensor
-    ) -> torch.Tensor:
+    def choose(self, masses: torch.Tensor, forced: torch.Tensor) -> torch.Tensor:
         """[Hkv, Q, P] bool: blocks chosen by the rule; what is forced counts first."""
         rule = self.rule
-        found = self.importance(layer, masses, v)
-        combined = combine_heads(found, rule.combine)
+        combined = combine_heads(masses, rule.combine)
         if rule.stop == "threshold" and not rule.floor:
             return combined >= rule.level
         order = combined.masked_fill(forced, torch.inf).argsort(
             dim=-1, descending=True, stable=True
         )
-        ranked = combined.gather(-1, order)
         if rule.stop == "coverage":
-            by_head = found if rule.combine == "max" else combined[:, None]
+            by_head = masses if rule.combine == "max" else combined[:, None]
             shares = by_head.gather(-1, order[:, None].expand_as(by_head))
             enough = rule.level * by_head.sum(-1, keepdim=True)
             take = (shares.cumsum(-1) - shares < enough).any(1)
-        elif rule.stop == "threshold":
-            covered = masses.mean(1).gather(-1, order)
-            take = (ranked >= rule.level) | (covered.cumsum(-1) - covered < rule.floor)
         else:
-            left = combined.sum(-1, keepdim=True) - (ranked.cumsum(-1) - ranked)
-            take = left.clamp_min(0) * (ranked if rule.stop == "marginal" else 1) >= rule.level
+            covered = masses.mean(1).gather(-1, order)
+            take = combined.gather(-1, order) >= rule.level
+            take |= covered.cumsum(-1) - covered < rule.floor
         return torch.zeros_like(take).scatter_(-1, order, take)
 
-    def held(
-        self,
-        layer: int,
-        masses: torch.Tensor,
-        v: torch.Tensor,
-        keep: torch.Tensor,
-        exists: torch.Tensor,
-    ) -> torch.Tensor:
-        """[Hkv, Q, P] bool: `keep` and what its memory adds, position by position."""
-        combined = combine_heads(self.importance(layer, masses, v), self.rule.combine)
-        may_stay = (combined >= self.rule.hold * self.rule.level) & exists
-        kept = keep.clone()
-        last_kept = torch.full((keep.shape[0], keep.shape[2]), -self.rule.hold_steps - 1)
-        for step in range(keep.shape[1]):
-            recently = last_kept >= step - self.rule.hold_steps
-            kept[:, step] |= may_stay[:, step] & recently
-            last_kept[kept[:, step]] = step
-        return kept
-
     def count(self, layer: int, masses: torch.Tensor, keep: torch.Tensor) -> None:
-        size, steps = self.rule.block_tokens, self.rule.hold_steps
+        size, steps = self.rule.block_tokens, self.STEPS
         self.tokens[layer] = keep.float().sum(-1).mean().item() * size
         self.dropped[layer] = (masses * ~keep[:, None]).sum(-1).mean().item()
         first = min(self.WARM_UP_POSITIONS, keep.shape[1] - 1)
@@ -245,7 +173,6 @@ def attend_selected(
     size, tail = rule.block_tokens, rule.tail
     gone = masses * left_out[:, None]
     dropped = gone.sum(-1, keepdim=True)
-    sink_weights = weights[..., : max(size, SINK_TOKENS)].clone()
     weights.unflatten(-1, (-1, size)).mul_(keep[:, None, :, :, None])
     out = times_v(weights, v)
     if tail == "drop":
@@ -253,22 +180,18 @@ def attend_selected(
     rescaled = out / (1 - dropped)
     if tail == "renormalize":
         return rescaled
-    block_sums = v.unflatten(1, (-1, size)).sum(2)
-    if tail in ("sqrt", "clip"):
-        flat = weights.sqrt() if tail == "sqrt" else weights.clamp_max(rule.clip)
+    if tail == "clip":
+        flat = weights.clamp_max(rule.clip)
         return out + dropped * times_v(flat, v) / flat.sum(-1, keepdim=True)
-    if tail in ("spread", "request"):
-        over = (keep if tail == "spread" else left_out).float()
+    block_sums = v.unflatten(1, (-1, size)).sum(2)
+    if tail == "request":
+        over = left_out.float()
         # A query with nothing left out has no dropped mass: what is divided is zero.
         mean = (over @ block_sums) / (over.sum(-1, keepdim=True) * size).clamp_min(1)
-        return out + dropped * (rule.beta * mean[:, None] + (1 - rule.beta) * rescaled)
-    if tail == "page":
-        blocks = 16 // size
-        pages = gone.unflatten(-1, (-1, blocks)).sum(-1)
-        return out + times_v(pages, block_sums.unflatten(1, (-1, blocks)).sum(2) / 16)
-    rest = out - times_v(sink_weights, v[:, : sink_weights.shape[-1]])
-    rest_mass = 1 - dropped - sink_weights.sum(-1, keepdim=True)
-    return out + dropped * rest / rest_mass.clamp_min(1e-9)
+        return out + dropped * (mean[:, None] + rescaled) / 2
+    blocks = 16 // size
+    pages = gone.unflatten(-1, (-1, blocks)).sum(-1)
+    return out + times_v(pages, block_sums.unflatten(1, (-1, blocks)).sum(2) / 16)
 
 
 def times_v(weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import pytest
 from benchmarks import rows
 from benchmarks.accuracy import __main__ as accuracy
 from benchmarks.accuracy import sweep as sweep_module
-from benchmarks.accuracy.grid import COVERAGES, listed, make_grid
+from benchmarks.accuracy.settings import by_engine, default_settings
 from benchmarks.accuracy.texts import (
     Passage,
     cut,
@@ -23,7 +23,7 @@ from benchmarks.accuracy.texts import (
     read_text,
     save_passages,
 )
-from vllm_kcache.config import KCacheConfig, KCacheConfigError
+from vllm_kcache.config import KCacheConfigError
 
 
 class Letters:
@@ -77,46 +77,23 @@ def test_forced_parts_never_overlap() -> None:
         cut(list(range(10)), "text", 1, 20, 5)
 
 
-@pytest.mark.parametrize("name", ["default", "quick"])
 @pytest.mark.parametrize("v_block_tokens", [4, 8, 16, 32])
-@pytest.mark.parametrize("has_mean_tail", [True, False])
-def test_every_setting_of_a_grid_is_valid(
-    name: str, v_block_tokens: int, has_mean_tail: bool
-) -> None:
-    engines = make_grid(name, v_block_tokens, None, None, has_mean_tail)
-    assert engines[0].start == {"v_block_tokens": v_block_tokens, "dense_layers": 0}
-    starts = [json.dumps(engine.start) for engine in engines]
-    assert len(set(starts)) == len(starts)
-    for engine in engines:
-        assert {"top_n": "all"} in engine.settings
-        for setting in engine.settings:
-            config = KCacheConfig.from_user({**engine.start, **setting})
-            config.selection(engine.v_block_tokens)
-            assert has_mean_tail or config.tail != "mean"
-    if name == "default":
-        assert {engine.start["dense_layers"] for engine in engines} == {0, 1, 2}
-        assert all({"coverage": c, "head_combine": "max"} in engines[0].settings for c in COVERAGES)
-        noted = [reason for _, reason in engines[0].skipped]
-        assert has_mean_tail == ("only the CPU implementation has it" not in noted)
+def test_default_settings_are_valid(v_block_tokens: int) -> None:
+    (engine,) = by_engine(default_settings(v_block_tokens), v_block_tokens)
+    assert engine.start == {"v_block_tokens": v_block_tokens, "dense_layers": 0}
+    fixed = [s["top_n"] for s in engine.settings if s.get("top_n", "all") != "all"]
+    assert [top_n * v_block_tokens for top_n in fixed] == [128, 512]
 
 
-def test_fixed_tokens_are_those_asked_for() -> None:
-    main = make_grid("default", 16, None, None, False)[0]
-    fixed = [s for s in main.settings if "coverage" not in s and s.get("top_n", "all") != "all"]
-    assert {s["top_n"] * 16 for s in fixed} == {32, 64, 128, 256, 512, 1024}
-    # 32 tokens have no room for the 8 + 32 that are kept by default.
-    assert {"top_n": 2, "sink_tokens": 8, "recent_tokens": 1} in fixed
-
-
-def test_listed_settings_share_an_engine() -> None:
+def test_settings_share_an_engine() -> None:
     settings = [{"coverage": 0.9}, {"dense_layers": 1, "top_n": 8}, {"top_n": "all"}]
-    engines = listed(settings, 16)
+    engines = by_engine(settings, 16)
     assert [engine.settings for engine in engines] == [
         [{"coverage": 0.9}, {"top_n": "all"}],
         [{"top_n": 8}],
     ]
     with pytest.raises(KCacheConfigError, match="top_m"):
-        listed([{"top_m": 8}], 16)
+        by_engine([{"top_m": 8}], 16)
 
 
 MODEL_CONFIG = {

@@ -13,6 +13,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.accuracy.table import load_rows
 from benchmarks.rows import RESULTS, ROOT, Row, grouped, load
 
@@ -205,11 +207,8 @@ def crossover(ours: list[Point], stock: list[Point]) -> float | None:
 
 def log_at(points: list[Point], place: float) -> float:
     """Logarithm of a curve between its points."""
-    for (x, y, _), (next_x, next_y, _) in itertools.pairwise(points):
-        if x <= place <= next_x:
-            share = math.log(place / x) / math.log(next_x / x)
-            return math.log(y) + share * math.log(next_y / y)
-    return math.log(points[0][1])
+    xs, ys = ([math.log(point[i]) for point in points] for i in (0, 1))
+    return float(np.interp(math.log(place), xs, ys))
 
 
 def draw_hit_rate() -> Any:
@@ -267,7 +266,7 @@ def finish(figure: Any, axes: Any, x_label: str, y_label: str) -> None:
         [axis for axis in column if axis.get_visible()][-1].set_xlabel(x_label)
     for axis in axes[:, 0]:
         axis.set_ylabel(y_label)
-    entries = {}
+    entries: dict[str, Any] = {}
     for axis in axes.flat:
         handles, labels = axis.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))

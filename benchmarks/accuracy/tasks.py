@@ -44,8 +44,6 @@ OFFLINE_RULER = [
 ]  # fmt: skip
 # RULER has a metric for each length; this is its value at all lengths but the document's own.
 OTHER_LENGTH = -1.0
-# (task, filter of the answers, metric): a value for each document.
-Values = dict[tuple[str, str, str], dict[int | str, float]]
 
 
 def model_arguments(
@@ -169,16 +167,6 @@ def _shorten(sample: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def values_of(samples: dict[str, list[dict[str, Any]]]) -> Values:
-    """Each metric of each document."""
-    values: Values = {}
-    for task, found in samples.items():
-        for sample in found:
-            for metric, value in sample["metrics"].items():
-                values.setdefault((task, sample["filter"], metric), {})[sample["doc_id"]] = value
-    return values
-
-
 def paired(
     ours: dict[str, list[dict[str, Any]]], stock: dict[str, list[dict[str, Any]]]
 ) -> dict[str, Any]:
@@ -187,35 +175,38 @@ def paired(
     Raises:
         RuntimeError: the documents or their prompts differ.
     """
-    prompts = [{(t, s["doc_id"]): s["prompt_hash"] for t in x for s in x[t]} for x in (ours, stock)]
-    if prompts[0] != prompts[1]:
-        raise RuntimeError("stock and the split cache were not asked the same: no comparison")
     figures: dict[str, Any] = {}
-    stock_values = values_of(stock)
-    for (task, filter_name, metric), values in values_of(ours).items():
-        documents = sorted(values)
-        theirs = stock_values[task, filter_name, metric]
-        both = np.array([[values[d], theirs[d]] for d in documents])
-        change = both[:, 0] - both[:, 1]
-        error = change.std(ddof=1) / math.sqrt(len(change)) if len(change) > 1 else math.nan
-        same = np.mean([a == b for a, b in _answers(ours[task], stock[task])])
-        place = figures.setdefault(
-            task, {"items": len(documents), "identical": float(same), "metrics": {}}
-        )
-        place["metrics"][f"{metric},{filter_name}"] = {
-            "value": float(both[:, 0].mean()),
-            "stock_value": float(both[:, 1].mean()),
-            "difference": float(change.mean()),
-            "difference_error": float(error),
+    for task, found in ours.items():
+        theirs = {(s["doc_id"], s["filter"], s["prompt_hash"]): s for s in stock[task]}
+        mine = {(s["doc_id"], s["filter"], s["prompt_hash"]): s for s in found}
+        if mine.keys() != theirs.keys():
+            raise RuntimeError("stock and the split cache were not asked the same: no comparison")
+        values: dict[str, list[tuple[float, float]]] = {}
+        for key, sample in mine.items():
+            for metric, value in sample["metrics"].items():
+                pair = value, theirs[key]["metrics"][metric]
+                values.setdefault(f"{metric},{sample['filter']}", []).append(pair)
+        # By document, whatever the filters make of its answer.
+        same = {s["doc_id"]: s["answer"] == theirs[key]["answer"] for key, s in mine.items()}
+        figures[task] = {
+            "items": len(same),
+            "identical": sum(same.values()) / len(same),
+            "metrics": {name: _compared(np.array(pairs)) for name, pairs in values.items()},
         }
     return figures
 
 
-def _answers(ours: list[dict[str, Any]], stock: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Both answers to each document, whatever the filters make of them."""
-    theirs = {sample["doc_id"]: sample["answer"] for sample in stock}
-    mine = {sample["doc_id"]: sample["answer"] for sample in ours}
-    return [(answer, theirs[document]) for document, answer in mine.items()]
+def _compared(both: np.ndarray) -> dict[str, float]:
+    """Means of [documents, (ours, stock's)], and of the difference with its standard error."""
+    change = both[:, 0] - both[:, 1]
+    return {
+        "value": float(both[:, 0].mean()),
+        "stock_value": float(both[:, 1].mean()),
+        "difference": float(change.mean()),
+        "difference_error": float(change.std(ddof=1) / len(change) ** 0.5)
+        if len(change) > 1
+        else math.nan,
+    }
 
 
 def run_engine(spec: dict[str, Any]) -> dict[str, Any]:

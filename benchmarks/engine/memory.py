@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPU and host memory of an engine against the plan, measured in the process of that engine.
 
-    python -m benchmarks.engine.memory benchmarks/results/prefill.jsonl
-
-prints the comparison for every row that has one, and ends with 1 if one is out of bounds. The plan:
+prefill.py prints the comparison. The plan:
 
 - GPU: `gpu_memory_utilization` times the GPU's memory is what vLLM and the split cache share out,
   stock as well. Compared is the most that was in use, caching allocator and context included. The
@@ -16,8 +14,6 @@ prints the comparison for every row that has one, and ends with 1 if one is out 
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -153,24 +149,3 @@ def lines_against_plan(
         verdict = "" if within else "  OUT OF BOUNDS"
         lines.append(f"{name:8s} {what:12s} {ratio:6.3f} of the plan ({bound}){verdict}")
     return lines
-
-
-def main() -> int:
-    """Entry point: a file of rows, each with `memory`, stock before kcache."""
-    rows = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
-    stock, failed = None, False
-    for row in rows:
-        memory = row.get("memory")
-        if memory is None:
-            continue
-        if row["engine"] == "stock":
-            stock = memory
-        other = stock if row["engine"] == "kcache" else None
-        print(f"{row['model']}, {row['command']}")
-        print("\n".join(lines_against_plan(row["engine"], memory, other)))
-        failed |= not all(within for _, within in against_plan(memory, other).values())
-    return int(failed)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hit rate of the hot V cache against its size and the number of requests, without an engine.
 
-    python -m benchmarks.replay.hit_rate              # the kernels, on a GPU
-    python -m benchmarks.replay.hit_rate --simulate   # the same policy in plain Python, one request
+    python -m benchmarks.replay.hit_rate
 
 Whole decode steps run over a random pool with the recorded selections of replay.py: write,
 score, replay, select, look up, fetch, attend, in the shape of the recorded model, so that layers
@@ -14,7 +13,6 @@ some steps. Slots are of 8 tokens, as recorded; their bytes do not matter here.
 from __future__ import annotations
 
 import argparse
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,111 +189,8 @@ def print_row(row: dict[str, Any]) -> None:
     )
 
 
-# The same policy without kernels -------------------------------------------------------------
-
-WINDOW, ATTEMPTS = 8, 8
-
-
-class ExactLRU:
-    """Evicts the least recently used block: what the window approximates."""
-
-    def __init__(self, num_slots: int) -> None:
-        self.num_slots = num_slots
-        self.blocks: OrderedDict[int, None] = OrderedDict()
-
-    def use(self, blocks: list[int], epoch: int) -> int:
-        """Look all blocks up, then claim slots for those that miss; the number of hits."""
-        missing = [block for block in blocks if block not in self.blocks]
-        for block in blocks:
-            self.blocks[block] = None
-            self.blocks.move_to_end(block)
-        while len(self.blocks) > self.num_slots:
-            self.blocks.popitem(last=False)
-        return len(blocks) - len(missing)
-
-
-class WindowLRU:
-    """The kernels' rule: a hand takes the oldest of the next 8 slots (kernels/residency.py)."""
-
-    def __init__(self, num_slots: int) -> None:
-        self.owner, self.stamp = [-1] * num_slots, [-1] * num_slots
-        self.slot_of: dict[int, int] = {}
-        self.hand = 0
-
-    def use(self, blocks: list[int], epoch: int) -> int:
-        """Look all blocks up, then claim slots for those that miss; the number of hits."""
-        missing = []
-        for block in blocks:
-            if block in self.slot_of:
-                self.stamp[self.slot_of[block]] = epoch
-            else:
-                missing.append(block)
-        for block in missing:
-            self.claim(block, epoch)
-        return len(blocks) - len(missing)
-
-    def claim(self, block: int, epoch: int) -> None:
-        for _ in range(ATTEMPTS):
-            slots = [(self.hand + i) % len(self.owner) for i in range(WINDOW)]
-            self.hand += WINDOW
-            oldest = min(slots, key=self.stamp.__getitem__)
-            if self.stamp[oldest] < epoch:
-                self.slot_of.pop(self.owner[oldest], None)
-                self.owner[oldest], self.stamp[oldest] = block, epoch
-                self.slot_of[block] = oldest
-                return
-
-
-def simulate(chosen: torch.Tensor, cache: ExactLRU | WindowLRU, run: Run) -> float:
-    """Hit rate of one request.
-
-    Args:
-        chosen: [layers, heads, steps, P] bool. Selected blocks; steps are played forth and back.
-        cache: an empty cache.
-    """
-    layers, heads, num_steps, num_blocks = chosen.shape
-    order = list(range(num_steps)) + list(range(num_steps - 2, 0, -1))
-    lists = [
-        [[chosen[i, j, k].nonzero()[:, 0].tolist() for k in range(num_steps)] for j in range(heads)]
-        for i in range(layers)
-    ]
-    looked_up = hits = epoch = 0
-    for time in range(run.warm_steps + run.steps):
-        for layer in range(layers):
-            epoch += 1
-            for head in range(heads):
-                first = (layer * heads + head) * num_blocks
-                blocks = [first + block for block in lists[layer][head][order[time % len(order)]]]
-                found = cache.use(blocks, epoch)
-                if time >= run.warm_steps:
-                    looked_up += len(blocks)
-                    hits += found
-    return hits / looked_up
-
-
-def print_simulation(recording: Recording, run: Run, multiples: list[float]) -> None:
-    """Hit rates of one request for each text."""
-    for text, codes in zip(recording.texts, recording.codes, strict=True):
-        masses = decode_mass(codes)
-        chosen = selected_blocks(
-            masses.flatten(0, 1), recording.seq_lens, run.selection, recording.v_block_tokens,
-            recording.group,
-        )  # fmt: skip
-        selected_set = float(chosen.sum((0, 2)).float().mean())
-        chosen = chosen.unflatten(0, (len(codes), -1))
-        for multiple in multiples:
-            slots = max(1, round(multiple * selected_set))
-            exact = simulate(chosen, ExactLRU(slots), run)
-            window = simulate(chosen, WindowLRU(slots), run)
-            print(
-                f"{text}, {multiple} x selected set ({slots} slots): exact LRU {exact:.3f}, "
-                f"oldest of {WINDOW} {window:.3f}",
-                flush=True,
-            )
-
-
 def main() -> None:
-    """Measure or simulate."""
+    """Measure and append rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, nargs="+", default=list(REQUESTS))
     parser.add_argument("--multiples", type=float, nargs="+", default=list(MULTIPLES))
@@ -303,7 +198,6 @@ def main() -> None:
     parser.add_argument("--mass-threshold", type=float, help="in place of the coverage")
     parser.add_argument("--warm-steps", type=int, default=16)
     parser.add_argument("--steps", type=int, default=48)
-    parser.add_argument("--simulate", action="store_true", help="plain Python, no GPU, no row")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON lines")
     options = parser.parse_args()
     threshold = options.mass_threshold
@@ -312,11 +206,8 @@ def main() -> None:
         selection = Selection(None, None, 1, 32, "max", threshold)
     run = Run(options.warm_steps, options.steps, selection)
     recording = Recording.load(RECORDINGS[selection.combine])
-    if options.simulate:
-        print_simulation(recording, run, options.multiples)
-        return
     if not torch.cuda.is_available():
-        parser.error("needs a CUDA GPU, or --simulate")
+        parser.error("needs a CUDA GPU")
     torch.manual_seed(0)
     rows = measure(recording, run, options.requests, options.multiples, torch.device("cuda"))
     common = {**origin("torch", "triton"), "command": command()}

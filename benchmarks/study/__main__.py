@@ -5,8 +5,8 @@
         '{"stop": "threshold", "combine": "max", "level": 0.002, "tail": "clip", "clip": 0.001}'
 
 runs each rule (fields of `rules.Rule`) on every passage and appends a row for each to
-results/selection_study.jsonl. Most of the time goes into the passages themselves; `--cache` keeps
-those. Method and findings: docs/selection.md.
+results/selection_study.jsonl. Most of the time goes into the passages themselves. Method and
+findings: docs/selection.md.
 """
 
 from __future__ import annotations
@@ -28,35 +28,22 @@ NUM_POSITIONS = 256
 
 
 class Study:
-    """Measures rules at one length of context. Prefixes are made once.
+    """Measures rules at one length of context.
 
     Args:
         model: whose attention goes by the rules.
         context: tokens of a passage.
-        cache: folder that keeps prefixes, if any.
     """
 
-    def __init__(self, model: StudyModel, context: int, cache: Path | None) -> None:
+    def __init__(self, model: StudyModel, context: int) -> None:
         self.model = model
         self.context = context
-        self.cache = cache
-
-    def prefix(self, name: str) -> Prefix:
-        """The exact past of a passage."""
-        path = self.cache / f"{name}-{self.context}-{NUM_POSITIONS}.pt" if self.cache else None
-        if path is not None and path.exists():
-            return torch.load(path, weights_only=False)
-        made = self.model.make_prefix(name, self.context, NUM_POSITIONS)
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(made, path)
-        return made
 
     def run(self, rules: list[Rule], names: list[str]) -> list[list[dict[str, Any]]]:
         """Figures of each rule on each passage, one of which is in memory at a time."""
         found: list[list[dict[str, Any]]] = [[] for _ in rules]
         for name in names:
-            prefix = self.prefix(name)
+            prefix = self.model.make_prefix(name, self.context, NUM_POSITIONS)
             log_full = self.model.logits(prefix, attend_exactly).log_softmax(-1)
             for rule, passages in zip(rules, found, strict=True):
                 passages.append(self.measure(rule, prefix, log_full))
@@ -115,7 +102,6 @@ def main() -> None:
     parser.add_argument("--passages", nargs="+", choices=PASSAGES, default=list(PASSAGES))
     parser.add_argument("--label", default="", help="noted in the rows")
     parser.add_argument("--results", type=Path, default=RESULTS / "selection_study.jsonl")
-    parser.add_argument("--cache", type=Path, help="folder that keeps prefixes, 190 MB each at 4K")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
@@ -124,7 +110,7 @@ def main() -> None:
         "study": "selection", "device": "CPU, float32", "torch": torch.__version__,
         "commit": commit(), "command": command(), "date": date(), "label": options.label,
     }  # fmt: skip
-    study = Study(StudyModel(options.model), options.context, options.cache)
+    study = Study(StudyModel(options.model), options.context)
     for rule, passages in zip(rules, study.run(rules, options.passages), strict=True):
         row = common | row_of(rule, options.context, passages)
         append(options.results, row)

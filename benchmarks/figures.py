@@ -142,9 +142,8 @@ def throughput_panels(runs: list[Row], against: str) -> dict[str, Curves]:
     for (model, gpu, *context), group in sorted(grouped(chosen, *names).items()):
         capped = max((run["requests"] for run in group if run["is_capped"]), default=0)
         most = f", at most {capped}" if capped else ""
-        where = f"as many requests as fit{most}"
-        if context:
-            where = f"{context[0]} tokens of context"
+        fit = f"as many requests as fit{most}"
+        where = f"{context[0]} tokens of context" if context else fit
         curves: Curves = {}
         for (series,), of_series in grouped(group, "series").items():
             points = {run[against]: run["tokens_per_second"] for run in of_series}

@@ -171,22 +171,13 @@ def measure(
                         "direct_share": counted.direct / counted.selected,
                     }
                 )
-                print_row(rows[-1])
+                print(
+                    {name: round(value, 3) for name, value in rows[-1].items() if value}, flush=True
+                )
             batch.close()
     finally:
         decode.after_score = None
     return rows
-
-
-def print_row(row: dict[str, Any]) -> None:
-    """One line of the table."""
-    print(
-        f"{row['requests']:3d} requests, {row['multiple_of_selected_set']:3.1f} x selected set "
-        f"({row['slots']:7d} slots, {row['slots_over_selected']:.2f} x what these selected): "
-        f"hit rate {row['hit_rate']:.3f}, direct {row['direct_share']:.4f}, "
-        f"{row['selected_tokens']:.0f} tokens a head",
-        flush=True,
-    )
 
 
 def main() -> None:

@@ -102,9 +102,8 @@ def test_a_line_joins_no_two_commits() -> None:
 
 
 def test_two_points_far_apart_are_no_line() -> None:
-    assert is_line([(8, 1, 0), (32, 2, 0)])
-    assert not is_line([(1, 1, 0), (32, 2, 0)])
-    assert is_line([(1, 1, 0), (8, 2, 0), (64, 2, 0)])
+    lines = [[(8, 1, 0), (32, 2, 0)], [(1, 1, 0), (8, 2, 0), (64, 2, 0)], [(1, 1, 0), (32, 2, 0)]]
+    assert [is_line(points) for points in lines] == [True, True, False]
 
 
 def test_crossover() -> None:

@@ -49,10 +49,10 @@ test-gpu: ## Run the GPU tests; in .venv if there is one, else with a python3 th
 
 bench-gpu: ## Time operations and engines on the GPU, in short; rows go to benchmarks/results/
 	@set -e; for bench in write score select fetch attend overlap; do \
-	  $(OFFLINE) $(GPU_PYTHON) -m benchmarks.bench_$$bench; done
-	@$(OFFLINE) $(GPU_PYTHON) -m benchmarks.decode $(SHAPES)/llama-3-8b \
+	  $(OFFLINE) $(GPU_PYTHON) -m benchmarks.ops.$$bench; done
+	@$(OFFLINE) $(GPU_PYTHON) -m benchmarks.engine.decode $(SHAPES)/llama-3-8b \
 	  --context 32768 --top-n 16 --repeats 1 --label short
-	@$(OFFLINE) $(GPU_PYTHON) -m benchmarks.prefill $(SHAPES)/llama-3-8b \
+	@$(OFFLINE) $(GPU_PYTHON) -m benchmarks.engine.prefill $(SHAPES)/llama-3-8b \
 	  --layers 16 --prompts 16384 --repeats 2 --label short
 
 lint: setup ## ruff, mypy, clang-format and the house rules; changes nothing

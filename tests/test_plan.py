@@ -113,7 +113,7 @@ def test_prototype_rows(
 
 
 def measured_rows() -> list[Any]:
-    """Every run of every row that benchmarks/decode.py has written."""
+    """Every run of every row that benchmarks/engine/decode.py has written."""
     cases = []
     for path in sorted((ROOT / "benchmarks/results").glob("decode*.jsonl")):
         for number, line in enumerate(path.read_text().splitlines()):

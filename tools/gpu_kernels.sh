@@ -87,7 +87,7 @@ for bench in score select fetch attend overlap write; do
   flags=
   case $bench in score | attend) flags=$sweep ;; esac
   # shellcheck disable=SC2086
-  step "bench_$bench" 150 "$python" -m "benchmarks.bench_$bench" --results "$out" $flags
+  step "bench_$bench" 150 "$python" -m "benchmarks.ops.$bench" --results "$out" $flags
 done
 for bench in score select fetch attend overlap write; do
   grep -v -i warning "$out/bench_$bench.log" | tail -n 70

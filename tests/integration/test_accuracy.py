@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import accuracy
+from benchmarks.accuracy import __main__ as accuracy
 from tests.integration.engines import MODEL
 
 pytestmark = [pytest.mark.slow, pytest.mark.full]

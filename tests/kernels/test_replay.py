@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel that plays recorded masses (benchmarks/replay.py) against a plain definition.
+"""The kernel that plays recorded masses (benchmarks/replay/replay.py) against a plain definition.
 
 `python -m tests.kernels.test_replay` runs the cases under TRITON_INTERPRET=1.
 """
@@ -13,7 +13,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.record import Recording, decode_mass, selected_blocks
+from benchmarks.replay.record import Recording, decode_mass, selected_blocks
 from tests.conftest import assert_close
 from tests.kernels.checks import sums_of_chunks
 from tests.kernels.test_interpreted import run_interpreted
@@ -92,7 +92,7 @@ def expected_lse(
 
 def check_kernel(device: str = "cpu", recorded_group: int = 1) -> int:
     """Odd lengths, one of them over several programs; nothing else is written."""
-    from benchmarks.replay import Geometry, Replay
+    from benchmarks.replay.replay import Geometry, Replay
 
     recording = a_recording(group=recorded_group)
     replay = Replay(recording, device)
@@ -132,7 +132,7 @@ def check_kernel(device: str = "cpu", recorded_group: int = 1) -> int:
 
 def check_step() -> None:
     """A decode step that is played selects what the recorded masses say, and counts it."""
-    from benchmarks.replay import Replay
+    from benchmarks.replay.replay import Replay
     from vllm_kcache.cache.hot_cache import HotCache
     from vllm_kcache.kernels import decode
     from vllm_kcache.kernels.decode import DecodeWorkspace, decode_step
@@ -188,7 +188,7 @@ def check_step() -> None:
 
 def main() -> None:
     """Every case; any difference raises."""
-    from benchmarks.replay import Replay
+    from benchmarks.replay.replay import Replay
 
     cases = check_kernel() + check_kernel(recorded_group=2)
     check_step()

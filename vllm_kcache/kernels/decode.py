@@ -75,6 +75,7 @@ def decode_step(
     """
     if batch.num_requests == 0:
         return out
+    assert view.packed is not None
     dependent = workspace.dependent
     lists = workspace.views(view, batch)
     selected_by = workspace.selected_by(view, batch, lists)

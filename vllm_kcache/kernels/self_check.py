@@ -103,11 +103,11 @@ class _Check:
         order = torch.randperm(num_pages, generator=generator).int()
         table = torch.zeros((len(pages_of), max(pages_of)), dtype=torch.int32)
         newest, first = [], 0
-        for row, pages in enumerate(pages_of):
-            table[row, :pages] = order[first : first + pages]
-            first += pages
+        for row, count in enumerate(pages_of):
+            table[row, :count] = order[first : first + count]
+            first += count
             last = REQUEST_TOKENS[row] - 1
-            newest.append(int(table[row, last // tokens]) * tokens + last % tokens if pages else -1)
+            newest.append(int(table[row, last // tokens]) * tokens + last % tokens if count else -1)
         pool = (num_pages, shape.num_kv_heads, tokens, shape.head_size)
         self.k_pages, self.v_pages = random(*pool), random(*pool)
         # Newest token of each request; -1 for the padded row.

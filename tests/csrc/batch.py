@@ -95,9 +95,7 @@ class Batch:
                 there = scores[row, :, first : min(first + sizes.chunk, blocks)]
                 sums[row, :, first // sizes.chunk] = there.double().logsumexp(-1)
         rows = (sum(pages) + 3) * sizes.kv_heads * per_page
-        host_rows = torch.randint(
-            0, 256, (rows, ROW_BYTES), dtype=torch.uint8, generator=generator
-        )
+        host_rows = torch.randint(0, 256, (rows, ROW_BYTES), dtype=torch.uint8, generator=generator)
         if cache is None:
             cache = HotCache.make(num_slots, 2, rows, ROW_BYTES, "cpu")
         columns = width if rule.top_n is None else min(rule.top_n, width)
@@ -114,7 +112,7 @@ class Batch:
                     integers(*lists, columns), integers(*lists), torch.full(lists, torch.nan),
                     torch.full((requests, heads), torch.nan),
                 ),
-                integers(*lists, columns), torch.zeros(requests * sizes.kv_heads, dtype=torch.int32),
+                integers(*lists, columns), torch.zeros(lists, dtype=torch.int32).flatten(),
             ),
         )  # fmt: skip
 

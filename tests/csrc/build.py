@@ -40,7 +40,10 @@ def translate(text: str) -> str:
         text,
     )
     text = re.sub(
-        r"(\w+(?:<[\w(), ]+>)?)\s*<<<(.*?)>>>\(", r"emulator::launch(\1, \2)(", text, flags=re.DOTALL
+        r"(\w+(?:<[\w(), ]+>)?)\s*<<<(.*?)>>>\(",
+        r"emulator::launch(\1, \2)(",
+        text,
+        flags=re.DOTALL,
     )
     library = "STABLE_TORCH_LIBRARY_IMPL(kcache, {},"
     return text.replace(library.format("CUDA"), library.format("CPU"))

@@ -42,7 +42,7 @@ __device__ inline void copy_row(const char* __restrict__ source, char* __restric
 __device__ inline void look_up(const LayerView& view, const Step& step, FetchShared& shared,
                                int list, bool live, int block, int column) {
   const int request = list / view.num_kv_heads, head = list % view.num_kv_heads;
-  const unsigned epoch = static_cast<unsigned>(view.state[kEpoch]) + 1;
+  const unsigned epoch = epoch_of(view);
   int64_t physical = 0;
   int row = -1;
   if (live) {

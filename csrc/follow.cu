@@ -57,36 +57,33 @@ __global__ void __launch_bounds__(kThreads, 2)
   __shared__ bool scored;
   const int most = static_cast<int>(gridDim.x), first = static_cast<int>(blockIdx.x);
   int* state = view.state;
-  const unsigned epoch = static_cast<unsigned>(state[kEpoch]) + 1;
   // One thread reads what another thread block may change as soon as this one has ended.
   if (threadIdx.x == 0) {
-    const bool rests = static_cast<unsigned>(state[kRestUntil]) - epoch - 1 < kRestEpochs;
+    const unsigned to_rest = static_cast<unsigned>(state[kRestUntil]) - epoch_of(view) - 1;
     const int wanted = state[kWanted];
-    working = rests ? 0 : wanted > 0 ? min(wanted, most) : most;
+    working = to_rest < kRestEpochs ? 0 : wanted > 0 ? min(wanted, most) : most;
   }
   __syncthreads();
-  int missed = 0, existing = 0;
   for (int list = first; first < working && list < step.num_lists; list += working) {
-    const int num_blocks = blocks_of(view, step, list / view.num_kv_heads);
-    const int parts = min(follow.splits, (num_blocks + step.chunk_blocks - 1) / step.chunk_blocks);
     if (threadIdx.x == 0) {
+      const int num_blocks = blocks_of(view, step, list / view.num_kv_heads);
+      const int parts =
+          min(follow.splits, (num_blocks + step.chunk_blocks - 1) / step.chunk_blocks);
       scored = wait_for_scores(view, step.lists + list, parts);
-      if (!scored) state[kRestUntil] = static_cast<int>(epoch + kRestEpochs);
+      if (!scored) state[kRestUntil] = static_cast<int>(epoch_of(view) + kRestEpochs);
     }
     __syncthreads();
     if (!scored) break;
-    const int its_missed = select_and_fetch_list(view, step, shared, list);
+    const int missed = select_and_fetch_list(view, step, shared, list);
     if (threadIdx.x == 0) {
-      missed += its_missed;
-      existing += num_blocks;
+      atomicAdd(state + kMissed, missed);
+      atomicAdd(state + kExisting, blocks_of(view, step, list / view.num_kv_heads));
       step.lists[list] = kDone;
     }
   }
   // The last one out, of those without work too, says how many work in the next epoch: none of the
   // others reads the state any more.
   if (threadIdx.x == 0) {
-    atomicAdd(state + kMissed, missed);
-    atomicAdd(state + kExisting, existing);
     __threadfence();
     if (atomicAdd(state + kEnded, 1) == most - 1) {
       __threadfence();

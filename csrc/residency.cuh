@@ -11,6 +11,11 @@ namespace kcache {
 // Slots looked at by one try to claim, and tries before a claim gives up.
 constexpr int kWindow = 8, kAttempts = 8;
 
+// Epoch of the step that runs: the last kernel of a step advances the one in the state.
+__device__ inline unsigned epoch_of(const LayerView& view) {
+  return static_cast<unsigned>(view.state[kEpoch]) + 1;
+}
+
 __device__ inline Word word_of(int64_t owner, unsigned epoch) {
   return (static_cast<Word>(owner) << 32) | epoch;
 }

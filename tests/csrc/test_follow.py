@@ -112,6 +112,7 @@ def test_scoring_that_does_not_run_beside() -> None:
     """Followers give up, and rest for 4096 epochs: they end although no clock runs."""
     batch = Batch.make(SIZES, DEFAULT)
     batch.cache.state[EPOCH] = -100  # it wraps
+    batch.cache.state[REST_UNTIL] = -200  # they have rested before
     give_up(batch)
     batch = batch.again()
     until = int(batch.cache.state[REST_UNTIL])

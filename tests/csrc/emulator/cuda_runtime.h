@@ -2,8 +2,8 @@
 // The part of CUDA C++ that csrc/ uses, for a C++ compiler without CUDA (tests/csrc/build.py).
 //
 // A thread block runs in one host thread, its threads as coroutines that change at barriers only.
-// So a test sees what a missing barrier, a barrier that not all threads reach, or shared memory that
-// nobody wrote does to a result; it sees nothing of the GPU's memory model. Thread blocks of a
+// So a test sees what a missing barrier, a barrier that not all threads reach, or shared memory
+// that nobody wrote does to a result; it sees nothing of the GPU's memory model. Thread blocks of a
 // launch run in an order and in a number of host threads that are drawn anew for each launch.
 #pragma once
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,6 +22,7 @@ from tests.serve.server import (
     NUM_LAYERS,
     Server,
     complete,
+    counter_files,
     serving,
 )
 
@@ -114,6 +116,33 @@ def test_host_pool_mirrors_the_device_cache(server: Server) -> None:
     block_tokens = 128
     k_block_bytes = NUM_LAYERS * NUM_KV_HEADS * block_tokens * HEAD_SIZE * FLOAT32_BYTES
     assert blocks == KV_CACHE_BYTES // k_block_bytes
+
+
+def test_metrics_survive_what_lies_where_the_counters_should(server: Server) -> None:
+    """A folder made all of /metrics an error, a pipe made it wait and the server with it."""
+    (path,) = counter_files(server.processes())
+    kept = path.with_name(f"{path.name}.kept")
+    path.rename(kept)
+    plants = (
+        (path.mkdir, path.rmdir),
+        (lambda: os.mkfifo(path), path.unlink),
+        (lambda: path.write_bytes(b"\xff" * 4096), path.unlink),
+        (lambda: path.symlink_to(kept), path.unlink),
+    )
+    try:
+        for plant, remove in plants:
+            plant()
+            try:
+                answer = httpx.get(f"{server.url}/metrics", timeout=10)
+                assert answer.status_code == 200
+                assert server.metric("vllm_kcache_host_pool_blocks", state="total") == 0
+                assert server.metric("vllm:num_requests_running") == 0
+            finally:
+                remove()
+    finally:
+        kept.rename(path)
+    assert server.metric("vllm_kcache_host_pool_blocks", state="total") > 0
+    assert "cannot be read" in server.log_tail()
 
 
 def test_sixteen_clients_get_their_own_answers(server: Server, client: openai.OpenAI) -> None:

@@ -11,11 +11,9 @@ import httpx
 import psutil
 import pytest
 
-from tests.serve.server import MODEL_NAME, Server
+from tests.serve.server import MODEL_NAME, Server, counter_files
 
 pytestmark = pytest.mark.slow
-
-SHARED_MEMORY = Path("/dev/shm")
 
 
 def test_sigterm_in_mid_stream_ends_every_process(tmp_path: Path) -> None:
@@ -51,9 +49,3 @@ def read_one_chunk_and_stop(server: Server) -> None:
         told = time.monotonic()
         server.stop(signal.SIGTERM)
     assert time.monotonic() - told < 30
-
-
-def counter_files(processes: list[psutil.Process]) -> set[Path]:
-    """Files of the plugin in shared memory that these processes map."""
-    maps = [Path(region.path) for process in processes for region in process.memory_maps()]
-    return {path for path in maps if path.parent == SHARED_MEMORY and "vllm_kcache" in path.name}

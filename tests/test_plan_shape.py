@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vllm_kcache.plan_shape import PlanError, read_shape
+from vllm_kcache.planner.shape import PlanError, read_shape
 
 SHAPES = Path(__file__).resolve().parents[1] / "benchmarks/shapes"
 SMALL = {
@@ -50,7 +50,7 @@ def test_known_models(name: str, parameters: int) -> None:
     norms = (2 * 32 + 1) * 4096
     assert shape.weight_bytes == 2 * (parameters - norms)
     assert shape.dense_weight_bytes == shape.weight_bytes - 2 * shape.vocab_size * 4096
-    assert shape.k_bytes_per_token == 32 * shape.num_kv_heads * 128 * 2
+    assert (shape.name, shape.num_layers, shape.head_size) == (name, 32, 128)
 
 
 def test_experts(tmp_path: Path) -> None:
@@ -122,11 +122,60 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         shape_of(tmp_path, without)
     with pytest.raises(PlanError, match=r"does not say how many bits.*Give --weight-bits"):
         shape_of(tmp_path, {**SMALL, "quantization_config": {"quant_method": "new"}})
-    with pytest.raises(PlanError, match="dtype=int3: must be one of auto"):
-        shape_of(tmp_path, SMALL, dtype="int3")
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(PlanError, match="not valid JSON"):
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": "64"}, "hidden_size='64': must be a whole number from 1 to 2147483647"),
+        ({"hidden_size": True}, "hidden_size=True: must be a whole number"),
+        ({"vocab_size": 0}, "vocab_size=0: must be a whole number"),
+        ({"num_hidden_layers": 10**400}, "num_hidden_layers=1000"),
+        ({"num_attention_heads": -4}, "num_attention_heads=-4: must be"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3: must be a divisor of the 4 query"),
+        ({"head_dim": [64]}, "head_dim=[64]: must be"),
+        ({"num_experts": 2, "num_experts_per_tok": 3}, "num_experts_per_tok=3: must be"),
+        ({"layer_types": [1]}, "layer_types=[1]: must be a JSON array of strings"),
+        ({"model_type": []}, "model_type=[]: must be a JSON string"),
+        ({"text_config": 1}, "text_config=1: must be a JSON object"),
+        ({"quantization_config": {"bits": 64}}, "bits=64: must be a whole number from 1 to 32"),
+    ],
+)
+def test_what_cannot_be_is_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(PlanError) as caught:
+        shape_of(tmp_path, {**SMALL, **changes})
+    assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: {message}")
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"{", "not valid JSON"),
+        (b"[]", "must be a JSON object, not []"),
+        (b'{"hidden_size": "\xff"}', "not valid JSON ('utf-8' codec"),
+        (b"[" * 100_000, "not valid JSON (maximum recursion depth"),
+        (b'{"hidden_size": ' + b"9" * 5001 + b"}", "not valid JSON (Exceeds the limit"),
+    ],
+)
+def test_a_file_that_cannot_be_read(data: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(data)
+    with pytest.raises(PlanError) as caught:
         read_shape(str(tmp_path))
+    assert str(caught.value).startswith(f"{path}: {message}")
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, **_: Any) -> str:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    shape_of(tmp_path, SMALL)
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(PlanError, match=r"config\.json: Permission denied"):
+        read_shape(str(tmp_path))
+    with pytest.raises(PlanError, match="File name too long"):
+        read_shape("x" * 5000)
 
 
 def test_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

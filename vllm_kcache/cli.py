@@ -191,7 +191,8 @@ def _hardware(parsed: argparse.Namespace) -> Hardware:
 def _host_budget(parsed: argparse.Namespace, config: KCacheConfig) -> float:
     given = parsed.host_memory or config.host_memory_gib
     if given != "auto":
-        return float(given) * GIB
+        # More than any machine can address is enough.
+        return min(float(given) * GIB, 2.0**64)
     try:
         return host_memory().available_bytes * AUTO_SHARE
     except OSError as error:

@@ -37,9 +37,9 @@ def problems(model: str, flags: list[str]) -> list[str]:
     """
     register()
     parsed = _parse(model, flags)
-    settings = parsed.kcache_config
-    if parsed.additional_config and KEY in parsed.additional_config:
-        settings = args.merge_settings(parsed.additional_config, "kcache", settings)[KEY]
+    settings, additional = parsed.kcache_config, parsed.additional_config
+    if isinstance(additional, dict) and KEY in additional:
+        settings = args.merge_settings(additional, "kcache", settings)[KEY]
     config = KCacheConfig.from_user(settings)
     _check_model(parsed)
     found: list[str] = []
@@ -96,9 +96,9 @@ def _stock_arguments(parsed: argparse.Namespace) -> Any:
     plain = argparse.Namespace(**vars(parsed))
     plain.kv_backend = plain.kcache_config = None
     plain.skip_tokenizer_init = True
-    others = dict(plain.additional_config or {})
-    others.pop(KEY, None)
-    plain.additional_config = others
+    if isinstance(plain.additional_config, dict):
+        others = plain.additional_config.items()
+        plain.additional_config = {key: value for key, value in others if key != KEY}
     return AsyncEngineArgs.from_cli_args(plain)
 
 

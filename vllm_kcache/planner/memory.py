@@ -110,7 +110,7 @@ def hot_cache_bytes(
     slot = tokens * shape.head_size * shape.itemsize + 8
     asked = config.hot_cache_gib
     wanted = available_bytes * HOT_CACHE_SHARE if asked == "auto" else float(asked) * GIB
-    return max(1, int(wanted) // slot) * slot
+    return max(1, int(min(wanted, available_bytes)) // slot) * slot
 
 
 def v_block_tokens_of(shape: ModelShape, engine: Engine, config: KCacheConfig) -> int:

@@ -33,7 +33,8 @@ def problems(model: str, flags: list[str]) -> list[str]:
 
     Raises:
         KCacheConfigError: The settings themselves are wrong.
-        PlanError: A flag that vLLM does not know, or a model that is not found or not readable.
+        PlanError: A flag that vLLM does not know; a model that is not found, not readable or
+            impossible.
     """
     register()
     parsed = _parse(model, flags)
@@ -55,8 +56,12 @@ def problems(model: str, flags: list[str]) -> list[str]:
         if isinstance(error, OSError) or "Invalid repository ID or local directory" in text:
             raise PlanError(f"{parsed.model}: {text}") from None
         return [*found, f"vLLM: {text}"]
-    found += refusals.found(vllm_config, config)
-    found += _host_memory(vllm_config, config)
+    try:
+        found += refusals.found(vllm_config, config)
+        found += _host_memory(vllm_config, config)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        # vLLM takes sizes that no model has, such as heads of no values.
+        raise PlanError(f"{parsed.model}: no model has this configuration: {error}") from error
     return found
 
 
@@ -173,7 +178,7 @@ def _one_line(error: Exception) -> str:
     """The message of an error; of pydantic's, without its heading and its dump of the input."""
     kept = []
     for line in str(error).splitlines():
-        text = line.strip().split(" [type=")[0].removeprefix("Value error, ")
+        text = f" {line}".split(" [type=")[0].strip().removeprefix("Value error, ")
         if text and "validation error for" not in text and "errors.pydantic.dev" not in text:
             kept.append(text)
     return " ".join(kept) or type(error).__name__

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from vllm_kcache.cli import main
@@ -198,6 +198,9 @@ quick = settings(
 
 
 @quick
+@example(changes={"hidden_size": True}, nested=False, shown=[])
+@example(changes={"num_hidden_layers": 10**400}, nested=True, shown=["--json"])
+@example(changes={"num_key_value_heads": 0}, nested=False, shown=[])
 @given(changes=CHANGES, nested=st.booleans(), shown=st.sampled_from(([], ["--json"])))
 def test_any_configuration_has_an_answer(
     changes: dict,
@@ -210,12 +213,16 @@ def test_any_configuration_has_an_answer(
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"text_config": config} if nested else config))
     message = ends_well(["plan", str(tmp_path), "--host-memory", "99", *shown], capsys)
-    # A wrong value names the file; sizes that are none by themselves may not fit the GPU.
-    assert not message or str(path) in message or "fit" in message
+    # A wrong value names the file and the key; sizes that are each possible may not fit the GPU.
+    named = str(path) in message and any(key in message for key in KEYS)
+    assert not message or named or "fit" in message
+    assert len(message) < 500
 
 
 @quick
 @given(data=st.binary() | st.text().map(str.encode) | VALUES.map(lambda v: json.dumps(v).encode()))
+@example(data=b"[" * 100_000)
+@example(data=b'{"hidden_size": ' + b"9" * 5001 + b"}")
 def test_any_file_has_an_answer(
     data: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -83,8 +83,8 @@ class ModelShape:
 class _Config:
     """A JSON object of a file; a wrong value raises PlanError with the file and the key."""
 
-    def __init__(self, path: Path, values: dict[str, Any]) -> None:
-        self.path, self.values = path, values
+    def __init__(self, path: Path, values: dict[str, Any], within: str = "") -> None:
+        self.path, self.values, self.within = path, values, within
 
     def typed(self, kind: type, key: str, default: Any) -> Any:
         """The value of a key, of one JSON type; the default where it is missing or null."""
@@ -110,9 +110,14 @@ class _Config:
         return default
 
     def wrong(self, key: str, wanted: str) -> PlanError:
-        return PlanError(
-            f"{self.path}: {key}={reprlib.repr(self.values.get(key))}: must be {wanted}"
-        )
+        value = _shown(self.values.get(key))
+        return PlanError(f"{self.path}: {self.within}{key}={value}: must be {wanted}")
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, whatever its size."""
+    text = reprlib.repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 _JSON_NAMES = {dict: "object", list: "array", str: "string", bool: "boolean"}
@@ -184,7 +189,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise PlanError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(values, dict):
-        raise PlanError(f"{path}: must be a JSON object, not {reprlib.repr(values)}")
+        raise PlanError(f"{path}: must be a JSON object, not {_shown(values)}")
     return values
 
 
@@ -198,7 +203,7 @@ def _refuse(config: _Config) -> None:
         "multi-head latent attention (kv_lora_rank)": config.whole(
             "kv_lora_rank", default=0, least=0
         ),
-        f"layer_types {sorted(set(kinds))}": set(kinds) - {"full_attention", "attention"},
+        f"layer_types {_shown(sorted(set(kinds)))}": set(kinds) - {"full_attention", "attention"},
         "an encoder and a decoder (is_encoder_decoder)": config.typed(
             bool, "is_encoder_decoder", False
         ),
@@ -216,13 +221,13 @@ def _weight_bits(whole: _Config, itemsize: int) -> int:
     quantization = whole.typed(dict, "quantization_config", {})
     if not quantization:
         return 8 * itemsize
-    config = _Config(whole.path, quantization)
+    config = _Config(whole.path, quantization, "quantization_config.")
     method = config.typed(str, "quant_method", "")
     bits = config.whole("bits", default=_METHOD_BITS.get(method, 0), most=MOST_WEIGHT_BITS)
     if not bits:
         raise PlanError(
-            f"{whole.path}: quantization_config of {method or 'an unknown method'} does not say "
-            "how many bits a weight has. Give --weight-bits."
+            f"{whole.path}: quantization_config of quant_method={_shown(method)} does not "
+            "say how many bits a weight has. Give --weight-bits."
         )
     return bits
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_kcache import plan_cost, plan_memory
 from vllm_kcache.config import KCacheConfig
-from vllm_kcache.plan_memory import Engine
-from vllm_kcache.plan_shape import ModelShape
+from vllm_kcache.planner import memory
+from vllm_kcache.planner.memory import Engine
+from vllm_kcache.planner.shape import ModelShape
 
 pytestmark = pytest.mark.usefixtures("quick_vllm")
 
@@ -81,41 +81,15 @@ def test_blocks_are_those_of_the_runtime(
         shape, engine = shape_of(*heads), Engine(max_len, seqs)
         config = KCacheConfig.from_user(settings)
         runtime = runtime_of(shape, engine, config)
-        buffers = runtime.fixed_bytes()
-        tokens = runtime.v_block_tokens
-        assert buffers == plan_memory.decode_bytes(
-            shape, engine, runtime.selection, tokens
-        ) + plan_memory.prefill_bytes(shape, engine)
-        available = plan_memory.cache_bytes_gpu(shape, engine, GPU_BYTES)
-        left = available - buffers
+        buffers = memory.gpu_fixed_bytes(shape, engine, config)
+        assert buffers == runtime.fixed_bytes()
+        left = memory.cache_bytes_gpu(shape, engine, GPU_BYTES) - buffers
         hot = runtime.plan_hot_cache(left)
-        page = shape.num_layers * shape.num_kv_heads * engine.block_size * shape.head_size * 2
-        fit = plan_memory.fit_split(shape, engine, GPU_BYTES, 1e15, config)
+        k_bytes, tables = memory.gpu_bytes_per_page(shape, engine, config)
+        assert tables == runtime.bytes_per_page()
+        assert k_bytes == memory.host_bytes_per_page(shape, engine, config)
+        assert k_bytes == runtime.shape.v_bytes_per_page
+        fit = memory.fit_split(shape, engine, GPU_BYTES, 1e15, config)
         assert fit.hot_cache_bytes == hot
-        assert fit.num_blocks == (left - hot) // (page + runtime.bytes_per_page())
-        assert fit.host_bytes == fit.num_blocks * runtime.shape.v_bytes_per_page
-
-
-def test_waves_are_those_of_the_step() -> None:
-    from vllm_kcache.kernels.decode_plan import plan_decode
-
-    for requests, heads, tokens in itertools.product(
-        (1, 2, 7, 14, 27, 64, 256), (1, 3, 8, 32), (512, 4096, 32856, 131072)
-    ):
-        planned = plan_cost.plan_waves(requests, heads, tokens, 128, 2)
-        assert planned == plan_decode(requests, heads, tokens // 8, 8 * 128 * 2).waves
-
-
-def test_shares_of_waves_are_those_of_the_step() -> None:
-    from vllm_kcache.kernels.decode_plan import DecodePlan
-
-    for waves in (1, 2, 3, 4, 8):
-        bounds = DecodePlan(waves).wave_bounds(3200)
-        shares = [(after - before) / 3200 for before, after in itertools.pairwise(bounds)]
-        assert shares == pytest.approx(plan_cost.wave_shares(waves), abs=1e-3)
-
-
-def test_followed_lengths_are_those_of_the_step() -> None:
-    from vllm_kcache.kernels import decode_plan
-
-    assert plan_cost.FOLLOWED_BLOCKS == decode_plan.FOLLOWED_BLOCKS
+        assert fit.num_blocks == (left - hot) // (k_bytes + tables)
+        assert fit.host_bytes == fit.num_blocks * k_bytes

@@ -1,28 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does the split cache pay, for one model, machine and load? The planner behind `vllm-kcache plan`.
-
-What fits is plan_memory.py, how long a step takes plan_cost.py; here they meet. Nothing of vLLM is
-imported and no GPU is needed. The model and its fit to measurements: docs/plan.md.
-"""
+"""Does the split cache pay, for one model, machine and load?"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from vllm_kcache.config import KCacheConfig
-from vllm_kcache.plan_cost import (
-    Batch,
-    Hardware,
-    Kernels,
-    SplitWork,
-    StepCost,
-    split_step,
-    stock_step,
+from vllm_kcache.planner.cost import Hardware, SplitWork, StepCost, split_step, stock_step
+from vllm_kcache.planner.memory import (
+    Engine,
+    Fit,
+    fit_split,
+    fit_stock,
+    kv_heads_of_rank,
+    v_block_tokens_of,
 )
-from vllm_kcache.plan_memory import Engine, Fit, fit_split, fit_stock, kv_heads_of_rank
-from vllm_kcache.plan_selection import HIT_RATES, interpolate, selected_tokens_of
-from vllm_kcache.plan_shape import ModelShape, PlanError
+from vllm_kcache.planner.selection import HIT_RATES, interpolate, selected_tokens_of
+from vllm_kcache.planner.shape import ModelShape, PlanError
 
 SHORTEST_CONTEXT = 512
 FP8_ITEMSIZE = 1
@@ -36,8 +31,8 @@ class Load:
         context: Tokens of each request.
         requests: Requests at once; None takes as many as fit.
         selected_tokens: Tokens a head that are attended; None estimates them from the settings.
-        hit_rate: Share of the selected V blocks that the hot V cache holds; None estimates it from
-            the cache's size.
+        hit_rate: Share of the selected V blocks that the hot V cache holds, 0 to 1; None estimates
+            it from the cache's size.
     """
 
     context: int
@@ -48,13 +43,9 @@ class Load:
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything a prediction is made from.
+    """The model, the GPU, the engine arguments, and the settings of the split cache.
 
     Attributes:
-        shape: The model.
-        hardware: The GPU.
-        engine: Engine arguments.
-        config: Settings of the split cache.
         host_budget_bytes: Host memory for V, all ranks together.
     """
 
@@ -70,7 +61,7 @@ class Prediction:
     """One engine under the load.
 
     Attributes:
-        engine: "stock bf16", "stock fp8" or "kcache".
+        engine: "stock", "stock fp8" or "kcache".
         fits: Requests of this context that fit.
         requests: Requests of the step.
         fit: Memory.
@@ -102,6 +93,7 @@ class Plan:
             for); None where it never does.
         limited_by: What to change first to go faster.
         single_request_ratio: Tokens per second of one request alone, against stock.
+        notes: What the prediction rests on that was neither given nor measured.
     """
 
     setup: Setup
@@ -137,34 +129,32 @@ def make_plan(setup: Setup, load: Load) -> Plan:
         KCacheConfigError: The settings do not fit the model.
     """
     _check(setup, load)
-    stock = _stock(setup, load, None)
-    stock_fp8 = _stock(setup, load, FP8_ITEMSIZE)
-    fit = _fit_split(setup)
-    split = _split(setup, load, fit)
-    alone = Load(load.context, 1, load.selected_tokens, load.hit_rate)
-    ratio = _stock(setup, alone, None).step_ms / _split(setup, alone, fit).step_ms
-    work = split_work(setup, load, fit, split.requests)
+    shape, engine, memory = setup.shape, setup.engine, setup.hardware.gpu_memory_bytes
+    stock = _predict(setup, load, "stock", fit_stock(shape, engine, memory))
+    fp8_fit = fit_stock(shape, engine, memory, FP8_ITEMSIZE)
+    split_fit = fit_split(shape, engine, memory, setup.host_budget_bytes, setup.config)
+    kcache = _predict(setup, load, "kcache", split_fit)
+    work = split_work(setup, load, split_fit, kcache.requests)
+    alone = _cost(setup, load, "kcache", split_fit, 1).seconds
     return Plan(
         setup=setup,
         load=load,
         stock=stock,
-        stock_fp8=stock_fp8,
-        kcache=split,
+        stock_fp8=_predict(setup, load, "stock fp8", fp8_fit),
+        kcache=kcache,
         selected_tokens=work.selected_tokens,
         hit_rate=work.hit_rate,
-        break_even_context=_break_even(setup, load, fit),
-        limited_by=_limit(split),
-        single_request_ratio=ratio,
-        notes=_notes(setup, load, split),
+        break_even_context=_break_even(setup, load, stock.fit, split_fit),
+        limited_by=_limit(kcache),
+        single_request_ratio=_cost(setup, load, "stock", stock.fit, 1).seconds / alone,
+        notes=_notes(setup, load, kcache),
     )
 
 
 def split_work(setup: Setup, load: Load, fit: Fit, requests: float) -> SplitWork:
     """What the settings select, and what the hot V cache holds of it."""
     shape, config = setup.shape, setup.config
-    tokens = config.resolved_v_block_tokens(
-        shape.head_size, shape.itemsize, setup.engine.block_size
-    )
+    tokens = v_block_tokens_of(shape, setup.engine, config)
     dense = len(config.resolved_dense_layers(shape.num_layers))
     selected = load.selected_tokens
     if selected is None:
@@ -172,8 +162,7 @@ def split_work(setup: Setup, load: Load, fit: Fit, requests: float) -> SplitWork
     selected = min(selected, load.context)
     hit_rate = load.hit_rate
     if hit_rate is None:
-        heads = kv_heads_of_rank(shape, setup.engine)
-        row = heads * shape.head_size * shape.itemsize
+        row = kv_heads_of_rank(shape, setup.engine) * shape.head_size * shape.itemsize
         wanted = requests * selected * (shape.num_layers - dense) * row
         hit_rate = interpolate(HIT_RATES, fit.hot_cache_bytes / wanted)
     return SplitWork(selected, hit_rate, tokens, dense)
@@ -183,103 +172,64 @@ def _check(setup: Setup, load: Load) -> None:
     longest = setup.engine.max_model_len
     if not 1 <= load.context <= longest:
         raise PlanError(f"context={load.context}: must be 1 to max_model_len, which is {longest}")
-    if load.requests is not None and load.requests < 1:
-        raise PlanError(f"requests={load.requests}: must be at least 1")
-    if load.selected_tokens is not None and load.selected_tokens <= 0:
-        raise PlanError(f"selected_tokens={load.selected_tokens}: must be above 0")
     heads, ranks = setup.shape.num_query_heads, setup.engine.tensor_parallel_size
-    if ranks < 1 or heads % ranks:
+    kv_heads = setup.shape.num_kv_heads
+    if heads % ranks:
         raise PlanError(f"tensor_parallel_size={ranks}: must divide the {heads} query heads")
+    if max(kv_heads, ranks) % min(kv_heads, ranks):
+        raise PlanError(
+            f"tensor_parallel_size={ranks}: must divide the {kv_heads} KV heads, or be a multiple"
+        )
 
 
-def _fit_split(setup: Setup) -> Fit:
-    return fit_split(
-        setup.shape,
-        setup.engine,
-        setup.hardware.gpu_memory_bytes,
-        setup.host_budget_bytes,
-        setup.config,
-    )
+def _cost(setup: Setup, load: Load, name: str, fit: Fit, requests: float) -> StepCost:
+    """A step of the engine "stock", "stock fp8" or "kcache"."""
+    step = (setup.shape, setup.hardware, setup.engine, requests, load.context)
+    if name == "kcache":
+        return split_step(*step, split_work(setup, load, fit, requests))
+    return stock_step(*step, FP8_ITEMSIZE if name == "stock fp8" else None)
 
 
-def _requests(setup: Setup, load: Load, fit: Fit, name: str) -> tuple[int, int]:
-    """Requests that fit, and requests of the step."""
-    fits = min(fit.requests(load.context, setup.engine.block_size), setup.engine.max_num_seqs)
+def _predict(setup: Setup, load: Load, name: str, fit: Fit) -> Prediction:
+    block_size = setup.engine.block_size
+    fits = int(min(fit.requests(load.context, block_size), setup.engine.max_num_seqs))
     if fits < 1:
         raise PlanError(
             f"{name}: not one request of {load.context} tokens fits; {fit.num_blocks} blocks of "
-            f"{setup.engine.block_size} tokens, limited by {fit.limited_by}."
+            f"{block_size} tokens, limited by {fit.limited_by}."
         )
-    return fits, min(fits, load.requests or fits)
+    requests = min(fits, load.requests or fits)
+    cost = _cost(setup, load, name, fit, requests)
+    return Prediction(name, fits, requests, fit, cost, cost.seconds * 1e3, requests / cost.seconds)
 
 
-def _stock(setup: Setup, load: Load, kv_itemsize: int | None) -> Prediction:
-    name = "stock fp8" if kv_itemsize else "stock"
-    fit = fit_stock(setup.shape, setup.engine, setup.hardware.gpu_memory_bytes, kv_itemsize)
-    fits, requests = _requests(setup, load, fit, name)
-    batch = Batch(requests, load.context)
-    cost = stock_step(setup.shape, setup.hardware, setup.engine, batch, kv_itemsize)
-    return _prediction(name, fits, requests, fit, cost)
+def ratio_at(setup: Setup, load: Load, stock: Fit, split: Fit, context: int) -> float:
+    """Tokens per second against stock at another context.
 
-
-def _split(setup: Setup, load: Load, fit: Fit, kernels: Kernels | None = None) -> Prediction:
-    fits, requests = _requests(setup, load, fit, "kcache")
-    work = split_work(setup, load, fit, requests)
-    batch = Batch(requests, load.context)
-    cost = split_step(setup.shape, setup.hardware, setup.engine, batch, work, kernels)
-    return _prediction("kcache", fits, requests, fit, cost)
-
-
-def _prediction(name: str, fits: int, requests: int, fit: Fit, cost: StepCost) -> Prediction:
-    return Prediction(
-        engine=name,
-        fits=fits,
-        requests=requests,
-        fit=fit,
-        cost=cost,
-        step_ms=cost.seconds * 1e3,
-        tokens_per_second=requests / cost.seconds,
-    )
-
-
-def ratio_at(setup: Setup, load: Load, fit: Fit, context: int) -> float:
-    """Tokens per second against stock at another context, without rounding requests.
-
-    Whole requests would make a saw of the curve; at most max_num_seqs, and those asked for, count.
+    Requests are not rounded, which would make a saw of the curve; at most max_num_seqs, or those
+    asked for, count.
     """
-    engine, shape, hardware = setup.engine, setup.shape, setup.hardware
-    most = min(engine.max_num_seqs, load.requests or engine.max_num_seqs)
-    stock_fit = fit_stock(shape, engine, hardware.gpu_memory_bytes)
-    requests = min(most, stock_fit.requests_exactly(context, engine.block_size))
-    stock = requests / stock_step(shape, hardware, engine, Batch(requests, context)).seconds
-    requests = min(most, fit.requests_exactly(context, engine.block_size))
-    work = split_work(
-        setup,
-        Load(context, None, load.selected_tokens, load.hit_rate),
-        fit,
-        requests,
-    )
-    cost = split_step(shape, hardware, engine, Batch(requests, context), work)
-    return requests / cost.seconds / stock
+    there = replace(load, context=context)
+    most = min(setup.engine.max_num_seqs, load.requests or setup.engine.max_num_seqs)
+    rates = []
+    for name, fit in (("kcache", split), ("stock", stock)):
+        requests = min(most, fit.requests(context, setup.engine.block_size))
+        rates.append(requests / _cost(setup, there, name, fit, requests).seconds)
+    return rates[0] / rates[1]
 
 
-def _break_even(setup: Setup, load: Load, fit: Fit) -> int | None:
-    """Scan contexts from the longest down; the last that still pays, to within a page."""
-    step = setup.engine.block_size
-    longest = setup.engine.max_model_len // step * step
-    if longest < SHORTEST_CONTEXT or ratio_at(setup, load, fit, longest) <= 1:
-        return None
-    pays = longest
-    while pays > SHORTEST_CONTEXT:
-        shorter = max(SHORTEST_CONTEXT, int(pays / 1.05) // step * step)
-        if shorter == pays or ratio_at(setup, load, fit, shorter) <= 1:
-            return pays
-        pays = shorter
+def _break_even(setup: Setup, load: Load, stock: Fit, split: Fit) -> int | None:
+    """Scan contexts from the longest down in steps of 5%: the last that still pays."""
+    page = setup.engine.block_size
+    context, pays = setup.engine.max_model_len // page * page, None
+    while context >= SHORTEST_CONTEXT and ratio_at(setup, load, stock, split, context) > 1:
+        pays = context
+        context = int(pays / 1.05) // page * page
     return pays
 
 
 def _limit(split: Prediction) -> str:
-    """The part that is in the way of a faster step, or the memory in the way of a larger one."""
+    """The part in the way of a faster step, or the memory in the way of a larger one."""
     cost = split.cost
     if split.requests == split.fits and split.fit.limited_by == "host memory":
         return "host memory"
@@ -288,14 +238,10 @@ def _limit(split: Prediction) -> str:
         "PCIe": cost.fetch + cost.fetch_hidden,
         "kernel launches": cost.launches + cost.fixed,
     }
-    # The fetch runs beside scoring: it limits only once it takes longer.
-    if cost.fetch < 0.1 * cost.seconds:
-        del parts["PCIe"]
     return max(parts, key=lambda name: parts[name])
 
 
 def _notes(setup: Setup, load: Load, split: Prediction) -> list[str]:
-    """What the prediction rests on that was not given or not measured."""
     notes = []
     if setup.hardware.source != "measured":
         notes.append(f"{setup.hardware.name}: {setup.hardware.source}.")

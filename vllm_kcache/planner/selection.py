@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much a selection keeps and how much of it the hot V cache holds: what `plan` estimates.
+"""How many tokens a selection keeps and how many of them the hot V cache holds: estimates.
 
-These are properties of a model and its text, measured on one small model and extrapolated from it;
-a user who has measured others gives them to the planner.
+Both depend on the model and its text. They were measured on SmolLM2-135M and extrapolated; a user
+who has measured another model gives its figures to the planner.
 """
 
 from __future__ import annotations
@@ -13,22 +13,21 @@ from collections.abc import Sequence
 
 from vllm_kcache.types import HeadCombine, Selection
 
-# Tokens a head that coverage selected, mean over layers and heads of SmolLM2-135M on English text
-# of 4096 tokens, combine "sum" (.97: measured at 2K, 1.29 times what .95 took there); by the length
-# they grow with its square root (424, 577, 850 at 2K, 4K, 8K). Combine "max" took 531 and 818 where
-# "sum" took 345 and 577.
+# Tokens a head that coverage selected, mean over layers and heads, English text of 4096 tokens,
+# combine "sum" (.97: measured at 2K, 1.29 times what .95 took there); by the length they grow with
+# its square root (424, 577, 850 at 2K, 4K, 8K). Combine "max" took 531 and 818 where "sum" took 345
+# and 577.
 SELECTED_AT_4K = ((0.90, 345), (0.95, 577), (0.97, 746))
 SELECTED_GROWTH = 0.5
 COMBINE_MAX_FACTOR = 1.45
 # Tokens a head that a mass threshold selected with V blocks of 8 tokens, combine "max", mean over
-# layers and heads of SmolLM2-135M, eight English texts of 4096 tokens: the most of three lengths
-# (446, 497 and 448 tokens at 2K, 4K and 8K with .002: a list has at most G / threshold blocks,
-# whatever the length). With V blocks of 16 tokens, twice the threshold took 1.12 and 1.13 times as
-# many.
+# layers and heads, eight English texts of 4096 tokens: the most of three lengths (446, 497 and 448
+# tokens at 2K, 4K and 8K with .002: a list has at most G / threshold blocks, whatever the length).
+# With V blocks of 16 tokens, twice the threshold took 1.12 and 1.13 times as many.
 THRESHOLD_AT_4K = ((0.005, 257), (0.003, 372), (0.002, 497), (0.0015, 603), (0.001, 773))
 THRESHOLD_V_BLOCK_TOKENS = 8
 THRESHOLD_V_BLOCK_EXPONENT = 0.17
-# Hit rate of one pool by its size in multiples of the mean selected set: two texts, one request.
+# Hit rate by the cache's size in multiples of the mean selected set: two texts, one request.
 HIT_RATES = ((0.0, 0.0), (1.0, 0.37), (1.5, 0.80), (2.0, 0.90), (3.0, 0.96), (4.0, 0.98))
 
 
@@ -50,24 +49,17 @@ def power_law(points: Sequence[tuple[float, float]], at: float) -> float:
 
 
 def covering_tokens(coverage: float, context: float, combine: HeadCombine = "sum") -> float:
-    """Tokens a head that a coverage is expected to select: an estimate from one small model.
-
-    A power law of the dropped mass between the measured points; outside them the nearest one's.
-    """
+    """Tokens a head that a coverage selects: a power law of the mass that is left out."""
     if coverage >= 1:
         return context
     points = [(1 / (1 - share), tokens) for share, tokens in SELECTED_AT_4K]
-    at_4k = power_law(points, 1 / (1 - coverage))
     factor = COMBINE_MAX_FACTOR if combine == "max" else 1.0
-    return min(context, factor * at_4k * (context / 4096) ** SELECTED_GROWTH)
+    at_4k = factor * power_law(points, 1 / (1 - coverage))
+    return min(context, at_4k * (context / 4096) ** SELECTED_GROWTH)
 
 
 def threshold_tokens(threshold: float, v_block_tokens: int, context: float) -> float:
-    """Tokens a head that a mass threshold is expected to select: an estimate from one small model.
-
-    Args:
-        threshold: of a V block of `v_block_tokens` tokens.
-    """
+    """Tokens a head that a mass threshold selects, of V blocks of `v_block_tokens` tokens."""
     share = v_block_tokens / THRESHOLD_V_BLOCK_TOKENS
     points = [(1 / level, tokens) for level, tokens in THRESHOLD_AT_4K]
     tokens = power_law(points, share / threshold) * share**THRESHOLD_V_BLOCK_EXPONENT
@@ -75,9 +67,7 @@ def threshold_tokens(threshold: float, v_block_tokens: int, context: float) -> f
 
 
 def selected_tokens_of(selection: Selection, v_block_tokens: int, context: float) -> float:
-    """Tokens a head that a rule is expected to select from a context. Whole V blocks, and the
-    forced ones, are in what was measured.
-    """
+    """Tokens a head that a rule selects from a context, forced V blocks included."""
     tokens = context
     if selection.mass_threshold is not None:
         tokens = threshold_tokens(selection.mass_threshold, v_block_tokens, context)

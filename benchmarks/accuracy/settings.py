@@ -65,7 +65,7 @@ def by_engine(settings: list[dict[str, Any]], v_block_tokens: int) -> list[Engin
     Raises:
         KCacheConfigError: a setting is refused.
     """
-    from vllm_kcache.integration.runtime import RECONFIGURABLE
+    from vllm_kcache.split_cache import RECONFIGURABLE
 
     engines: list[EngineSettings] = []
     for setting in settings:

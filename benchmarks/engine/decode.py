@@ -86,11 +86,16 @@ def run_in_process(options: dict[str, Any], table: Table) -> None:
 
 
 class Table:
-    """Appends rows to the file of results and prints them beside the first engine's."""
+    """Appends rows to the file of results and prints them beside the first engine's.
+
+    Attributes:
+        said: each run in a few words, for the last line.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.baseline: dict[tuple[int, int], float] = {}
+        self.said: list[str] = []
 
     def add(self, row: dict[str, Any]) -> None:
         """One row of one run."""
@@ -113,6 +118,10 @@ class Table:
         if "replay_kernel_ms" in run:
             line += f", of the step the replay kernel is {run['replay_kernel_ms']} ms"
         print(line, flush=True)
+        self.said.append(
+            f"{name} {run['requests']}x{row['context']} {run['step_ms']:.2f} ms "
+            f"{run['tokens_per_second']:.1f} tok/s"
+        )
 
 
 def gib(text: str) -> float | str:
@@ -126,6 +135,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("model", nargs="?", help="folder with a config.json")
     parser.add_argument("--mode", choices=["fixed", "replay"], default="fixed")
     parser.add_argument("--context", type=int, nargs="+", default=[16384], help="tokens a request")
+    parser.add_argument("--max-model-len", type=int, help="else as the longest context needs")
     parser.add_argument("--output", type=int, default=72, help="steps of the long run")
     parser.add_argument("--top-n", type=int, default=None, help="V blocks per KV head")
     parser.add_argument("--coverage", type=float, help=f"in replay {REPLAY_COVERAGE} unless given")
@@ -149,6 +159,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("needs a model: a folder with a config.json")
     if parsed.output <= SHORT_STEPS:
         parser.error(f"--output {parsed.output}: must be above {SHORT_STEPS}")
+    longest = max(parsed.context) + parsed.output
+    if parsed.max_model_len is not None and parsed.max_model_len < longest:
+        parser.error(f"--max-model-len {parsed.max_model_len}: must be at least {longest}")
     return parsed
 
 
@@ -168,6 +181,7 @@ def main() -> None:
         "model": str(Path(arguments.model).resolve()),
         "mode": arguments.mode,
         "contexts": arguments.context,
+        "max_model_len": arguments.max_model_len,
         "output": arguments.output,
         "utilization": arguments.utilization,
         "requests": arguments.requests,
@@ -182,6 +196,7 @@ def main() -> None:
         name, _, kv_cache_dtype = engine.partition("-")
         chosen = {**options, "engine": name, "kv_cache_dtype": kv_cache_dtype or "auto"}
         run_in_process(chosen, table)
+    print(f"step time p50: {'; '.join(table.said)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -32,9 +32,9 @@ def measure(options: dict[str, Any]) -> None:
     Prints a line "RESULT {row}" for each context and number of requests.
 
     Args:
-        options: model, contexts, output, engine ("stock" or "kcache"), kv_cache_dtype,
-            kcache_config, mode, utilization, requests (0: all that fit), max_requests, repeats,
-            label, command.
+        options: model, contexts, max_model_len (None: of the longest context), output, engine
+            ("stock" or "kcache"), kv_cache_dtype, kcache_config, mode, utilization, requests (0:
+            all that fit), max_requests, repeats, label, command.
     """
     import torch
 
@@ -47,7 +47,7 @@ def measure(options: dict[str, Any]) -> None:
     llm = _start_engine(options)
     start_seconds = time.monotonic() - started
     if split:
-        llm.collective_rpc("kcache_fill_host_pool", args=(0.5,))
+        llm.collective_rpc(_fill_host_pool, args=(0.5,))
     cache = llm.llm_engine.vllm_config.cache_config
     common = {
         **origin("torch", "vllm"),
@@ -59,7 +59,7 @@ def measure(options: dict[str, Any]) -> None:
         "kv_cache_dtype": options["kv_cache_dtype"],
         "mode": options["mode"] if split else None,
         "kcache_config": options["kcache_config"] if split else None,
-        "hot_cache_bytes": _hot_cache_bytes() if split else None,
+        "hot_cache_bytes": llm.collective_rpc(_hot_cache_bytes)[0] if split else None,
         "max_model_len": _longest(options),
         "num_blocks": cache.num_gpu_blocks,
         "start_seconds": round(start_seconds, 1),
@@ -94,8 +94,8 @@ def _counts(requests: list[int], most: int) -> dict[int, int]:
 
 
 def _longest(options: dict[str, Any]) -> int:
-    """The engine's max_model_len."""
-    return max(options["contexts"]) + options["output"] + 16
+    """The engine's max_model_len: as asked, else what the longest context needs."""
+    return options["max_model_len"] or max(options["contexts"]) + options["output"] + 16
 
 
 def _start_engine(options: dict[str, Any]) -> Any:
@@ -146,12 +146,27 @@ def _install_replay(shortest_context: int, combine: str) -> Any:
     return replay
 
 
-def _hot_cache_bytes() -> int:
-    """GPU memory of the hot V cache's slots, as this process's runtime made them."""
-    from vllm_kcache.integration import runtime
+def _fill_host_pool(worker: Any, std: float) -> None:
+    """Overwrite V of all pages with normally distributed values, and forget all copies."""
+    import torch
 
-    cache = runtime.current().hot_cache  # type: ignore[attr-defined]
+    cache = worker.split_cache
+    sample = (torch.randn(1 << 26) * std).to(cache.shape.dtype)
+    for index in range(cache.pool.num_layers):
+        values = cache.pool.layer(index).view(cache.shape.dtype).flatten()
+        for part in values.split(sample.numel()):
+            part.copy_(sample[: part.numel()])
+    cache.invalidate()
+
+
+def _hot_cache_bytes(worker: Any) -> int:
+    """GPU memory of the hot V cache's slots."""
+    cache = worker.split_cache.hot_cache
     return cache.slots.nbytes + cache.slot_word.nbytes
+
+
+def _v_block_tokens(worker: Any) -> int:
+    return worker.split_cache.shape.block_tokens
 
 
 def _figures(llm: Any) -> dict[str, float]:
@@ -206,15 +221,10 @@ def _time_steps(llm: Any, options: dict[str, Any], context: int, count: int) -> 
         looked_up = sums["hot_cache_hits"] + sums["hot_cache_misses"] + sums["direct_host_reads"]
         blocks = sums["selected_blocks"] / max(1, sums["selected_lists"])
         result["hit_rate"] = round(sums["hot_cache_hits"] / max(1, looked_up), 4)
-        result["mean_selected_tokens"] = round(blocks * _v_block_tokens(), 1)
+        (tokens,) = llm.collective_rpc(_v_block_tokens)
+        result["mean_selected_tokens"] = round(blocks * tokens, 1)
         result["kcache_metrics"] = sums
     return result
-
-
-def _v_block_tokens() -> int:
-    from vllm_kcache.integration import runtime
-
-    return runtime.current().v_block_tokens
 
 
 if __name__ == "__main__":

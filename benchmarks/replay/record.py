@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from benchmarks.rows import ROOT
-from vllm_kcache import ops
+from vllm_kcache import split_cache
 from vllm_kcache.reference.select import select_blocks
 from vllm_kcache.types import HeadCombine, Selection
 
@@ -224,7 +224,7 @@ def print_statistics(
 
 
 class ScoreRecorder:
-    """Stands in for `ops.score_blocks` and keeps the masses of what it returns.
+    """Stands in for the `score_blocks` of the CPU engine and keeps the masses of what it returns.
 
     Args:
         score: the operation itself.
@@ -279,8 +279,6 @@ def record(model: str, context: int, steps: int) -> dict[HeadCombine, Recording]
     from transformers import AutoTokenizer
     from vllm import LLM, SamplingParams
 
-    from vllm_kcache.integration import runtime
-
     tokenizer = AutoTokenizer.from_pretrained(model)
     llm = LLM(
         model,
@@ -294,9 +292,9 @@ def record(model: str, context: int, steps: int) -> dict[HeadCombine, Recording]
         kcache_config=KCACHE_CONFIG,
         logits_processors=["tests.integration.forcing:ForceTokens"],
     )
-    shape = runtime.current().shape
-    recorder = ScoreRecorder(ops.score_blocks, shape.num_kv_heads)
-    ops.score_blocks = recorder  # the CPU runtime looks it up at each call
+    (shape,) = llm.collective_rpc(lambda worker: worker.split_cache.shape)
+    recorder = ScoreRecorder(split_cache.score_blocks, shape.num_kv_heads)
+    split_cache.score_blocks = recorder  # type: ignore[assignment]  # looked up at each call
     texts = real_texts()
     codes: dict[HeadCombine, list[torch.Tensor]] = {"sum": [], "max": []}
     for name, text in texts.items():
@@ -314,7 +312,7 @@ def record(model: str, context: int, steps: int) -> dict[HeadCombine, Recording]
         (output,) = llm.generate({"prompt_token_ids": tokens[:context]}, sampling, use_tqdm=False)
         if list(output.outputs[0].token_ids) != tokens[context:]:
             raise RuntimeError(f"{name}: the engine did not decode the text")
-        masses, seq_lens = recorder.take(len(shape.layer_names))
+        masses, seq_lens = recorder.take(shape.num_layers)
         if masses.shape[3] != steps:
             raise RuntimeError(f"{name}: {masses.shape[3]} steps were scored, not {steps}")
         for combine, exact, kept in (
@@ -326,7 +324,7 @@ def record(model: str, context: int, steps: int) -> dict[HeadCombine, Recording]
             codes[combine].append(encode_mass(kept))
             stored = decode_mass(codes[combine][-1])
             print_statistics(f"{name}, stored", stored, seq_lens, combine, group)
-    ops.score_blocks = recorder.score
+    split_cache.score_blocks = recorder.score  # type: ignore[assignment]
     about = (seq_lens, tuple(texts), Path(model).name, V_BLOCK_TOKENS)
     return {
         combine: Recording(torch.stack(parts), *about, parts[0].shape[1] // shape.num_kv_heads)

@@ -2,8 +2,9 @@
 """Let a decode step select what a real model selected (record.py), on any model shape.
 
 Weights that are made up attend flatly, and selections of one step say nothing of the next. In
-replay a step runs as ever, scoring included; only then its scores are overwritten, by one more
-kernel, with recorded masses. Selection, look-up, fetch and attention are those of production.
+replay a step runs as ever, scoring included; but what selection reads are other scores: recorded
+masses, written by one more kernel before scoring is launched. Selection, look-up, fetch and
+attention are those of production.
 
 Which recording: (layer, KV head) i of n is played the recorded (layer, KV head) i * m // n of m, so
 that depth stays depth. Where its query heads were recorded, query head g is played number (g + i)
@@ -27,16 +28,19 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 
 from benchmarks.replay.record import LARGEST_CODE, OCTAVE_CODES, Recording
-from vllm_kcache.kernels import decode
-from vllm_kcache.kernels.decode import DecodeStep
-from vllm_kcache.kernels.score_plan import num_chunks
+from vllm_kcache import split_cache_gpu
+from vllm_kcache.cache.formats import CacheShape
+from vllm_kcache.cache.layer_view import LayerView
+from vllm_kcache.kernels.score_plan import chunk_blocks, num_chunks
+from vllm_kcache.kernels.select import Lists
+from vllm_kcache.kernels.workspace import DecodeBatch, DecodeWorkspace
 
 # V blocks of 8 tokens that the last 32 tokens overlap at most: they keep their distance to the end.
 RECENT_BLOCKS = 5
@@ -69,21 +73,20 @@ def sum_by_chunk(log_masses, BLOCKS: tl.constexpr):
     return largest + tl.log(tl.sum(tl.exp(runs - largest[:, None]), 1))
 
 
-# All integers change between the waves and sizes that share one compiled kernel.
+# All integers change between the layers and sizes that share one compiled kernel.
 @triton.jit(
     do_not_specialize=[
-        "table_stride", "max_blocks", "max_chunks", "first_head", "layer", "num_layers",
-        "num_texts", "num_traces", "trace_group", "num_steps", "trace_blocks",
+        "table_stride", "max_blocks", "max_chunks", "layer", "num_layers", "num_texts",
+        "num_traces", "trace_group", "num_steps", "trace_blocks",
     ]
 )  # fmt: skip
 def replay_kernel(
     codes, trace_lengths, seq_lens, block_table, block_lse, chunk_lse, table_stride, max_blocks,
-    max_chunks, first_head, layer, num_layers, num_texts, num_traces, trace_group, num_steps,
-    trace_blocks,
+    max_chunks, layer, num_layers, num_texts, num_traces, trace_group, num_steps, trace_blocks,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     CHUNK: tl.constexpr, CHUNK_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    head = first_head + tl.program_id(1)
+    head = tl.program_id(1)
     request = tl.program_id(2).to(tl.int64)
     num_tokens = tl.load(seq_lens + request)
     num_blocks = tl.cdiv(num_tokens, BLOCK_TOKENS)
@@ -110,10 +113,9 @@ def replay_kernel(
         exists = block < num_blocks
         first_query_head = (request * NUM_KV_HEADS + head) * GROUP
         out = block_lse + first_query_head * max_blocks + block
-        if CHUNK_BLOCKS:
-            chunks: tl.constexpr = CHUNK // CHUNK_BLOCKS
-            chunk = tl.program_id(0) * chunks + tl.arange(0, chunks)
-            sums = chunk_lse + first_query_head * max_chunks + chunk
+        chunks: tl.constexpr = CHUNK // CHUNK_BLOCKS
+        chunk = tl.program_id(0) * chunks + tl.arange(0, chunks)
+        sums = chunk_lse + first_query_head * max_chunks + chunk
         for in_group in tl.static_range(GROUP):
             row = (first_row + (in_group + list_number) % trace_group) * num_steps + step
             code = tl.load(
@@ -123,51 +125,26 @@ def replay_kernel(
             log_mass = tl.where(code > 0, log_mass, _NOTHING)
             tl.store(out, log_mass, mask=exists)
             out += max_blocks
-            if CHUNK_BLOCKS:
-                there = tl.where(exists, log_mass, float("-inf"))
-                tl.store(sums, sum_by_chunk(there, CHUNK_BLOCKS), mask=chunk < max_chunks)
-                sums += max_chunks
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What a launch is for, besides its tensors.
-
-    Attributes:
-        num_layers: layers of the model that is measured.
-        num_kv_heads, num_query_heads: its heads.
-        max_blocks: P of the scores.
-        chunk_blocks: V blocks of a chunk that scoring leaves a sum of; 0 when it leaves none.
-        v_block_tokens: T.
-    """
-
-    num_layers: int
-    num_kv_heads: int
-    num_query_heads: int
-    max_blocks: int
-    v_block_tokens: int
-    chunk_blocks: int = 0
-
-    @classmethod
-    def of(cls, step: DecodeStep) -> Geometry:
-        """That of a decode step."""
-        _, num_query_heads, max_blocks = step.block_lse.shape
-        num_layers, num_kv_heads = step.hot_cache.table.shape[0], step.k_pages.shape[1]
-        return cls(
-            num_layers, num_kv_heads, num_query_heads, max_blocks, step.v_block_tokens,
-            step.workspace.chunk_blocks,
-        )  # fmt: skip
+            there = tl.where(exists, log_mass, float("-inf"))
+            tl.store(sums, sum_by_chunk(there, CHUNK_BLOCKS), mask=chunk < max_chunks)
+            sums += max_chunks
 
 
 class Replay:
-    """Overwrites the scores of decode steps with recorded masses.
+    """Has decode steps select by recorded masses.
 
     Args:
         recording: what to play.
         device: where the steps run; the recording is copied there.
     Raises:
         ValueError: the recording is no longer than the recent blocks.
+
+    Attributes:
+        Workspace: a `DecodeWorkspace` whose steps are played. It has a second buffer of scores, for
+            followers read while scoring writes the first.
     """
+
+    Workspace: type[DecodeWorkspace]
 
     def __init__(self, recording: Recording, device: torch.device | str) -> None:
         if int(recording.num_blocks[0]) <= RECENT_BLOCKS:
@@ -178,8 +155,31 @@ class Replay:
         self.recording = recording
         self.codes = recording.codes.to(device).contiguous()
         self.lengths = recording.num_blocks.to(device=device, dtype=torch.int32)
-        # By number of requests: the first layer of the last step, as ranges of KV heads.
-        self._launched: dict[int, tuple[Geometry, list[tuple[int, int]]]] = {}
+        # By number of requests: shape and P of the last step.
+        self._launched: dict[int, tuple[CacheShape, int]] = {}
+        self.Workspace = self._workspace()
+
+    def _workspace(self) -> type[DecodeWorkspace]:
+        play = self._play
+
+        @dataclass
+        class Workspace(DecodeWorkspace):
+            def __post_init__(self) -> None:
+                # Here, so that an engine that measures what memory is left counts them.
+                self.played = torch.zeros_like(self.block_lse), torch.zeros_like(self.chunk_lse)
+
+            def selected_by(self, view: LayerView, batch: DecodeBatch, lists: Lists) -> Lists:
+                block_lse, chunk_lse = (
+                    buffer[: scores.numel()].view(scores.shape)
+                    for buffer, scores in zip(
+                        self.played, (lists.block_lse, lists.chunk_lse), strict=True
+                    )
+                )
+                played = replace(lists, block_lse=block_lse, chunk_lse=chunk_lse)
+                play(view, batch, played)
+                return played
+
+        return Workspace
 
     @property
     def shortest_tokens(self) -> int:
@@ -187,72 +187,67 @@ class Replay:
         return int(self.recording.seq_lens[-1]) + self.recording.v_block_tokens
 
     def install(self) -> None:
-        """Take part in every step of this process from now on; before graphs are captured."""
-        decode.after_score = self
+        """Take part in every step of the engines that this process starts from now on.
 
-    def __call__(self, step: DecodeStep, first_head: int, last_head: int) -> None:
-        """Overwrite the scores of some KV heads of one layer, on the current stream."""
-        geometry = Geometry.of(step)
-        if step.layer == 0:
-            num_requests = step.query.shape[0]
-            if first_head == 0:
-                self._launched[num_requests] = geometry, []
-            self._launched[num_requests][1].append((first_head, last_head))
+        What a worker checks its kernels with before it serves is not played.
+        """
+        split_cache_gpu.DecodeWorkspace = self.Workspace  # type: ignore[misc]
+
+    def _play(self, view: LayerView, batch: DecodeBatch, lists: Lists) -> None:
+        """Write what a step selects by, on the current stream."""
+        self._launched[batch.num_requests] = view.shape, batch.max_blocks
         self.launch(
-            geometry, step.block_lse, step.seq_lens, step.block_table, step.layer, first_head,
-            last_head, step.chunk_lse,
+            view.shape, view.index, lists.seq_lens, lists.block_table, lists.block_lse,
+            lists.chunk_lse,
         )  # fmt: skip
 
     def launch(
         self,
-        geometry: Geometry,
-        block_lse: torch.Tensor,
+        shape: CacheShape,
+        layer: int,
         seq_lens: torch.Tensor,
         block_table: torch.Tensor,
-        layer: int,
-        first_head: int,
-        last_head: int,
-        chunk_lse: torch.Tensor | None = None,
+        block_lse: torch.Tensor,
+        chunk_lse: torch.Tensor,
     ) -> None:
         """The kernel.
 
         Args:
-            block_lse: [B, Hq, P] float32, on the device of the recording, contiguous. Rows of the
-                heads in range are overwritten up to the length of each request.
-            chunk_lse: [B, Hq, C] float32, beside it, contiguous: what scoring left of them.
-            seq_lens: [B] int32, beside it; 0 marks a padded row, which is left alone.
+            shape: of the model that is measured.
+            layer: number of the layer that is played.
+            seq_lens: [B] int32, on the device of the recording; 0 marks a padded row, which is left
+                alone.
             block_table: [B, MB] int32, beside it. Its first column tells requests apart.
+            block_lse: [B, Hq, P] float32, beside it, contiguous. Written up to the length of each
+                request.
+            chunk_lse: [B, Hq, C] float32, beside it, contiguous. Written: the sums of chunks.
         Raises:
             ValueError: V blocks of another size than those that were recorded.
 
         Graph-safe: no allocation, no host sync, a grid that depends on shapes only.
         """
-        if geometry.v_block_tokens != self.recording.v_block_tokens:
+        if shape.block_tokens != self.recording.v_block_tokens:
             raise ValueError(
-                f"replay: V blocks of {geometry.v_block_tokens} tokens, and the recording has "
-                f"blocks of {self.recording.v_block_tokens}"
+                f"replay: V blocks of {shape.block_tokens} tokens, and the recording has blocks of "
+                f"{self.recording.v_block_tokens}"
             )
         num_texts, layers, heads, num_steps, trace_blocks = self.codes.shape
-        group = self.recording.group
-        programs = triton.cdiv(geometry.max_blocks, _CHUNK)
-        replay_kernel[(programs, last_head - first_head, block_lse.shape[0])](
-            self.codes, self.lengths, seq_lens, block_table, block_lse,
-            block_lse if chunk_lse is None else chunk_lse, block_table.stride(0),
-            geometry.max_blocks, 0 if chunk_lse is None else chunk_lse.shape[2], first_head, layer,
-            geometry.num_layers, num_texts, layers * heads // group, group, num_steps,
-            trace_blocks,
-            NUM_KV_HEADS=geometry.num_kv_heads,
-            GROUP=geometry.num_query_heads // geometry.num_kv_heads,
-            BLOCK_TOKENS=geometry.v_block_tokens, CHUNK=_CHUNK,
-            CHUNK_BLOCKS=0 if chunk_lse is None else geometry.chunk_blocks,
+        group, max_blocks = self.recording.group, block_lse.shape[2]
+        grid = (triton.cdiv(max_blocks, _CHUNK), shape.num_kv_heads, block_lse.shape[0])
+        replay_kernel[grid](
+            self.codes, self.lengths, seq_lens, block_table, block_lse, chunk_lse,
+            block_table.stride(0), max_blocks, chunk_lse.shape[2], layer, shape.num_layers,
+            num_texts, layers * heads // group, group, num_steps, trace_blocks,
+            NUM_KV_HEADS=shape.num_kv_heads, GROUP=shape.group, BLOCK_TOKENS=shape.block_tokens,
+            CHUNK=_CHUNK, CHUNK_BLOCKS=chunk_blocks(shape),
         )  # fmt: skip
 
     def cost_ms(self, num_requests: int, tokens: int) -> float:
         """What the kernel adds to a step, measured alone on an idle GPU.
 
-        Graphs hold its launches of all layers, cut in waves as the last step of so many requests
-        was, or of the next larger number that there was (a padded batch). More requests than any
-        call had decode in several groups, and so are measured.
+        Graphs hold its launches of all layers, for as many requests as a step had, or the next
+        larger number that there was (a padded batch). More requests than any call had decode in
+        several groups, and so are measured.
 
         Args:
             num_requests: requests of the batch.
@@ -271,24 +266,15 @@ class Replay:
         from benchmarks.ops.common import time_calls
 
         size = min(size for size in self._launched if size >= num_requests)
-        geometry, ranges = self._launched[size]
-        device = self.codes.device
-        block_lse = torch.empty(
-            (size, geometry.num_query_heads, geometry.max_blocks), device=device
-        )
-        chunks = num_chunks(geometry.max_blocks, geometry.chunk_blocks)
-        chunk_lse = None
-        if chunks:
-            chunk_lse = torch.empty((size, geometry.num_query_heads, chunks), device=device)
+        shape, max_blocks = self._launched[size]
+        device, heads = self.codes.device, shape.num_query_heads
+        block_lse = torch.empty((size, heads, max_blocks), device=device)
+        chunk_lse = torch.empty((size, heads, num_chunks(shape, max_blocks)), device=device)
         lengths = torch.zeros(size, dtype=torch.int32, device=device)
         lengths[:num_requests] = tokens
         table = torch.arange(size, dtype=torch.int32, device=device)[:, None]
-
-        def one_layer(layer: int) -> None:
-            for first_head, last_head in ranges:
-                self.launch(
-                    geometry, block_lse, lengths, table, layer, first_head, last_head, chunk_lse
-                )
-
-        calls = [functools.partial(one_layer, layer) for layer in range(geometry.num_layers)]
-        return time_calls(calls).p50 * geometry.num_layers
+        calls = [
+            functools.partial(self.launch, shape, layer, lengths, table, block_lse, chunk_lse)
+            for layer in range(shape.num_layers)
+        ]
+        return time_calls(calls).p50 * shape.num_layers

@@ -87,7 +87,7 @@ class GPUMemory:
         return 4 * (shape.num_layers * shape.rows_per_page + shape.page_tokens)
 
     @property
-    def _slot_bytes(self) -> int:
+    def slot_bytes(self) -> int:
         """Bytes of one hot slot: its row and its word."""
         return self.shape.row.bytes + 8
 
@@ -103,7 +103,7 @@ class GPUMemory:
             if hot_cache_gib == "auto"
             else float(hot_cache_gib) * 2**30
         )
-        return int(wanted) // self._slot_bytes
+        return int(wanted) // self.slot_bytes
 
     def pages(self, available_bytes: int, k_page_bytes: int, hot_slots: int) -> int:
         """Pages that fit beside so many hot slots.
@@ -111,7 +111,7 @@ class GPUMemory:
         Args:
             k_page_bytes: Bytes of a page of K of all layers (and of V of those that are not split).
         """
-        left = available_bytes - hot_slots * self._slot_bytes
+        left = available_bytes - hot_slots * self.slot_bytes
         return left // (k_page_bytes + self.page_bytes)
 
     def _workspace_bytes(self, max_requests: int) -> int:

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What fits: blocks of stock vLLM and of the split cache, by GPU and host memory.
 
-The first functions say what the GPU runtime allocates; tests/integration/test_plan_sizes.py
-compares them to the byte. Bytes are of one rank.
+What the split cache takes is what vllm_kcache/memory.py plans for the engine. Bytes are of one
+rank.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.config import KCacheConfig
-from vllm_kcache.kernels.score_plan import chunk_blocks, num_chunks, padded
+from vllm_kcache.memory import GPUMemory, StepLimits
 from vllm_kcache.planner.shape import ModelShape, PlanError
 
 GIB = 2**30
@@ -18,13 +21,7 @@ GIB = 2**30
 # CUDA context, libraries and graphs: memory of two stock engines that was neither weights nor
 # activations nor cache (docs/plan.md, "Memory").
 OTHER_GPU_BYTES = 450_000_000
-# Shares and sizes of integration/gpu_runtime.py.
-HOT_CACHE_SHARE = 0.07
-GROUP_REQUESTS = 64
-WORKSPACE_BYTES = 256 << 20
-PIECE_BYTES = 64 << 20
-# Launch shape of kernels/attend.py, which sizes its partial results.
-ATTEND_PROGRAMS, ATTEND_SPLITS = 1056, 6
+_DTYPES = {1: torch.uint8, 2: torch.bfloat16, 4: torch.float32}
 
 
 @dataclass(frozen=True)
@@ -78,79 +75,38 @@ def kv_heads_of_rank(shape: ModelShape, engine: Engine) -> int:
     return max(1, shape.num_kv_heads // engine.tensor_parallel_size)
 
 
-# What the runtime allocates.
-
-
-def host_bytes_per_page(shape: ModelShape, engine: Engine, config: KCacheConfig) -> int:
-    """Host memory of V of one page."""
-    split = shape.num_layers - len(config.resolved_dense_layers(shape.num_layers))
-    return split * _layer_page_bytes(shape, engine)
-
-
-def gpu_bytes_per_page(shape: ModelShape, engine: Engine, config: KCacheConfig) -> tuple[int, int]:
-    """GPU memory of one page: K (and V of dense layers); the residency table and the slots."""
+def cache_shape(shape: ModelShape, engine: Engine, config: KCacheConfig) -> CacheShape:
+    """Geometry of the split layers of a rank."""
     dense = len(config.resolved_dense_layers(shape.num_layers))
-    split = shape.num_layers - dense
-    tokens = v_block_tokens_of(shape, engine, config)
-    rows = kv_heads_of_rank(shape, engine) * engine.block_size // tokens
-    tables = 4 * (split * rows + engine.block_size)
-    return (split + 2 * dense) * _layer_page_bytes(shape, engine), tables
+    return CacheShape(
+        num_layers=shape.num_layers - dense,
+        num_query_heads=shape.num_query_heads // engine.tensor_parallel_size,
+        num_kv_heads=kv_heads_of_rank(shape, engine),
+        head_size=shape.head_size,
+        page_tokens=engine.block_size,
+        block_tokens=config.resolved_v_block_tokens(
+            shape.head_size, shape.itemsize, engine.block_size
+        ),
+        dtype=_DTYPES[shape.itemsize],
+    )
 
 
-def gpu_fixed_bytes(shape: ModelShape, engine: Engine, config: KCacheConfig) -> int:
-    """GPU memory of the buffers of a decode step, and of staging and scratch of prefills."""
-    return _decode_bytes(shape, engine, config) + _prefill_bytes(shape, engine)
+def gpu_memory(shape: ModelShape, engine: Engine, config: KCacheConfig) -> GPUMemory:
+    """What the engine plans its buffers by."""
+    cache = cache_shape(shape, engine, config)
+    limits = StepLimits(engine.max_num_seqs, engine.max_num_batched_tokens, engine.max_model_len)
+    return GPUMemory(cache, config.selection(cache.block_tokens), limits)
 
 
-def hot_cache_bytes(
-    available_bytes: int, shape: ModelShape, engine: Engine, config: KCacheConfig
-) -> int:
-    """GPU memory of the hot V cache where K pages, tables and it share `available_bytes`."""
-    tokens = v_block_tokens_of(shape, engine, config)
-    slot = tokens * shape.head_size * shape.itemsize + 8
-    asked = config.hot_cache_gib
-    wanted = available_bytes * HOT_CACHE_SHARE if asked == "auto" else float(asked) * GIB
-    return max(1, int(min(wanted, available_bytes)) // slot) * slot
-
-
-def v_block_tokens_of(shape: ModelShape, engine: Engine, config: KCacheConfig) -> int:
-    """T."""
-    return config.resolved_v_block_tokens(shape.head_size, shape.itemsize, engine.block_size)
+def k_page_bytes(shape: ModelShape, engine: Engine, config: KCacheConfig) -> int:
+    """GPU memory of one page of K, and of V of dense layers."""
+    dense = len(config.resolved_dense_layers(shape.num_layers))
+    return (shape.num_layers + dense) * _layer_page_bytes(shape, engine)
 
 
 def _layer_page_bytes(shape: ModelShape, engine: Engine) -> int:
     heads = kv_heads_of_rank(shape, engine)
     return heads * shape.head_size * engine.block_size * shape.itemsize
-
-
-def _decode_bytes(shape: ModelShape, engine: Engine, config: KCacheConfig) -> int:
-    v_block_tokens = v_block_tokens_of(shape, engine, config)
-    selection = config.selection(v_block_tokens)
-    query_heads = shape.num_query_heads // engine.tensor_parallel_size
-    kv_heads = kv_heads_of_rank(shape, engine)
-    max_blocks = -(-engine.max_model_len // v_block_tokens)
-    group = query_heads // kv_heads
-    in_chunk = chunk_blocks(shape.head_size, shape.itemsize, v_block_tokens)
-    scores = max_blocks + num_chunks(max_blocks, in_chunk)
-    columns = max_blocks if selection.top_n is None else min(selection.top_n, max_blocks)
-    padded_head = padded(shape.head_size)
-    rows_of_head = 1 if selection.clip is None else 2
-
-    def of_requests(count: int) -> int:
-        lists = count * kv_heads
-        words = count * query_heads * (scores + 1) + 4 * lists * columns + 3 * lists
-        parts = (ATTEND_PROGRAMS + ATTEND_SPLITS * lists) * group * rows_of_head
-        return 4 * (words + parts * (padded_head + 2) + lists)
-
-    one, two = of_requests(1), of_requests(2)
-    room = 1 + max(0, WORKSPACE_BYTES - one) // (two - one)
-    return of_requests(min(GROUP_REQUESTS, engine.max_num_seqs, room))
-
-
-def _prefill_bytes(shape: ModelShape, engine: Engine) -> int:
-    row = kv_heads_of_rank(shape, engine) * shape.head_size * shape.itemsize
-    pages = max(1, PIECE_BYTES // row // engine.block_size, engine.max_num_seqs)
-    return (engine.max_num_batched_tokens + 3 * pages * engine.block_size) * row
 
 
 # What fits.
@@ -208,12 +164,12 @@ def fit_split(
     Args:
         host_budget_bytes: Host memory for V of all ranks together.
     """
-    buffers = gpu_fixed_bytes(shape, engine, config)
+    memory = gpu_memory(shape, engine, config)
+    buffers = memory.fixed_bytes
     left = max(0, cache_bytes_gpu(shape, engine, gpu_memory_bytes) - buffers)
-    hot = hot_cache_bytes(left, shape, engine, config)
-    page, tables = gpu_bytes_per_page(shape, engine, config)
-    v_page = host_bytes_per_page(shape, engine, config)
-    on_gpu = max(0, left - hot) // (page + tables)
+    slots = memory.hot_slots(left, config.hot_cache_gib)
+    page, v_page = k_page_bytes(shape, engine, config), memory.shape.host_page_bytes
+    on_gpu = max(0, memory.pages(left, page, slots))
     on_host = int(host_budget_bytes / engine.tensor_parallel_size) // v_page
     blocks = min(on_gpu, on_host)
     return Fit(
@@ -221,6 +177,6 @@ def fit_split(
         limited_by="host memory" if on_host < on_gpu else "GPU memory",
         cache_bytes=blocks * page,
         host_bytes=blocks * v_page,
-        hot_cache_bytes=hot,
-        buffer_bytes=buffers + blocks * tables,
+        hot_cache_bytes=slots * memory.slot_bytes,
+        buffer_bytes=buffers + blocks * memory.page_bytes,
     )

@@ -11,10 +11,10 @@ from vllm_kcache.planner.cost import Hardware, SplitWork, StepCost, split_step, 
 from vllm_kcache.planner.memory import (
     Engine,
     Fit,
+    cache_shape,
     fit_split,
     fit_stock,
     kv_heads_of_rank,
-    v_block_tokens_of,
 )
 from vllm_kcache.planner.selection import HIT_RATES, interpolate, selected_tokens_of
 from vllm_kcache.planner.shape import ModelShape, PlanError
@@ -154,7 +154,7 @@ def make_plan(setup: Setup, load: Load) -> Plan:
 def split_work(setup: Setup, load: Load, fit: Fit, requests: float) -> SplitWork:
     """What the settings select, and what the hot V cache holds of it."""
     shape, config = setup.shape, setup.config
-    tokens = v_block_tokens_of(shape, setup.engine, config)
+    tokens = cache_shape(shape, setup.engine, config).block_tokens
     dense = len(config.resolved_dense_layers(shape.num_layers))
     selected = load.selected_tokens
     if selected is None:

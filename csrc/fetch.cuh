@@ -24,6 +24,7 @@ __device__ inline void copy_row(const char* __restrict__ source, char* __restric
   const int lane = threadIdx.x & 31, num_vectors = row_bytes / 16;
   const uint4* from = reinterpret_cast<const uint4*>(source);
   uint4* to = reinterpret_cast<uint4*>(target);
+#pragma unroll 1  // rows are short
   for (int first = lane; first < num_vectors; first += 32 * kVectorsAhead) {
     uint4 vectors[kVectorsAhead];
 #pragma unroll

@@ -22,7 +22,8 @@ constexpr int kSegment = 4096, kSegmentWords = kSegment / 32;
 // loads. More take more registers than a thread may have.
 constexpr int kInFlight = 8;
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-// Digits of a rank, and its values. Sums of masses are integers of 2^-30: exact in any order.
+// Digits of a rank, and its values. Sums of masses are integers of 2^-30: the same in any
+// order, and off by half of that for each block at most.
 constexpr int kBins = 256, kMaxSums = 1 + kMaxGroup;
 
 // A V block, from the first of its segment.
@@ -95,7 +96,6 @@ class ListSelection {
         shared_(shared),
         list_(list),
         num_blocks_(blocks_of(view, step, list / view.num_kv_heads)),
-        lse_(step.block_lse + static_cast<int64_t>(list) * view.group * step.max_blocks),
         lane_(threadIdx.x & 31),
         warp_(threadIdx.x >> 5) {
     const int num_tokens = step.seq_lens[list / view.num_kv_heads];
@@ -165,6 +165,10 @@ class ListSelection {
     __syncthreads();
   }
 
+  __device__ const float* scores() const {
+    return step_.block_lse + static_cast<int64_t>(list_) * view_.group * step_.max_blocks;
+  }
+
   // Base-2 logarithms of the masses of some blocks in each query head, from `start` in strides;
   // -infinity for what does not exist. A shift comes from rounded products, so where one block has
   // all of the mass, that may be some 1e-7 times the score off 1.
@@ -176,7 +180,7 @@ class ListSelection {
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         const bool exists = h < view_.group && start + i * kStride < num_blocks_;
-        logs[i][h] = exists ? __ldcg(lse_ + (row + i * kStride)) : -INFINITY;
+        logs[i][h] = exists ? __ldcg(scores() + (row + i * kStride)) : -INFINITY;
       }
     }
 #pragma unroll
@@ -203,7 +207,7 @@ class ListSelection {
   }
 
   __device__ float head_mass(int head, int block) const {
-    const float lse = __ldcg(lse_ + (static_cast<unsigned>(head) * step_.max_blocks + block));
+    const float lse = __ldcg(scores() + (static_cast<unsigned>(head) * step_.max_blocks + block));
     return fast_exp2(fmaf(lse, kLog2E, -shared_.shift[head]));
   }
 
@@ -325,7 +329,6 @@ class ListSelection {
   const Step& step_;
   SelectShared<R>& shared_;
   const int list_, num_blocks_;
-  const float* lse_;
   const int lane_, warp_;
   int first_recent_;
   unsigned long long threshold_ = 0;  // rank of the last block kept

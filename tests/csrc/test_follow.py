@@ -153,6 +153,7 @@ def test_stale_signals(stale: str) -> None:
     left = {"done": -1, "more": 1, "far more": 70}[stale]
     batch.lists.signals.copy_(parts + left)
     follow(batch)
+    assert torch.equal(batch.lists.signals[parts > 0], (parts + left)[parts > 0])
     # An empty list has no parts: what is left there may be the mark of being done.
     batch.lists.signals[parts == 0] = 0
     finish(batch)

@@ -23,6 +23,7 @@ import argparse
 import json
 import math
 import os
+import random
 import shlex
 import subprocess
 import sys
@@ -89,6 +90,9 @@ def evaluate(spec: dict[str, Any]) -> dict[str, Any]:
     manager = TaskManager(include_path=spec["include_path"], metadata=metadata)
     groups = {"offline_ruler": OFFLINE_RULER} if "offline_ruler" in spec["tasks"] else {}
     tasks = [leaf for name in spec["tasks"] for leaf in groups.get(name, [name])]
+    # RULER's documents are drawn as they are loaded, here and once more below, and some from a
+    # generator that goes on from the one to the other: each engine must draw the same.
+    random.seed(0)
     _refuse_likelihoods(manager, tasks)
     results = simple_evaluate(
         model="vllm",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -36,6 +37,7 @@ class Harness:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[dict[str, Any]] = []
+        self.drawn: list[float] = []  # by RULER, as its documents are loaded
         package, tasks = ModuleType("lm_eval"), ModuleType("lm_eval.tasks")
         package.simple_evaluate = self.simple_evaluate  # type: ignore[attr-defined]
         tasks.TaskManager = self.manager  # type: ignore[attr-defined]
@@ -48,9 +50,12 @@ class Harness:
         known = {name: SimpleNamespace(OUTPUT_TYPE=kind) for name, kind in kinds.items()}
         known |= {name: SimpleNamespace(OUTPUT_TYPE="generate_until") for name in OFFLINE_RULER}
         known["both"] = {name: known[name] for name in ("good", "better")}  # type: ignore[assignment]
-        return SimpleNamespace(
-            load_task_or_group=lambda names: {name: known[name] for name in names}
-        )
+
+        def load(names: list[str]) -> dict[str, Any]:
+            self.drawn.append(random.random())
+            return {name: known[name] for name in names}
+
+        return SimpleNamespace(load_task_or_group=load)
 
     def simple_evaluate(self, **arguments: Any) -> dict[str, Any]:
         self.calls.append(arguments)
@@ -111,6 +116,8 @@ def test_tasks_of_ruler(harness: Harness, tmp_path: Path) -> None:
     adapter.main([*command, "--results", str(results)])
     assert harness.metadata == {"pretrained": "some/model", "max_seq_lengths": [1024]}
     assert harness.calls[0]["tasks"] == [*OFFLINE_RULER, "better"]
+    assert len(harness.drawn) == 2
+    assert len(set(harness.drawn)) == 1
     _, row = [json.loads(line) for line in results.read_text().splitlines()]
     assert row["tasks"]["ruler_vt"]["metrics"].keys() == {"1024,none"}
     assert row["tasks"]["offline_ruler"]["items"] == 6

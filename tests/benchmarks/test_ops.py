@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmarks of the operations run through, without a GPU: every call is made, none is timed.
 
-`python -m tests.csrc.interpreted LIBRARY tests.benchmarks.test_ops` does so under TRITON_INTERPRET=1.
+`python -m tests.csrc.interpreted LIBRARY tests.benchmarks.test_ops` does so, with
+TRITON_INTERPRET=1 in the environment.
 """
 
 from __future__ import annotations

@@ -55,13 +55,12 @@ def empty_selected(problem: Problem, selection: Selection) -> Selected:
 def time_select(batch: Batch, scores: list[torch.Tensor], rule: Selection) -> tuple[Timing, float]:
     """Time of a selection, and the mean length of its lists."""
     out = empty_selected(batch.problem, rule)
-    view = batch.view(rule, batch.hot_cache(0)).packed
-    assert view is not None
+    view = batch.view(rule, batch.hot_cache(0))
     blocks_each = chunk_blocks(batch.problem.shape)
     sums = [lse.unflatten(2, (-1, blocks_each)).logsumexp(-1) for lse in scores]
 
     def call(block_lse: torch.Tensor, chunk_lse: torch.Tensor) -> None:
-        select_blocks(view, batch.seq_lens, block_lse, chunk_lse, blocks_each, out)
+        select_blocks(view.packed, batch.seq_lens, block_lse, chunk_lse, blocks_each, out)
 
     calls = zip(scores, sums, strict=True)
     timing = time_calls([lambda lse=lse, chunk=chunk: call(lse, chunk) for lse, chunk in calls])

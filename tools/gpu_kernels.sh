@@ -51,8 +51,8 @@ if [ ! -e vllm_kcache/_C.abi3.so ] || [ -n "$(find csrc -newer vllm_kcache/_C.ab
 fi
 
 if [ -n "$rest" ]; then
-  OUT=$out PYTHON=$python LIMIT=240 tools/test_gpu.sh tests/gpu/test_{ops,decode,hot_cache,sanitize}.py ||
-    failed=1
+  OUT=$out PYTHON=$python LIMIT=240 \
+    tools/test_gpu.sh tests/gpu/test_{kernels,lists,decode,hot_cache,sanitize}.py || failed=1
 fi
 
 if [ -n "$sanitize" ]; then

@@ -21,8 +21,8 @@ import torch
 
 from vllm_kcache.cache.host_memory import AUTO_SHARE, host_memory
 from vllm_kcache.config import KCacheConfig
-from vllm_kcache.plan_memory import Engine, fit_split, fit_stock
-from vllm_kcache.plan_shape import read_shape
+from vllm_kcache.planner.memory import Engine, fit_split, fit_stock
+from vllm_kcache.planner.shape import read_shape
 
 GIB = 2**30
 WITHIN = 0.03

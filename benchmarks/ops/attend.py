@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import functools
 import itertools
+from dataclasses import replace
 
 import torch
 
 from benchmarks.ops.common import (
+    ANY_RULE,
+    DTYPE,
     PROBLEMS,
     V_BLOCK_TOKENS,
     Batch,
@@ -24,9 +27,13 @@ from benchmarks.ops.common import (
     random_selection,
     time_calls,
 )
+from vllm_kcache.cache.layer_view import LayerView
 from vllm_kcache.kernels.attend import attend_blocks
-from vllm_kcache.kernels.attend_plan import AttendBuffers, AttendConfig, attend_config
-from vllm_kcache.types import Fetched, Selected, Tail
+from vllm_kcache.kernels.attend_plan import AttendConfig, attend_config
+from vllm_kcache.kernels.score_plan import padded
+from vllm_kcache.types import Selected, Selection, Tail
+
+CLIPPED = Selection(None, None, 1, 32, "max", 0.002)
 
 
 def ragged_counts(batch: Batch, mean: int) -> torch.Tensor:
@@ -37,7 +44,7 @@ def ragged_counts(batch: Batch, mean: int) -> torch.Tensor:
 
 
 def usual_config(problem: Problem, columns: int) -> AttendConfig:
-    return attend_config(problem.num_lists, columns, problem.head_size, 2, V_BLOCK_TOKENS)
+    return attend_config(problem.shape, problem.num_lists, columns)
 
 
 def time_attend(
@@ -48,31 +55,30 @@ def time_attend(
     tail: Tail = "renormalize",
 ) -> Timing:
     """Time over four selections whose rows lie anywhere in a slot pool larger than the L2 cache."""
-    p = batch.problem
-    num_slots = max(1 << 16, int(counts.sum()))
-    slots = torch.randn((num_slots, V_BLOCK_TOKENS, p.head_size), dtype=batch.dtype, device="cuda")
-    block_lse = torch.zeros((p.num_requests, p.num_heads, p.max_blocks), device="cuda")
+    p, requests = batch.problem, batch.decode()
+    selection = CLIPPED if tail == "clip" else ANY_RULE
+    cache = batch.hot_cache(max(1 << 16, int(counts.sum())))
+    cache.slots.view(DTYPE).normal_()
+    workspace = batch.workspace(selection)
+    if config is not None:
+        # A launch shape that is tried may leave more parts than the usual one.
+        parts = p.num_lists * config.splits * p.group
+        sums = torch.empty(parts * padded(p.head_size), device="cuda")
+        weights = torch.empty(parts * 2, device="cuda")
+        workspace = replace(workspace, sums=sums, weights=weights)
     out = torch.empty_like(batch.query)
-    usual = usual_config(p, columns)
-    splits = max(usual.splits, config.splits if config else 0)
-    clipped = tail == "clip"
-    buffers = AttendBuffers.make(p.num_lists * splits, p.group, p.head_size, "cuda", clipped)
     mass = torch.ones(counts.shape, device="cuda")
     lse = torch.full((p.num_requests, p.num_heads), 8.0, device="cuda")
 
-    def call(k_pages: torch.Tensor, selected: Selected, fetched: Fetched) -> None:
-        attend_blocks(
-            batch.query, k_pages, batch.v_pool, fetched, selected, batch.block_table,
-            batch.seq_lens, batch.scale, V_BLOCK_TOKENS, tail, block_lse, out=out,
-            clip=0.001 if clipped else None, buffers=buffers, config=config,
-        )  # fmt: skip
+    def call(view: LayerView, selected: Selected, rows: torch.Tensor) -> None:
+        attend_blocks(view, requests, selected, rows, workspace, out, config=config)
 
     calls = []
     for index in range(4):
         selected = Selected(*random_selection(p, counts, columns), mass, lse)
-        rows = torch.randint(num_slots, selected.blocks.shape, device="cuda").int()
-        k_pages = batch.k_layers[index % len(batch.k_layers)]
-        calls.append(functools.partial(call, k_pages, selected, Fetched(rows, slots)))
+        rows = torch.randint(cache.num_slots, selected.blocks.shape, device="cuda").int()
+        view = batch.view(selection, cache, index, tail)
+        calls.append(functools.partial(call, view, selected, rows))
     return time_calls(calls)
 
 
@@ -96,7 +102,7 @@ def main() -> None:
     peak = hbm_copy_bandwidth()
     report = Report("attend", options.results)
     for problem in PROBLEMS:
-        batch = Batch(problem, with_v=True)
+        batch = Batch(problem)
         lists = (problem.num_requests, problem.num_kv_heads)
         cases: dict[str, tuple[torch.Tensor, int, Tail]] = {
             f"{blocks * V_BLOCK_TOKENS} tokens": (

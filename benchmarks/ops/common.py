@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,20 @@ import torch
 
 from benchmarks.rows import RESULTS, append, command, origin
 from vllm_kcache.cache import HostPool
+from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.cache.hot_cache import HotCache
+from vllm_kcache.cache.layer_view import LayerView
+from vllm_kcache.kernels.select import packed_view
+from vllm_kcache.kernels.workspace import DecodeBatch, DecodeWorkspace
+from vllm_kcache.types import Selection, Tail
 
 PAGE_TOKENS = 16
 V_BLOCK_TOKENS = 8
+# Layers of the hot cache: calls for one after the other never find what they need.
+LAYERS = 8
+DTYPE = torch.bfloat16
+# Where a benchmark measures no selection.
+ANY_RULE = Selection(16, None, 1, 32, "sum")
 
 
 @dataclass(frozen=True)
@@ -56,8 +66,15 @@ class Problem:
         return self.num_lists * self.context * self.head_size * 2
 
     @property
+    def shape(self) -> CacheShape:
+        return CacheShape(
+            LAYERS, self.num_heads, self.num_kv_heads, self.head_size, PAGE_TOKENS, V_BLOCK_TOKENS,
+            DTYPE,
+        )  # fmt: skip
+
+    @property
     def row_bytes(self) -> int:
-        return V_BLOCK_TOKENS * self.head_size * 2
+        return self.shape.row.bytes
 
 
 PROBLEMS = (
@@ -69,53 +86,63 @@ PROBLEMS = (
 
 @dataclass
 class Batch:
-    """Tensors of a problem, random. `layers` sets of K pages in turn keep small ones out of L2."""
+    """Tensors of a problem, random: K pages, rows of one layer on the host, queries.
+
+    Several sets of K pages in turn keep small ones out of the L2 cache.
+    """
 
     problem: Problem
-    with_v: bool = False
-    dtype: torch.dtype = torch.bfloat16
     query: torch.Tensor = field(init=False)
     k_layers: list[torch.Tensor] = field(init=False)
     block_table: torch.Tensor = field(init=False)
     seq_lens: torch.Tensor = field(init=False)
-    pool: HostPool | None = None
+    pool: HostPool = field(init=False)
 
     def __post_init__(self) -> None:
         p = self.problem
         shape = (p.num_pages, p.num_kv_heads, PAGE_TOKENS, p.head_size)
-        layers = max(1, min(8, (1 << 30) // p.k_bytes))
-        self.k_layers = [torch.randn(shape, dtype=self.dtype, device="cuda") for _ in range(layers)]
+        layers = max(1, min(LAYERS, (1 << 30) // p.k_bytes))
+        self.k_layers = [torch.randn(shape, dtype=DTYPE, device="cuda") for _ in range(layers)]
         self.query = torch.randn(
-            (p.num_requests, p.num_heads, p.head_size), dtype=self.dtype, device="cuda"
+            (p.num_requests, p.num_heads, p.head_size), dtype=DTYPE, device="cuda"
         )
         pages = torch.randperm(p.num_pages, device="cuda").int()
         self.block_table = pages.view(p.num_requests, -1)
         self.seq_lens = torch.full((p.num_requests,), p.context, dtype=torch.int32, device="cuda")
-        if self.with_v:
-            self.pool = HostPool(1, *shape, self.dtype, pinned=True)
-            self.pool.layer(0).copy_(self.k_layers[0])
+        self.pool = HostPool(1, p.num_pages * p.shape.rows_per_page, p.row_bytes, pinned=True)
+        self.pool.layer(0).view(DTYPE).view(shape).copy_(self.k_layers[0])
 
-    @property
-    def v_pool(self) -> torch.Tensor:
-        assert self.pool is not None
-        return self.pool.layer(0)
+    def hot_cache(self, num_slots: int) -> HotCache:
+        """An empty cache of all layers."""
+        return HotCache.make(num_slots, LAYERS, self.pool.num_rows, self.problem.row_bytes, "cuda")
 
-    @property
-    def scale(self) -> float:
-        return self.problem.head_size**-0.5
+    def view(
+        self, selection: Selection, cache: HotCache, layer: int = 0, tail: Tail = "renormalize"
+    ) -> LayerView:
+        """A layer; all have the same rows on the host."""
+        k_pages = self.k_layers[layer % len(self.k_layers)]
+        rows = self.pool.layer(0)
+        view = LayerView(layer, self.problem.shape, selection, tail, k_pages, rows, cache)
+        return replace(view, packed=packed_view(view))
 
-    def hot_cache(self, num_slots: int, num_layers: int = 32) -> HotCache:
-        """A cache of many layers: calls for one after the other never find what they need."""
+    def workspace(self, selection: Selection, max_blocks: int = 0) -> DecodeWorkspace:
+        """Buffers for this batch; `max_blocks` where a graph is for longer requests."""
         p = self.problem
-        rows = p.num_pages * p.num_kv_heads * PAGE_TOKENS // V_BLOCK_TOKENS
-        return HotCache.make(
-            num_slots, num_layers, rows, V_BLOCK_TOKENS, p.head_size, self.dtype, "cuda"
+        return DecodeWorkspace.make(
+            p.shape, selection, p.num_requests, max_blocks or p.max_blocks, "cuda"
         )
+
+    def decode(self, max_blocks: int = 0) -> DecodeBatch:
+        """The requests, as a step takes them."""
+        p = self.problem
+        return DecodeBatch(
+            self.query, self.block_table, self.seq_lens, p.head_size**-0.5,
+            max_blocks or p.max_blocks,
+        )  # fmt: skip
 
     def close(self) -> None:
         torch.cuda.synchronize()
-        if self.pool is not None:
-            self.pool.close()
+        self.pool.close()
 
 
 @dataclass(frozen=True)

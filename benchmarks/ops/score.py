@@ -7,10 +7,12 @@ Bytes counted: K, read once. With --sweep also other launch shapes, best first.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import torch
 
 from benchmarks.ops.common import (
+    ANY_RULE,
     PROBLEMS,
     V_BLOCK_TOKENS,
     Batch,
@@ -21,27 +23,31 @@ from benchmarks.ops.common import (
     hbm_copy_bandwidth,
     time_calls,
 )
-from vllm_kcache.kernels.score import launch_score
+from vllm_kcache.cache.layer_view import LayerView
+from vllm_kcache.kernels.score import score_blocks
 from vllm_kcache.kernels.score_plan import ScoreConfig, score_config
 
 
 def time_score(batch: Batch, config: ScoreConfig | None = None, max_blocks: int = 0) -> Timing:
-    p = batch.problem
-    shape = (p.num_requests, p.num_heads, max_blocks or p.max_blocks)
-    block_lse = torch.empty(shape, device="cuda")
+    p, requests = batch.problem, batch.decode(max_blocks)
+    cache = batch.hot_cache(0)
+    views = [batch.view(ANY_RULE, cache, layer) for layer in range(len(batch.k_layers))]
+    lists = batch.workspace(ANY_RULE, max_blocks).views(views[0], requests)
+    if config is not None:
+        # Chunks of another size leave another number of sums.
+        chunks = -(-requests.max_blocks * V_BLOCK_TOKENS // config.chunk_tokens)
+        sums = torch.empty((p.num_requests, p.num_heads, chunks), device="cuda")
+        lists = replace(lists, chunk_lse=sums)
 
-    def call(k_pages: torch.Tensor) -> None:
-        launch_score(
-            batch.query, k_pages, batch.block_table, batch.seq_lens, batch.scale, V_BLOCK_TOKENS,
-            block_lse, config=config,
-        )  # fmt: skip
+    def call(view: LayerView) -> None:
+        score_blocks(view, requests, lists, config=config)
 
-    return time_calls([lambda k=k: call(k) for k in batch.k_layers])
+    return time_calls([lambda view=view: call(view) for view in views])
 
 
 def sweep(batch: Batch, peak: float) -> None:
     p = batch.problem
-    usual = score_config(p.num_lists, p.head_size, 2, V_BLOCK_TOKENS, p.max_blocks)
+    usual = score_config(p.shape, p.num_requests, p.max_blocks)
     found = []
     for chunk, programs, warps, stages in itertools.product(
         (64, 128, 256), (2048, 4096, 8192, 16384), (4, 8), (2, 3, 4)
@@ -49,7 +55,7 @@ def sweep(batch: Batch, peak: float) -> None:
         if (chunk, warps) in ((64, 8), (256, 4)) or (programs == 2048 and stages == 2):
             continue
         splits = max(1, min(p.context // chunk, -(-programs // p.num_lists)))
-        config = ScoreConfig(chunk, splits, warps, stages)
+        config = ScoreConfig(chunk, splits, warps, stages, usual.max_registers)
         if any(config == tried for _, tried in found):
             continue
         found.append((time_score(batch, config).p50, config))

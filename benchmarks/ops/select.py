@@ -11,7 +11,6 @@ import torch
 
 from benchmarks.ops.common import (
     PROBLEMS,
-    V_BLOCK_TOKENS,
     Batch,
     Problem,
     Report,
@@ -21,7 +20,8 @@ from benchmarks.ops.common import (
 )
 from benchmarks.ops.score import time_score
 from vllm_kcache.kernels.score_plan import chunk_blocks
-from vllm_kcache.kernels.select import launch_select
+from vllm_kcache.kernels.select import select_blocks
+from vllm_kcache.kernels.workspace import columns_of
 from vllm_kcache.types import Selected, Selection
 
 RULES = {
@@ -43,7 +43,7 @@ def random_lse(problem: Problem, spread: float, copies: int) -> list[torch.Tenso
 
 def empty_selected(problem: Problem, selection: Selection) -> Selected:
     shape = (problem.num_requests, problem.num_kv_heads)
-    columns = problem.max_blocks if selection.top_n is None else selection.top_n
+    columns = columns_of(selection, problem.max_blocks)
     return Selected(
         torch.empty((*shape, columns), dtype=torch.int32, device="cuda"),
         torch.empty(shape, dtype=torch.int32, device="cuda"),
@@ -55,14 +55,12 @@ def empty_selected(problem: Problem, selection: Selection) -> Selected:
 def time_select(batch: Batch, scores: list[torch.Tensor], rule: Selection) -> tuple[Timing, float]:
     """Time of a selection, and the mean length of its lists."""
     out = empty_selected(batch.problem, rule)
-    blocks_each = chunk_blocks(batch.problem.head_size, 2, V_BLOCK_TOKENS)
+    view = batch.view(rule, batch.hot_cache(0))
+    blocks_each = chunk_blocks(batch.problem.shape)
     sums = [lse.unflatten(2, (-1, blocks_each)).logsumexp(-1) for lse in scores]
 
     def call(block_lse: torch.Tensor, chunk_lse: torch.Tensor) -> None:
-        launch_select(
-            block_lse, batch.seq_lens, V_BLOCK_TOKENS, rule, out, chunk_lse=chunk_lse,
-            chunk_blocks=blocks_each,
-        )  # fmt: skip
+        select_blocks(view.packed, batch.seq_lens, block_lse, chunk_lse, blocks_each, out)
 
     calls = zip(scores, sums, strict=True)
     timing = time_calls([lambda lse=lse, chunk=chunk: call(lse, chunk) for lse, chunk in calls])

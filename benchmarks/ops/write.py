@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 
 from benchmarks.ops.common import (
+    ANY_RULE,
+    DTYPE,
     PAGE_TOKENS,
     PROBLEMS,
     Batch,
@@ -19,7 +21,7 @@ from benchmarks.ops.common import (
     link_bandwidths,
     time_calls,
 )
-from vllm_kcache.cache.hot_cache import HotCache
+from vllm_kcache.cache.layer_view import LayerView
 from vllm_kcache.kernels.write import WriteParts, write_kv
 
 CHUNK_TOKENS = 4096
@@ -35,24 +37,15 @@ def random_slots(problem: Problem, tokens: int, whole_pages: bool) -> torch.Tens
 
 
 def time_write(
-    batch: Batch, cache: HotCache, tokens: int, whole_pages: bool, parts: WriteParts
+    problem: Problem, view: LayerView, tokens: int, whole_pages: bool, parts: WriteParts
 ) -> Timing:
-    p = batch.problem
+    p = problem
     shape = (tokens, p.num_kv_heads, p.head_size)
-    key = torch.randn(shape, dtype=batch.dtype, device="cuda")
+    key = torch.randn(shape, dtype=DTYPE, device="cuda")
+    allocate_tokens = 0 if whole_pages else tokens
 
     def call(slots: torch.Tensor) -> None:
-        write_kv(
-            key,
-            key,
-            slots,
-            batch.k_layers[0],
-            batch.v_pool,
-            cache,
-            0,
-            parts=parts,
-            allocate_tokens=0 if whole_pages else tokens,
-        )
+        write_kv(view, key, key, slots, parts=parts, allocate_tokens=allocate_tokens)
 
     slot_lists = [random_slots(p, tokens, whole_pages) for _ in range(4)]
     return time_calls([lambda slots=slots: call(slots) for slots in slot_lists])
@@ -63,15 +56,15 @@ def main() -> None:
     _, outward = link_bandwidths()
     report = Report("write", options.results)
     for problem in PROBLEMS:
-        batch = Batch(problem, with_v=True)
-        cache = batch.hot_cache(1 << 16, num_layers=1)
-        timing = time_write(batch, cache, problem.num_requests, False, WriteParts.ALL)
+        batch = Batch(problem)
+        view = batch.view(ANY_RULE, batch.hot_cache(1 << 16))
+        timing = time_write(problem, view, problem.num_requests, False, WriteParts.ALL)
         report.add(f"{problem.name}, decode step", timing)
         tokens = min(CHUNK_TOKENS, problem.context)
         rest = WriteParts.K | WriteParts.V_SLOT
-        timing = time_write(batch, cache, tokens, True, rest)
+        timing = time_write(problem, view, tokens, True, rest)
         report.add(f"{problem.name}, chunk of {tokens}, K and slots", timing)
-        timing = time_write(batch, cache, tokens, True, WriteParts.ALL)
+        timing = time_write(problem, view, tokens, True, WriteParts.ALL)
         rate = tokens * problem.num_kv_heads * problem.head_size * 2 / timing.p50 * 1e3
         report.add(
             f"{problem.name}, chunk of {tokens}, all",

@@ -13,20 +13,23 @@ some steps. Slots are of 8 tokens, as recorded; their bytes do not matter here.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.ops.common import PAGE_TOKENS
+from benchmarks.ops.common import DTYPE, PAGE_TOKENS
 from benchmarks.replay.record import RECORDINGS, Recording, decode_mass, selected_blocks, statistics
 from benchmarks.replay.replay import Replay
 from benchmarks.rows import RESULTS, append, command, origin
 from vllm_kcache.cache import HostPool
+from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.cache.hot_cache import CacheCounters, HotCache
-from vllm_kcache.kernels import decode
-from vllm_kcache.kernels.decode import DecodeWorkspace, decode_step
+from vllm_kcache.cache.layer_view import LayerView
+from vllm_kcache.kernels.decode import decode_step
+from vllm_kcache.kernels.select import packed_view
+from vllm_kcache.kernels.workspace import DecodeBatch
 from vllm_kcache.kernels.write import write_kv
 from vllm_kcache.types import Selection, Tail
 
@@ -73,58 +76,61 @@ class Requests:
     def __init__(
         self, recording: Recording, num_requests: int, run: Run, device: torch.device
     ) -> None:
-        _, self.num_layers, heads, _, _ = recording.codes.shape
+        _, layers, heads, _, _ = recording.codes.shape
         heads //= recording.group
-        self.tokens, self.run, self.device = recording.v_block_tokens, run, device
-        self.context = Replay(recording, device).shortest_tokens
+        # As in a model with three query heads to a KV head.
+        self.shape = shape = CacheShape(
+            layers, heads * 3, heads, HEAD_SIZE, PAGE_TOKENS, recording.v_block_tokens, DTYPE
+        )
+        self.run, self.device = run, device
+        replay = Replay(recording, device)
+        self.context = replay.shortest_tokens
         columns = -(-(self.context + run.warm_steps + run.steps) // PAGE_TOKENS)
         pages = num_requests * columns
-        shape, dtype = (pages, heads, PAGE_TOKENS, HEAD_SIZE), torch.bfloat16
-        self.pool = HostPool(1, *shape, dtype, pinned=device.type == "cuda")
-        self.v_pool = self.pool.layer(0)
-        self.k_pages = torch.randn(shape, dtype=dtype, device=device)
+        self.rows = pages * shape.rows_per_page
+        self.pool = HostPool(1, self.rows, shape.row.bytes, pinned=device.type == "cuda")
+        self.k_pages = torch.randn((pages, heads, PAGE_TOKENS, HEAD_SIZE), device=device).to(DTYPE)
         self.block_table = torch.randperm(pages, device=device).int().view(num_requests, columns)
-        # As in a model with three query heads to a KV head.
-        self.query = torch.randn((num_requests, heads * 3, HEAD_SIZE), dtype=dtype, device=device)
-        self.token = torch.randn((num_requests, heads, HEAD_SIZE), dtype=dtype, device=device)
-        self.max_blocks = columns * PAGE_TOKENS // self.tokens
-        self.workspace = DecodeWorkspace.make(
-            num_requests, heads * 3, heads, HEAD_SIZE, self.max_blocks, run.selection, device
+        self.query = torch.randn((num_requests, heads * 3, HEAD_SIZE), device=device).to(DTYPE)
+        self.token = torch.randn((num_requests, heads, HEAD_SIZE), device=device).to(DTYPE)
+        self.max_blocks = shape.max_blocks(columns * PAGE_TOKENS)
+        self.workspace = replay.Workspace.make(
+            shape, run.selection, num_requests, self.max_blocks, device
         )
-        self.rows = pages * heads * PAGE_TOKENS // self.tokens
 
     def hot_cache(self, num_slots: int) -> HotCache:
         return HotCache.make(
-            num_slots, self.num_layers, self.rows, self.tokens, HEAD_SIZE, torch.bfloat16,
-            self.device,
-        )  # fmt: skip
+            num_slots, self.shape.num_layers, self.rows, self.shape.row.bytes, self.device
+        )
 
     def count(self, cache: HotCache) -> CacheCounters:
         """Decode; what the cache counted after the warm steps."""
+        views = [self.view(layer, cache) for layer in range(self.shape.num_layers)]
         lengths = torch.full_like(self.block_table[:, 0], self.context)
         for _ in range(self.run.warm_steps):
-            self.step(cache, lengths)
+            self.step(views, lengths)
         cache.read_counters(reset=True)
         for _ in range(self.run.steps):
-            self.step(cache, lengths)
+            self.step(views, lengths)
         return cache.read_counters()
 
-    def step(self, cache: HotCache, lengths: torch.Tensor) -> None:
+    def view(self, layer: int, cache: HotCache) -> LayerView:
+        run = self.run
+        view = LayerView(
+            layer, self.shape, run.selection, run.tail, self.k_pages, self.pool.layer(0), cache
+        )
+        return replace(view, packed=packed_view(view))
+
+    def step(self, views: list[LayerView], lengths: torch.Tensor) -> None:
         """One token more of each request, in all layers."""
         pages = self.block_table.gather(1, (lengths // PAGE_TOKENS).long()[:, None])[:, 0]
         slots = pages.long() * PAGE_TOKENS + lengths % PAGE_TOKENS
         lengths += 1
         out = torch.empty_like(self.query)
-        for layer in range(self.num_layers):
-            write_kv(
-                self.token, self.token, slots, self.k_pages, self.v_pool, cache, layer,
-                allocate_tokens=len(slots),
-            )  # fmt: skip
-            decode_step(
-                self.workspace, self.query, self.k_pages, self.v_pool, self.block_table, lengths,
-                HEAD_SIZE**-0.5, self.tokens, self.max_blocks, self.run.selection, self.run.tail,
-                cache, layer, out,
-            )  # fmt: skip
+        batch = DecodeBatch(self.query, self.block_table, lengths, HEAD_SIZE**-0.5, self.max_blocks)
+        for view in views:
+            write_kv(view, self.token, self.token, slots, allocate_tokens=len(slots))
+            decode_step(view, self.workspace, batch, out)
 
     def close(self) -> None:
         if self.device.type == "cuda":
@@ -144,39 +150,32 @@ def measure(
     heads //= recording.group
     blocks = mean_list_blocks(recording, run.selection)
     rows = []
-    replay = Replay(recording, device)
-    replay.install()
-    try:
-        for num_requests in requests:
-            batch = Requests(recording, num_requests, run, device)
-            for multiple in multiples:
-                selected_set = blocks * layers * heads * num_requests
-                cache = batch.hot_cache(max(1, round(multiple * selected_set)))
-                counted = batch.count(cache)
-                rows.append(
-                    {
-                        "requests": num_requests,
-                        "lists": layers * heads * num_requests,
-                        "context": batch.context,
-                        "coverage": run.selection.coverage,
-                        "mass_threshold": run.selection.mass_threshold,
-                        "warm_steps": run.warm_steps,
-                        "steps": run.steps,
-                        "multiple_of_selected_set": multiple,
-                        "slots": cache.num_slots,
-                        # One request plays one text, whose lists are not of the mean length.
-                        "slots_over_selected": cache.num_slots * run.steps / counted.selected,
-                        "selected_tokens": counted.selected / counted.lists * batch.tokens,
-                        "hit_rate": counted.hits / counted.selected,
-                        "direct_share": counted.direct / counted.selected,
-                    }
-                )
-                print(
-                    {name: round(value, 3) for name, value in rows[-1].items() if value}, flush=True
-                )
-            batch.close()
-    finally:
-        decode.after_score = None
+    for num_requests in requests:
+        batch = Requests(recording, num_requests, run, device)
+        for multiple in multiples:
+            selected_set = blocks * layers * heads * num_requests
+            cache = batch.hot_cache(max(1, round(multiple * selected_set)))
+            counted = batch.count(cache)
+            rows.append(
+                {
+                    "requests": num_requests,
+                    "lists": layers * heads * num_requests,
+                    "context": batch.context,
+                    "coverage": run.selection.coverage,
+                    "mass_threshold": run.selection.mass_threshold,
+                    "warm_steps": run.warm_steps,
+                    "steps": run.steps,
+                    "multiple_of_selected_set": multiple,
+                    "slots": cache.num_slots,
+                    # One request plays one text, whose lists are not of the mean length.
+                    "slots_over_selected": cache.num_slots * run.steps / counted.selected,
+                    "selected_tokens": counted.selected / counted.lists * recording.v_block_tokens,
+                    "hit_rate": counted.hits / counted.selected,
+                    "direct_share": counted.direct / counted.selected,
+                }
+            )
+            print({name: round(value, 3) for name, value in rows[-1].items() if value}, flush=True)
+        batch.close()
     return rows
 
 

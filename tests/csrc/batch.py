@@ -11,6 +11,7 @@ import torch
 from tests.conftest import assert_close
 from tests.reference import brute_force
 from vllm_kcache.cache.hot_cache import ENDED, EXISTING, MISSED, HotCache
+from vllm_kcache.kernels import extension
 from vllm_kcache.kernels.select import Lists
 from vllm_kcache.reference import select
 from vllm_kcache.reference.paging import physical_v_blocks
@@ -49,6 +50,7 @@ def layer_view(
     selection: Selection,
 ) -> torch.Tensor:
     """`kcache::layer_view` of any rows of bytes, as `select.packed_view` makes it of a model's."""
+    extension.load()
     cache = hot_cache
     tensors = (cache.slots, cache.table, cache.slot_word, cache.state, cache.counters)
     rule = (selection.top_n, selection.coverage, selection.mass_threshold)

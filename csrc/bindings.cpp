@@ -3,7 +3,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <optional>
+#include <algorithm>
+#include <cstring>
 
 #include "checks.h"
 #include "launch.h"
@@ -11,293 +12,231 @@
 namespace kcache {
 namespace {
 
-template <typename T>
-T* pointer(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
-}
-
-Word* counter_pointer(const std::optional<Tensor>& counters, const Tensor& beside) {
-  if (!counters.has_value()) return nullptr;
-  check_tensor("counters", *counters, ScalarType::Long, {kCounterWords}, beside);
-  return pointer<Word>(*counters);
-}
-
-SelectArgs select_args(const Tensor& block_lse, const Tensor& seq_lens, int64_t v_block_tokens,
-                       int64_t top_n, double coverage, double mass_threshold, int64_t sink_blocks,
-                       int64_t recent_tokens, bool combine_max, const Tensor& blocks,
-                       const Tensor& counts, const Tensor& mass, const std::optional<Tensor>& lse,
-                       const std::optional<Tensor>& counters,
-                       const std::optional<Tensor>& chunk_lse, int64_t chunk_blocks) {
-  check_tensor("block_lse", block_lse, ScalarType::Float, {kAnySize, kAnySize, kAnySize},
-               block_lse);
-  const int64_t num_requests = block_lse.size(0), num_heads = block_lse.size(1);
-  check_tensor("seq_lens", seq_lens, ScalarType::Int, {num_requests}, block_lse);
-  check_tensor("blocks", blocks, ScalarType::Int, {num_requests, kAnySize, kAnySize}, block_lse);
-  const int64_t num_kv_heads = blocks.size(1);
-  check_tensor("counts", counts, ScalarType::Int, {num_requests, num_kv_heads}, block_lse);
-  check_tensor("mass", mass, ScalarType::Float, {num_requests, num_kv_heads}, block_lse);
-  STD_TORCH_CHECK(
-      num_kv_heads > 0 && num_heads % num_kv_heads == 0 && num_heads / num_kv_heads <= kMaxGroup,
-      "block_lse: has ", num_heads, " query heads for ", num_kv_heads,
-      " KV heads; a KV head must have 1 to ", kMaxGroup);
-  const int64_t max_blocks = block_lse.size(2);
-  STD_TORCH_CHECK(max_blocks <= kMaxBlocks, "block_lse: has P=", max_blocks,
-                  " V blocks a request; at most ", kMaxBlocks, " fit the GPU's shared memory");
-  STD_TORCH_CHECK(v_block_tokens >= 1, "v_block_tokens=", v_block_tokens, ": must be at least 1");
-  STD_TORCH_CHECK(recent_tokens >= 1, "recent_tokens=", recent_tokens, ": must be at least 1");
-  STD_TORCH_CHECK(coverage < 0 || mass_threshold < 0, "mass_threshold=", mass_threshold,
-                  ": not together with coverage=", coverage);
+// A layer, checked once: a CPU tensor of a LayerView. It points into the tensors given, which must
+// outlive it.
+Tensor layer_view(Tensor host_rows, Tensor slots, Tensor table, Tensor slot_word, Tensor state,
+                  Tensor counters, int64_t layer, int64_t num_kv_heads, int64_t group,
+                  int64_t page_tokens, int64_t block_tokens, int64_t top_n, double coverage,
+                  double mass_threshold, int64_t sink_blocks, int64_t recent_tokens,
+                  bool combine_max) {
+  STD_TORCH_CHECK(num_kv_heads >= 1, "num_kv_heads=", num_kv_heads, ": must be at least 1");
+  STD_TORCH_CHECK(group >= 1 && group <= kMaxGroup, "group=", group, ": must be 1 to ", kMaxGroup,
+                  " query heads of a KV head");
+  STD_TORCH_CHECK(block_tokens >= 1 && page_tokens >= 1 && page_tokens % block_tokens == 0,
+                  "block_tokens=", block_tokens, ": must divide the ", page_tokens,
+                  " tokens of a page");
   STD_TORCH_CHECK(top_n == -1 || top_n >= 1, "top_n=", top_n,
                   ": must be at least 1, or -1 for no cap");
-  const int64_t needed = top_n < 0 ? max_blocks : std::min(top_n, max_blocks);
+  STD_TORCH_CHECK(coverage < 0 || mass_threshold < 0, "mass_threshold=", mass_threshold,
+                  ": not together with coverage=", coverage);
+  STD_TORCH_CHECK(sink_blocks >= 0, "sink_blocks=", sink_blocks, ": must be at least 0");
+  STD_TORCH_CHECK(recent_tokens >= 1, "recent_tokens=", recent_tokens, ": must be at least 1");
+  const int64_t blocks_per_page = page_tokens / block_tokens;
+  STD_TORCH_CHECK(host_rows.is_cpu(), "host_rows: must lie in mapped host memory");
+  check_shape("host_rows", host_rows, ScalarType::Byte, {kAnySize, kAnySize});
+  const int64_t num_rows = host_rows.size(0), row_bytes = host_rows.size(1);
+  STD_TORCH_CHECK(num_rows % (num_kv_heads * blocks_per_page) == 0, "host_rows: has ", num_rows,
+                  " rows; must be a multiple of the ", num_kv_heads * blocks_per_page,
+                  " of a page");
+  STD_TORCH_CHECK(row_bytes >= 16 && row_bytes % 16 == 0, "host_rows: a row has ", row_bytes,
+                  " bytes; must be a multiple of 16");
+  check_tensor("table", table, ScalarType::Int, {kAnySize, num_rows}, table);
+  STD_TORCH_CHECK(layer >= 0 && layer < table.size(0), "layer=", layer, ": must be 0 to ",
+                  table.size(0) - 1);
+  check_tensor("slots", slots, ScalarType::Byte, {kAnySize, row_bytes}, table);
+  check_tensor("slot_word", slot_word, ScalarType::Long, {slots.size(0)}, table);
+  check_tensor("state", state, ScalarType::Int, {kStateWords}, table);
+  check_tensor("counters", counters, ScalarType::Long, {kCounterWords}, table);
+  for (const Tensor& rows : {host_rows, slots}) {
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(rows.data_ptr()) % 16 == 0,
+                    "host_rows, slots: must begin at a multiple of 16 bytes");
+  }
+  LayerView view{};
+  view.magic = kLayerMagic;
+  view.host_rows = pointer<char>(host_rows);
+  view.slots = pointer<char>(slots);
+  view.table = pointer<int>(table);
+  view.slot_word = pointer<Word>(slot_word);
+  view.state = pointer<int>(state);
+  view.counters = pointer<Word>(counters);
+  view.layer_rows = layer * num_rows;
+  view.num_slots = static_cast<unsigned>(slots.size(0));
+  view.row_bytes = static_cast<int>(row_bytes);
+  view.num_kv_heads = static_cast<int>(num_kv_heads);
+  view.group = static_cast<int>(group);
+  view.block_tokens = static_cast<int>(block_tokens);
+  view.blocks_per_page = static_cast<int>(blocks_per_page);
+  view.top_n = static_cast<int>(top_n);
+  view.coverage = static_cast<float>(coverage);
+  view.mass_threshold = static_cast<float>(mass_threshold);
+  view.sink_blocks = static_cast<int>(sink_blocks);
+  view.recent_tokens = static_cast<int>(recent_tokens);
+  view.combine_max = combine_max;
+  Tensor packed = torch::stable::new_empty(host_rows, {static_cast<int64_t>(sizeof(view))});
+  std::memcpy(packed.data_ptr(), &view, sizeof(view));
+  return packed;
+}
+
+LayerView unpack(const Tensor& layer) {
+  LayerView view{};
+  STD_TORCH_CHECK(layer.is_cpu() && layer.scalar_type() == ScalarType::Byte &&
+                      layer.is_contiguous() && layer.numel() == sizeof(view),
+                  "layer: must be what layer_view returned");
+  std::memcpy(&view, layer.data_ptr(), sizeof(view));
+  STD_TORCH_CHECK(view.magic == kLayerMagic, "layer: must be what layer_view returned");
+  return view;
+}
+
+// The lists of a call: [B, Hkv, N].
+void use_lists(Step& step, const LayerView& view, const Tensor& blocks, const Tensor& counts) {
+  check_tensor("blocks", blocks, ScalarType::Int, {kAnySize, view.num_kv_heads, kAnySize}, blocks);
+  check_tensor("counts", counts, ScalarType::Int, {blocks.size(0), view.num_kv_heads}, blocks);
+  const int64_t num_lists = blocks.size(0) * view.num_kv_heads;
+  STD_TORCH_CHECK(num_lists < 1 << 30, "blocks: has ", num_lists, " lists; must be below 2^30");
+  step.blocks = pointer<int>(blocks);
+  step.counts = pointer<int>(counts);
+  step.num_lists = static_cast<int>(num_lists);
+  step.columns = static_cast<int>(blocks.size(2));
+}
+
+void use_scores(Step& step, const LayerView& view, const Tensor& seq_lens, const Tensor& block_lse,
+                const Tensor& chunk_lse, int64_t chunk_blocks, const Tensor& blocks,
+                const Tensor& counts, const Tensor& mass, const Tensor& lse) {
+  use_lists(step, view, blocks, counts);
+  const int64_t num_requests = blocks.size(0), num_heads = view.num_kv_heads * view.group;
+  check_tensor("seq_lens", seq_lens, ScalarType::Int, {num_requests}, blocks);
+  check_tensor("block_lse", block_lse, ScalarType::Float, {num_requests, num_heads, kAnySize},
+               blocks);
+  check_tensor("chunk_lse", chunk_lse, ScalarType::Float, {num_requests, num_heads, kAnySize},
+               blocks);
+  check_tensor("mass", mass, ScalarType::Float, {num_requests, view.num_kv_heads}, blocks);
+  check_tensor("lse", lse, ScalarType::Float, {num_requests, num_heads}, blocks);
+  const int64_t max_blocks = block_lse.size(2);
+  STD_TORCH_CHECK(max_blocks <= kMaxBlocks, "block_lse: has P=", max_blocks,
+                  " V blocks a request; must be at most ", kMaxBlocks);
+  STD_TORCH_CHECK(chunk_blocks >= 1 && chunk_blocks <= kMaxBlocks, "chunk_blocks=", chunk_blocks,
+                  ": must be 1 to ", kMaxBlocks);
+  STD_TORCH_CHECK(chunk_lse.size(2) * chunk_blocks >= max_blocks,
+                  "chunk_lse: has C=", chunk_lse.size(2), " chunks of ", chunk_blocks,
+                  " V blocks for P=", max_blocks);
+  const int64_t needed = view.top_n < 0 ? max_blocks : std::min<int64_t>(view.top_n, max_blocks);
   STD_TORCH_CHECK(blocks.size(2) >= needed, "blocks: has N=", blocks.size(2),
                   " columns; must have at least ", needed);
-  SelectArgs args{};
-  args.block_lse = pointer<float>(block_lse);
-  args.seq_lens = pointer<int>(seq_lens);
-  args.blocks = pointer<int>(blocks);
-  args.counts = pointer<int>(counts);
-  args.mass = pointer<float>(mass);
-  if (lse.has_value()) {
-    check_tensor("lse", *lse, ScalarType::Float, {num_requests, num_heads}, block_lse);
-    args.lse = pointer<float>(*lse);
-  }
-  args.counters = counter_pointer(counters, block_lse);
-  if (chunk_lse.has_value()) {
-    check_tensor("chunk_lse", *chunk_lse, ScalarType::Float, {num_requests, num_heads, kAnySize},
-                 block_lse);
-    STD_TORCH_CHECK(chunk_blocks >= 1, "chunk_blocks=", chunk_blocks, ": must be at least 1");
-    STD_TORCH_CHECK(chunk_lse->size(2) * chunk_blocks >= max_blocks,
-                    "chunk_lse: has C=", chunk_lse->size(2), " chunks of ", chunk_blocks,
-                    " V blocks for P=", max_blocks);
-    args.chunk_lse = pointer<float>(*chunk_lse);
-    args.max_chunks = static_cast<int>(chunk_lse->size(2));
-    args.chunk_blocks = static_cast<int>(chunk_blocks);
-  }
-  args.v_block_tokens = static_cast<int>(v_block_tokens);
-  args.group = static_cast<int>(num_heads / num_kv_heads);
-  args.num_kv_heads = static_cast<int>(num_kv_heads);
-  args.max_blocks = static_cast<int>(max_blocks);
-  args.columns = static_cast<int>(blocks.size(2));
-  args.top_n = static_cast<int>(top_n);
-  args.coverage = static_cast<float>(coverage);
-  args.mass_threshold = static_cast<float>(mass_threshold);
-  args.sink_blocks = static_cast<int>(sink_blocks);
-  args.recent_tokens = static_cast<int>(recent_tokens);
-  args.combine_max = combine_max;
-  return args;
+  step.seq_lens = pointer<int>(seq_lens);
+  step.block_lse = pointer<float>(block_lse);
+  step.chunk_lse = pointer<float>(chunk_lse);
+  step.mass = pointer<float>(mass);
+  step.lse = pointer<float>(lse);
+  step.max_blocks = static_cast<int>(max_blocks);
+  step.max_chunks = static_cast<int>(chunk_lse.size(2));
+  step.chunk_blocks = static_cast<int>(chunk_blocks);
 }
 
-HeadRange head_range(const Tensor& blocks, int64_t first_head, int64_t num_heads) {
-  STD_TORCH_CHECK(first_head >= 0 && num_heads >= 0 && first_head + num_heads <= blocks.size(1),
-                  "first_head=", first_head, ", num_heads=", num_heads, ": must lie in 0 to ",
-                  blocks.size(1));
-  STD_TORCH_CHECK(blocks.size(0) <= 65535, "blocks: has ", blocks.size(0),
-                  " requests; must be at most 65535");
-  return HeadRange{static_cast<int>(blocks.size(0)), static_cast<int>(first_head),
-                   static_cast<int>(num_heads)};
-}
-
-FetchArgs fetch_args(const Tensor& blocks, const Tensor& block_table, const Tensor& v_pool,
-                     int64_t v_block_tokens, int64_t layer, bool hot, const Tensor& rows,
-                     const Tensor& v_rows, const Tensor& table, const Tensor& slot_word,
-                     const Tensor& state, const Tensor& counters) {
-  const int64_t num_requests = blocks.size(0);
-  check_host_pool(v_pool, v_rows, v_block_tokens);
-  check_tensor("rows", rows, ScalarType::Int, {num_requests, v_pool.size(1), blocks.size(2)},
+void use_rows(Step& step, const Tensor& block_table, const Tensor& blocks, const Tensor& rows) {
+  check_tensor("rows", rows, ScalarType::Int, {blocks.size(0), blocks.size(1), blocks.size(2)},
                blocks);
-  STD_TORCH_CHECK(blocks.size(1) == v_pool.size(1), "blocks: has ", blocks.size(1),
-                  " KV heads; v_pool has ", v_pool.size(1));
-  check_block_table(block_table, num_requests, blocks);
-  const int64_t layer_rows = v_pool.size(0) * v_pool.size(1) * v_pool.size(2) / v_block_tokens;
-  FetchArgs args{};
-  if (hot) {
-    check_tensor("table", table, ScalarType::Int, {kAnySize, layer_rows}, blocks);
-    check_tensor("slot_word", slot_word, ScalarType::Long, {v_rows.size(0)}, blocks);
-    check_tensor("state", state, ScalarType::Int, {kStateWords}, blocks);
-    check_tensor("counters", counters, ScalarType::Long, {kCounterWords}, blocks);
-    STD_TORCH_CHECK(layer >= 0 && layer < table.size(0), "layer=", layer, ": must be 0 to ",
-                    table.size(0) - 1);
-    STD_TORCH_CHECK(v_rows.size(0) >= 1, "v_rows: the hot V cache has no slots");
-    args.cache = Residency{pointer<int>(table), pointer<Word>(slot_word), pointer<int>(state),
-                           static_cast<unsigned>(v_rows.size(0))};
-    args.counters = pointer<Word>(counters);
-    args.layer_rows = layer * layer_rows;
-  }
-  args.hot = hot;
-  args.block_table = pointer<int>(block_table);
-  args.table_stride = block_table.stride(0);
-  args.v_pool = pointer<char>(v_pool);
-  args.v_rows = pointer<char>(v_rows);
-  args.num_rows = v_rows.size(0);
-  args.rows = pointer<int>(rows);
-  args.blocks_per_page = static_cast<int>(v_pool.size(2) / v_block_tokens);
-  args.num_kv_heads = static_cast<int>(v_pool.size(1));
-  args.columns = static_cast<int>(blocks.size(2));
-  args.row_bytes = static_cast<int>(v_block_tokens * v_pool.size(3) * v_pool.element_size());
-  return args;
+  check_block_table(block_table, blocks.size(0), blocks);
+  step.block_table = pointer<int>(block_table);
+  step.table_stride = block_table.stride(0);
+  step.rows = pointer<int>(rows);
 }
 
-// Misses go to a list that copy_misses works off, and are counted in a word of `state`.
-void use_miss_list(FetchArgs& args, const Tensor& miss_list, int64_t wave, const Tensor& blocks,
-                   int64_t num_heads) {
-  check_tensor("miss_list", miss_list, ScalarType::Int, {kAnySize, 2}, blocks);
-  STD_TORCH_CHECK(wave >= 0 && wave < kMaxWaves, "wave=", wave, ": must be 0 to ", kMaxWaves - 1);
-  const int64_t needed = blocks.size(0) * num_heads * blocks.size(2);
-  STD_TORCH_CHECK(miss_list.size(0) >= needed, "miss_list: has ", miss_list.size(0),
-                  " entries; must have at least ", needed);
-  args.miss_list = pointer<int2>(miss_list);
-  args.miss_count = args.cache.state + kFirstMissCount + wave;
+void use_signals(Step& step, const Tensor& lists, const Tensor& blocks) {
+  check_tensor("lists", lists, ScalarType::Int, {kAnySize}, blocks);
+  STD_TORCH_CHECK(lists.size(0) >= step.num_lists, "lists: has ", lists.size(0),
+                  " entries; must have at least ", step.num_lists);
+  step.lists = pointer<int>(lists);
 }
 
-void select_blocks(Tensor block_lse, Tensor seq_lens, int64_t v_block_tokens, int64_t top_n,
-                   double coverage, double mass_threshold, int64_t sink_blocks,
-                   int64_t recent_tokens, bool combine_max, int64_t first_head, int64_t num_heads,
-                   Tensor blocks, Tensor counts, Tensor mass, std::optional<Tensor> lse,
-                   std::optional<Tensor> counters, std::optional<Tensor> chunk_lse,
-                   int64_t chunk_blocks) {
-  SelectArgs args = select_args(block_lse, seq_lens, v_block_tokens, top_n, coverage,
-                                mass_threshold, sink_blocks, recent_tokens, combine_max, blocks,
-                                counts, mass, lse, counters, chunk_lse, chunk_blocks);
-  args.pad = true;
-  const HeadRange range = head_range(blocks, first_head, num_heads);
-  if (range.num_requests == 0 || range.num_heads == 0) return;
-  const DeviceGuard guard(block_lse.get_device_index());
-  STD_CUDA_CHECK(launch_select(args, range, current_stream(block_lse)));
-}
-
-void fetch_blocks(Tensor blocks, Tensor counts, Tensor block_table, Tensor v_pool,
-                  int64_t v_block_tokens, int64_t layer, bool hot, Tensor rows, Tensor v_rows,
-                  Tensor table, Tensor slot_word, Tensor state, Tensor counters) {
-  check_tensor("blocks", blocks, ScalarType::Int, {kAnySize, kAnySize, kAnySize}, blocks);
-  check_tensor("counts", counts, ScalarType::Int, {blocks.size(0), blocks.size(1)}, blocks);
-  FetchArgs args = fetch_args(blocks, block_table, v_pool, v_block_tokens, layer, hot, rows, v_rows,
-                              table, slot_word, state, counters);
-  args.pad = true;
-  const HeadRange range = head_range(blocks, 0, blocks.size(1));
-  if (range.num_requests == 0 || range.num_heads == 0) return;
+void select_blocks(Tensor layer, Tensor seq_lens, Tensor block_lse, Tensor chunk_lse,
+                   int64_t chunk_blocks, Tensor blocks, Tensor counts, Tensor mass, Tensor lse) {
+  const LayerView view = unpack(layer);
+  Step step{};
+  use_scores(step, view, seq_lens, block_lse, chunk_lse, chunk_blocks, blocks, counts, mass, lse);
+  if (step.num_lists == 0) return;
   const DeviceGuard guard(blocks.get_device_index());
-  STD_CUDA_CHECK(launch_fetch(args, pointer<int>(blocks), pointer<int>(counts), range,
-                              current_stream(blocks)));
+  STD_CUDA_CHECK(launch_select(view, step, false, current_stream(blocks)));
+}
+
+void fetch_blocks(Tensor layer, Tensor blocks, Tensor counts, Tensor block_table, Tensor rows) {
+  const LayerView view = unpack(layer);
+  Step step{};
+  use_lists(step, view, blocks, counts);
+  use_rows(step, block_table, blocks, rows);
+  if (step.num_lists == 0) return;
+  const DeviceGuard guard(blocks.get_device_index());
+  STD_CUDA_CHECK(launch_fetch(view, step, current_stream(blocks)));
 }
 
 // The columns past the end of a list are left alone: `counts` says where it ends.
-void select_fetch(Tensor block_lse, Tensor seq_lens, int64_t v_block_tokens, int64_t top_n,
-                  double coverage, double mass_threshold, int64_t sink_blocks,
-                  int64_t recent_tokens, bool combine_max, int64_t first_head, int64_t num_heads,
-                  Tensor blocks, Tensor counts, Tensor mass, std::optional<Tensor> lse,
-                  std::optional<Tensor> chunk_lse, int64_t chunk_blocks, Tensor block_table,
-                  Tensor v_pool, int64_t layer, Tensor rows, Tensor v_rows, Tensor table,
-                  Tensor slot_word, Tensor state, Tensor counters, std::optional<Tensor> miss_list,
-                  int64_t wave, bool dependent) {
-  const SelectArgs select = select_args(
-      block_lse, seq_lens, v_block_tokens, top_n, coverage, mass_threshold, sink_blocks,
-      recent_tokens, combine_max, blocks, counts, mass, lse, counters, chunk_lse, chunk_blocks);
-  FetchArgs fetch = fetch_args(blocks, block_table, v_pool, v_block_tokens, layer, true, rows,
-                               v_rows, table, slot_word, state, counters);
-  if (miss_list.has_value()) use_miss_list(fetch, *miss_list, wave, blocks, num_heads);
-  const HeadRange range = head_range(blocks, first_head, num_heads);
-  if (range.num_requests == 0 || range.num_heads == 0) return;
-  const DeviceGuard guard(block_lse.get_device_index());
-  STD_CUDA_CHECK(launch_select_fetch(select, fetch, range, dependent, current_stream(block_lse)));
+void select_and_fetch(Tensor layer, Tensor seq_lens, Tensor block_table, Tensor block_lse,
+                      Tensor chunk_lse, int64_t chunk_blocks, Tensor blocks, Tensor counts,
+                      Tensor mass, Tensor lse, Tensor rows, Tensor lists, bool dependent) {
+  const LayerView view = unpack(layer);
+  Step step{};
+  use_scores(step, view, seq_lens, block_lse, chunk_lse, chunk_blocks, blocks, counts, mass, lse);
+  use_rows(step, block_table, blocks, rows);
+  use_signals(step, lists, blocks);
+  if (step.num_lists == 0) return;
+  const DeviceGuard guard(blocks.get_device_index());
+  STD_CUDA_CHECK(launch_select(view, step, dependent, current_stream(blocks)));
 }
 
-// As select_fetch for all heads, beside the score kernel that counts in `parts_scored`. `state` is
-// that of the epoch before; it moves on when the call ends.
-void follow_scores(Tensor block_lse, Tensor seq_lens, int64_t v_block_tokens, int64_t top_n,
-                   double coverage, double mass_threshold, int64_t sink_blocks,
-                   int64_t recent_tokens, bool combine_max, Tensor blocks, Tensor counts,
-                   Tensor mass, std::optional<Tensor> lse, std::optional<Tensor> chunk_lse,
-                   int64_t chunk_blocks, Tensor block_table, Tensor v_pool, int64_t layer,
-                   Tensor rows, Tensor v_rows, Tensor table, Tensor slot_word, Tensor state,
-                   Tensor counters, Tensor parts_scored, int64_t parts, int64_t most_thread_blocks,
-                   int64_t least_thread_blocks) {
-  const SelectArgs select = select_args(
-      block_lse, seq_lens, v_block_tokens, top_n, coverage, mass_threshold, sink_blocks,
-      recent_tokens, combine_max, blocks, counts, mass, lse, counters, chunk_lse, chunk_blocks);
-  FetchArgs fetch = fetch_args(blocks, block_table, v_pool, v_block_tokens, layer, true, rows,
-                               v_rows, table, slot_word, state, counters);
-  fetch.epochs_ahead = 1;
-  const int64_t num_lists = blocks.size(0) * blocks.size(1);
-  check_tensor("parts_scored", parts_scored, ScalarType::Int, {kAnySize}, blocks);
-  STD_TORCH_CHECK(parts_scored.size(0) >= num_lists, "parts_scored: has ", parts_scored.size(0),
-                  " entries; must have at least ", num_lists);
-  STD_TORCH_CHECK(parts >= 1, "parts=", parts, ": must be at least 1");
-  // More could leave the score kernel no place to run, and both would wait for ever.
+// As many lists of the same as are scored in time, beside the kernel that adds to `lists`.
+void follow_scores(Tensor layer, Tensor seq_lens, Tensor block_table, Tensor block_lse,
+                   Tensor chunk_lse, int64_t chunk_blocks, Tensor blocks, Tensor counts,
+                   Tensor mass, Tensor lse, Tensor rows, Tensor lists, int64_t splits,
+                   int64_t most_thread_blocks, int64_t least_thread_blocks) {
+  const LayerView view = unpack(layer);
+  Step step{};
+  use_scores(step, view, seq_lens, block_lse, chunk_lse, chunk_blocks, blocks, counts, mass, lse);
+  use_rows(step, block_table, blocks, rows);
+  use_signals(step, lists, blocks);
+  STD_TORCH_CHECK(splits >= 1 && splits <= kMaxBlocks, "splits=", splits, ": must be 1 to ",
+                  kMaxBlocks);
+  // More would leave the score kernel little room.
   STD_TORCH_CHECK(most_thread_blocks >= 1 && most_thread_blocks <= 128,
                   "most_thread_blocks=", most_thread_blocks, ": must be 1 to 128");
   STD_TORCH_CHECK(least_thread_blocks >= 1 && least_thread_blocks <= most_thread_blocks,
                   "least_thread_blocks=", least_thread_blocks, ": must be 1 to ",
                   most_thread_blocks);
-  if (num_lists == 0) return;
-  const int64_t most = std::min(most_thread_blocks, num_lists);
-  const FollowArgs follow{pointer<int>(parts_scored), static_cast<int>(parts),
-                          static_cast<int>(num_lists),
-                          static_cast<int>(std::min(least_thread_blocks, most))};
-  const DeviceGuard guard(block_lse.get_device_index());
-  STD_CUDA_CHECK(
-      launch_follow(select, fetch, follow, static_cast<int>(most), current_stream(block_lse)));
-}
-
-void copy_misses(Tensor miss_list, Tensor state, int64_t wave, Tensor v_pool,
-                 int64_t v_block_tokens, Tensor v_rows, int64_t num_thread_blocks) {
-  check_tensor("miss_list", miss_list, ScalarType::Int, {kAnySize, 2}, miss_list);
-  check_tensor("state", state, ScalarType::Int, {kStateWords}, miss_list);
-  check_host_pool(v_pool, v_rows, v_block_tokens);
-  STD_TORCH_CHECK(wave >= 0 && wave < kMaxWaves, "wave=", wave, ": must be 0 to ", kMaxWaves - 1);
-  STD_TORCH_CHECK(num_thread_blocks >= 1 && num_thread_blocks <= 1024,
-                  "num_thread_blocks=", num_thread_blocks, ": must be 1 to 1024");
-  FetchArgs args{};
-  args.v_pool = pointer<char>(v_pool);
-  args.v_rows = pointer<char>(v_rows);
-  args.row_bytes = static_cast<int>(v_block_tokens * v_pool.size(3) * v_pool.element_size());
-  args.miss_list = pointer<int2>(miss_list);
-  args.miss_count = pointer<int>(state) + kFirstMissCount + wave;
-  const DeviceGuard guard(miss_list.get_device_index());
-  STD_CUDA_CHECK(
-      launch_copy_misses(args, static_cast<int>(num_thread_blocks), current_stream(miss_list)));
+  if (step.num_lists == 0) return;
+  const int most = std::min(static_cast<int>(most_thread_blocks), step.num_lists);
+  const Follow follow{static_cast<int>(splits),
+                      std::min(static_cast<int>(least_thread_blocks), most)};
+  const DeviceGuard guard(blocks.get_device_index());
+  STD_CUDA_CHECK(launch_follow(view, step, follow, most, current_stream(blocks)));
 }
 
 }  // namespace
 }  // namespace kcache
 
-#define KCACHE_SELECT_SCHEMA                                                               \
-  "Tensor block_lse, Tensor seq_lens, int v_block_tokens, int top_n, float coverage, "     \
-  "float mass_threshold, int sink_blocks, int recent_tokens, bool combine_max, "           \
-  "int first_head, int num_heads, Tensor(a!) blocks, Tensor(b!) counts, Tensor(c!) mass, " \
-  "Tensor(d!)? lse"
+#define KCACHE_LISTS "Tensor(a!) blocks, Tensor(b!) counts, Tensor(c!) mass, Tensor(d!) lse"
+#define KCACHE_STEP                                                                         \
+  "Tensor layer, Tensor seq_lens, Tensor block_table, Tensor block_lse, Tensor chunk_lse, " \
+  "int chunk_blocks, " KCACHE_LISTS ", Tensor(e!) rows, Tensor(f!) lists"
 
 STABLE_TORCH_LIBRARY(kcache, library) {
-  library.def("select_blocks(" KCACHE_SELECT_SCHEMA
-              ", Tensor(e!)? counters, Tensor? chunk_lse, int chunk_blocks) -> ()");
   library.def(
-      "fetch_blocks(Tensor blocks, Tensor counts, Tensor block_table, Tensor v_pool, "
-      "int v_block_tokens, int layer, bool hot, Tensor(a!) rows, Tensor(b!) v_rows, "
-      "Tensor(c!) table, Tensor(d!) slot_word, Tensor(e!) state, Tensor(f!) counters) -> ()");
+      "layer_view(Tensor host_rows, Tensor slots, Tensor table, Tensor slot_word, Tensor state, "
+      "Tensor counters, int layer, int num_kv_heads, int group, int page_tokens, "
+      "int block_tokens, int top_n, float coverage, float mass_threshold, int sink_blocks, "
+      "int recent_tokens, bool combine_max) -> Tensor");
   library.def(
-      "select_fetch(" KCACHE_SELECT_SCHEMA
-      ", Tensor? chunk_lse, int chunk_blocks, Tensor block_table, Tensor v_pool, int layer, "
-      "Tensor(e!) rows, Tensor(f!) v_rows, "
-      "Tensor(g!) table, Tensor(h!) slot_word, Tensor(i!) state, Tensor(j!) counters, "
-      "Tensor(k!)? miss_list, int wave, bool dependent) -> ()");
+      "select_blocks(Tensor layer, Tensor seq_lens, Tensor block_lse, Tensor chunk_lse, "
+      "int chunk_blocks, " KCACHE_LISTS ") -> ()");
   library.def(
-      "follow_scores(Tensor block_lse, Tensor seq_lens, int v_block_tokens, int top_n, "
-      "float coverage, float mass_threshold, int sink_blocks, int recent_tokens, "
-      "bool combine_max, Tensor(a!) blocks, Tensor(b!) counts, Tensor(c!) mass, "
-      "Tensor(d!)? lse, Tensor? chunk_lse, int chunk_blocks, Tensor block_table, "
-      "Tensor v_pool, int layer, Tensor(e!) rows, "
-      "Tensor(f!) v_rows, Tensor(g!) table, Tensor(h!) slot_word, Tensor(i!) state, "
-      "Tensor(j!) counters, Tensor(k!) parts_scored, int parts, int most_thread_blocks, "
-      "int least_thread_blocks) -> ()");
-  library.def(
-      "copy_misses(Tensor miss_list, Tensor state, int wave, Tensor v_pool, int v_block_tokens, "
-      "Tensor(a!) v_rows, int num_thread_blocks) -> ()");
+      "fetch_blocks(Tensor layer, Tensor blocks, Tensor counts, Tensor block_table, "
+      "Tensor(a!) rows) -> ()");
+  library.def("select_and_fetch(" KCACHE_STEP ", bool dependent) -> ()");
+  library.def("follow_scores(" KCACHE_STEP
+              ", int splits, int most_thread_blocks, int least_thread_blocks) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kcache, CUDA, library) {
+  library.impl("layer_view", TORCH_BOX(&kcache::layer_view));
   library.impl("select_blocks", TORCH_BOX(&kcache::select_blocks));
   library.impl("fetch_blocks", TORCH_BOX(&kcache::fetch_blocks));
-  library.impl("select_fetch", TORCH_BOX(&kcache::select_fetch));
+  library.impl("select_and_fetch", TORCH_BOX(&kcache::select_and_fetch));
   library.impl("follow_scores", TORCH_BOX(&kcache::follow_scores));
-  library.impl("copy_misses", TORCH_BOX(&kcache::copy_misses));
 }

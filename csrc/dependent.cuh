@@ -4,6 +4,8 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 namespace kcache {
 
 // Wait until the launch before this one has ended, and its memory is there.
@@ -21,16 +23,15 @@ __device__ inline void let_next_launch_begin() {
 }
 
 template <typename... Parameters>
-cudaError_t launch_kernel(bool dependent, void (*kernel)(Parameters...), dim3 grid, int threads,
-                          size_t shared_bytes, cudaStream_t stream,
-                          const Parameters&... arguments) {
+cudaError_t launch_kernel(bool dependent, void (*kernel)(Parameters...), int num_blocks,
+                          int threads, cudaStream_t stream,
+                          const std::type_identity_t<Parameters>&... arguments) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = grid;
+  config.gridDim = dim3(num_blocks);
   config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = dependent ? 1 : 0;

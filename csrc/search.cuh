@@ -1,97 +1,154 @@
 // SPDX-License-Identifier: Apache-2.0
-// The last block that a list keeps, by rank, where one bin of ranks has more blocks than
-// csrc/rank_bins.cuh compares: masses that are (nearly) equal, very long lists, hundreds of forced
-// blocks of which some have no room, or a number that reaches down to masses below 2^-32.
+// Find the last block that a list keeps, for rules that count blocks or add up masses: the part of
+// csrc/select.cuh that the default rule does not need.
+//
+// A block's rank is one integer: no two blocks are equal. The threshold is found digit by digit,
+// from a histogram of the blocks that share all digits before; two or three digits mostly leave one
+// block, and equal masses need all.
 #pragma once
 
 #include "select.cuh"
 
 namespace kcache {
 
-// Composite of the last block kept, digit by digit.
-template <int kThreads, bool kCovers>
-__device__ void ListSelection<kThreads, kCovers>::find_threshold() {
-  if (threadIdx.x == 0) shared_.count_above = 0;
-  if (static_cast<int>(threadIdx.x) < num_sums_) shared_.above[threadIdx.x] = 0;
-  for (int pass = 0; pass < 6; ++pass) {
-    const int shift = digit_shift(pass), bits = pass == 3 ? 7 : 8;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < kBins * (1 + num_sums_); i += kThreads) histogram_[i] = 0;
-    __syncthreads();
-    count_digits(shift, bits);
-    __syncthreads();
-    if (warp_ == 0) find_digit(shift);
-    __syncthreads();
-    if (!shared_.enough || shared_.in_bin == 1) break;
-  }
+constexpr unsigned kForcedKey = 0x7f000000u;  // above the bits of any mass
+// The bits of a mass lie above these, so that the first digit is its exponent.
+constexpr int kBlockBits = 25, kRankBits = 56;
+static_assert(kMaxBlocks <= 1 << kBlockBits);
+constexpr float kFixedPointOne = 1073741824.0f;
+
+__device__ inline unsigned fixed_point(float mass) {
+  return static_cast<unsigned>(mass * kFixedPointOne + 0.5f);
 }
 
-// Histogram of a digit over the blocks that share all digits before it.
-template <int kThreads, bool kCovers>
-__device__ void ListSelection<kThreads, kCovers>::count_digits(int shift, int bits) {
-  const unsigned long long prefix = shared_.threshold >> (shift + bits);
-  for (int block = threadIdx.x; block < num_blocks_; block += kThreads) {
-    const unsigned long long its_rank = rank(block);
-    if (its_rank >> (shift + bits) != prefix) continue;
-    const int bin = static_cast<int>(its_rank >> shift) & ((1 << bits) - 1);
-    atomicAdd(histogram_ + bin, 1u);
-#pragma unroll 1
-    for (int sum = 0; sum < num_sums_; ++sum) {
-      const float mass = args_.combine_max ? head_mass(sum, block) : masses_[block];
-      atomicAdd(histogram_ + (1 + sum) * kBins + bin, fixed_point(mass));
+// The mass's bits, then the lower block.
+template <typename R>
+__device__ unsigned long long ListSelection<R>::rank(float mass, int block) const {
+  const unsigned key = forced(block) ? kForcedKey : __float_as_uint(mass);
+  return (static_cast<unsigned long long>(key) << kBlockBits) | ((1 << kBlockBits) - 1 - block);
+}
+
+// Masses of all blocks, each seen by the same thread in every call.
+template <typename R>
+template <typename Visit>
+__device__ void ListSelection<R>::each_mass(const Visit& visit) {
+  if (cached_) {
+    for (int block = threadIdx.x; block < num_blocks_; block += kThreads) {
+      visit(block, shared_.masses[block]);
     }
-  }
-}
-
-// Highest digit down to which the blocks suffice. Lane l has the bins 255 - 8 l and down.
-template <int kThreads, bool kCovers>
-__device__ void ListSelection<kThreads, kCovers>::find_digit(int shift) {
-  constexpr int kLaneBins = kBins / 32;
-  const int top = kBins - 1 - lane_ * kLaneBins;
-  int own = 0;
-  for (int i = 0; i < kLaneBins; ++i) own += histogram_[top - i];
-  const int count = shared_.count_above + warp_inclusive(own, lane_);
-  bool all_met = true;
-#pragma unroll 1
-  for (int sum = 0; sum < num_sums_; ++sum) {
-    const unsigned* masses = histogram_ + (1 + sum) * kBins;
-    unsigned own_mass = 0;
-    for (int i = 0; i < kLaneBins; ++i) own_mass += masses[top - i];
-    const unsigned mass = shared_.above[sum] +
-                          static_cast<unsigned>(warp_inclusive(static_cast<int>(own_mass), lane_));
-    shared_.before[sum][lane_] = mass - own_mass;
-    all_met = all_met && covered(shared_.totals[sum], mass);
-  }
-  const unsigned lanes = __ballot_sync(kAllLanes, enough(count, all_met));
-  if (lanes == 0) {  // cannot be: the cap ends it
-    if (lane_ == 0) shared_.enough = false;
     return;
   }
-  __syncwarp();
-  if (lane_ != __ffs(lanes) - 1) return;
-  int above = count - own;
-#pragma unroll 1
-  for (int sum = 0; sum < num_sums_; ++sum) shared_.above[sum] = shared_.before[sum][lane_];
-  int bin = top;
-  for (;; --bin) {
-    const int with_bin = above + static_cast<int>(histogram_[bin]);
-    bool met = true;
-#pragma unroll 1
-    for (int sum = 0; sum < num_sums_; ++sum) {
-      met = met &&
-            covered(shared_.totals[sum], shared_.above[sum] + histogram_[(1 + sum) * kBins + bin]);
-    }
-    if (enough(with_bin, met) || bin == top - (kLaneBins - 1)) break;
-    above = with_bin;
-#pragma unroll 1
-    for (int sum = 0; sum < num_sums_; ++sum) {
-      shared_.above[sum] += histogram_[(1 + sum) * kBins + bin];
+  for (int start = threadIdx.x; start < num_blocks_; start += kThreads * kAhead) {
+    float logs[kAhead][kTogether];
+    load_logs<kThreads>(logs, start);
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int block = start + i * kThreads;
+      if (block < num_blocks_) visit(block, combined(logs[i]));
     }
   }
-  shared_.count_above = above;
-  shared_.in_bin = static_cast<int>(histogram_[bin]);
-  shared_.threshold |= static_cast<unsigned long long>(bin) << shift;
-  shared_.enough = true;
+}
+
+// Histogram of a digit over the blocks that share all digits before it: their number, and for a
+// coverage their mass in each query head (or the mean). Returns the number of sums.
+template <typename R>
+__device__ int ListSelection<R>::count_digits(int shift, unsigned long long prefix) {
+  SearchShared& search = shared_;
+  const int masses = view_.coverage < 0.0f ? 0 : view_.combine_max ? view_.group : 1;
+  for (int i = threadIdx.x; i < (1 + masses) * kBins; i += kThreads) {
+    search.histogram[i / kBins][i % kBins] = 0;
+  }
+  __syncthreads();
+  each_mass([&](int block, float mass) {
+    const unsigned long long its_rank = rank(mass, block);
+    if (its_rank >> (shift + 8) != prefix >> (shift + 8)) return;
+    const int digit = static_cast<int>(its_rank >> shift) & (kBins - 1);
+    atomicAdd(&search.histogram[0][digit], 1u);
+#pragma unroll 4
+    for (int sum = 1; sum <= masses; ++sum) {
+      if (view_.combine_max) mass = head_mass(sum - 1, block);
+      atomicAdd(&search.histogram[sum][digit], fixed_point(mass));
+    }
+  });
+  __syncthreads();
+  return 1 + masses;
+}
+
+template <typename R>
+__device__ void ListSelection<R>::find_threshold() {
+  SearchShared& search = shared_;
+  const int cap = view_.top_n < 0 ? num_blocks_ : min(view_.top_n, num_blocks_);
+  const bool covers = view_.coverage >= 0.0f, by_mass = view_.mass_threshold >= 0.0f;
+  // Above it or at it, ties included; rank 0 is below everything.
+  const unsigned long long heaviest_enough =
+      by_mass ? static_cast<unsigned long long>(__float_as_uint(view_.mass_threshold)) << kBlockBits
+              : 0;
+  threshold_ = heaviest_enough;
+  if (cap >= num_blocks_ && !covers) return;
+
+  if (threadIdx.x < kMaxSums) search.above[threadIdx.x] = 0;
+  if (threadIdx.x == 0) search.heavy = 0;
+  __syncthreads();
+  int heavy = 0;
+  each_mass([&](int block, float mass) {
+    if (num_blocks_ <= kSegment) search.masses[block] = mass;
+    heavy += rank(mass, block) >= heaviest_enough;
+  });
+  cached_ = num_blocks_ <= kSegment;
+  if (by_mass) {
+    heavy = warp_sum(heavy);
+    if (lane_ == 0) atomicAdd(&search.heavy, heavy);
+    __syncthreads();
+    if (search.heavy <= cap) return;
+  }
+
+  const int sinks = min(view_.sink_blocks, num_blocks_);
+  const int num_forced = sinks + num_blocks_ - first_recent_ - max(sinks - first_recent_, 0);
+  threshold_ = 0;
+  for (int shift = kRankBits - 8; shift >= 0; shift -= 8) {
+    const int sums = count_digits(shift, threshold_);
+    // Each bin to the sum over it and all that ranks higher: a warp a row, a lane eight bins.
+    for (int row = warp_; row < sums; row += kWarps) {
+      constexpr int kLaneBins = kBins / 32;
+      unsigned* top = &search.histogram[row][kBins - 1 - lane_ * kLaneBins];
+      unsigned own = 0;
+      for (int i = 0; i < kLaneBins; ++i) own += top[-i];
+      unsigned sum = search.above[row] + warp_inclusive(own, lane_) - own;
+      for (int i = 0; i < kLaneBins; ++i) top[-i] = sum += top[-i];
+    }
+    __syncthreads();
+    if (shift == kRankBits - 8 && static_cast<int>(threadIdx.x) < sums) {
+      search.totals[threadIdx.x] = search.histogram[threadIdx.x][0];
+    }
+    __syncthreads();
+    // The highest digit down to which the blocks suffice. All always do: the cap is no more.
+    const auto suffices = [&](int digit) {
+      const int count = static_cast<int>(search.histogram[0][digit]);
+      if (count >= cap) return true;
+      if (!covers || count < num_forced) return false;
+      bool covered = true;
+      for (int row = 1; row < sums; ++row) {
+        covered = covered && static_cast<float>(search.histogram[row][digit]) >=
+                                 view_.coverage * static_cast<float>(search.totals[row]);
+      }
+      return covered;
+    };
+    const int own = static_cast<int>(threadIdx.x);
+    if (own < kBins && suffices(own) && (own == kBins - 1 || !suffices(own + 1))) {
+      search.digit = own;
+    }
+    __syncthreads();
+    const int digit = search.digit;
+    const auto above = [&](int row) {
+      return digit == kBins - 1 ? search.above[row] : search.histogram[row][digit + 1];
+    };
+    const unsigned in_bin = search.histogram[0][digit] - above(0);
+    threshold_ |= static_cast<unsigned long long>(digit) << shift;
+    if (in_bin == 1) break;
+    const unsigned now_above = own < sums ? above(own) : 0;
+    __syncthreads();
+    if (own < sums) search.above[own] = now_above;
+  }
 }
 
 }  // namespace kcache

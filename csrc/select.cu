@@ -1,57 +1,43 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "dependent.cuh"
-#include "fetch.cuh"
 #include "launch.h"
-#include "select.cuh"
+#include "list.cuh"
 
 namespace kcache {
 namespace {
 
 // One thread block a list. Fetching in the same launch saves one, and the list is at hand.
-template <bool kFetch, int kRule>
-__global__ void __launch_bounds__(kMaxThreads, 2)
-    select_kernel(const __grid_constant__ SelectArgs select,
-                  const __grid_constant__ FetchArgs fetch, int first_head) {
-  extern __shared__ float dynamic[];
-  __shared__ union Shared {
-    SelectShared select;
-    FetchShared fetch;
-  } shared;
+template <typename R>
+__global__ void __launch_bounds__(kThreads, 2)
+    select_kernel(const __grid_constant__ LayerView view, const __grid_constant__ Step step) {
+  __shared__ ListShared<R> shared;
+  __shared__ bool done;
   wait_for_launch_before();
   let_next_launch_begin();
-  const int head = first_head + blockIdx.x, request = blockIdx.y;
-  const List<NearBlock> list =
-      select_list<kMaxThreads, kRule>(select, shared.select, dynamic, request, head);
-  if constexpr (kFetch) fetch_list<kMaxThreads>(fetch, shared.fetch, list, request, head);
-}
-
-template <bool kFetch, int kRule>
-cudaError_t launch(const SelectArgs& select, const FetchArgs& fetch, HeadRange range,
-                   bool dependent, cudaStream_t stream) {
-  const size_t shared_bytes = list_shared_bytes<kRule>(select);
-  if (shared_bytes > 32 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(select_kernel<kFetch, kRule>,
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
+  const int list = static_cast<int>(blockIdx.x);
+  if (step.lists != nullptr) {
+    if (threadIdx.x == 0) {
+      done = step.lists[list] == kDone;
+      step.lists[list] = 0;  // for the next step
+    }
+    __syncthreads();
+    if (done) return;
   }
-  const dim3 grid(range.num_heads, range.num_requests);
-  return launch_kernel(dependent, select_kernel<kFetch, kRule>, grid, kMaxThreads, shared_bytes,
-                       stream, select, fetch, range.first_head);
+  if (step.rows != nullptr) {
+    select_and_fetch_list(view, step, shared, list);
+  } else {
+    const int count = ListSelection<R>(view, step, shared.select, list).run([](auto...) {});
+    pad(step.blocks, count, step.columns);
+  }
 }
 
 }  // namespace
 
-cudaError_t launch_select(const SelectArgs& select, HeadRange range, cudaStream_t stream) {
-  return with_rule(select, [&](auto rule) {
-    return launch<false, rule()>(select, FetchArgs{}, range, false, stream);
-  });
-}
-
-cudaError_t launch_select_fetch(const SelectArgs& select, const FetchArgs& fetch, HeadRange range,
-                                bool dependent, cudaStream_t stream) {
-  return with_rule(select, [&](auto rule) {
-    return launch<true, rule()>(select, fetch, range, dependent, stream);
+cudaError_t launch_select(const LayerView& view, const Step& step, bool dependent,
+                          cudaStream_t stream) {
+  return with_rule(view, [&](auto rule) {
+    return launch_kernel(dependent, select_kernel<decltype(rule)>, step.num_lists, kThreads, stream,
+                         view, step);
   });
 }
 

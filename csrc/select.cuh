@@ -2,355 +2,339 @@
 // Choose the V blocks of one list with one thread block. Definition:
 // vllm_kcache/reference/select.py.
 //
-// Blocks are ranked by a composite of (mass as an integer, then lower block), and kept down to the
-// last one needed. That one is found without sorting them all: a histogram of ranks tells its bin,
-// and only the blocks of that bin are compared with one another (csrc/rank_bins.cuh); where they
-// are too many, it is found digit by digit (csrc/search.cuh). Masses are added as integers of
-// 2^-30, which makes sums exact in any order.
+// A list of any length is walked in segments, so its shared memory is the same at any length. A
+// block is kept when it ranks no lower than a threshold. The default rule names that (a mass);
+// other rules search for it first (csrc/search.cuh).
 #pragma once
 
-#include <cstdint>
+#include <type_traits>
 
+#include "layer_view.h"
 #include "ptx.cuh"
-#include "rank.cuh"
-#include "residency.cuh"
 #include "warp.cuh"
 
 namespace kcache {
 
-// Threads that a list may have.
-constexpr int kMaxThreads = 512, kMaxWarps = kMaxThreads / 32;
-constexpr int kBins = 256;
-// Words of all bins of ranks, at least; and blocks of one bin that can be compared: their
-// composites, of two words each, take the place of the bins.
-constexpr int kRankWords = 1024, kMaxCandidates = kRankWords / 2;
+constexpr int kThreads = 512, kWarps = kThreads / 32;
+static_assert(kMaxGroup <= kWarps, "a warp adds up a query head");
+constexpr int kSegment = 4096, kSegmentWords = kSegment / 32;
 // Scores that a thread loads before it uses the first: a list is bound by the latency of these
-// loads. More take more registers than a thread of follow.cu may have.
+// loads. More take more registers than a thread may have.
 constexpr int kInFlight = 8;
-// Query heads whose scores of a block a thread can have in registers at once.
-constexpr int kMostTogether = 8;
-constexpr float kFixedPointOne = 1073741824.0f;
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+// Digits of a rank, and its values. Sums of masses are integers of 2^-30: the same in any
+// order, and off by half of that for each block at most.
+constexpr int kBins = 256, kMaxSums = 1 + kMaxGroup;
 
-// Shared memory of a list: a bit of each block, the masses of all, then the histogram.
-__host__ __device__ inline int num_sums(bool combine_max, bool cover, int group) {
-  return !cover ? 0 : combine_max ? group : 1;
-}
-__host__ __device__ inline int block_words(int max_blocks) {
-  return (max_blocks + 31) / 32;
-}
-// Words before the histogram, which may have to hold 64-bit integers.
-__host__ __device__ inline int histogram_offset(int max_blocks) {
-  return (block_words(max_blocks) + max_blocks + 1) / 2 * 2;
-}
-inline size_t select_shared_bytes(int max_blocks, int sums) {
-  const int histogram = kBins * (1 + sums) > kRankWords ? kBins * (1 + sums) : kRankWords;
-  return (static_cast<size_t>(histogram_offset(max_blocks)) + histogram) * 4;
-}
-
-struct SelectShared {
-  float reduce_max[kMaxGroup][kMaxWarps];
-  float reduce_sum[kMaxGroup][kMaxWarps];
-  unsigned warp_sums[1 + kMaxGroup][kMaxWarps];
-  float shift[kMaxGroup];          // log2 of the sum of exp over the request, each query head
-  unsigned totals[kMaxGroup];      // all mass, fixed point
-  unsigned above[kMaxGroup];       // mass of the blocks ranked above the bin or digit found
-  unsigned before[kMaxGroup][32];  // mass before each lane's bins
-  unsigned long long threshold;    // composite of the last block kept
-  int count_above, in_bin;
-  int rank_bin, num_candidates;
-  bool enough;
-  int warp_counts[kMaxWarps];
-};
-
-__device__ inline unsigned fixed_point(float mass) {
-  return static_cast<unsigned>(mass * kFixedPointOne + 0.5f);
-}
-
-// V blocks of a list, ascending, in GPU memory (int) or shared memory (16 bits).
-template <typename Block>
-struct List {
-  const Block* blocks;
-  int count;
-};
+// A V block, from the first of its segment.
 using NearBlock = uint16_t;
-static_assert(kMaxBlocks <= 1 << 16, "a NearBlock counts to there");
+static_assert(kSegment <= 1 << 16);
 
-// `kCovers`: with the code for a coverage, which other rules are faster without.
-template <int kThreads, bool kCovers>
+// What a kernel is compiled for: one with the code of all rules would be several times what the
+// default rule runs through. `kTogether`: query heads at most, whose scores of a block a thread has
+// in registers at once.
+template <int kTogether_, bool kSearches_>
+struct Rule {
+  static constexpr int kTogether = kTogether_;
+  static constexpr bool kSearches = kSearches_;
+};
+
+// Call `launch` with the rule that its kernel is to be compiled for.
+template <typename Launch>
+cudaError_t with_rule(const LayerView& view, const Launch& launch) {
+  if (!view.combine_max || view.top_n >= 0 || view.coverage >= 0.0f) {
+    return view.group <= 4 ? launch(Rule<4, true>{}) : launch(Rule<16, true>{});
+  }
+  if (view.group == 1) return launch(Rule<1, false>{});
+  if (view.group <= 4) return launch(Rule<4, false>{});
+  if (view.group <= 8) return launch(Rule<8, false>{});
+  return launch(Rule<16, false>{});
+}
+
+struct SearchShared {
+  float masses[kSegment];               // of a list of one segment
+  unsigned histogram[kMaxSums][kBins];  // blocks, then masses of each sum
+  unsigned above[kMaxSums];             // the same over the blocks ranked above the digits found
+  unsigned totals[kMaxSums];
+  int heavy, digit;
+};
+struct NoSearchShared {};
+
+template <typename R>
+struct SelectShared : std::conditional_t<R::kSearches, SearchShared, NoSearchShared> {
+  float shift[kMaxGroup];  // log2 of the sum of exp over the request, each query head
+  float covered[kMaxGroup][kWarps];
+  unsigned kept_words[kSegmentWords];  // a bit of each block of the segment
+  NearBlock kept[kSegment];
+};
+
+// V blocks of a request.
+__device__ inline int blocks_of(const LayerView& view, const Step& step, int request) {
+  const int tokens = max(step.seq_lens[request], 0);
+  return min((tokens + view.block_tokens - 1) / view.block_tokens, step.max_blocks);
+}
+
+// Write -1 past the end of this thread block's list, for callers that do not read the counts.
+__device__ inline void pad(int* lists, int count, int columns) {
+  int* list = lists + static_cast<int64_t>(blockIdx.x) * columns;
+  for (int i = count + static_cast<int>(threadIdx.x); i < columns; i += kThreads) list[i] = -1;
+}
+
+template <typename R>
 class ListSelection {
-  static constexpr int kWarps = kThreads / 32;
-  // Warps that share the list of a query head.
-  static constexpr int kHeadParts = 4;
+  static constexpr int kTogether = R::kTogether;
+  static constexpr int kAhead = kTogether < kInFlight ? kInFlight / kTogether : 1;
+  // Otherwise the sums would not stay in registers.
+  static constexpr bool kAddsWhileMarking = !R::kSearches && kTogether <= 8;
+  static constexpr int kSums = kAddsWhileMarking ? kWarps : 1;
 
  public:
-  __device__ ListSelection(const SelectArgs& args, SelectShared& shared, float* dynamic,
-                           int request, int head)
-      : args_(args),
+  __device__ ListSelection(const LayerView& view, const Step& step, SelectShared<R>& shared,
+                           int list)
+      : view_(view),
+        step_(step),
         shared_(shared),
-        kept_words_(reinterpret_cast<unsigned*>(dynamic)),
-        masses_(dynamic + block_words(args.max_blocks)),
-        near_(reinterpret_cast<NearBlock*>(masses_)),
-        histogram_(reinterpret_cast<unsigned*>(dynamic + histogram_offset(args.max_blocks))),
-        list_(static_cast<int64_t>(request) * args.num_kv_heads + head),
-        lse_(args.block_lse + list_ * args.group * args.max_blocks),
-        num_tokens_(args.seq_lens[request]),
+        list_(list),
+        num_blocks_(blocks_of(view, step, list / view.num_kv_heads)),
         lane_(threadIdx.x & 31),
         warp_(threadIdx.x >> 5) {
-    num_blocks_ =
-        min((num_tokens_ + args.v_block_tokens - 1) / args.v_block_tokens, args.max_blocks);
-    first_recent_ = max(num_tokens_ - args.recent_tokens, 0) / args.v_block_tokens;
-    const int sinks = min(args.sink_blocks, num_blocks_);
-    num_forced_ = sinks + num_blocks_ - first_recent_ - max(sinks - first_recent_, 0);
-    cover_ = kCovers && args.coverage >= 0.0f;
-    cap_ = args.top_n < 0 ? num_blocks_ : min(args.top_n, num_blocks_);
-    num_sums_ = num_sums(args.combine_max, cover_, args.group);
-    counts_ranks_ = cap_ < num_blocks_ || cover_;
-    // 2^28 values of a mass's bits are 32 powers of two below 1. As many bins as have room: of the
-    // counts and of each sum, in max(kRankWords, kBins * (1 + sums)) words.
-    rank_shift_ = num_sums_ == 0 ? 18 : num_sums_ == 1 ? 19 : 20;
-    rank_bins_ = 1 << (28 - rank_shift_);
+    const int num_tokens = step.seq_lens[list / view.num_kv_heads];
+    first_recent_ = max(num_tokens - view.recent_tokens, 0) / view.block_tokens;
   }
 
-  // The blocks kept, visible to the thread block, by any rule.
-  __device__ List<NearBlock> run() {
-    if (num_tokens_ <= 0) {
-      write_empty();
-      return {nullptr, 0};
+  // Write the list, and call take(kept, count, first_block, first_column) for its part in each
+  // segment that has any: `kept` counts from first_block, and is there until all threads have come
+  // back. Returns its length.
+  template <typename Take>
+  __device__ int run(const Take& take) {
+    int count = 0;
+    if (num_blocks_ > 0) {
+      normalise();
+      if constexpr (R::kSearches) find_threshold();
+      for (int first = 0; first < num_blocks_; first += kSegment) {
+        mark(first);
+        __syncthreads();
+        const int in_segment = write(first, count);
+        __syncthreads();
+        if constexpr (!kAddsWhileMarking) cover(first, in_segment);
+        if (in_segment > 0) take(shared_.kept, in_segment, first, count);
+        count += in_segment;
+      }
+      if constexpr (!kAddsWhileMarking) __syncthreads();
     }
-    if (counts_ranks_) {
-      for (int i = threadIdx.x; i < rank_bins_ * (1 + num_sums_); i += kThreads) histogram_[i] = 0;
-    }
-    if (args_.chunk_lse != nullptr) {
-      normalise_from_chunks();
-    } else if (args_.group == 1) {
-      normalise<1>();
-    } else {
-      normalise<4>();
-    }
-    if (args_.group == 1) {
-      combine<1>();
-    } else {
-      combine<4>();
-    }
-    const bool takes_all =
-        args_.mass_threshold >= 0.0f ? threshold_within_cap() : cap_ >= num_blocks_ && !cover_;
-    bool by_bin = false;
-    if (!takes_all) {
-      find_rank_bin();
-      by_bin = shared_.in_bin <= kMaxCandidates;
-      if (!by_bin) find_threshold();
-    }
-    return take(by_bin ? mark_by_rank_bin() : mark_from_threshold());
+    if (warp_ == kWarps - 1) finish(count);
+    __syncthreads();
+    return count;
   }
-  // The same where `takes_by_threshold` says so, for `kTogether` query heads or fewer
-  // (csrc/threshold.cuh).
-  template <int kTogether>
-  __device__ List<NearBlock> run_by_threshold();
 
  private:
-  __device__ bool forced(int block) const {
-    return block < args_.sink_blocks || block >= first_recent_;
-  }
-  __device__ unsigned long long rank(int block) const {
-    return composite(masses_[block], forced(block), block);
-  }
-  // csrc/masses.cuh.
-  template <int kStride, int kTogether, int kAhead>
-  __device__ void load_ahead(float (&scores)[kTogether][kAhead], int first_head, int start) const;
-  template <int kTogether>
-  __device__ void load_shifts(float (&shifts)[kTogether], int first_head) const;
-  __device__ void write_shift(int in_group, float largest, float sum);
-  template <int kTogether>
-  __device__ void normalise();
-  __device__ void normalise_from_chunks();
-  template <int kTogether>
-  __device__ void combine();
-  template <int kTogether>
-  __device__ void combine_max();
-  template <int kTogether>
-  __device__ void combine_mean();
-  // Base-2 logarithm of a mass. `shift` comes from rounded products, so where one block has all of
-  // the mass, that may be some 1e-7 times the score off 1.
-  __device__ static float above_shift(float score, float shift) {
-    return fmaf(score, kLog2E, -shift);
-  }
-  __device__ float head_mass(int in_group, int block) const {
-    const float lse = __ldcg(lse_ + static_cast<int64_t>(in_group) * args_.max_blocks + block);
-    return fast_exp2(above_shift(lse, shared_.shift[in_group]));
+  // Each query head's log-sum-exp over the request, from what scoring left of each chunk: a warp a
+  // head. Scores are read past the first-level cache, which knows nothing of a score kernel that
+  // still runs.
+  __device__ void normalise() {
+    constexpr int kChunksAhead = 8;
+    const int head = warp_, chunks = (num_blocks_ + step_.chunk_blocks - 1) / step_.chunk_blocks;
+    if (head < view_.group) {
+      const int64_t query_head = static_cast<int64_t>(list_) * view_.group + head;
+      const float* lse = step_.chunk_lse + query_head * step_.max_chunks;
+      float largest = -INFINITY, sum = 0.0f;
+      for (int start = lane_; start < chunks; start += 32 * kChunksAhead) {
+        float chunk[kChunksAhead];
+#pragma unroll
+        for (int i = 0; i < kChunksAhead; ++i) {
+          chunk[i] = start + 32 * i < chunks ? __ldcg(lse + start + 32 * i) * kLog2E : -INFINITY;
+        }
+        float larger = largest;
+#pragma unroll
+        for (int i = 0; i < kChunksAhead; ++i) larger = fmaxf(larger, chunk[i]);
+        sum *= fast_exp2(largest - larger);
+#pragma unroll
+        for (int i = 0; i < kChunksAhead; ++i) sum += fast_exp2(chunk[i] - larger);
+        largest = larger;
+      }
+      const float all_largest = warp_max(largest);
+      sum = warp_sum(largest > -INFINITY ? sum * exp2f(largest - all_largest) : 0.0f);
+      const float shift = all_largest + log2f(sum);
+      if (lane_ == 0) {
+        shared_.shift[head] = shift;
+        if (step_.lse != nullptr) step_.lse[query_head] = shift * kLn2;
+      }
+    } else if (head < kMaxGroup && lane_ == 0) {
+      shared_.shift[head] = 0.0f;
+    }
+    __syncthreads();
   }
 
-  __device__ void write_empty() {
-    if (args_.pad) {
-#pragma unroll 1
-      for (int i = threadIdx.x; i < args_.columns; i += kThreads) {
-        args_.blocks[list_ * args_.columns + i] = -1;
+  __device__ const float* scores() const {
+    return step_.block_lse + static_cast<int64_t>(list_) * view_.group * step_.max_blocks;
+  }
+
+  // Base-2 logarithms of the masses of some blocks in each query head, from `start` in strides;
+  // -infinity for what does not exist. A shift comes from rounded products, so where one block has
+  // all of the mass, that may be some 1e-7 times the score off 1.
+  template <int kStride>
+  __device__ void load_logs(float (&logs)[kAhead][kTogether], int start) const {
+    unsigned row = static_cast<unsigned>(start);
+#pragma unroll
+    for (int h = 0; h < kTogether; ++h, row += step_.max_blocks) {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const bool exists = h < view_.group && start + i * kStride < num_blocks_;
+        logs[i][h] = exists ? __ldcg(scores() + (row + i * kStride)) : -INFINITY;
       }
     }
-    if (threadIdx.x == 0) {
-      args_.counts[list_] = 0;
-      args_.mass[list_] = 1.0f;
+#pragma unroll
+    for (int h = 0; h < kTogether; ++h) {
+      const float shift = shared_.shift[h];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) logs[i][h] = fmaf(logs[i][h], kLog2E, -shift);
     }
   }
 
-  __device__ bool covered(unsigned total, unsigned mass) const {
-    return static_cast<float>(mass) >= args_.coverage * static_cast<float>(total);
-  }
-
-  // Keep what is forced or has the threshold's mass, all ties included, unless the cap forbids.
-  __device__ bool threshold_within_cap() {
-    const unsigned long long least = composite(args_.mass_threshold, false, 0xffff);
-    int count = 0;
-    for (int block = threadIdx.x; block < num_blocks_; block += kThreads) {
-      count += rank(block) >= least;  // that this thread combined
+  // Mass of a block for the whole group. The largest is that of the largest logarithm: one power a
+  // block, not one a head.
+  __device__ float combined(const float (&logs)[kTogether]) const {
+    if (R::kSearches && !view_.combine_max) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int h = 0; h < kTogether; ++h) sum += fast_exp2(logs[h]);
+      return sum / static_cast<float>(view_.group);
     }
-    count = warp_sum(count);
-    if (lane_ == 0) shared_.warp_counts[warp_] = count;
-    __syncthreads();
-    count = 0;
-    for (int i = 0; i < kWarps; ++i) count += shared_.warp_counts[i];
-    if (count > cap_) return false;
-    if (threadIdx.x == 0) shared_.threshold = least;
-    __syncthreads();
-    return true;
+    float largest = logs[0];
+#pragma unroll
+    for (int h = 1; h < kTogether; ++h) largest = fmaxf(largest, logs[h]);
+    return fast_exp2(largest);
   }
 
-  // csrc/rank_bins.cuh.
-  __device__ int rank_bin(float mass, int block) const;
-  __device__ void add_mass(int sum, int bin, float mass) {
-    const unsigned fixed = fixed_point(mass);
-    if (fixed > 0) atomicAdd(histogram_ + (1 + sum) * rank_bins_ + bin, fixed);
+  __device__ float head_mass(int head, int block) const {
+    const float lse = __ldcg(scores() + (static_cast<unsigned>(head) * step_.max_blocks + block));
+    return fast_exp2(fmaf(lse, kLog2E, -shared_.shift[head]));
   }
-  __device__ void add_masses_of_heads();
-  __device__ bool enough(int count, bool all_met) const {
-    return count >= cap_ || (cover_ && count >= num_forced_ && all_met);
+
+  __device__ bool forced(int block) const {
+    return block < view_.sink_blocks || block >= first_recent_;
   }
-  __device__ void find_rank_bin();
-  __device__ float mark_by_rank_bin();
-  __device__ void add_masses_above();
-  __device__ int candidates_to_cover();
+  __device__ bool keeps(float mass, int block) const {
+    if constexpr (R::kSearches) return rank(mass, block) >= threshold_;
+    // Without a threshold it is negative, and everything is kept.
+    return forced(block) || mass >= view_.mass_threshold;
+  }
 
   // csrc/search.cuh.
+  __device__ unsigned long long rank(float mass, int block) const;
   __device__ void find_threshold();
-  __device__ void count_digits(int shift, int bits);
-  __device__ void find_digit(int shift);
+  template <typename Visit>
+  __device__ void each_mass(const Visit& visit);
+  __device__ int count_digits(int shift, unsigned long long prefix);
 
-  // Each warp has a contiguous share of the words, 32 blocks each.
-  __device__ int first_word() const { return min(warp_ * words_each(), block_words(num_blocks_)); }
-  __device__ int last_word() const {
-    return min((warp_ + 1) * words_each(), block_words(num_blocks_));
+  // A warp has a contiguous share of a segment's words, 32 blocks each.
+  struct Share {
+    int words, begin, end;
+  };
+  __device__ Share share(int first_block) const {
+    const int words = (min(num_blocks_ - first_block, kSegment) + 31) / 32;
+    const int each = (words + kWarps - 1) / kWarps, begin = min(warp_ * each, words);
+    return {words, begin, min(begin + each, words)};
   }
-  __device__ int words_each() const { return (block_words(num_blocks_) + kWarps - 1) / kWarps; }
 
-  // Set the bits of what ranks no lower than the threshold. Returns the mass that a thread marked.
-  __device__ float mark_from_threshold() {
-    float mass = 0.0f;
-    for (int word = first_word(); word < last_word(); ++word) {
-      const int block = word * 32 + lane_;
-      const bool keep = block < num_blocks_ && rank(block) >= shared_.threshold;
-      const unsigned kept = __ballot_sync(kAllLanes, keep);
-      if (lane_ == 0) kept_words_[word] = kept;
-      if (keep) mass += masses_[block];
+  // Set the bits of the blocks of a segment that are kept, and add their masses.
+  __device__ void mark(int first_block) {
+    const Share own = share(first_block);
+    float covered[kTogether] = {};
+    for (int start = own.begin; start < own.end; start += kAhead) {
+      float logs[kAhead][kTogether];
+      load_logs<32>(logs, first_block + start * 32 + lane_);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (start + i >= own.end) break;
+        const int block = first_block + (start + i) * 32 + lane_;
+        const bool keep = block < num_blocks_ && keeps(combined(logs[i]), block);
+        if (kAddsWhileMarking && keep) {
+#pragma unroll
+          for (int h = 0; h < kTogether; ++h) covered[h] += fast_exp2(logs[i][h]);
+        }
+        const unsigned kept = __ballot_sync(kAllLanes, keep);
+        if (lane_ == 0) shared_.kept_words[start + i] = kept;
+      }
     }
-    return mass;
+    if constexpr (kAddsWhileMarking) {
+#pragma unroll
+      for (int h = 0; h < kTogether; ++h) add_covered(first_block, h, warp_, covered[h]);
+    }
   }
 
-  // Take the blocks whose bits are set. `mass` is this thread's part of theirs.
-  __device__ List<NearBlock> take(float mass) {
+  // Add to what the list covers of a query head, in one of the places where its sum is kept.
+  __device__ void add_covered(int first_block, int head, int place, float mass) {
     mass = warp_sum(mass);
-    if (lane_ == 0) shared_.reduce_sum[0][warp_] = mass;
-    __syncthreads();
-    const int count = write_list();
-    if (args_.combine_max) {
-      __syncthreads();
-      cover_heads(count);
-      __syncthreads();
-    }
-    if (warp_ == kWarps - 1) finish(count, args_.combine_max ? kHeadParts : kWarps);
-    __syncthreads();
-    return {near_, count};
+    if (lane_ != 0) return;
+    shared_.covered[head][place] = mass + (first_block > 0 ? shared_.covered[head][place] : 0.0f);
   }
 
-  // Write the blocks whose bits are set, in ascending order: to memory, and nearer, over the
-  // masses, for the look-up that follows. Returns how many there are.
-  __device__ int write_list() {
-    const int words = block_words(num_blocks_), first = first_word(), last = last_word();
-    int before = 0, total = 0;
-    for (int i = lane_; i < words; i += 32) {
-      const int count = __popc(kept_words_[i]);
-      total += count;
-      before += i < first ? count : 0;
+  // The same from the list: a warp a query head.
+  __device__ void cover(int first_block, int count) {
+    float mass = 0.0f;
+    for (int i = lane_; warp_ < view_.group && i < count; i += 32) {
+      mass += head_mass(warp_, first_block + shared_.kept[i]);
     }
-    total = min(warp_sum(total), args_.columns);
+    add_covered(first_block, warp_, 0, mass);
+  }
+
+  // Write the blocks whose bits are set, in ascending order: to memory, and nearer, for the look-up
+  // that follows. Returns how many there are.
+  __device__ int write(int first_block, int first_column) {
+    const Share own = share(first_block);
+    int before = 0, total = 0;
+    for (int i = lane_; i < own.words; i += 32) {
+      const int count = __popc(shared_.kept_words[i]);
+      total += count;
+      before += i < own.begin ? count : 0;
+    }
+    const int room = step_.columns - first_column;
     int place = warp_sum(before);
-    int* out = args_.blocks + list_ * args_.columns;
-    for (int i = first; i < last; ++i) {
-      const unsigned kept = kept_words_[i];
-      const int column = place + __popc(kept & ((1u << lane_) - 1)), block = i * 32 + lane_;
-      if (((kept >> lane_) & 1) && column < args_.columns) {
-        near_[column] = static_cast<NearBlock>(block);
-        out[column] = block;
+    int* out = step_.blocks + static_cast<int64_t>(list_) * step_.columns + first_column;
+    for (int i = own.begin; i < own.end; ++i) {
+      const unsigned kept = shared_.kept_words[i];
+      const int column = place + __popc(kept & ((1u << lane_) - 1)), near = i * 32 + lane_;
+      if (((kept >> lane_) & 1) && column < room) {
+        shared_.kept[column] = static_cast<NearBlock>(near);
+        out[column] = first_block + near;
       }
       place += __popc(kept);
     }
-    if (args_.pad) {
-#pragma unroll 1
-      for (int i = total + threadIdx.x; i < args_.columns; i += kThreads) out[i] = -1;
-    }
-    return total;
+    return min(warp_sum(total), room);
   }
 
-  // Mass that the list covers of each query head. From the list: a pass over all blocks would wait
-  // for memory at every step.
-  __device__ void cover_heads(int count) {
-    for (int job = warp_; job < args_.group * kHeadParts; job += kWarps) {
-      const int g = job / kHeadParts, part = job % kHeadParts;
-      float mass = 0.0f;
-#pragma unroll 4
-      for (int i = part * 32 + lane_; i < count; i += 32 * kHeadParts) {
-        mass += head_mass(g, near_[i]);
-      }
-      mass = warp_sum(mass);
-      if (lane_ == 0) shared_.reduce_sum[g][part] = mass;
-    }
-  }
-
-  // By one warp: the list's length, and its mass from sums in `parts` places of each query head.
-  __device__ void finish(int count, int parts) {
-    float covered_mass = 1.0f;
-#pragma unroll 1
-    for (int g = 0; g < (args_.combine_max ? args_.group : 1); ++g) {
-      covered_mass =
-          fminf(covered_mass, warp_sum(lane_ < parts ? shared_.reduce_sum[g][lane_] : 0.0f));
+  // By one warp: the list's length and covered mass. An empty row has all of its mass.
+  __device__ void finish(int count) {
+    float least = 1.0f, mean = 0.0f;
+    for (int h = 0; num_blocks_ > 0 && h < view_.group; ++h) {
+      const float mass = warp_sum(lane_ < kSums ? shared_.covered[h][lane_] : 0.0f);
+      least = fminf(least, mass);
+      mean += mass / static_cast<float>(view_.group);
     }
     if (lane_ != 0) return;
-    args_.counts[list_] = count;
-    args_.mass[list_] = covered_mass;
-    if (args_.counters == nullptr) return;
-    const float log10 = log2f(fmaxf(1.0f - covered_mass, 1e-30f)) * 0.30102999566f;
+    const float mass = view_.combine_max || num_blocks_ == 0 ? least : fminf(mean, 1.0f);
+    step_.counts[list_] = count;
+    step_.mass[list_] = mass;
+    if (num_blocks_ == 0) return;
+    const float log10 = log2f(fmaxf(1.0f - mass, 1e-30f)) * 0.30102999566f;
     const int bucket = static_cast<int>(ceilf((log10 + 4.0f) * ((kDroppedBuckets - 1) / 4.0f)));
-    atomicAdd(args_.counters + kLists, 1ull);
-    atomicAdd(args_.counters + kSelected, static_cast<Word>(count));
-    atomicAdd(args_.counters + kFirstDroppedBucket + min(max(bucket, 0), kDroppedBuckets - 1),
+    atomicAdd(view_.counters + kLists, 1ull);
+    atomicAdd(view_.counters + kSelected, static_cast<Word>(count));
+    atomicAdd(view_.counters + kFirstDroppedBucket + min(max(bucket, 0), kDroppedBuckets - 1),
               1ull);
   }
 
-  const SelectArgs& args_;
-  SelectShared& shared_;
-  unsigned* kept_words_;  // a bit of each block
-  float* masses_;
-  NearBlock* near_;  // where the masses are until the list is written
-  unsigned* histogram_;
-  const int64_t list_;
-  const float* lse_;
-  const int num_tokens_, lane_, warp_;
-  int num_blocks_, first_recent_, num_forced_, cap_, num_sums_, rank_bins_, rank_shift_;
-  bool cover_, counts_ranks_;
+  const LayerView& view_;
+  const Step& step_;
+  SelectShared<R>& shared_;
+  const int list_, num_blocks_;
+  const int lane_, warp_;
+  int first_recent_;
+  unsigned long long threshold_ = 0;  // rank of the last block kept
+  bool cached_ = false;               // the masses lie in shared memory
 };
 
 }  // namespace kcache
 
-#include "masses.cuh"
-#include "rank_bins.cuh"
 #include "search.cuh"
-#include "threshold.cuh"

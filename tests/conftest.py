@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -35,3 +38,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The extension built for the CPU (tests/csrc/build.py), loaded. It is built once for each
+    state of its sources."""
+    from tests.csrc.build import build, compiler, key
+    from tests.kept import keep, one_at_a_time, place
+
+    if compiler() is None:
+        pytest.skip("no C++ compiler: csrc/ cannot be run without a GPU")
+    folder = tmp_path_factory.mktemp("csrc")
+    path = place("kcache_emulated.so", key())
+    with one_at_a_time("kcache_emulated.so"):
+        if not path.exists():
+            keep(path, lambda target: shutil.move(build(folder), target))
+    torch.ops.load_library(str(path))
+    return path

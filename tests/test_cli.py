@@ -4,15 +4,20 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from vllm_kcache.cli import main
+from vllm_kcache.config import KCacheConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 LLAMA = str(ROOT / "benchmarks/shapes/llama-3-8b")
@@ -71,7 +76,7 @@ def test_memory_flags(capsys: pytest.CaptureFixture[str]) -> None:
     assert blocks("--max-num-batched-tokens", "65536") < plain
 
 
-def test_settings(capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_count(capsys: pytest.CaptureFixture[str]) -> None:
     def selected(*flags: str) -> float:
         assert (
             main(["plan", LLAMA, "--context", "4096", "--host-memory", "99", "--json", *flags]) == 0
@@ -89,40 +94,162 @@ def test_settings(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--context", "0"], "context=0"),
         (["--context", "999999", "--max-model-len", "4096"], "max_model_len, which is 4096"),
-        (["--gpu-memory", "-1"], "gpu_memory_bytes: -1.0 must be above 0"),
-        (["--host-memory", "0"], "--host-memory=0.0: must be above 0"),
-        (["--gpu-memory-utilization", "1.5"], "--gpu-memory-utilization=1.5: must be above 0"),
-        (["--block-size", "0"], "--block-size=0: must be at least 1"),
-        (["--max-model-len", "0"], "--max-model-len=0: must be at least 1"),
-        (["--requests", "0"], "requests=0: must be at least 1"),
-        (["--coverage", "2"], "kcache_config.coverage=2.0: must be greater than 0"),
+        (["--gpu-memory", "-1"], "argument --gpu-memory: '-1' must be a number from 1e-06"),
+        (["--host-memory", "inf"], "argument --host-memory: 'inf' must be a number from 1e-06"),
+        (["--gpu-memory-utilization", "1.5"], "'1.5' must be a number from 1e-06 to 1"),
+        (["--hit-rate", "nan"], "argument --hit-rate: 'nan' must be a number from 0 to 1"),
+        (["--block-size", "0"], "argument --block-size: '0' must be a whole number from 1 to"),
+        (["--weight-bits", "0"], "argument --weight-bits: '0' must be a whole number from 1 to 32"),
+        (["--requests", "9" * 5001], "must be a whole number from 1 to 1e+09"),
+        (["--coverage", "2"], "kcache_config.coverage=2.0: must be"),
         (["--top-n", "most"], "kcache_config.top_n='most'"),
         (["--kcache-config", "{"], "kcache_config='{': not valid JSON"),
         (["--tensor-parallel-size", "5"], "must divide the 32 query heads"),
+        (["--no-such\nflag"], "unrecognized arguments: --no-such flag"),
+        (["--gpu", "abacus"], "argument --gpu: invalid choice: 'abacus'"),
     ],
 )
-def test_wrong_figures(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*PLAN, *flags]) == 2
+def test_wrong_flags(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in ends_well([*PLAN, *flags], capsys)
+    assert message in json.loads(out_of([*PLAN, "--json", *flags], capsys))["error"]
+
+
+def test_wrong_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "required" in ends_well([], capsys)
+    assert "invalid choice: 'serve'" in ends_well(["serve"], capsys)
+    assert "neither a folder with a config.json" in ends_well(["plan", "/nowhere"], capsys)
+
+
+def ends_well(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a command that has an answer, or 2 and one line; that line. Never an exception."""
+    code = main(arguments)
     shown = capsys.readouterr()
-    assert shown.out == ""
+    if "--json" in arguments:
+        json.loads(shown.out, parse_constant=pytest.fail)
+    if code == 0:
+        assert shown.out
+        assert not shown.err
+        return ""
+    assert code == 2
     assert shown.err.startswith("vllm-kcache: error: ")
-    assert message in shown.err
     assert len(shown.err.splitlines()) == 1
+    assert "--json" in arguments or not shown.out
+    return shown.err
 
 
-def test_wrong_arguments(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in ([], ["serve"], [*PLAN, "--no-such-flag"], [*PLAN, "--gpu", "abacus"]):
-        with pytest.raises(SystemExit) as ended:
-            main(arguments)
-        assert ended.value.code == 2
-        assert "usage: vllm-kcache" in capsys.readouterr().err
+def out_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    main(arguments)
+    return capsys.readouterr().out
 
 
-def test_model_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "/nowhere"]) == 2
-    assert "neither a folder with a config.json" in capsys.readouterr().err
+# What may stand where a number, a name or a list belongs; sizes that a model may have among them.
+ODD_NUMBERS = (0, -1, 2**31, 10**30, 10**400, 1e308, 5e-324, math.inf, math.nan, 1.5)
+SIZES = st.sampled_from((1, 2, 3, 4, 8, 64, 128, 1000, 4096, 2**31 - 1))
+SCALARS = st.none() | st.booleans() | st.sampled_from(ODD_NUMBERS) | st.integers() | st.text()
+VALUES = SIZES | st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+)
+KEYS = (
+    "hidden_size", "n_embd", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "vocab_size", "intermediate_size", "ffn_dim", "num_local_experts",
+    "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size",
+    "max_position_embeddings", "tie_word_embeddings", "model_type", "layer_types", "kv_lora_rank",
+    "is_encoder_decoder", "sliding_window", "use_sliding_window", "quantization_config",
+    "text_config",
+)  # fmt: skip
+QUANTIZATIONS = st.fixed_dictionaries(
+    {}, optional={"quant_method": st.sampled_from(("fp8", "gptq")) | VALUES, "bits": VALUES}
+)
+CHANGES = st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=5) | st.fixed_dictionaries(
+    {"quantization_config": QUANTIZATIONS}
+)
+SETTINGS = st.sampled_from((*ODD_NUMBERS, "auto", "all", "max", "clip", [0, 1])) | VALUES
+GOOD = json.loads(Path(LLAMA, "config.json").read_text())
+GOOD_FLAGS = st.sampled_from(
+    (
+        "1",
+        "2",
+        "8",
+        "16",
+        "4096",
+        "0.5",
+        "90",
+        "1e-6",
+        "1e9",
+        "1000000000",
+        "all",
+        "h200",
+        "float32",
+    )
+)
+ODD_FLAGS = st.sampled_from((*map(str, ODD_NUMBERS), "9" * 5001, "-inf", "\u0663", "1_0"))
+FLAG_VALUES = GOOD_FLAGS | st.floats().map(str) | st.integers().map(str) | ODD_FLAGS | st.text()
+FLAGS = (
+    "--context", "--requests", "--selected-tokens", "--hit-rate", "--gpu", "--gpu-memory",
+    "--hbm-bandwidth", "--pcie-bandwidth", "--host-memory", "--gpu-memory-utilization",
+    "--tensor-parallel-size", "--max-model-len", "--max-num-seqs", "--max-num-batched-tokens",
+    "--block-size", "--dtype", "--weight-bits", "--top-n", "--coverage",
+)  # fmt: skip
+quick = settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@quick
+@example(changes={"hidden_size": True}, nested=False, shown=[])
+@example(changes={"num_hidden_layers": 10**400}, nested=True, shown=["--json"])
+@example(changes={"num_key_value_heads": 0}, nested=False, shown=[])
+@given(changes=CHANGES, nested=st.booleans(), shown=st.sampled_from(([], ["--json"])))
+def test_any_configuration_has_an_answer(
+    changes: dict,
+    nested: bool,
+    shown: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = {**GOOD, **changes}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"text_config": config} if nested else config))
+    message = ends_well(["plan", str(tmp_path), "--host-memory", "99", *shown], capsys)
+    # A wrong value names the file and the key; sizes that are each possible may not fit the GPU.
+    named = str(path) in message and any(key in message for key in KEYS)
+    assert not message or named or "fit" in message
+    assert len(message) < 500
+
+
+@quick
+@given(data=st.binary() | st.text().map(str.encode) | VALUES.map(lambda v: json.dumps(v).encode()))
+@example(data=b"[" * 100_000)
+@example(data=b'{"hidden_size": ' + b"9" * 5001 + b"}")
+def test_any_file_has_an_answer(
+    data: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(data)
+    assert str(path) in ends_well(["plan", str(tmp_path), "--json"], capsys)
+
+
+@quick
+@given(
+    flags=st.dictionaries(st.sampled_from(FLAGS), GOOD_FLAGS, max_size=4)
+    | st.dictionaries(st.sampled_from(FLAGS), FLAG_VALUES, max_size=4),
+    shown=st.sampled_from(([], ["--json"])),
+)
+def test_any_flag_has_an_answer(
+    flags: dict[str, str], shown: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [f"{flag}={value}" for flag, value in flags.items()]
+    ends_well(["plan", LLAMA, "--host-memory=99", *shown, *given], capsys)
+
+
+@quick
+@given(st.dictionaries(st.sampled_from(sorted(KCacheConfig.model_fields)), SETTINGS, max_size=2))
+def test_any_settings_have_an_answer(
+    capsys: pytest.CaptureFixture[str], given: dict[str, Any]
+) -> None:
+    ends_well(["plan", LLAMA, "--kcache-config", json.dumps(given)], capsys)
 
 
 def test_plan_needs_no_vllm() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vllm_kcache.plan_shape import PlanError, read_shape
+from vllm_kcache.planner.shape import PlanError, read_shape
 
 SHAPES = Path(__file__).resolve().parents[1] / "benchmarks/shapes"
 SMALL = {
@@ -50,7 +50,7 @@ def test_known_models(name: str, parameters: int) -> None:
     norms = (2 * 32 + 1) * 4096
     assert shape.weight_bytes == 2 * (parameters - norms)
     assert shape.dense_weight_bytes == shape.weight_bytes - 2 * shape.vocab_size * 4096
-    assert shape.k_bytes_per_token == 32 * shape.num_kv_heads * 128 * 2
+    assert (shape.name, shape.num_layers, shape.head_size) == (name, 32, 128)
 
 
 def test_experts(tmp_path: Path) -> None:
@@ -122,11 +122,18 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         shape_of(tmp_path, without)
     with pytest.raises(PlanError, match=r"does not say how many bits.*Give --weight-bits"):
         shape_of(tmp_path, {**SMALL, "quantization_config": {"quant_method": "new"}})
-    with pytest.raises(PlanError, match="dtype=int3: must be one of auto"):
-        shape_of(tmp_path, SMALL, dtype="int3")
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(PlanError, match="not valid JSON"):
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, **_: Any) -> str:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    shape_of(tmp_path, SMALL)
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(PlanError, match=r"config\.json: Permission denied"):
         read_shape(str(tmp_path))
+    with pytest.raises(PlanError, match="File name too long"):
+        read_shape("x" * 5000)
 
 
 def test_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

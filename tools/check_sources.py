@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Check the house rules that ruff and mypy do not know. Exit code 1 and one line for each breach.
 
-- Every source file that is not empty begins with its licence and has at most 400 lines.
+- Every source file that is not empty begins with its licence and has at most 600 lines.
 - No body of a Python function has more than 60 lines, its docstring not counted. Bodies of Triton
   kernels may have 120: what they keep in registers cannot be handed around freely.
 - Only vllm_kcache/integration/ and the tests of it import vLLM.
@@ -19,7 +19,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 LICENSE_LINE = "SPDX-License-Identifier: Apache-2.0"
 SOURCE_SUFFIXES = {".py", ".cpp", ".h", ".cu", ".cuh", ".sh"}
-MOST_FILE_LINES = 400
+MOST_FILE_LINES = 600
 MOST_FUNCTION_LINES = 60
 MOST_KERNEL_LINES = 120
 CORE = Path("vllm_kcache")

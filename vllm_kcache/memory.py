@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vllm_kcache.cache.formats import CacheShape
-from vllm_kcache.cache.hot_cache import HotCache
 from vllm_kcache.kernels.workspace import workspace_buffers
 from vllm_kcache.types import Selection
 
@@ -87,6 +86,11 @@ class GPUMemory:
         shape = self.shape
         return 4 * (shape.num_layers * shape.rows_per_page + shape.page_tokens)
 
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one hot slot: its row and its word."""
+        return self.shape.row.bytes + 8
+
     def hot_slots(self, available_bytes: int, hot_cache_gib: float | Literal["auto"]) -> int:
         """Slots of the hot cache.
 
@@ -99,7 +103,7 @@ class GPUMemory:
             if hot_cache_gib == "auto"
             else float(hot_cache_gib) * 2**30
         )
-        return int(wanted) // HotCache.slot_bytes(self.shape.row.bytes)
+        return int(wanted) // self.slot_bytes
 
     def pages(self, available_bytes: int, k_page_bytes: int, hot_slots: int) -> int:
         """Pages that fit beside so many hot slots.
@@ -107,7 +111,7 @@ class GPUMemory:
         Args:
             k_page_bytes: Bytes of a page of K of all layers (and of V of those that are not split).
         """
-        left = available_bytes - hot_slots * HotCache.slot_bytes(self.shape.row.bytes)
+        left = available_bytes - hot_slots * self.slot_bytes
         return left // (k_page_bytes + self.page_bytes)
 
     def _workspace_bytes(self, max_requests: int) -> int:

@@ -13,8 +13,8 @@ import torch
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
-from benchmarks.accuracy_record import RecordV1, RecordV2
-from benchmarks.accuracy_score import FIELDS, compare_logits
+from benchmarks.accuracy.record import RecordV1, RecordV2
+from benchmarks.accuracy.score import FIELDS, compare_logits
 
 VOCABULARY = 11
 PROMPT_TOKENS = 5

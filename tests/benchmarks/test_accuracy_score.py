@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import accuracy_score
-from benchmarks.accuracy_score import FIELDS, compare_logits, selection_figures, summarise
+from benchmarks.accuracy import score
+from benchmarks.accuracy.score import FIELDS, compare_logits, selection_figures, summarise
 
 
 def brute_force(test: list[float], stock: list[float], token: int) -> list[float]:
@@ -28,7 +29,7 @@ def brute_force(test: list[float], stock: list[float], token: int) -> list[float
 @pytest.mark.parametrize("piece_values", [1 << 24, 40])
 def test_equals_brute_force(monkeypatch: pytest.MonkeyPatch, piece_values: int) -> None:
     """Whether rows are compared at once or in pieces."""
-    monkeypatch.setattr(accuracy_score, "_PIECE_VALUES", piece_values)
+    monkeypatch.setattr(score, "_PIECE_VALUES", piece_values)
     generator = torch.Generator().manual_seed(0)
     stock = torch.randn((7, 19), generator=generator) * 8
     test = stock + torch.randn((7, 19), generator=generator)
@@ -65,11 +66,6 @@ def test_a_token_that_stock_rules_out_adds_nothing() -> None:
     assert 0 < compare_logits(test, stock, torch.tensor([0]))[0, 2] < 1
 
 
-def test_no_rows() -> None:
-    empty = torch.zeros((0, 5))
-    assert compare_logits(empty, empty, torch.zeros(0, dtype=torch.int64)).shape == (0, 4)
-
-
 def test_summary() -> None:
     positions = np.zeros((2, 3, len(FIELDS)))
     positions[:, :, 0] = [[-1, -2, -3], [-1, -2, -3]]  # by the split cache
@@ -92,19 +88,19 @@ def test_summary() -> None:
 
 
 def test_selection_figures() -> None:
+    """Of two parts; what others counted between them does not count."""
     names = ("selected_lists", "selected_blocks", "hot_cache_hits", "hot_cache_misses",
              "direct_host_reads")  # fmt: skip
-    before = {**dict.fromkeys(names, 100.0), "dropped_mass": [(0.01, 7), (0.1, 7), (1.0, 7)]}
-    after = {
-        "selected_lists": 110.0,
-        "selected_blocks": 150.0,
-        "hot_cache_hits": 130.0,
-        "hot_cache_misses": 110.0,
-        "direct_host_reads": 100.0,
-        "dropped_mass": [(0.01, 13), (0.1, 11), (1.0, 7)],
-    }
-    result = selection_figures(before, after, 16)
+
+    def reading(values: list[float], buckets: list[int]) -> dict[str, Any]:
+        dropped = list(zip((0.01, 0.1, 1.0), buckets, strict=True))
+        return {**dict(zip(names, values, strict=True)), "dropped_mass": dropped}
+
+    parts = [
+        (reading([100] * 5, [7, 7, 7]), reading([104, 120, 110, 105, 100], [9, 9, 7])),
+        (reading([500] * 5, [9, 9, 9]), reading([506, 530, 520, 505, 500], [13, 11, 9])),
+    ]
+    result = selection_figures(parts, 16)
     assert result["selected_tokens"] == 5 * 16
-    assert result["selected_lists"] == 10
     assert result["dropped_mass"] == pytest.approx([4 * 0.01 / 10, (6 * 0.01 + 4 * 0.1) / 10])
     assert result["hot_cache_hit_rate"] == 0.75

@@ -10,11 +10,20 @@ from typing import Any
 
 import pytest
 
-from benchmarks import accuracy, accuracy_process, accuracy_rows
-from benchmarks.accuracy_grid import COVERAGES, listed, make_grid
-from benchmarks.accuracy_rows import Rows, key_of
-from benchmarks.accuracy_texts import Passage, cut, hash_of, make_passages, read_text
-from vllm_kcache.config import KCacheConfig, KCacheConfigError
+from benchmarks import rows
+from benchmarks.accuracy import __main__ as accuracy
+from benchmarks.accuracy import sweep as sweep_module
+from benchmarks.accuracy.settings import by_engine, default_settings
+from benchmarks.accuracy.texts import (
+    Passage,
+    cut,
+    hash_of,
+    load_passages,
+    make_passages,
+    read_text,
+    save_passages,
+)
+from vllm_kcache.config import KCacheConfigError
 
 
 class Letters:
@@ -48,17 +57,12 @@ def test_the_same_tokens_are_forced_after_every_length(passages: list[Passage]) 
     assert first.prompt(500)[1:] + first.forced == text[501:1000] + text[1000:1050]
 
 
-def test_passages_are_distinct_and_named(passages: list[Passage]) -> None:
+def test_passages_are_distinct_and_named(passages: list[Passage], tmp_path: Path) -> None:
+    save_passages(tmp_path / "passages.json", passages)
+    assert load_passages(tmp_path / "passages.json") == passages
     assert len({tuple(p.forced) for p in passages}) == len(passages)
     assert hash_of(passages) == hash_of(make_passages(Letters(), 9, 1000, 50))
     assert hash_of(passages) != hash_of(make_passages(Letters(), 9, 1000, 49))
-
-
-def test_bundled_texts_are_long_enough_for_the_default_sweep() -> None:
-    """64 items of 8160 tokens at three characters a token do not overlap."""
-    sizes = {name: len(read_text(name)) for name in ("kjv.txt.gz", "jargon.txt.gz")}
-    assert min(sizes.values()) > 600_000
-    assert len(read_text("stdlib.py.txt.gz")) > 1_000_000
 
 
 def test_forced_parts_never_overlap() -> None:
@@ -73,60 +77,23 @@ def test_forced_parts_never_overlap() -> None:
         cut(list(range(10)), "text", 1, 20, 5)
 
 
-@pytest.mark.parametrize("name", ["default", "quick"])
 @pytest.mark.parametrize("v_block_tokens", [4, 8, 16, 32])
-@pytest.mark.parametrize("has_mean_tail", [True, False])
-def test_every_setting_of_a_grid_is_valid(
-    name: str, v_block_tokens: int, has_mean_tail: bool
-) -> None:
-    engines = make_grid(name, v_block_tokens, None, None, has_mean_tail)
-    assert engines[0].start == {"v_block_tokens": v_block_tokens, "dense_layers": 0}
-    starts = [json.dumps(engine.start) for engine in engines]
-    assert len(set(starts)) == len(starts)
-    for engine in engines:
-        assert {"top_n": "all"} in engine.settings
-        for setting in engine.settings:
-            config = KCacheConfig.from_user({**engine.start, **setting})
-            config.selection(engine.v_block_tokens)
-            assert has_mean_tail or config.tail != "mean"
-    if name == "default":
-        assert {engine.start["dense_layers"] for engine in engines} == {0, 1, 2}
-        assert all({"coverage": c, "head_combine": "max"} in engines[0].settings for c in COVERAGES)
-        noted = [reason for _, reason in engines[0].skipped]
-        assert has_mean_tail == ("only the CPU implementation has it" not in noted)
+def test_default_settings_are_valid(v_block_tokens: int) -> None:
+    (engine,) = by_engine(default_settings(v_block_tokens), v_block_tokens)
+    assert engine.start == {"v_block_tokens": v_block_tokens, "dense_layers": 0}
+    fixed = [s["top_n"] for s in engine.settings if s.get("top_n", "all") != "all"]
+    assert [top_n * v_block_tokens for top_n in fixed] == [128, 512]
 
 
-def test_fixed_tokens_are_those_asked_for() -> None:
-    main = make_grid("default", 16, None, None, False)[0]
-    fixed = [s for s in main.settings if "coverage" not in s and s.get("top_n", "all") != "all"]
-    assert {s["top_n"] * 16 for s in fixed} == {32, 64, 128, 256, 512, 1024}
-    # 32 tokens have no room for the 8 + 32 that are kept by default.
-    assert {"top_n": 2, "sink_tokens": 8, "recent_tokens": 1} in fixed
-
-
-def test_listed_settings_share_an_engine() -> None:
+def test_settings_share_an_engine() -> None:
     settings = [{"coverage": 0.9}, {"dense_layers": 1, "top_n": 8}, {"top_n": "all"}]
-    engines = listed(settings, 16)
+    engines = by_engine(settings, 16)
     assert [engine.settings for engine in engines] == [
         [{"coverage": 0.9}, {"top_n": "all"}],
         [{"top_n": 8}],
     ]
     with pytest.raises(KCacheConfigError, match="top_m"):
-        listed([{"top_m": 8}], 16)
-
-
-def test_rows_are_found_again(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    key = key_of({"a": 1, "b": [2]})
-    assert key == key_of({"b": [2], "a": 1})
-    assert key != key_of({"a": 1, "b": [3]})
-    rows = Rows(path)
-    assert key not in rows
-    rows.add({"key": key, "kl": 0.123456789, "error": float("nan"), "list": [1.00000001]})
-    assert key in rows
-    assert key in Rows(path)
-    expected = {"key": key, "kl": 0.123457, "error": None, "list": [1.0]}
-    assert json.loads(path.read_text()) == expected
+        by_engine([{"top_m": 8}], 16)
 
 
 MODEL_CONFIG = {
@@ -155,7 +122,7 @@ def sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
                 with open(spec["results"], "a") as file:
                     file.write(json.dumps(setting["row"]) + "\n")
 
-    monkeypatch.setattr(accuracy_process, "run_engine", run_engine)
+    monkeypatch.setattr(sweep_module, "run_engine", run_engine)
 
     def sweep(*more: str) -> list[tuple[str, list[tuple[int, int]]]]:
         started.clear()
@@ -178,7 +145,7 @@ def test_a_repeated_sweep_runs_what_is_missing(sweeps: Any, monkeypatch: Any) ->
     more = ["--settings", '[{"coverage": 0.9}, {"coverage": 0.8}]']
     assert sweeps("--lengths", "300", "500", *more) == [("stock", both), (one, both)]
     # Other code is another measurement.
-    monkeypatch.setattr(accuracy_rows, "commit", lambda: "another")
+    monkeypatch.setattr(rows, "commit", lambda: "another")
     assert sweeps("--lengths", "300", "500", *settings) == first
 
 
@@ -190,6 +157,16 @@ def test_stock_is_not_run_again_while_its_logits_are_there(sweeps: Any) -> None:
 
 
 def test_bad_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        accuracy.parse(["sweep", "model", "--items", "0"])
-    assert "at least 1" in capsys.readouterr().err
+    for given, message in (("0", "at least 1"), ("1", "must be JSON objects")):
+        with pytest.raises(SystemExit):
+            accuracy.parse(
+                [
+                    "sweep",
+                    "model",
+                    "--items",
+                    given,
+                    "--settings",
+                    "[{}]" if given == "0" else "[1]",
+                ]
+            )
+        assert message in capsys.readouterr().err

@@ -206,13 +206,32 @@ def test_pages_come_from_the_node_preferred(real_nodes):
         assert numa.nodes_of(mapping.address, mapping.length, 10) == 10 * [node]
 
 
-def test_samples_are_spread_over_all_of_the_range(monkeypatch):
-    looked = []
-    monkeypatch.setattr(
-        numa, "_call", lambda number, node, mask, most, at, flags: looked.append(at)
-    )
-    numa.nodes_of(0x100000, 100 * PAGE - 1, 4)
-    assert looked == [0x100000 + at * PAGE for at in (0, 25, 50, 75)]
+@pytest.fixture
+def looked_at(monkeypatch):
+    """Pages that `nodes_of` asks the kernel about; they lie on node 0 and 1 in turn."""
+    pages = []
+
+    def look(number, node, mask, most, at, flags):
+        page, rest = divmod(at - 0x100000, PAGE)
+        assert rest == 0
+        pages.append(page)
+        ctypes.c_int.from_address(node).value = page % 2
+
+    monkeypatch.setattr(numa, "_call", look)
+    return pages
+
+
+def test_samples_are_spread_over_all_of_the_range(looked_at):
+    numa.nodes_of(0x100000, 1001 * PAGE - 1, 7)
+    assert [page // 143 for page in looked_at] == list(range(7))
+    looked_at.clear()
+    numa.nodes_of(0x100000, 5 * PAGE, 7)
+    assert looked_at == list(range(5))
+
+
+def test_samples_do_not_follow_an_interleaved_placement(looked_at):
+    nodes = numa.nodes_of(0x100000, 50 * 1024 * PAGE, 1024)
+    assert 0.45 < sum(nodes) / 1024 < 0.55
 
 
 def test_no_such_node_is_an_error(real_nodes):
@@ -311,7 +330,7 @@ def test_without_the_calls_memory_is_touched_from_its_node(tmp_path, monkeypatch
     ((level, line),) = lines()
     assert level == "INFO"
     assert "(Function not implemented; " in line
-    assert "from its 1 CPUs that this process may use" in line
+    assert "from its CPUs, of which this process may use 1" in line
 
 
 @pytest.mark.parametrize(("there", "level"), [(100, "INFO"), (95, "INFO"), (94, "WARNING")])

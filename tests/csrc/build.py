@@ -2,7 +2,7 @@
 """Builds csrc/ for the host, so that its kernels run where there is no GPU.
 
 The sources are those of csrc/ but for the headers that emulator/ replaces, and for what C++ has no
-words for: launches, dynamic shared memory and the dispatch key. Needs a C++ compiler and torch's
+words for: launches, shared memory and the dispatch key. Needs a C++ compiler and torch's
 headers.
 """
 
@@ -14,7 +14,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from torch import __version__ as torch_version
+
 from csrc.build import SOURCE, SOURCES, TORCH_TARGET, torch_root
+from tests.kept import digest, digest_of_files
 
 EMULATOR = Path(__file__).resolve().parent / "emulator"
 # The emulator's longjmp between stacks is what _FORTIFY_SOURCE, some compilers' default, forbids.
@@ -35,12 +38,15 @@ def compiler() -> str | None:
 def translate(text: str) -> str:
     """CUDA C++ of csrc/ to C++."""
     text = re.sub(
-        r"extern __shared__ (\w+) (\w+)\[\];",
-        r"\1* \2 = static_cast<\1*>(emulator::dynamic_shared());",
+        r"__shared__ ([\w<>]+) (\w+)(\[\w+\])?;",
+        r"auto& \2 = emulator::shared_variable<\1\3>(__LINE__);",
         text,
     )
     text = re.sub(
-        r"(\w+(?:<[\w, ]+>)?)\s*<<<(.*?)>>>\(", r"emulator::launch(\1, \2)(", text, flags=re.DOTALL
+        r"(\w+(?:<[\w(), ]+>)?)\s*<<<(.*?)>>>\(",
+        r"emulator::launch(\1, \2)(",
+        text,
+        flags=re.DOTALL,
     )
     library = "STABLE_TORCH_LIBRARY_IMPL(kcache, {},"
     return text.replace(library.format("CUDA"), library.format("CPU"))
@@ -58,6 +64,18 @@ def compile_library(sources: list[Path], folder: Path, name: str, *flags: str) -
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
     return output
+
+
+def key() -> str:
+    """Of all that decides what `build` makes: the sources, the emulator, the compiler, torch."""
+    sources = [*SOURCE.glob("*.cu*"), *SOURCE.glob("*.h"), *SOURCE.glob("*.cpp")]
+    emulator = [path for path in EMULATOR.iterdir() if path.is_file()]
+    recipes = [Path(__file__), SOURCE / "build.py"]
+    done = subprocess.run(
+        [str(compiler()), "--version"], capture_output=True, text=True, check=True
+    )
+    files = digest_of_files(*sorted(sources), *sorted(emulator), *recipes)
+    return digest(files, done.stdout, torch_version)
 
 
 def build(folder: Path) -> Path:

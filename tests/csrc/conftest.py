@@ -3,26 +3,25 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.csrc.build import build, compiler
 from vllm_kcache.kernels import extension
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built library, loaded."""
-    if compiler() is None:
-        pytest.skip("no C++ compiler: csrc/ cannot be run without a GPU")
-    path = build(tmp_path_factory.mktemp("csrc"))
-    torch.ops.load_library(str(path))
-    return path
 
 
 @pytest.fixture
 def emulated(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`kernels` take the extension, on tensors of the CPU."""
-    monkeypatch.setattr(extension, "available", lambda: True)
+    monkeypatch.setattr(extension, "load", lambda: None)
+
+
+@pytest.fixture
+def clock_step(library: Path) -> object:
+    """Sets how many nanoseconds pass each time that a kernel reads the clock; 0 stops it."""
+    set_step: Callable[[int], None] = ctypes.CDLL(str(library)).emulator_set_clock_step
+    set_step.argtypes = [ctypes.c_longlong]  # type: ignore[attr-defined]
+    yield set_step
+    set_step(1000)

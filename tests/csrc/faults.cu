@@ -44,13 +44,24 @@ __global__ void missing_lanes(int* out) {
 }
 
 __global__ void past_the_end() {
-  extern __shared__ float words[];
-  words[threadIdx.x] = 0.0f;
+  __shared__ int words[63];
+  int* all = words;
+  all[threadIdx.x] = 0;
 }
 
-__global__ void traps() {
-  if (threadIdx.x == 3) __trap();
+// The block that went before left a number there.
+__global__ void unwritten(int* out) {
+  __shared__ int word;
+  out[blockIdx.x * 64 + threadIdx.x] = word;
   __syncthreads();
+  word = 5;
+}
+
+__device__ int place;
+
+// Which thread block is the how manieth.
+__global__ void order(int* out) {
+  if (threadIdx.x == 0) out[atomicAdd(&place, 1) % 192] = static_cast<int>(blockIdx.x);
 }
 
 __global__ void shuffles(int* out) {
@@ -66,10 +77,10 @@ extern "C" int run(int which, int* out) {
   if (which == 1) sums<false><<<3, 64, 0, nullptr>>>(out);
   if (which == 2) two_barriers<<<1, 64, 0, nullptr>>>();
   if (which == 3) missing_lanes<<<1, 64, 0, nullptr>>>(out);
-  if (which == 4) past_the_end<<<1, 64, 63 * sizeof(float), nullptr>>>();
-  if (which == 5) past_the_end<<<1, 64, 64 * 1024, nullptr>>>();
-  if (which == 6) traps<<<1, 64, 0, nullptr>>>();
-  if (which == 7) shuffles<<<1, 64, 0, nullptr>>>(out);
-  if (which == 8) far_ahead<<<3, 64, 0, nullptr>>>(out);
+  if (which == 4) past_the_end<<<1, 64, 0, nullptr>>>();
+  if (which == 5) unwritten<<<3, 64, 0, nullptr>>>(out);
+  if (which == 6) shuffles<<<1, 64, 0, nullptr>>>(out);
+  if (which == 7) far_ahead<<<3, 64, 0, nullptr>>>(out);
+  if (which == 8) order<<<192, 32, 0, nullptr>>>(out);
   return cudaGetLastError();
 }

@@ -15,10 +15,19 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_steps_equal_reference(library: Path) -> None:
+@pytest.mark.parametrize(
+    ("module", "printed"),
+    [
+        ("tests.kernels.checks", "cases equal the reference"),
+        ("tests.kernels.simulation", "every step equals the reference"),
+        ("tests.kernels.self_checking", "faults are found"),
+        ("tests.kernels.test_replay", "equal the definition"),
+    ],
+)
+def test_interpreted(module: str, printed: str, library: Path) -> None:
     """In a process of its own: the interpreter must be on before Triton is imported."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.csrc.interpreted", str(library)],
+        [sys.executable, "-m", "tests.csrc.interpreted", str(library), module],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -26,4 +35,4 @@ def test_steps_equal_reference(library: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    assert "every step equals the reference" in done.stdout
+    assert printed in done.stdout

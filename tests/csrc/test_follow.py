@@ -1,180 +1,226 @@
 # SPDX-License-Identifier: Apache-2.0
-"""csrc/follow.cu against its definition, without a GPU: lists, rows, and the state it leaves."""
+"""Followers and the launch that does the rest, without a GPU: each list exactly once, whatever the
+score kernel does; and the state that they leave."""
 
 from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from tests.conftest import assert_close
-from tests.kernels.checks import THRESHOLDS, sums_of_chunks
-from tests.kernels.lists import assert_fetched, chosen, make_hot_cache, scored
-from tests.shapes import ODD_SHAPES, Case, Shape, build_case
-from vllm_kcache.cache.hot_cache import ENDED, EPOCH, STATE_WORDS, WANTED, HotCache
-from vllm_kcache.kernels.select import selection_arguments
-from vllm_kcache.types import Selected, Selection
+from tests.csrc.batch import DEFAULT, EVERYTHING, POISON, RULES, Batch, Sizes
+from vllm_kcache.cache.hot_cache import (
+    ENDED,
+    EPOCH,
+    EXISTING,
+    MISSED,
+    REST_UNTIL,
+    SCORED,
+    WANTED,
+)
+from vllm_kcache.kernels.select import follow_scores, select_and_fetch
+from vllm_kcache.types import Selection
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
-PARTS = 3
-CHUNK = 16
-LONG = Shape((700, 5000, 0, 37, 900), 2, 4, 64, 16, 8)
+SPLITS = 3
+SIZES = Sizes((700, 5000, 0, 37, 900), 2, 4)
+LISTS = 8  # that are not empty
 COVERAGE = Selection(None, 0.9, 1, 8, "sum")
-EVERYTHING = Selection(None, None, 1, 8, "sum")
+SetClock = Callable[[int], None]
 
 
-@dataclass
-class Followed:
-    """A step's lists and rows, poisoned until `run` has been called."""
+def follow(batch: Batch, most: int = 4, least: int | None = None) -> None:
+    follow_scores(batch.view, batch.lists, SPLITS, most, most if least is None else least)
 
-    case: Case
-    rule: Selection
-    cache: HotCache
-    block_lse: torch.Tensor
-    chunk: int
-    chunk_lse: torch.Tensor | None
-    parts_scored: torch.Tensor
-    blocks: torch.Tensor
-    counts: torch.Tensor
-    mass: torch.Tensor
-    rows: torch.Tensor
 
-    @classmethod
-    def make(
-        cls, case: Case, rule: Selection, cache: HotCache, chunk: int | None = CHUNK
-    ) -> Followed:
-        shape, block_lse = case.shape, scored(case)
-        blocks = [-(-tokens // shape.v_block_tokens) for tokens in shape.seq_lens]
-        lists = (len(shape.seq_lens), shape.num_kv_heads)
-        places = (*lists, shape.max_blocks)
-        return cls(
-            case, rule, cache, block_lse,
-            chunk or 0, sums_of_chunks(block_lse, blocks, chunk) if chunk else None,
-            torch.full(lists, PARTS, dtype=torch.int32).flatten(),
-            torch.full(places, -99, dtype=torch.int32), torch.full(lists, -99, dtype=torch.int32),
-            torch.full(lists, torch.nan), torch.full(places, -99, dtype=torch.int32),
-        )  # fmt: skip
+def finish(batch: Batch) -> None:
+    """What comes after, and the end of the step."""
+    select_and_fetch(batch.view, batch.lists)
+    batch.check_step()
+    batch.cache.advance_epoch()
 
-    def run(self, most: int, least: int) -> None:
-        case, cache = self.case, self.cache
-        torch.ops.kcache.follow_scores(
-            self.block_lse, case.seq_lens, case.shape.v_block_tokens,
-            *selection_arguments(self.rule), self.blocks, self.counts, self.mass, None,
-            self.chunk_lse, self.chunk, case.block_table, case.v_pool, 1, self.rows, cache.slots,
-            cache.table, cache.slot_word, cache.state, cache.counters, self.parts_scored, PARTS,
-            most, least,
-        )  # fmt: skip
 
-    def check(self) -> None:
-        """Lists and rows are those of the definition, and every count is ready to be used again."""
-        listed = chosen(self.case, self.rule)
-        assert torch.equal(self.counts, listed.counts)
-        listing = torch.arange(self.blocks.shape[2]) < self.counts[..., None]
-        wide = Selected(self.blocks.masked_fill(~listing, -1), self.counts, self.mass)
-        assert torch.equal(wide.blocks[..., : listed.blocks.shape[2]], listed.blocks)
-        assert_close(self.mass, listed.mass)
-        assert_fetched(self.rows.masked_fill(~listing, -1), self.cache.slots, wide, self.case)
-        assert (self.parts_scored == 0).all()
-        assert (self.cache.state[ENDED : ENDED + 1] == 0).all()
-        assert (self.cache.state[WANTED + 1 : STATE_WORDS] == 0).all()
+def run(batch: Batch, most: int = 4, least: int | None = None) -> None:
+    """A step whose scores are all there: the followers do all of it."""
+    batch.lists.signals.copy_(batch.parts(SPLITS))
+    follow(batch, most, least)
+    assert (batch.lists.signals == -1).all()
+    selected = batch.lists.selected
+    before = [tensor.clone() for tensor in (selected.blocks, selected.counts, batch.lists.rows)]
+    finish(batch)
+    after = (selected.blocks, selected.counts, batch.lists.rows)
+    assert all(map(torch.equal, before, after))
 
 
 @pytest.mark.parametrize("followers", [1, 4, 100], ids=lambda count: f"{count} followers")
-@pytest.mark.parametrize(
-    "rule",
-    [COVERAGE, Selection(6, None, 1, 8, "sum"), EVERYTHING, *THRESHOLDS[:1], *THRESHOLDS[2:]],
-    ids=str,
-)
-@pytest.mark.parametrize("chunk", [CHUNK, None], ids=["sums of chunks", "all scores"])
-def test_lists_of_a_step(rule: Selection, followers: int, chunk: int | None) -> None:
-    """Twice over one hot cache: all is missing first, and found after."""
-    case = build_case(LONG, sharpness=2.0)
-    cache = make_hot_cache(case, 4096, "cpu")
-    for epoch in (1, 2):
-        step = Followed.make(case, rule, cache, chunk)
-        step.run(followers, followers)
-        step.check()
-        assert int(cache.state[EPOCH]) == epoch
-    counted = cache.read_counters()
-    assert counted.hits == counted.misses == int(step.counts.sum())
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_lists_of_a_step(rule: Selection, followers: int) -> None:
+    """Twice over one cache: all is missing first, and found after."""
+    batch = Batch.make(SIZES, rule)
+    run(batch, followers)
+    batch = batch.again()
+    run(batch, followers)
+    counted = batch.cache.read_counters()
+    assert counted.lists == 2 * LISTS
+    assert counted.hits == counted.misses == int(batch.lists.selected.counts.sum())
 
 
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 8, 9, 16])
-@pytest.mark.parametrize(
-    ("lengths", "tokens", "chunk"),
-    [((8191, 0, 300), 8, 1), ((33000, 77), 8, 32), ((4097, 4096), 4, 7), ((16 * 1024,), 32, 16)],
-    ids=str,
-)
-def test_mass_thresholds(group: int, lengths: tuple[int, ...], tokens: int, chunk: int) -> None:
-    """Each kernel of the rule, and the one for more query heads; one chunk, and over 128."""
-    case = build_case(Shape(lengths, 2, group, 16, 32, tokens), sharpness=3.0)
-    cache = make_hot_cache(case, 1 << 14, "cpu")
-    step = Followed.make(case, Selection(None, None, 1, 9, "max", 0.004), cache, chunk)
-    step.run(3, 3)
-    step.check()
-    assert int(step.counts.max()) > 4
+@pytest.mark.parametrize("group", [1, 3, 4, 8, 12, 16])
+@pytest.mark.parametrize("num_slots", [0, 3, 1 << 14])
+def test_lists_of_several_segments(group: int, num_slots: int) -> None:
+    """Some rows, or all, are read straight from the host."""
+    batch = Batch.make(Sizes((9000, 4096, 4097, 1), 1, group, 1, 32), DEFAULT, num_slots)
+    run(batch, 3)
+    assert batch.cache.read_counters().lists == 4
 
 
-@pytest.mark.parametrize("shape", [shape for shape in ODD_SHAPES if shape.seq_lens], ids=str)
-def test_odd_shapes_in_a_small_cache(shape: Shape) -> None:
-    """Some rows are read straight from the host, since all slots are in use."""
-    case = build_case(shape)
-    cache = make_hot_cache(case, 3, "cpu")
-    for _ in range(2):
-        step = Followed.make(case, COVERAGE, cache)
-        step.run(3, 1)
-        step.check()
+def test_demand_falls_and_rises() -> None:
+    """The last one out sets how many work in the next step. Those without work end while it does;
+    none of their threads may take the new number for its own."""
+    batch = Batch.make(SIZES, COVERAGE)
+    for step in range(40):
+        if step % 2:
+            batch.cache.flush()
+        batch = batch.again()
+        run(batch, 8, 2)
+        assert batch.cache.read_counters(reset=True).lists == LISTS
+        assert int(batch.cache.state[WANTED]) == (2 if step % 2 == 0 and step else 8)
 
 
-def test_fewer_work_where_less_is_missing() -> None:
-    """The last one out sets how many work in the next step, and those alone take lists."""
-    case = build_case(LONG)
-    cache = make_hot_cache(case, 4096, "cpu")
-    wanted = []
-    for _ in range(3):
-        step = Followed.make(case, COVERAGE, cache)
-        step.run(8, 2)
-        step.check()
-        wanted.append(int(cache.state[WANTED]))
-    assert wanted == [8, 2, 2]
+def give_up(batch: Batch) -> None:
+    """Follow with few signals; the followers rest afterwards, and the rest is done."""
+    signalled = batch.lists.signals == batch.parts(SPLITS)
+    epoch = int(batch.cache.state[EPOCH]) + 1
+    follow(batch)
+    done = batch.lists.signals == -1
+    assert (signalled | ~done).all()
+    assert int(batch.cache.state[REST_UNTIL]) == epoch + 4096
+    assert batch.cache.state[[ENDED, MISSED, EXISTING]].tolist() == [0, 0, 0]
+    left = batch.lists.selected.counts.flatten()[~done]
+    assert (left == POISON).all()
+    assert (batch.lists.selected.blocks.flatten(0, 1)[~done] == POISON).all()
+    batch.lists.signals[~done] = batch.parts(SPLITS)[~done]  # scoring goes on after them
+    finish(batch)
+    assert batch.cache.read_counters(reset=True).lists == LISTS
 
 
-def test_a_list_waits_for_its_scores() -> None:
-    """Scores come list by list while the kernel runs, the last list first."""
-    case = build_case(LONG)
-    step = Followed.make(case, COVERAGE, make_hot_cache(case, 4096, "cpu"))
-    assert step.chunk_lse is not None
-    scores, sums = step.block_lse.clone(), step.chunk_lse.clone()
-    step.block_lse.fill_(torch.nan)
-    step.chunk_lse.fill_(torch.nan)
-    step.parts_scored.zero_()
-    kernel = threading.Thread(target=step.run, args=(4, 4))
+def test_scoring_that_does_not_run_beside() -> None:
+    """Followers give up, and rest for 4096 epochs: they end although no clock runs."""
+    batch = Batch.make(SIZES, DEFAULT)
+    batch.cache.state[EPOCH] = -100  # it wraps
+    batch.cache.state[REST_UNTIL] = -200  # they have rested before
+    give_up(batch)
+    batch = batch.again()
+    until = int(batch.cache.state[REST_UNTIL])
+    for epoch in (-99, 0, until - 1):
+        batch.cache.state[EPOCH] = epoch - 1
+        batch.lists.signals.copy_(batch.parts(SPLITS))
+        follow(batch)
+        assert torch.equal(batch.lists.signals, batch.parts(SPLITS))
+    assert (batch.lists.selected.counts == POISON).all()
+    batch.cache.state[EPOCH] = until - 1
+    run(batch)
+    # Long after, half of all epochs away, they do not rest again.
+    batch = batch.again()
+    batch.cache.state[EPOCH] = until - 2**31 + 5000 if until >= 0 else until + 2**31 - 5000
+    run(batch)
+
+
+@pytest.mark.parametrize("which", ["first", "last", "every second"])
+def test_half_of_the_lists_are_scored(which: str) -> None:
+    batch = Batch.make(SIZES, DEFAULT)
+    parts = batch.parts(SPLITS)
+    taken = {"first": slice(0, 5), "last": slice(5, 10), "every second": slice(0, 10, 2)}[which]
+    batch.lists.signals[taken] = parts[taken]
+    give_up(batch)
+
+
+def test_parts_of_lists_are_not_enough() -> None:
+    batch = Batch.make(SIZES, DEFAULT)
+    batch.lists.signals.copy_((batch.parts(SPLITS) - 1).clamp_min(0))
+    give_up(batch)
+
+
+@pytest.mark.parametrize("stale", ["done", "more", "far more"])
+def test_stale_signals(stale: str) -> None:
+    """Of a step that broke off: nothing is taken for scored or done, and the next step is right."""
+    batch = Batch.make(SIZES, DEFAULT)
+    parts = batch.parts(SPLITS)
+    left = {"done": -1, "more": 1, "far more": 70}[stale]
+    batch.lists.signals.copy_(parts + left)
+    follow(batch)
+    assert torch.equal(batch.lists.signals[parts > 0], (parts + left)[parts > 0])
+    # An empty list has no parts: what is left there may be the mark of being done.
+    batch.lists.signals[parts == 0] = 0
+    finish(batch)
+    assert batch.cache.read_counters(reset=True).lists == LISTS
+    batch = batch.again()
+    batch.cache.state[REST_UNTIL] = 0
+    run(batch)
+    assert batch.cache.read_counters().lists == LISTS
+
+
+@pytest.mark.parametrize("rule", [DEFAULT, COVERAGE, EVERYTHING], ids=str)
+def test_a_list_waits_for_its_scores(rule: Selection, clock_step: SetClock) -> None:
+    """Scores come list by list while the kernel runs, the last list first, and no time passes."""
+    clock_step(0)
+    batch = Batch.make(SIZES, rule)
+    lists, group, heads = batch.lists, SIZES.group, SIZES.kv_heads
+    scores, sums = lists.block_lse.clone(), lists.chunk_lse.clone()
+    lists.block_lse.fill_(torch.nan)
+    lists.chunk_lse.fill_(torch.nan)
+    kernel = threading.Thread(target=follow, args=(batch,))
     kernel.start()
-    group = case.shape.group_size
-    for request in reversed(range(scores.shape[0])):
-        for head in reversed(range(case.shape.num_kv_heads)):
-            time.sleep(0.005)
+    parts = batch.parts(SPLITS)
+    for index in reversed(range(len(parts))):
+        time.sleep(0.003)
+        request, head = divmod(index, heads)
+        its = slice(head * group, (head + 1) * group)
+        lists.block_lse[request, its] = scores[request, its]
+        lists.chunk_lse[request, its] = sums[request, its]
+        for _ in range(int(parts[index])):
             assert kernel.is_alive(), "the kernel did not wait"
-            heads = slice(head * group, (head + 1) * group)
-            step.block_lse[request, heads] = scores[request, heads]
-            step.chunk_lse[request, heads] = sums[request, heads]
-            for _ in range(PARTS):
-                step.parts_scored[request * case.shape.num_kv_heads + head] += 1
+            lists.signals[index] += 1
     kernel.join(timeout=60)
     assert not kernel.is_alive()
-    step.check()
+    assert (lists.signals == -1).all()
+    finish(batch)
+    assert batch.cache.read_counters().lists == LISTS
+
+
+def test_scoring_that_goes_on_keeps_followers_waiting(clock_step: SetClock) -> None:
+    """Far longer than their patience, as long as some list is scored now and then."""
+    clock_step(10)
+    batch = Batch.make(SIZES, DEFAULT)
+    kernel = threading.Thread(target=follow, args=(batch,))
+    kernel.start()
+    end = time.monotonic() + 5
+    while time.monotonic() < end:
+        batch.cache.state[SCORED] += 1
+        time.sleep(0.001)
+    assert kernel.is_alive()
+    assert int(batch.cache.state[REST_UNTIL]) == 0
+    batch.lists.signals.copy_(batch.parts(SPLITS))
+    kernel.join(timeout=60)
+    assert not kernel.is_alive()
+    assert (batch.lists.signals == -1).all()
+    finish(batch)
 
 
 @pytest.mark.parametrize(
-    ("most", "least", "text"),
-    [(0, 0, "most_thread_blocks=0"), (129, 1, "most_thread_blocks=129"), (4, 5, "must be 1 to 4")],
+    ("splits", "most", "least", "text"),
+    [
+        (0, 1, 1, "splits=0"),
+        (1, 0, 0, "most_thread_blocks=0"),
+        (1, 129, 1, "most_thread_blocks=129"),
+        (1, 4, 5, "must be 1 to 4"),
+    ],
 )
-def test_numbers_of_followers_are_checked(most: int, least: int, text: str) -> None:
-    case = build_case(ODD_SHAPES[6])
-    step = Followed.make(case, COVERAGE, make_hot_cache(case, 64, "cpu"))
+def test_numbers_are_checked(splits: int, most: int, least: int, text: str) -> None:
+    batch = Batch.make(SIZES, DEFAULT)
     with pytest.raises(RuntimeError, match=text):
-        step.run(most, least)
+        follow_scores(batch.view, batch.lists, splits, most, least)

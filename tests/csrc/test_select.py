@@ -1,47 +1,169 @@
 # SPDX-License-Identifier: Apache-2.0
-"""csrc/select.cu against its definition, without a GPU."""
+"""Selection by csrc/ against its definition, without a GPU."""
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
 
-from tests.kernels.checks import THRESHOLDS, check_select
-from tests.kernels.lists import (
-    KINDS,
-    RULES,
-    check_errors,
-    check_select_equal,
-    check_select_long,
-    check_select_shapes,
-)
+import pytest
+import torch
+
+from tests.csrc.batch import DEFAULT, POISON, ROW_BYTES, RULES, Batch, Sizes, layer_view
+from vllm_kcache.cache.hot_cache import HotCache
+from vllm_kcache.kernels.select import select_and_fetch, select_blocks
 from vllm_kcache.types import Selection
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
+SEGMENT = 4096
+LONG_RULES = (
+    DEFAULT,
+    Selection(500, None, 1, 32, "sum"),
+    Selection(300, None, 1, 32, "max"),
+    Selection(None, 0.9, 1, 32, "max"),
+    Selection(None, 0.9, 0, 32, "sum"),
+    Selection(600, 0.95, 1, 32, "max"),
+)
 
+
+def run(batch: Batch) -> None:
+    """Select alone; the lists are padded."""
+    lists = batch.lists
+    select_blocks(
+        batch.view, lists.seq_lens, lists.block_lse, lists.chunk_lse, lists.chunk_blocks,
+        lists.selected,
+    )  # fmt: skip
+    columns = torch.arange(lists.selected.blocks.shape[2])
+    past = columns >= lists.selected.counts[..., None]
+    assert (lists.selected.blocks[past] == -1).all()
+    assert (lists.rows == POISON).all()
+    batch.check_lists()
+
+
+@pytest.mark.parametrize(
+    ("group", "tokens"), [(1, 8), (2, 1), (3, 1), (4, 16), (5, 8), (8, 8), (12, 1), (16, 16)]
+)
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_odd_shapes(rule: Selection) -> None:
-    check_select_shapes(rule, "cpu")
+def test_odd_lengths(rule: Selection, group: int, tokens: int) -> None:
+    """Empty, one token, part of a block, no more than the cap, and more than the threads."""
+    lengths = (0, 1, tokens - 1, 29 * tokens, 41 * tokens + 1, 777 * tokens - tokens // 2)
+    run(Batch.make(Sizes(lengths, 2, group, tokens, 13, spare=5), rule))
 
 
-@pytest.mark.parametrize("rule", THRESHOLDS, ids=str)
-def test_thresholds(rule: Selection) -> None:
-    check_select(rule)
+@pytest.mark.parametrize("blocks", [SEGMENT - 1, SEGMENT, SEGMENT + 1, 2 * SEGMENT + 77])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_segments(rule: Selection, blocks: int) -> None:
+    """Lists that end in the first segment, with it, just after it, and in the third."""
+    sizes = Sizes((blocks * 8 - 3,), 1, 2, 8, 31)
+    run(Batch.make(sizes, rule))
+    batch = Batch.make(sizes, rule, kind="ties")
+    run(batch)
+    batch.check_equal()
 
 
-@pytest.mark.parametrize("num_tokens", [12000, 40000, 131072])
-@pytest.mark.parametrize("kind", KINDS)
-def test_long_requests(kind: str, num_tokens: int) -> None:
-    """More V blocks than threads; a bin of ranks with few and with too many to compare; more shared
-    memory than a kernel has without leave."""
-    check_select_long(kind, num_tokens, "cpu")
+@pytest.mark.parametrize("kind", ["random", "equal", "ties", "one has all", "tiny"])
+@pytest.mark.parametrize("rule", LONG_RULES, ids=str)
+def test_long_requests(rule: Selection, kind: str) -> None:
+    """Ten segments; one bin of ranks with few blocks, and with all of them."""
+    batch = Batch.make(Sizes((40_000, 5_000), 1, 4, 1, 128), rule, kind=kind)
+    run(batch)
+    if kind == "equal" and rule.top_n is not None:
+        # Of equal masses the lower blocks win, and the newest are forced.
+        count = int(batch.lists.selected.counts[0, 0])
+        expected = [*range(count - 32), *range(40_000 - 32, 40_000)]
+        assert batch.lists.selected.blocks[0, 0, :count].tolist() == expected
 
 
-@pytest.mark.parametrize("group", [1, 16])
-@pytest.mark.parametrize("num_equal", [511, 512, 513, 514])
-def test_as_many_equal_masses_as_are_compared(num_equal: int, group: int) -> None:
-    check_select_equal(num_equal, group, "cpu")
+@pytest.mark.parametrize("rule", [DEFAULT, Selection(300, None, 1, 32, "max")], ids=str)
+def test_the_longest_request(rule: Selection) -> None:
+    run(Batch.make(Sizes((1 << 20,), 1, 1, 1, 256), rule, num_slots=0, kind="ties"))
 
 
-def test_errors_name_what_is_wrong() -> None:
-    check_errors("cpu")
+@pytest.mark.parametrize("group", [1, 3, 8, 16])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_ties_are_those_of_the_definition(rule: Selection, group: int) -> None:
+    """Heads that agree: then masses that are equal in one order of summing are in every order."""
+    batch = Batch.make(Sizes((5000, 700), 2, group, 8, 16), rule, kind="ties")
+    for tensor in (batch.lists.block_lse, batch.lists.chunk_lse):
+        tensor.copy_(tensor[:, :1].expand_as(tensor).clone())
+    run(batch)
+    batch.check_equal()
+
+
+def test_capped_lists_hold_what_is_forced_first() -> None:
+    """More blocks are forced than there is room for: the lower ones win."""
+    batch = Batch.make(Sizes((800,), 1, 2), Selection(5, None, 3, 64, "sum"))
+    run(batch)
+    assert batch.lists.selected.blocks[0, 0].tolist() == [0, 1, 2, 92, 93]
+
+
+def test_layer_views_are_checked() -> None:
+    rows = torch.zeros((24, ROW_BYTES), dtype=torch.uint8)
+    cache = HotCache.make(4, 2, 24, ROW_BYTES, "cpu")
+    good = (rows, cache, 1, 2, 4, 16, 4, DEFAULT)
+    layer_view(*good)
+    odd = replace(cache, slots=torch.zeros((4, 40), dtype=torch.uint8))
+    short = replace(cache, state=cache.state[:4])
+    for place, value, text in (
+        (0, torch.zeros((24, 40), dtype=torch.uint8), "a row has 40 bytes"),
+        (0, rows[:16], "table: has size 24 in dimension 1; must be 16"),
+        (0, rows[:, ::2], "host_rows: must be contiguous"),
+        (1, odd, "slots: has size 40 in dimension 1; must be 48"),
+        (1, short, "state: has size 4 in dimension 0; must be 8"),
+        (2, 2, "layer=2: must be 0 to 1"),
+        (3, 5, "must be a multiple of the 20 of a page"),
+        (4, 17, "group=17: must be 1 to 16"),
+        (6, 3, "block_tokens=3: must divide the 16"),
+        (7, Selection(0, None, 1, 1, "max"), "top_n=0: must be at least 1, or -1"),
+        (7, Selection(None, None, 1, 0, "max"), "recent_tokens=0: must be at least 1"),
+        (7, Selection(None, 0.5, 1, 1, "max", 0.1), "not together with coverage"),
+    ):
+        arguments = list(good)
+        arguments[place] = value
+        with pytest.raises(RuntimeError, match=text):
+            layer_view(*arguments)  # type: ignore[arg-type]
+
+
+def test_steps_are_checked() -> None:
+    """Errors name the tensor that does not fit."""
+    batch = Batch.make(Sizes((80, 30)), Selection(30, None, 1, 8, "sum"))
+    lists, selected = batch.lists, batch.lists.selected
+    assert selected.lse is not None
+    for name, value, text in (
+        ("seq_lens", lists.seq_lens.long(), "seq_lens: has the wrong dtype"),
+        ("block_lse", lists.block_lse[:, :4], "block_lse: must be contiguous"),
+        ("block_lse", torch.zeros((2, 8, 12)), "blocks: has N=10 columns; must have at least 12"),
+        ("block_lse", torch.empty((2, 8, (1 << 20) + 1)), "P=1048577"),
+        ("chunk_lse", lists.chunk_lse[..., :0], "chunk_lse: has C=0 chunks of 16"),
+        ("chunk_blocks", 0, "chunk_blocks=0: must be 1 to"),
+        ("signals", lists.signals[:3], "lists: has 3 entries; must have at least 4"),
+        ("rows", lists.rows[:1], "rows: has size 1 in dimension 0; must be 2"),
+        ("selected", replace(selected, lse=selected.lse[:, :3].clone()), "lse: has size 3"),
+        ("block_table", lists.block_table.t(), "block_table: must be"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            select_and_fetch(batch.view, replace(lists, **{name: value}))
+    with pytest.raises(RuntimeError, match="layer: must be what layer_view returned"):
+        select_and_fetch(torch.zeros_like(batch.view), lists)
+
+
+def test_an_empty_batch_is_no_launch() -> None:
+    batch = Batch.make(Sizes((5,)), DEFAULT)
+    lists, selected = batch.lists, batch.lists.selected
+    assert selected.lse is not None
+    select_and_fetch(
+        batch.view,
+        replace(
+            lists,
+            seq_lens=lists.seq_lens[:0],
+            block_table=lists.block_table[:0],
+            block_lse=lists.block_lse[:0],
+            chunk_lse=lists.chunk_lse[:0],
+            selected=replace(
+                selected, blocks=selected.blocks[:0], counts=selected.counts[:0],
+                mass=selected.mass[:0], lse=selected.lse[:0],
+            ),
+            rows=lists.rows[:0],
+        ),
+    )  # fmt: skip
+    assert batch.cache.read_counters().lists == 0

@@ -122,7 +122,7 @@ def test_followers_and_graph_replay_agree(
         out.fill_(float("nan"))
         graph.replay()
         assert_close(out, attended(plain))
-        assert not layer.workspace.lists.any()
+        assert not layer.workspace.signals.any()
 
 
 @pytest.mark.parametrize("followers", FOLLOWERS, ids=str)

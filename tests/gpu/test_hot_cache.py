@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.residency import compare_copies
+from benchmarks.replay.residency import compare_copies
 from tests.kernels import simulation
 
 pytestmark = pytest.mark.gpu

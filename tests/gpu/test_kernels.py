@@ -63,12 +63,12 @@ def moved(selected: Selected) -> Selected:
 
 def test_score(case: Case) -> None:
     layer = layer_of(case, RULE, device="cuda")
-    buffers = layer.workspace.views(layer.view, layer.batch)
+    lists = layer.workspace.views(layer.view, layer.batch)
     if layer.batch.num_requests:
-        score_blocks(layer.view, layer.batch, buffers)
+        score_blocks(layer.view, layer.batch, lists)
     expected = scored(case)
     exists = torch.isfinite(expected)
-    assert_close(buffers.block_lse.cpu()[exists], expected[exists])
+    assert_close(lists.block_lse.cpu()[exists], expected[exists])
 
 
 @pytest.mark.parametrize("longer", [1, 40])
@@ -79,12 +79,12 @@ def test_score_counts_the_programs_of_each_list(longer: int) -> None:
     layer = layer_of(case, RULE, device="cuda")
     batch = replace(layer.batch, max_blocks=longer * case.shape.max_blocks)
     workspace = type(layer.workspace).make(layer.view.shape, RULE, 2, batch.max_blocks, "cuda")
-    buffers = workspace.views(layer.view, batch)
-    splits = score_blocks(layer.view, batch, buffers, signal=True)
-    chunk = buffers.chunk_blocks * case.shape.v_block_tokens
+    lists = workspace.views(layer.view, batch)
+    splits = score_blocks(layer.view, batch, lists, signal=True)
+    chunk = lists.chunk_blocks * case.shape.v_block_tokens
     parts = [min(splits, -(-length // chunk)) for length in case.shape.seq_lens]
     heads = case.shape.num_kv_heads
-    assert buffers.lists.view(-1, heads).tolist() == [[part] * heads for part in parts]
+    assert lists.signals.view(-1, heads).tolist() == [[part] * heads for part in parts]
     assert int(layer.cache.state[SCORED]) == len(parts) * heads
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Half a minute of benchmarks/mixed_load.py; a real run takes 15."""
+"""Half a minute of benchmarks/engine/mixed_load.py; a real run takes 15."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.mixed_load import TIE_NATS, compare
+from benchmarks.engine.mixed_load import TIE_NATS, compare
 from tests.integration.engines import MODEL
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +42,7 @@ def test_what_counts_as_a_difference() -> None:
 @pytest.mark.slow
 def test_every_token_is_stocks(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.mixed_load", "--minutes", "0.5",
+        [sys.executable, "-m", "benchmarks.engine.mixed_load", "--minutes", "0.5",
          "--model", MODEL, "--results", str(tmp_path)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
     )  # fmt: skip

@@ -7,8 +7,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.integration import stock_results
+from tests.integration.generate import ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = os.environ.get("KCACHE_TEST_MODEL", str(ROOT / "models/SmolLM2-135M-Instruct"))
@@ -30,6 +34,82 @@ def kjv(first_line: int, num_lines: int) -> str:
     return " ".join(lines[first_line : first_line + num_lines])
 
 
+def spec_of(
+    batches: list[dict[str, Any]], kcache: dict[str, Any] | None = None, **engine: Any
+) -> dict[str, Any]:
+    """The specification of an engine, for tests/integration/generate.py.
+
+    Args:
+        batches: See tests/integration/generate.py.
+        kcache: Settings of the split cache; None is stock vLLM.
+        engine: Changes to `ENGINE`.
+    """
+    arguments = {**ENGINE, **engine}
+    if kcache is not None:
+        arguments.update(kv_backend="kcache", kcache_config=kcache)
+    return {"engine": arguments, "batches": batches}
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What came of engines that ran one after the other.
+
+    Attributes:
+        outcomes: By name, see tests/integration/forked.py.
+    """
+
+    outcomes: dict[str, dict[str, Any]]
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        """The result of an engine; AssertionError, with its output, when it failed."""
+        outcome = self.outcomes[name]
+        assert outcome["code"] == 0, f"{name} ended with {outcome['code']}:\n{self.error_of(name)}"
+        return outcome["result"]
+
+    def error_of(self, name: str) -> str:
+        """The end of an engine's output."""
+        outcome = self.outcomes[name]
+        return outcome["stdout"][-3000:] + outcome["stderr"][-6000:]
+
+
+def run_engines(tmp_path: Path, specs: dict[str, dict[str, Any]]) -> Runs:
+    """Run engines by name, each on the CPU in a fork of one process that has imported vLLM.
+
+    What stock vLLM generates is kept between runs of the tests (stock_results.py).
+    """
+    keys = {
+        name: stock_results.key_of(spec)
+        for name, spec in specs.items()
+        if "kv_backend" not in spec["engine"]
+    }
+    outcomes = {
+        name: {"code": 0, "result": known}
+        for name, key in keys.items()
+        if (known := stock_results.read(key)) is not None
+    }
+    source, target = tmp_path / "engines.json", tmp_path / "engines.out.json"
+    calls = {
+        name: ["tests.integration.generate:run", spec]
+        for name, spec in specs.items()
+        if name not in outcomes
+    }
+    source.write_text(json.dumps({"imports": ["vllm.entrypoints.llm"], "calls": calls}))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.integration.forked", str(source), str(target)],
+        cwd=ROOT,
+        env={**ENVIRONMENT, **os.environ},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    outcomes |= json.loads(target.read_text())
+    for name, key in keys.items():
+        if outcomes[name]["code"] == 0:
+            stock_results.write(key, outcomes[name]["result"])
+    return Runs(outcomes)
+
+
 def run_engine(
     tmp_path: Path,
     batches: list[dict[str, Any]],
@@ -40,16 +120,12 @@ def run_engine(
 
     Args:
         tmp_path: Where to put the specification and the result.
-        batches: See tests/integration/generate.py.
-        kcache: Settings of the split cache; None runs stock vLLM.
-        engine: Changes to `ENGINE`.
+        batches, kcache, engine: See `spec_of`.
     """
-    arguments = {**ENGINE, **engine}
-    if kcache is not None:
-        arguments.update(kv_backend="kcache", kcache_config=kcache)
+    spec = spec_of(batches, kcache, **engine)
     name = "stock" if kcache is None else "kcache"
     source, target = tmp_path / f"{name}.spec.json", tmp_path / f"{name}.out.json"
-    source.write_text(json.dumps({"engine": arguments, "batches": batches}))
+    source.write_text(json.dumps(spec))
     log = tmp_path / f"{name}.log"
     with open(log, "w") as file:
         done = subprocess.run(

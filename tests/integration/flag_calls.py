@@ -128,15 +128,13 @@ def variables_of_ours(model: str) -> dict[str, Any]:
 
     They are set after the plugin was loaded: a notebook may do so.
     """
-    import logging
     import os
 
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import interface
 
     said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("vllm").addHandler(handler)
+    interface.logger.warning = lambda text, *values: said.append(text % values)
     result: dict[str, Any] = {}
     for name, backend in (
         ("VLLM_KCACHE_EXTENSION", None),

@@ -8,7 +8,7 @@ from typing import Any
 KCACHE = ["--kv-backend", "kcache"]
 BAD = '{"coverage": 2}'
 BAD_TEXT = "kcache_config.coverage=2: must be a number from 1e-9 to 1"
-DEEP = "[" * 100_000
+DEEP = "[" * 50_000 + "]" * 50_000
 LONG = "9" * 5001
 NOT_ENGINES = (["bench", "serve"], ["bench", "sweep", "serve"])
 
@@ -32,7 +32,7 @@ BENCHMARKS = {
 }
 
 LATENCY = ["bench", "latency", "--skip-tokenizer-init"]
-# Arguments after the model, and the one line of the error.
+# Arguments after `vllm serve MODEL`, and the one line of the error.
 WRONG = {
     "unknown backend": (
         ["--kv-backend", "kcahe"],
@@ -77,7 +77,7 @@ WRONG = {
     "nested": ([*KCACHE, "--kcache-config", DEEP], "kcache_config='[[[["),
     "nested, dotted": ([*KCACHE, "--kcache-config.top_n", DEEP], "JSON nested too deep"),
     "nested, by additional_config": (
-        ["--additional-config", f'{{"kcache": {DEEP}'],
+        ["--additional-config", f'{{"kcache": {DEEP}}}'],
         "JSON nested too deep",
     ),
     # vLLM looks at the variables first.
@@ -113,6 +113,10 @@ WRONG = {
     "an engine setting": (
         [*KCACHE, "--block-size", "8"],
         "--kv-backend kcache does not support block_size=8: a K page must be a multiple of 16",
+    ),
+    "an engine feature": (
+        [*KCACHE, "--kv-offloading-size", "1"],
+        "--kv-backend kcache does not support kv_offloading_size=1",
     ),
     "a setting that does not fit the model": (
         [*KCACHE, "--kcache-config", '{"dense_layers": 2}'],

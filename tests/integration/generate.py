@@ -52,7 +52,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
         import vllm_kcache
 
         result["kcache_metrics"] = vllm_kcache.metrics(llm)
-        result["prefill_kernel"] = _prefill_kernel()
+        result["prefill_kernel"] = _prefill_kernel(llm)
     return result
 
 
@@ -117,14 +117,17 @@ def _search_beams(llm: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"tokens": [beam.tokens for beam in output.sequences]} for output in outputs]
 
 
-def _prefill_kernel() -> str | None:
+def _prefill_kernel(llm: Any) -> str | None:
     """Kernel of the worker's prefills on a GPU; None where the worker is another process."""
-    from vllm_kcache.integration import runtime
-
-    try:
-        return getattr(runtime.current(), "kernel_name", None)
-    except RuntimeError:
+    if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0":
         return None
+    (name,) = llm.collective_rpc(_name_of_prefill)
+    return name
+
+
+def _name_of_prefill(worker: Any) -> str | None:
+    cache = getattr(worker, "split_cache", None)
+    return getattr(getattr(cache, "prefill", None), "name", None)
 
 
 def _adapters(folders: list[str | None] | None) -> list[Any] | None:

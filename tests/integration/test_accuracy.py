@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import accuracy
+from benchmarks.accuracy import __main__ as accuracy
 from tests.integration.engines import MODEL
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.full]
 
 CONTEXT_TOKENS = 1024
 FORCED_TOKENS = 24

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from vllm_kcache.cli import main
-from vllm_kcache.config import KCacheConfigError
 
 pytestmark = pytest.mark.usefixtures("quick_vllm")
 
@@ -83,19 +86,120 @@ def test_flags_that_name_the_backend_are_taken(folders: Callable[[str], str]) ->
     assert [text.split(":")[0] for text in by_additional] == ["kcache_config.dense_layers=2"]
 
 
-def test_bad_settings(folders: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(KCacheConfigError):
-        problems(folders("llama"), "--kcache-config", '{"coverage": 2}')
-    assert main(["check", folders("llama"), "--kcache-config", '{"coverage": 2}']) == 2
-    shown = capsys.readouterr().err
-    assert shown.startswith("vllm-kcache: error: kcache_config.coverage=2: must be greater than 0")
+def test_blocks_that_do_not_fit(folders: Callable[[str], str]) -> None:
+    """2 layers x 2 KV heads x 16 tokens x 64 values x 2 bytes: 8 KiB of V a block."""
+    flags = ("--block-size", "16", "--kcache-config", '{"host_memory_gib": 0.5}')
+    assert problems(folders("llama"), *flags, "--num-gpu-blocks-override", "65536") == []
+    (found,) = problems(folders("llama"), *flags, "--num-gpu-blocks-override", "65537")
+    assert found == (
+        "num_gpu_blocks_override=65537: V of that many blocks needs 0.50 GiB of host memory, and "
+        "this rank may use 0.50 GiB. Lower --num-gpu-blocks-override or raise "
+        "kcache_config.host_memory_gib."
+    )
 
 
-def test_unknown_flag(folders: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["check", folders("llama"), "--no-such-flag"])
-    assert ended.value.code == 2
-    assert "unrecognized arguments: --no-such-flag" in capsys.readouterr().err
+def test_blocks_that_the_table_cannot_number() -> None:
+    """As the table itself refuses them (cache/hot_cache.py), and up to there it does not."""
+    from vllm_kcache.cache.hot_cache import HotCache
+    from vllm_kcache.integration.check import override_problems
+
+    layers, rows = 2, 4
+    most = (2**31 - 1) // (layers * rows)
+    assert list(override_problems(most, 8192, 2**60, layers * rows)) == []
+    (found,) = override_problems(most + 1, 8192, 2**60, layers * rows)
+    assert found.endswith(f"Lower --num-gpu-blocks-override to {most}.")
+    assert list(override_problems(most + 1, 8192, 2**60, None)) == []
+    HotCache.make(1, layers, most * rows, 1024, "meta")
+    with pytest.raises(ValueError, match=r"must be below 2\*\*31"):
+        HotCache.make(1, layers, (most + 1) * rows, 1024, "meta")
+
+
+def ends_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of a check that has no answer; with --json the same as JSON."""
+    capsys.readouterr()
+    assert main(["check", *arguments]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("vllm-kcache: error: ")
+    assert len(shown.err.splitlines()) == 1
+    assert not shown.out
+    assert main(["check", *arguments, "--json"]) == 2
+    message = json.loads(capsys.readouterr().out)["error"]
+    assert message in shown.err
+    return message
+
+
+def test_a_model_that_is_not_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "neither a folder nor a name" in ends_with_2(["/nowhere"], capsys)
+    assert "nobody/nothing: " in ends_with_2(["nobody/nothing"], capsys)
+    assert "config.json: No such file" in ends_with_2([str(tmp_path)], capsys)
+    assert "File name too long" in ends_with_2(["x" * 5000], capsys)
+    # Half of a model in Mistral's format: vLLM says so as it does for a name the hub has not.
+    (tmp_path / "params.json").write_text("{}")
+    message = ends_with_2([str(tmp_path)], capsys)
+    assert "Invalid repository ID or local directory specified" in message
+    assert "[type=" not in message
+
+
+def test_bad_settings_and_flags(
+    folders: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flags, message in (
+        (["--kcache-config", '{"coverage": 2}'], "kcache_config.coverage=2: must be"),
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["--tensor-parallel-size", "two"], "--tensor-parallel-size/-tp: invalid int value: 'two'"),
+    ):
+        assert message in ends_with_2([folders("llama"), *flags], capsys)
+
+
+# What may stand where a number, a name or a list belongs.
+VALUES = (
+    st.sampled_from((0, -1, 2**31, 10**30, 1e308, 0.5, "", "x", [], [1], {}, {"a": 1}))
+    | st.none()
+    | st.booleans()
+    | st.integers(1, 64)
+)
+KEYS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "max_position_embeddings", "model_type", "architectures", "layer_types",
+    "sliding_window", "quantization_config", "rope_scaling", "torch_dtype", "text_config",
+)  # fmt: skip
+FLAGS = (
+    "--block-size", "--max-model-len", "--num-gpu-blocks-override", "--tensor-parallel-size",
+    "--kcache-config", "--additional-config", "--dtype", "--max-num-seqs",
+)  # fmt: skip
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    changes=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=2),
+    flags=st.dictionaries(st.sampled_from(FLAGS), VALUES.map(json.dumps), max_size=2),
+)
+def test_any_model_and_flag_has_an_answer(
+    changes: dict,
+    flags: dict[str, str],
+    folders: Callable[[str], str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    good = json.loads(Path(folders("llama"), "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**good, **changes}))
+    capsys.readouterr()
+    given = [f"{flag}={value}" for flag, value in flags.items()]
+    code = main(["check", str(tmp_path), "--json", *given])
+    shown = capsys.readouterr()
+    answer = json.loads(shown.out)
+    assert code == 2 if isinstance(answer, dict) else code == bool(answer)
+    assert code != 2 or answer["error"] in shown.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("data", [b"[]", b"{", b"\xff\xfe", b"[" * 100_000])
+def test_a_configuration_that_cannot_be_read(
+    data: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_bytes(data)
+    assert str(tmp_path / "config.json") in ends_with_2([str(tmp_path)], capsys)
 
 
 def test_codes_are_measured_at_start(

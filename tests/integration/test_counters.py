@@ -238,6 +238,12 @@ def test_a_server_reads_and_removes_its_own_files(folder: Path) -> None:
     assert counters.read_all(a, 0, 1) == []
 
 
+def test_an_engine_that_ray_starts_is_found() -> None:
+    """vLLM appends the rank of the engine to its configuration's id."""
+    name = counters.new_instance()
+    assert counters.path_of(f"{name}_dp1", 1, 0) == counters.path_of(name, 1, 0)
+
+
 def test_only_ranks_of_the_engine_are_read(folder: Path) -> None:
     for rank in range(3):
         Counters(counters.path_of("a", 0, rank))["eager_decode_steps"] = 1

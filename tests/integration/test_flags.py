@@ -92,7 +92,7 @@ class Runs:
                 *words, "--model", MODEL, *KCACHE, "--kcache-config", BAD,
             ]  # fmt: skip
         for name, (words, _) in WRONG.items():
-            commands[f"wrong: {name}"] = [*LATENCY, "--model", self.tiny, *words]
+            commands[f"wrong: {name}"] = ["serve", self.tiny, "--skip-tokenizer-init", *words]
         return {
             "imports": COMMAND_IMPORTS,
             "commands": commands,

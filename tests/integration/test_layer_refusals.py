@@ -216,15 +216,17 @@ LAYERS = ["model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"]
 
 
 def page_shape(vllm_config: Any, *specs: Any) -> Any:
-    from vllm_kcache.integration.runtime import page_shape_of
+    from vllm_kcache.integration.worker import cache_shape_of
 
-    return page_shape_of(vllm_config, dict(zip(LAYERS, specs, strict=True)), LAYERS)
+    return cache_shape_of(
+        vllm_config, KCacheConfig(), dict(zip(LAYERS, specs, strict=True)), LAYERS
+    )
 
 
 def test_layers_of_one_shape(vllm_config: Any) -> None:
     shape = page_shape(vllm_config, full_attention(), full_attention())
-    assert shape.layer_names == tuple(LAYERS)
-    assert shape.v_bytes_per_page == 2 * 2 * 32 * 64 * 2
+    assert (shape.num_layers, shape.page_tokens, shape.block_tokens) == (2, 32, 8)
+    assert shape.host_page_bytes == 2 * 2 * 32 * 64 * 2
 
 
 def test_layers_of_different_shapes_are_refused(vllm_config: Any) -> None:
@@ -237,7 +239,7 @@ def test_v_of_another_size_is_refused(vllm_config: Any) -> None:
     with pytest.raises(KCacheConfigError) as caught:
         page_shape(vllm_config, wide, wide)
     assert str(caught.value).startswith(PREFIX)
-    assert "head_size_v=128 beside head_size=64" in str(caught.value)
+    assert "128 beside 64" in str(caught.value)
 
 
 def test_several_kv_cache_groups_are_refused() -> None:

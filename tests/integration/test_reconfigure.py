@@ -9,25 +9,25 @@ from typing import Any
 import pytest
 import torch
 
+from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.config import KCacheConfig, KCacheConfigError
 from vllm_kcache.integration.counters import Counters
-from vllm_kcache.integration.cpu_runtime import CPURuntime
 from vllm_kcache.integration.reconfigure import reconfigure
-from vllm_kcache.integration.runtime import PageShape
 from vllm_kcache.integration.worker import SplitCacheWorker
+from vllm_kcache.split_cache import CPUSplitCache
 
-SHAPE = PageShape(("model.layers.0",), 2, 32, 64, torch.float32)
+SHAPE = CacheShape(1, 2, 2, 64, 32, 8, torch.float32)
 
 
-def runtime(**settings: Any) -> CPURuntime:
+def split_cache(**settings: Any) -> CPUSplitCache:
     config = KCacheConfig.from_user(settings)
-    made = CPURuntime(config, SHAPE, Counters(), torch.device("cpu"))
+    made = CPUSplitCache(config, SHAPE, Counters(), torch.device("cpu"))
     made.allocate(4)
     return made
 
 
 def test_the_selection_changes() -> None:
-    made = runtime(v_block_tokens=8)
+    made = split_cache(v_block_tokens=8)
     in_force = made.reconfigure({"top_n": 64, "head_combine": "max", "sink_tokens": 16})
     assert in_force == made.config
     assert (made.selection.top_n, made.selection.coverage) == (64, None)
@@ -36,10 +36,10 @@ def test_the_selection_changes() -> None:
 
 
 def test_what_is_not_given_takes_its_default() -> None:
-    made = runtime(coverage=0.9, sink_tokens=32)
-    made.reconfigure({"tail": "drop"})
+    made = split_cache(coverage=0.9, sink_tokens=32)
+    made.reconfigure({"coverage": 0.7, "tail": "renormalize"})
     made.reconfigure({})
-    assert made.selection == runtime().selection
+    assert made.selection == split_cache().selection
     assert made.config.resolved_tail == "clip"
 
 
@@ -52,11 +52,10 @@ def test_what_is_not_given_takes_its_default() -> None:
         ({"top_m": 3}, "top_m"),
         ({"coverage": 2.0}, "coverage=2.0"),
         ({"top_n": 2}, "top_n=2: must be at least"),
-        ({"tail": "mean"}, "another only if it was started with it"),
     ],
 )
 def test_refusals_change_nothing(settings: dict[str, Any], message: str) -> None:
-    made = runtime(v_block_tokens=8)
+    made = split_cache(v_block_tokens=8)
     before = made.config, made.selection
     with pytest.raises(KCacheConfigError, match=message):
         made.reconfigure({"coverage": 0.5, **settings})
@@ -64,46 +63,35 @@ def test_refusals_change_nothing(settings: dict[str, Any], message: str) -> None
 
 
 def test_values_of_the_start_may_be_repeated() -> None:
-    made = runtime(v_block_tokens=8, dense_layers=(0,))
+    made = split_cache(v_block_tokens=8, dense_layers=(0,))
     made.reconfigure({"v_block_tokens": 8, "dense_layers": [0], "coverage": 0.5})
     assert made.selection.coverage == 0.5
 
 
 def test_lists_do_not_grow_past_the_cap_of_the_start() -> None:
-    made = runtime(top_n=64)
+    made = split_cache(top_n=64)
     made.reconfigure({"top_n": 64, "coverage": 0.9})
     for settings in ({"top_n": 65}, {"top_n": "all"}, {"coverage": 0.9}):
         with pytest.raises(KCacheConfigError, match="top_n=64"):
             made.reconfigure(settings)
-    everything = runtime(top_n="all")
+    everything = split_cache(top_n="all")
     everything.reconfigure({"top_n": 500})
     everything.reconfigure({"top_n": "all"})
 
 
-def test_means_go_on_where_they_were_begun() -> None:
-    made = runtime(tail="mean")
-    for tail in ("drop", "mean", "renormalize", "mean"):
-        made.reconfigure({"tail": tail})
-        assert made.config.tail == tail
-        assert made.page_means is not None
-
-
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("eager", [True, False])
-def test_the_worker_refuses_what_graphs_hold(
-    monkeypatch: pytest.MonkeyPatch, device: str, eager: bool
-) -> None:
-    made = runtime()
-    monkeypatch.setattr("vllm_kcache.integration.runtime.current", lambda: made)
+def test_the_worker_refuses_what_graphs_hold(device: str, eager: bool) -> None:
+    made = split_cache()
     config = SimpleNamespace(
         device_config=SimpleNamespace(device_type=device),
         model_config=SimpleNamespace(enforce_eager=eager),
     )
-    worker = SimpleNamespace(vllm_config=config)
+    worker = SimpleNamespace(vllm_config=config, split_cache=made)
     if device == "cuda" and not eager:
         with pytest.raises(KCacheConfigError, match="enforce_eager=True"):
             SplitCacheWorker.kcache_reconfigure(worker, {"coverage": 0.5})
-        assert made.selection == runtime().selection
+        assert made.selection == split_cache().selection
     else:
         in_force = SplitCacheWorker.kcache_reconfigure(worker, {"coverage": 0.5})
         assert in_force == {"coverage": 0.5}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.engines import GATE, run_engine, tokens_of
+from tests.integration.engines import GATE, run_engine, run_engines, spec_of, tokens_of
 from tests.integration.tiny_models import write_llama
 
 pytestmark = pytest.mark.slow
@@ -33,31 +33,41 @@ def work() -> list[dict[str, Any]]:
     ]
 
 
-def check_two_ranks(tmp_path: Path, block_tokens: int, **engine: Any) -> None:
-    """The text of stock vLLM on two ranks, and host memory for the V of all heads, once.
-
-    Args:
-        block_tokens: vLLM's block size.
-        engine: more arguments of the engine. The ranks share the heads unless it says otherwise.
-    """
+def arguments_of(folder: Path, block_tokens: int) -> dict[str, Any]:
+    """Arguments of the engines, on one rank or two; their model is made in `folder`."""
     model = write_llama(
-        tmp_path / "model", hidden_size=8 * HEAD_SIZE, num_attention_heads=8,
+        folder / "model", hidden_size=8 * HEAD_SIZE, num_attention_heads=8,
         num_key_value_heads=KV_HEADS, num_hidden_layers=LAYERS, vocab_size=512,
         max_position_embeddings=2048,
     )  # fmt: skip
-    arguments = {
+    return {
         "model": model,
         "skip_tokenizer_init": True,
         "max_model_len": 2048,
         "max_num_batched_tokens": 512,
         "block_size": block_tokens,
+    }
+
+
+def check_two_ranks(
+    tmp_path: Path, block_tokens: int, stock: dict[str, Any] | None = None, **engine: Any
+) -> None:
+    """The text of stock vLLM, and host memory for the V of all heads and layers, once.
+
+    Args:
+        block_tokens: vLLM's block size.
+        stock: What stock vLLM made of `work`; None runs it here, on two ranks as well.
+        engine: more arguments of the engine. The ranks share the heads unless it says otherwise.
+    """
+    arguments = {
+        **arguments_of(tmp_path, block_tokens),
         **({} if "pipeline_parallel_size" in engine else {"tensor_parallel_size": RANKS}),
         **engine,
     }
-    with ThreadPoolExecutor(2) as pool:
-        stock_run = pool.submit(run_engine, tmp_path, work(), **arguments)
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(run_engine, tmp_path, work(), **arguments) if stock is None else None
         split = run_engine(tmp_path, work(), kcache=GATE, **arguments)
-        stock = stock_run.result()
+        stock = stock if run is None else run.result()
     assert tokens_of(split) == tokens_of(stock)
     assert len({tuple(row[0]) for row in tokens_of(split)[0]}) == len(work()[0]["prompts"])
     assert split["batches"][1][3]["cached_tokens"] > 1400
@@ -69,13 +79,23 @@ def check_two_ranks(tmp_path: Path, block_tokens: int, **engine: Any) -> None:
     assert figures["host_pool_bytes"] == split["num_blocks"] * v_bytes
 
 
-def test_text_equals_stock_on_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Ranks of several engines share few cores here.
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    check_two_ranks(tmp_path, 32)
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Stock vLLM on one rank, where nothing is shared out."""
+    folder = tmp_path_factory.mktemp("stock")
+    return run_engines(folder, {"stock": spec_of(work(), **arguments_of(folder, 32))})["stock"]
 
 
-def test_text_equals_stock_on_two_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One stage has a layer more. Stock on a CPU runs stages only where it compiles the model."""
+@pytest.fixture(autouse=True)
+def unbound_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks of several engines share few cores here."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    check_two_ranks(tmp_path, 32, pipeline_parallel_size=RANKS, enforce_eager=False)
+
+
+def test_text_equals_stock_on_two_ranks(tmp_path: Path, stock: dict[str, Any]) -> None:
+    check_two_ranks(tmp_path, 32, stock)
+
+
+def test_text_equals_stock_on_two_stages(tmp_path: Path, stock: dict[str, Any]) -> None:
+    """One stage has a layer more. vLLM on a CPU runs stages only where it compiles the model."""
+    check_two_ranks(tmp_path, 32, stock, pipeline_parallel_size=RANKS, enforce_eager=False)

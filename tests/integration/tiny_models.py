@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -206,4 +208,27 @@ def write_llama(folder: Path, **changes: Any) -> str:
         **{**_COMMON, "torch_dtype": "float32", "initializer_range": 0.1, **changes}
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def cut_model(source: Path, folder: Path, layers: list[int]) -> str:
+    """The model of `source` with these of its layers only, in a new folder; returns its path."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    for path in source.glob("*.json"):
+        shutil.copy(path, folder)
+    config = json.loads((source / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": len(layers)}))
+    weights = {}
+    with safe_open(source / "model.safetensors", "pt") as file:
+        for name in file.keys():  # noqa: SIM118 (it is no dictionary)
+            numbered = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", name)
+            if not numbered:
+                weights[name] = file.get_tensor(name)
+            elif int(numbered[1]) in layers:
+                place = layers.index(int(numbered[1]))
+                weights[f"model.layers.{place}.{numbered[2]}"] = file.get_tensor(name)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return str(folder)

@@ -106,8 +106,8 @@ def check_decode(
     for number in (1, 2):
         out = torch.full_like(layer.batch.query, float("nan"))
         decode_step(layer.view, layer.workspace, layer.batch, out, followers=followers)
-        buffers = layer.workspace.views(layer.view, layer.batch)
-        selected = buffers.selected
+        lists = layer.workspace.views(layer.view, layer.batch)
+        selected = lists.selected
         assert torch.equal(selected.counts.cpu(), chosen.counts)
         # Past its count a list in the workspace holds anything: the kernels stop there.
         columns = torch.arange(chosen.blocks.shape[2])
@@ -120,13 +120,13 @@ def check_decode(
             case.query, case.k_pages, case.block_table, case.seq_lens, case.scale, tokens,
             shape.max_blocks,
         )  # fmt: skip
-        sums = sums_of_chunks(block_lse, lengths, buffers.chunk_blocks)
-        assert_close(buffers.chunk_lse.cpu()[~sums.isnan()], sums[~sums.isnan()])
+        sums = sums_of_chunks(block_lse, lengths, lists.chunk_blocks)
+        assert_close(lists.chunk_lse.cpu()[~sums.isnan()], sums[~sums.isnan()])
         if chosen.lse is not None:
             full = case.seq_lens.cpu() > 0
             assert selected.lse is not None
             assert_close(selected.lse.cpu()[full], chosen.lse[full])
-        assert not layer.workspace.lists.any(), "lists are left for the next step"
+        assert not layer.workspace.signals.any(), "lists are left for the next step"
         assert int(layer.cache.state[1]) == epoch + number, "one epoch a step"
     counted = layer.cache.read_counters()
     total = int(chosen.counts.sum())
@@ -141,7 +141,7 @@ def check_clip(
     shape: Shape, selection: Selection, splits: int, device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> None:  # fmt: skip
-    """The clipped tail over lists in `splits` parts of 16 tokens or more, poison in the buffers."""
+    """The clipped tail over lists in `splits` parts of 16 tokens or more, poison in the lists."""
     case = build_case(shape, dtype, sharpness=3.0)
     expected, chosen = expected_step(case, selection, "clip")
     layer = layer_of(case, selection, "clip", 0, device)
@@ -248,7 +248,7 @@ def check_failed_launch(device: str = "cpu") -> None:
     for _ in range(2):
         with pytest.raises(RuntimeError, match="out of everything"):
             decode_step(layer.view, layer.workspace, layer.batch, out, followers=Followers(2, 2))
-        assert not layer.workspace.lists.any()
+        assert not layer.workspace.signals.any()
         assert out.isnan().all()
     decode.follow_scores = sound
     decode_step(layer.view, layer.workspace, layer.batch, out, followers=Followers(2, 2))

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import os
 import pkgutil
 import re
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -100,17 +100,17 @@ def launch_all(shape: Shape, dtype: torch.dtype, dependent: bool) -> None:
         view, batch, workspace = layer.view, layer.batch, layer.workspace
         write_kv(view, key, key, slot, allocate_tokens=1, dependent=dependent)
         write_kv(view, key, key, slot, parts=WriteParts.K | WriteParts.V_SLOT)
-        buffers = workspace.views(view, batch)
+        lists = workspace.views(view, batch)
         for after_write, signal in itertools.product({False, dependent}, (False, True)):
             score_blocks(
-                view, batch, buffers, signal=signal, dependent=dependent, after_write=after_write
+                view, batch, lists, signal=signal, dependent=dependent, after_write=after_write
             )
-        columns = buffers.rows.shape[2]
+        columns = lists.rows.shape[2]
         usual = attend_config(view.shape, 2, columns)
         # Whether lists are split is a compiled-in choice, apart from what the tail does.
         for splits in (1, 4) if tail == "clip" else (4,):
             attend_blocks(
-                view, batch, buffers.selected, buffers.rows, workspace,
+                view, batch, lists.selected, lists.rows, workspace,
                 torch.empty_like(case.query), config=replace(usual, splits=splits),
                 dependent=dependent,
             )  # fmt: skip
@@ -133,7 +133,9 @@ def all_kernels() -> set[str]:
     return names
 
 
-def main(capability: int) -> None:
+def main() -> None:
+    """Compile for the GPU that KCACHE_CAPABILITY names, such as 90."""
+    capability = int(os.environ["KCACHE_CAPABILITY"])
     compiled = compile_instead_of_running(capability)
     for shape, dtype in CASES:
         launch_all(shape, dtype, dependent=capability >= 90)
@@ -142,4 +144,4 @@ def main(capability: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main()

@@ -65,7 +65,7 @@ def shifted_rows(function: Function) -> Function:
 
     def faulty(*arguments: Any, **named: Any) -> Any:
         result = function(*arguments, **named)
-        rows = arguments[2].rows
+        rows = arguments[1].rows
         rows[0, 0, :2] = rows[0, 0, :2].flip(0)
         rows[1, 0, :2] = rows[1, 0, :2].flip(0)
         return result
@@ -81,6 +81,11 @@ def another_rule(**changes: Any) -> Callable[[Any], Any]:
         return replace(view, packed=self_check.packed_view(view))
 
     return change
+
+
+def other_scores(lists: Any) -> Any:
+    """Lists that are selected by the scores of their neighbours."""
+    return replace(lists, block_lse=lists.block_lse.roll(1, 2))
 
 
 def when(condition: Callable[[dict[str, Any]], bool], fault: Function) -> Function:
@@ -113,9 +118,10 @@ FAULTS: tuple[tuple[str, Any, str, Callable[[Function], Function]], ...] = (
      when(lambda named: not named["after_write"], with_argument(1, scaled))),
     ("score", decode, "score_blocks",
      when(lambda named: "signal" in named, with_argument(1, scaled))),
-    ("select", decode, "select_and_fetch", with_argument(0, another_rule(mass_threshold=0.05))),
-    ("select", decode, "select_and_fetch", with_argument(0, another_rule(recent_tokens=1))),
-    ("select", decode, "follow_scores", with_argument(0, another_rule(mass_threshold=0.05))),
+    ("select", self_check, "decode_step", with_argument(0, another_rule(mass_threshold=0.05))),
+    ("select", self_check, "decode_step", with_argument(0, another_rule(recent_tokens=1))),
+    ("select", decode, "select_and_fetch", with_argument(1, other_scores)),
+    ("select", decode, "follow_scores", with_argument(1, other_scores)),
     ("fetch or attend", decode, "select_and_fetch", shifted_rows),
     ("fetch or attend", decode, "attend_blocks", with_argument(1, scaled)),
     ("fetch or attend", decode, "attend_blocks",

@@ -213,6 +213,11 @@ def check(device: str, rounds: int, sizes: tuple[int, ...]) -> None:
     assert blind.wrong_steps > 0, "the simulation does not notice stale copies"
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """A short run; a wrong step raises."""
     check("cpu", rounds=9, sizes=(8,))
     print("every step equals the reference")
+
+
+if __name__ == "__main__":
+    main()

@@ -180,6 +180,13 @@ def serving(folder: Path, *flags: str) -> Iterator[Server]:
         running.close()
 
 
+def counter_files(processes: list[psutil.Process]) -> set[Path]:
+    """Files of the plugin in shared memory that these processes map."""
+    maps = [Path(region.path) for process in processes for region in process.memory_maps()]
+    shared = Path("/dev/shm")
+    return {path for path in maps if path.parent == shared and "vllm_kcache" in path.name}
+
+
 def complete(client: openai.OpenAI, prompt: str, tokens: int = 16) -> str:
     """Greedy text after a prompt."""
     answer = client.completions.create(

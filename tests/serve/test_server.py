@@ -1,15 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real server process with --kv-backend kcache, its default settings, and real clients."""
+"""A real server process with --kv-backend kcache, its default settings, and real clients.
+
+One server for all: the last test ends it.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import openai
+import psutil
 import pytest
 
 from tests.serve.server import (
@@ -21,12 +29,14 @@ from tests.serve.server import (
     NUM_LAYERS,
     Server,
     complete,
+    counter_files,
     serving,
 )
 
 pytestmark = pytest.mark.slow
 
 PARALLEL_CLIENTS = 16
+SHARED_MEMORY = Path("/dev/shm")
 # fmt: off
 FRUITS = (
     "apple", "banana", "cherry", "damson", "elderberry", "fig", "grape", "hazelnut",
@@ -116,6 +126,33 @@ def test_host_pool_mirrors_the_device_cache(server: Server) -> None:
     assert blocks == KV_CACHE_BYTES // k_block_bytes
 
 
+def test_metrics_survive_what_lies_where_the_counters_should(server: Server) -> None:
+    """A folder made all of /metrics an error, a pipe made it wait and the server with it."""
+    (path,) = counter_files(server.processes())
+    kept = path.with_name(f"{path.name}.kept")
+    path.rename(kept)
+    plants = (
+        (path.mkdir, path.rmdir),
+        (lambda: os.mkfifo(path), path.unlink),
+        (lambda: path.write_bytes(b"\xff" * 4096), path.unlink),
+        (lambda: path.symlink_to(kept), path.unlink),
+    )
+    try:
+        for plant, remove in plants:
+            plant()
+            try:
+                answer = httpx.get(f"{server.url}/metrics", timeout=10)
+                assert answer.status_code == 200
+                assert server.metric("vllm_kcache_host_pool_blocks", state="total") == 0
+                assert server.metric("vllm:num_requests_running") == 0
+            finally:
+                remove()
+    finally:
+        kept.rename(path)
+    assert server.metric("vllm_kcache_host_pool_blocks", state="total") > 0
+    assert "cannot be read" in server.log_tail()
+
+
 def test_sixteen_clients_get_their_own_answers(server: Server, client: openai.OpenAI) -> None:
     """Each of 16 at once gets, word for word, what it gets alone."""
     prompts = [f"A short poem about the {fruit}:\n" for fruit in FRUITS]
@@ -177,3 +214,31 @@ def test_clients_leaving_a_full_server_free_everything(server: Server) -> None:
     assert all(count > 3 for count in chunks[::2])
     server.wait_until_idle()
     assert server.process.poll() is None
+
+
+def test_sigterm_in_mid_stream_ends_every_process(server: Server) -> None:
+    """It stops when told to, in the middle of a request, and leaves nothing. Ends the server."""
+    processes = server.processes()
+    assert len(processes) > 1  # the engine core has a process of its own
+    files = counter_files(processes)
+    assert len(files) == 1  # one worker
+    read_one_chunk_and_stop(server)
+    assert server.process.returncode in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert not alive, f"still alive: {alive}"
+    assert not [path for path in files if path.exists()]
+
+
+def read_one_chunk_and_stop(server: Server) -> None:
+    body = {
+        "model": MODEL_NAME,
+        "prompt": "Once upon a time",
+        "max_tokens": 1900,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+        next(line for line in answer.iter_lines() if line.startswith("data: "))
+        told = time.monotonic()
+        server.stop(signal.SIGTERM)
+    assert time.monotonic() - told < 30

@@ -8,16 +8,13 @@ inside kernels; the kernels' side of the protocol is kernels/residency.py and cs
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-# Words of `HotCache.state`.
-HAND, EPOCH, FIRST_MISS_COUNT = 0, 1, 2
-MAX_WAVES = 16
-ENDED = FIRST_MISS_COUNT + MAX_WAVES
-WANTED = ENDED + 1
-STATE_WORDS = WANTED + 3
+# Words of `HotCache.state`, the same in csrc/layer_view.h.
+HAND, EPOCH, SCORED, ENDED, WANTED, MISSED, EXISTING, REST_UNTIL = range(8)
+STATE_WORDS = 8
 
 # Words of `HotCache.counters`.
 COUNTER_NAMES = ("lists", "selected", "hits", "misses", "direct")
@@ -55,15 +52,22 @@ class HotCache:
     """State of the hot V cache. Made once by `make`; every tensor stays at its address.
 
     Attributes:
-        slots: [R, T, D] model dtype, GPU. Copies of V blocks.
+        slots: [R, row_bytes] uint8, GPU. Copies of V blocks: bytes, whatever they hold. R may be
+            0; every V block is then read from the host.
         table: [layers, M * Hkv * S / T] int32, GPU. Slot of a physical V block, or -1.
         slot_word: [R] int64, GPU. Owner (upper 32 bits: flat index into `table`) and epoch of the
             last use (lower 32 bits); -1 when empty.
-        state: [STATE_WORDS] int32, GPU. Clock hand, epoch, misses listed by each wave, thread
-            blocks that have followed a step's scores to their end, and of those that will follow
-            the next step's: how many are to work, from misses and V blocks of this one.
+        state: [STATE_WORDS] int32, GPU.
+            HAND: where the next slot is looked for. Claims.
+            EPOCH: steps of a layer that have ended. The last kernel of a step.
+            SCORED: lists scored, ever. The score kernel.
+            ENDED: thread blocks of the follower that have ended in this epoch.
+            WANTED: thread blocks that are to follow in the next epoch; 0 for all.
+            MISSED, EXISTING: V blocks of this epoch's followed lists that were not found, and of
+            their requests: what WANTED comes from.
+            REST_UNTIL: nobody follows before this epoch, since scoring stood still beside it.
+            The last five are the follower's (csrc/follow.cu).
         counters: [COUNTER_WORDS] int64, GPU. See `CacheCounters`.
-        write_update: tests set this to False to show that stale copies would be served without it.
     """
 
     slots: torch.Tensor
@@ -71,7 +75,6 @@ class HotCache:
     slot_word: torch.Tensor
     state: torch.Tensor
     counters: torch.Tensor
-    write_update: bool = field(default=True)
 
     @classmethod
     def make(
@@ -79,27 +82,28 @@ class HotCache:
         num_slots: int,
         num_layers: int,
         rows_per_layer: int,
-        v_block_tokens: int,
-        head_size: int,
-        dtype: torch.dtype,
+        row_bytes: int,
         device: torch.device | str,
     ) -> HotCache:
         """Allocate an empty cache.
 
         Args:
-            num_slots: R, at least 1.
+            num_slots: R, at least 0.
             num_layers: layers whose V lives in the host pool.
             rows_per_layer: M * Hkv * S / T, physical V blocks of a layer.
+            row_bytes: of a V block, a multiple of 16.
         """
-        for name, value in (("num_slots", num_slots), ("num_layers", num_layers)):
-            if value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
+        for name, value, least in (("num_slots", num_slots, 0), ("num_layers", num_layers, 1)):
+            if value < least:
+                raise ValueError(f"{name}={value}: must be at least {least}")
+        if row_bytes < 16 or row_bytes % 16:
+            raise ValueError(f"row_bytes={row_bytes}: must be a multiple of 16")
         if num_layers * rows_per_layer >= 2**31:
             raise ValueError(
                 f"num_layers * rows_per_layer={num_layers * rows_per_layer}: must be below 2**31"
             )
         return cls(
-            slots=torch.zeros((num_slots, v_block_tokens, head_size), dtype=dtype, device=device),
+            slots=torch.zeros((num_slots, row_bytes), dtype=torch.uint8, device=device),
             table=torch.full((num_layers, rows_per_layer), -1, dtype=torch.int32, device=device),
             slot_word=torch.full((num_slots,), EMPTY_SLOT, dtype=torch.int64, device=device),
             state=torch.zeros(STATE_WORDS, dtype=torch.int32, device=device),
@@ -107,19 +111,10 @@ class HotCache:
         )
 
     @staticmethod
-    def bytes(
-        num_slots: int,
-        num_layers: int,
-        rows_per_layer: int,
-        v_block_tokens: int,
-        head_size: int,
-        dtype: torch.dtype,
-    ) -> int:
+    def bytes(num_slots: int, num_layers: int, rows_per_layer: int, row_bytes: int) -> int:
         """GPU memory that `make` takes."""
-        slot = v_block_tokens * head_size * dtype.itemsize + 8
-        return (
-            num_slots * slot + num_layers * rows_per_layer * 4 + STATE_WORDS * 4 + COUNTER_WORDS * 8
-        )
+        words = STATE_WORDS * 4 + COUNTER_WORDS * 8
+        return num_slots * (row_bytes + 8) + num_layers * rows_per_layer * 4 + words
 
     @property
     def rows_per_layer(self) -> int:
@@ -129,10 +124,20 @@ class HotCache:
     def num_slots(self) -> int:
         return self.slot_word.shape[0]
 
-    def begin_epoch(self) -> None:
-        """Begin a new epoch on the current stream. `decode_step` does this in its score kernel."""
+    def advance_epoch(self) -> None:
+        """End a step on the current stream, as the last kernel of `decode_step` does.
+
+        Within a step all kernels use the epoch after the one in `state`.
+        """
         self.state[EPOCH] += 1
-        self.state[FIRST_MISS_COUNT:ENDED] = 0
+
+    def invalidate(self, rows: torch.Tensor) -> None:
+        """Forget the copies of some V blocks, on the current stream; their slots age away.
+
+        Args:
+            rows: [n] int64, GPU. Flat indices into `table`. Any n; repeated ones do no harm.
+        """
+        self.table.view(-1).index_fill_(0, rows, -1)
 
     def flush(self) -> None:
         """Forget every copy, on the current stream. Needed after V was stored around `write_kv`."""

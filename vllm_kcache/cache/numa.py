@@ -14,7 +14,9 @@ import logging
 import mmap
 import os
 import platform
+import random
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,9 +49,9 @@ def gpu_node(device: int | None = None, root: Path = _ROOT) -> int | None:
     if len(nodes) < 2:
         logger.info("NUMA: this machine has one memory node")
         return None
-    properties = torch.cuda.get_device_properties(
-        torch.cuda.current_device() if device is None else device
-    )
+    if device is None:
+        device = torch.cuda.current_device()
+    properties: Any = torch.cuda.get_device_properties(device)  # the stubs lack pci_...
     address = (
         f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}"
         f":{properties.pci_device_id:02x}.0"
@@ -138,9 +140,9 @@ def place(address: int, length: int, node: int, root: Path = _ROOT) -> set[int]:
     except OSError as error:
         logger.info(
             "NUMA: node %d cannot be chosen here (%s; docker needs --cap-add SYS_NICE): the memory "
-            "is touched from its %d CPUs that this process may use",
+            "is touched from its CPUs, of which this process may use %d",
             node,
-            os.strerror(error.errno),
+            error.strerror,
             len(local),
         )
     return local or cpus
@@ -159,7 +161,7 @@ def report(address: int, length: int, node: int) -> None:
     except OSError as error:
         logger.info(
             "NUMA: where the host V pool lies cannot be read here (%s); numastat -p %d tells",
-            os.strerror(error.errno),
+            error.strerror,
             os.getpid(),
         )
         return
@@ -203,7 +205,8 @@ def nodes_of(address: int, length: int, samples: int) -> list[int]:
         address: Begin of the range, on a memory page. All of it has been touched: the kernel maps
             pages that were not, wherever it likes.
         length: Bytes.
-        samples: Most pages to look at, evenly spread.
+        samples: Most pages to look at: one from each of as many equal parts, at random, so that
+            no period of the placement (an interleaved one's) hides.
 
     Returns:
         The node of each page looked at.
@@ -216,9 +219,11 @@ def nodes_of(address: int, length: int, samples: int) -> list[int]:
     node = ctypes.c_int(-1)
     found = []
     _, get_mempolicy = _numbers()
+    flags = _MPOL_F_NODE | _MPOL_F_ADDR
+    draw = random.Random(0)
     for sample in range(samples):
-        at = address + sample * pages // samples * mmap.PAGESIZE
-        flags = _MPOL_F_NODE | _MPOL_F_ADDR
+        page = (sample * pages + draw.randrange(pages)) // samples
+        at = address + page * mmap.PAGESIZE
         _call(get_mempolicy, ctypes.addressof(node), 0, 0, at, flags)
         found.append(node.value)
     return found

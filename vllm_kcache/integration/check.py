@@ -4,13 +4,22 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from vllm_kcache.cache.host_memory import HostMemoryError, host_budget_bytes
 from vllm_kcache.config import KCacheConfig, KCacheConfigError
 from vllm_kcache.integration import args, refusals
 from vllm_kcache.integration.plugin import register
 from vllm_kcache.integration.settings import KEY
+from vllm_kcache.planner.shape import PlanError, read_config
+
+GIB = 2**30
 
 
 def problems(model: str, flags: list[str]) -> list[str]:
@@ -24,24 +33,35 @@ def problems(model: str, flags: list[str]) -> list[str]:
 
     Raises:
         KCacheConfigError: The settings themselves are wrong.
-        SystemExit: A flag that vLLM does not know.
+        PlanError: A flag that vLLM does not know; a model that is not found, not readable or
+            impossible.
     """
     register()
     parsed = _parse(model, flags)
-    settings = parsed.kcache_config
-    if parsed.additional_config and KEY in parsed.additional_config:
-        settings = args.merge_settings(parsed.additional_config, "kcache", settings)[KEY]
+    settings, additional = parsed.kcache_config, parsed.additional_config
+    if isinstance(additional, dict) and KEY in additional:
+        settings = args.merge_settings(additional, "kcache", settings)[KEY]
     config = KCacheConfig.from_user(settings)
-    engine_args = _stock_arguments(parsed)
-    found = list(refusals.found_in_arguments(engine_args))
-    _take_what_is_refused_out(engine_args)
+    _check_model(parsed)
+    found: list[str] = []
     try:
+        engine_args = _stock_arguments(parsed)
+        found += refusals.found_in_arguments(engine_args)
+        _take_what_is_refused_out(engine_args)
         vllm_config = engine_args.create_engine_config()
     except Exception as error:
-        # vLLM's own checks raise what they like.
-        return [*found, f"vLLM: {_one_line(error)}"]
-    found += refusals.found(vllm_config, config)
-    found += _host_memory(vllm_config, config)
+        # vLLM's own checks raise what they like; but OSError, and this message of its own, say that
+        # it has not found the model, here or on the hub.
+        text = _one_line(error)
+        if isinstance(error, OSError) or "Invalid repository ID or local directory" in text:
+            raise PlanError(f"{parsed.model}: {text}") from None
+        return [*found, f"vLLM: {text}"]
+    try:
+        found += refusals.found(vllm_config, config)
+        found += _host_memory(vllm_config, config)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        # vLLM takes sizes that no model has, such as heads of no values.
+        raise PlanError(f"{parsed.model}: no model has this configuration: {error}") from error
     return found
 
 
@@ -49,8 +69,29 @@ def _parse(model: str, flags: list[str]) -> argparse.Namespace:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm-kcache check"))
+    class Parser(FlexibleArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise PlanError(message)
+
+    parser = AsyncEngineArgs.add_cli_args(Parser(prog="vllm-kcache check", add_help=False))
     return parser.parse_args(["--model", model, *flags])
+
+
+def _check_model(parsed: argparse.Namespace) -> None:
+    """Raise PlanError unless there is a configuration to read, or a name to look for."""
+    model = parsed.hf_config_path or parsed.model
+    folder = Path(model)
+    try:
+        if folder.is_dir():
+            # Mistral's own format has no config.json.
+            if not (folder / "params.json").is_file():
+                read_config(folder / "config.json")
+        elif ":" not in model and not folder.is_file():
+            validate_repo_id(model)
+    except OSError as error:
+        raise PlanError(f"{model}: {error.strerror}") from None
+    except HFValidationError:
+        raise PlanError(f"{model}: neither a folder nor a name on the Hugging Face hub") from None
 
 
 def _stock_arguments(parsed: argparse.Namespace) -> Any:
@@ -60,9 +101,9 @@ def _stock_arguments(parsed: argparse.Namespace) -> Any:
     plain = argparse.Namespace(**vars(parsed))
     plain.kv_backend = plain.kcache_config = None
     plain.skip_tokenizer_init = True
-    others = dict(plain.additional_config or {})
-    others.pop(KEY, None)
-    plain.additional_config = others
+    if isinstance(plain.additional_config, dict):
+        others = plain.additional_config.items()
+        plain.additional_config = {key: value for key, value in others if key != KEY}
     return AsyncEngineArgs.from_cli_args(plain)
 
 
@@ -74,21 +115,70 @@ def _take_what_is_refused_out(engine_args: Any) -> None:
     engine_args.worker_cls = "auto"
 
 
-def _host_memory(vllm_config: Any, config: KCacheConfig) -> list[str]:
+def _host_memory(vllm_config: Any, config: KCacheConfig) -> Iterator[str]:
+    """The budget against what the host has, and --num-gpu-blocks-override against the budget."""
     parallel = vllm_config.parallel_config
     ranks = parallel.local_world_size * max(1, parallel.data_parallel_size_local)
     try:
-        host_budget_bytes(config.host_memory_gib, ranks)
+        budget = host_budget_bytes(config.host_memory_gib, ranks)
     except (HostMemoryError, KCacheConfigError) as error:
-        return [str(error)]
-    return []
+        yield str(error)
+        return
+    blocks = vllm_config.cache_config.num_gpu_blocks_override
+    if blocks is not None:
+        with contextlib.suppress(KCacheConfigError):  # among the refusals already
+            rows, v_bytes = _page_sizes(vllm_config, config)
+            on_gpu = vllm_config.device_config.device_type != "cpu"
+            yield from override_problems(blocks, v_bytes, budget, rows if on_gpu else None)
+
+
+def override_problems(
+    blocks: int, v_bytes: int, budget: int, table_rows: int | None
+) -> Iterator[str]:
+    """What a worker refuses of --num-gpu-blocks-override, as messages.
+
+    Args:
+        blocks: Its value.
+        v_bytes: Host memory of V of one page.
+        budget: Host memory that a rank may use.
+        table_rows: V blocks of one page, over the layers of a rank; None without a hot V cache.
+    """
+    if blocks * v_bytes > budget:
+        yield (
+            f"num_gpu_blocks_override={blocks}: V of that many blocks needs "
+            f"{blocks * v_bytes / GIB:.2f} GiB of host memory, and this rank may use "
+            f"{budget / GIB:.2f} GiB. Lower --num-gpu-blocks-override or raise "
+            "kcache_config.host_memory_gib."
+        )
+    if table_rows is not None and blocks * table_rows >= 2**31:
+        yield (
+            f"num_gpu_blocks_override={blocks}: these are {blocks * table_rows} V blocks, and the "
+            "table of a rank numbers fewer than 2**31. Lower --num-gpu-blocks-override to "
+            f"{(2**31 - 1) // table_rows}."
+        )
+
+
+def _page_sizes(vllm_config: Any, config: KCacheConfig) -> tuple[int, int]:
+    """V blocks and bytes of V of one page, over the split layers of the rank that has the most."""
+    from vllm.distributed.utils import get_pp_indices
+
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    page_tokens, head_size = vllm_config.cache_config.block_size, model.get_head_size()
+    layers, ranks = model.get_total_num_hidden_layers(), parallel.pipeline_parallel_size
+    dense = config.resolved_dense_layers(layers)
+    split = max(
+        len(set(range(*get_pp_indices(layers, rank, ranks))) - dense) for rank in range(ranks)
+    )
+    tokens = config.resolved_v_block_tokens(head_size, model.dtype.itemsize, page_tokens)
+    rows = split * model.get_num_kv_heads(parallel) * page_tokens // tokens
+    return rows, rows * tokens * head_size * model.dtype.itemsize
 
 
 def _one_line(error: Exception) -> str:
     """The message of an error; of pydantic's, without its heading and its dump of the input."""
     kept = []
     for line in str(error).splitlines():
-        text = line.strip().split(" [type=")[0].removeprefix("Value error, ")
+        text = f" {line}".split(" [type=")[0].strip().removeprefix("Value error, ")
         if text and "validation error for" not in text and "errors.pydantic.dev" not in text:
             kept.append(text)
     return " ".join(kept) or type(error).__name__

@@ -89,7 +89,9 @@ def path_of(instance: str, engine: int, rank: int) -> Path:
         engine: Data-parallel rank.
         rank: Rank of the worker within its engine.
     """
-    return directory() / f"vllm_kcache.{instance}.{engine}.{rank}"
+    # Where Ray starts the engines, vLLM gives the id of each a suffix.
+    server = instance.partition("_dp")[0]
+    return directory() / f"vllm_kcache.{server}.{engine}.{rank}"
 
 
 class Counters:

@@ -18,6 +18,8 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from vllm_kcache.integration import vllm_cpu
+
 _TARGET = "vllm.engine.arg_utils"
 
 
@@ -87,4 +89,5 @@ def install() -> None:
 
 def no_platform() -> None:
     """Entry point `vllm.platform_plugins`: names no platform, installs the hook."""
+    vllm_cpu.mend()
     install()

@@ -33,7 +33,8 @@ def attention_backend(engine_args: Any) -> str | None:
 def backend_per_kind(engine_args: Any) -> str | None:
     """Attention backends by kind of layer."""
     chosen = engine_args.attention_config.backend_per_kind
-    return ", ".join(f"{kind}: {backend.name}" for kind, backend in chosen.items()) or None
+    names = ", ".join(f"{kind}: {backend.name}" for kind, backend in chosen.items())
+    return f"{{{names}}}" if names else None
 
 
 def worker_cls(engine_args: Any) -> str | None:

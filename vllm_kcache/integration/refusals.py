@@ -136,7 +136,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "backend_per_kind",
-        "backend_per_kind={{{value}}}",
+        "backend_per_kind={value}",
         "the split cache brings its own attention",
         "Leave backend_per_kind out of --attention-config.",
         argument=features.backend_per_kind,

@@ -75,27 +75,26 @@ def decode_step(
     """
     if batch.num_requests == 0:
         return out
+    assert view.packed is not None
     dependent = workspace.dependent
-    buffers = workspace.views(view, batch)
-    scores = workspace.selection_scores(view, batch, buffers)
+    lists = workspace.views(view, batch)
+    selected_by = workspace.selected_by(view, batch, lists)
     try:
         if followers is None:
-            score_blocks(view, batch, buffers, dependent=dependent, after_write=after_write)
+            score_blocks(view, batch, lists, dependent=dependent, after_write=after_write)
         else:
             with _second_stream(workspace) as beside:
                 # First scoring, then what waits for it, should they run one after the other.
                 splits = score_blocks(
-                    view, batch, buffers, signal=True, dependent=dependent, after_write=after_write
+                    view, batch, lists, signal=True, dependent=dependent, after_write=after_write
                 )
                 with beside:
-                    follow_scores(view, batch, buffers, scores, splits, followers)
-        select_and_fetch(view, batch, buffers, scores, dependent)
-        attend_blocks(
-            view, batch, buffers.selected, buffers.rows, workspace, out, dependent=dependent
-        )
+                    follow_scores(view.packed, selected_by, splits, followers.most, followers.least)
+        select_and_fetch(view.packed, selected_by, dependent)
+        attend_blocks(view, batch, lists.selected, lists.rows, workspace, out, dependent=dependent)
     except BaseException:
         # What a step has begun to count must not be taken for the next one's.
-        workspace.lists.zero_()
+        workspace.signals.zero_()
         raise
     return out
 

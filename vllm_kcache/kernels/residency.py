@@ -51,7 +51,8 @@ def find_slot(table, slot_word, owner, epoch):
 
 @triton.jit
 def claim_slot(table, slot_word, state, owner, epoch, num_slots):
-    """Take the oldest slot of a window for `owner`; -1 when all the slots tried are in use.
+    """Take the oldest slot of a window for `owner`; -1 when all the slots tried are in use, or
+    there are none.
 
     The caller must fill the slot in this epoch. Two programs may claim a slot each for one owner:
     the table names the last, the other is used in this epoch only and ages away.
@@ -59,7 +60,7 @@ def claim_slot(table, slot_word, state, owner, epoch, num_slots):
     mine = word_of(owner, epoch)
     found = tl.full((), -1, tl.int32)
     attempt = 0
-    while (found < 0) & (attempt < ATTEMPTS):
+    while (found < 0) & (attempt < ATTEMPTS) & (num_slots > 0):
         attempt += 1
         hand = tl.atomic_add(state + _HAND, WINDOW).to(tl.int64) & _STAMP_MASK
         slots = ((hand + tl.arange(0, WINDOW)) % num_slots).to(tl.int32)

@@ -17,7 +17,8 @@ from vllm_kcache.cache.hot_cache import SCORED
 from vllm_kcache.cache.layer_view import LayerView
 from vllm_kcache.kernels.dependent import gdc_launch_dependents, gdc_wait
 from vllm_kcache.kernels.score_plan import ScoreConfig, score_config
-from vllm_kcache.kernels.workspace import DecodeBatch, StepBuffers
+from vllm_kcache.kernels.select import Lists
+from vllm_kcache.kernels.workspace import DecodeBatch
 from vllm_kcache.types import MOST_QUERY_HEADS_GPU
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -46,7 +47,7 @@ def lse_by_block(scores, BLOCK_TOKENS: tl.constexpr):
 # Batch sizes differ in these numbers only, and share one compiled kernel.
 @triton.jit(do_not_specialize=["max_blocks", "max_chunks"])
 def score_kernel(
-    query, k_pages, block_table, seq_lens, block_lse, chunk_lse, lists, state, scale,
+    query, k_pages, block_table, seq_lens, block_lse, chunk_lse, signals, state, scale,
     query_stride, page_stride, table_stride, max_blocks, max_chunks,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr,
     HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr, PAGE_TOKENS: tl.constexpr,
@@ -110,7 +111,7 @@ def score_kernel(
     if SIGNAL:
         # All threads' stores come before the one thread's count.
         tl.debug_barrier()
-        place = lists + request * (NUM_HEADS // GROUP) + head
+        place = signals + request * (NUM_HEADS // GROUP) + head
         before_this = tl.atomic_add(place, 1, sem="release")
         if before_this + 1 == tl.minimum(splits, chunks):
             # Followers that wait for a later list see that scoring goes on (csrc/follow.cu).
@@ -129,7 +130,7 @@ def check_query_strides(query: torch.Tensor) -> None:
 def score_blocks(
     view: LayerView,
     batch: DecodeBatch,
-    buffers: StepBuffers,
+    lists: Lists,
     *,
     signal: bool = False,
     dependent: bool = False,
@@ -139,9 +140,9 @@ def score_blocks(
     """Write the log-sum-exp of each V block and of each chunk of them; nothing past the lengths.
 
     Args:
-        buffers: `block_lse` and `chunk_lse` are written; with `signal`, `lists`, too.
+        lists: `block_lse` and `chunk_lse` are written; with `signal`, `signals`, too.
         signal: each program of a list that has something to score adds one to its entry of
-            `lists` when its scores are there, for followers.
+            `signals` when its scores are there, for followers.
         dependent: launch it as kernels/dependent.py says.
         after_write: the launch before it on this stream is `write_kv`, of one token for each of
             these requests and nothing else. Most programs need not wait for it then. Without
@@ -164,16 +165,16 @@ def score_blocks(
         k_pages,
         batch.block_table,
         batch.seq_lens,
-        buffers.block_lse,
-        buffers.chunk_lse,
-        buffers.lists,
-        view.hot_cache.state if view.hot_cache is not None else buffers.lists,
+        lists.block_lse,
+        lists.chunk_lse,
+        lists.signals,
+        view.hot_cache.state if view.hot_cache is not None else lists.signals,
         batch.scale,
         query.stride(0),
         k_pages.stride(0),
         batch.block_table.stride(0),
         batch.max_blocks,
-        buffers.chunk_lse.shape[2],
+        lists.chunk_lse.shape[2],
         NUM_HEADS=shape.num_query_heads,
         GROUP=shape.group,
         GROUP_PADDED=MOST_QUERY_HEADS_GPU,

@@ -103,11 +103,11 @@ class _Check:
         order = torch.randperm(num_pages, generator=generator).int()
         table = torch.zeros((len(pages_of), max(pages_of)), dtype=torch.int32)
         newest, first = [], 0
-        for row, pages in enumerate(pages_of):
-            table[row, :pages] = order[first : first + pages]
-            first += pages
+        for row, count in enumerate(pages_of):
+            table[row, :count] = order[first : first + count]
+            first += count
             last = REQUEST_TOKENS[row] - 1
-            newest.append(int(table[row, last // tokens]) * tokens + last % tokens if pages else -1)
+            newest.append(int(table[row, last // tokens]) * tokens + last % tokens if count else -1)
         pool = (num_pages, shape.num_kv_heads, tokens, shape.head_size)
         self.k_pages, self.v_pages = random(*pool), random(*pool)
         # Newest token of each request; -1 for the padded row.
@@ -199,8 +199,8 @@ class _Check:
         """Each stage against the reference on the results of the stage before."""
         self._check_written()
         view, batch, shape, tokens = self.view, self.batch, self.shape, self.shape.block_tokens
-        buffers = self.workspace.views(view, self.batch_there)
-        block_lse, selected, out = buffers.block_lse.cpu(), _on_host(buffers.selected), self.out
+        lists = self.workspace.views(view, self.batch_there)
+        block_lse, selected, out = lists.block_lse.cpu(), _on_host(lists.selected), self.out
         paged = (batch.block_table, batch.seq_lens, batch.scale, tokens)
         expected = score_blocks(batch.query, self.k_pages, *paged, batch.max_blocks)
         exists = expected.isfinite()
@@ -223,8 +223,8 @@ class _Check:
         )  # fmt: skip
         if not _close(out.cpu(), expected, TOLERANCES[shape.dtype]):
             raise self._error("fetch or attend", f"off by {_most(out.cpu(), expected):.2g}")
-        if bool(self.workspace.lists.any()):
-            raise self._error("select", "lists of this step are left for the next")
+        if bool(self.workspace.signals.any()):
+            raise self._error("select", "signals of this step are left for the next")
 
     def _compare_lists(self, block_lse: torch.Tensor, selected: Selected, chosen: Selected) -> None:
         """The same blocks, but for those whose masses are as good as equal to the least kept."""

@@ -12,6 +12,7 @@ import torch
 from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.cache.layer_view import LayerView
 from vllm_kcache.kernels import attend_plan, score_plan
+from vllm_kcache.kernels.select import Lists
 from vllm_kcache.types import Selected, Selection
 
 # Higher than that of the stream that scores; otherwise scoring starves the fetch.
@@ -58,29 +59,6 @@ class Followers:
     least: int
 
 
-@dataclass(frozen=True)
-class StepBuffers:
-    """What the steps of one batch leave for each other. All on the GPU.
-
-    Attributes:
-        block_lse: [B, Hq, P] float32. Log-sum-exp of the scores of each V block; anything past a
-            request's length.
-        chunk_lse: [B, Hq, C] float32. The same of each chunk of `chunk_blocks` V blocks.
-        chunk_blocks: V blocks of a chunk.
-        selected: the lists, [B, Hkv, N]; anything past a list's count.
-        rows: [B, Hkv, N] int32. Where each selected row lies (`types.Fetched`).
-        lists: [B * Hkv] int32. Progress of each list within a step, 0 between steps: score programs
-            that are done with it, or -1 when it was selected and fetched beside scoring.
-    """
-
-    block_lse: torch.Tensor
-    chunk_lse: torch.Tensor
-    chunk_blocks: int
-    selected: Selected
-    rows: torch.Tensor
-    lists: torch.Tensor
-
-
 def workspace_buffers(
     shape: CacheShape, selection: Selection, max_requests: int, max_blocks: int
 ) -> dict[str, tuple[int, torch.dtype]]:
@@ -97,7 +75,7 @@ def workspace_buffers(
         "counts": (lists, torch.int32),
         "mass": (lists, torch.float32),
         "lse": (heads, torch.float32),
-        "lists": (lists, torch.int32),
+        "signals": (lists, torch.int32),
         "sums": (parts * score_plan.padded(shape.head_size), torch.float32),
         "weights": (parts * 2, torch.float32),
         "arrivals": (lists, torch.int32),
@@ -115,7 +93,7 @@ class DecodeWorkspace:
 
     Attributes:
         max_requests, max_blocks: of a batch.
-        block_lse ... lists: flat, see `StepBuffers`. `lists` is zero between steps.
+        block_lse ... signals: flat, see `select.Lists`. `signals` is zero between steps.
         sums, weights, arrivals: parts of attention (kernels/attend.py). `arrivals` is zero between
             launches.
         fetch_stream: where followers run; None on the CPU (the interpreter).
@@ -133,7 +111,7 @@ class DecodeWorkspace:
     counts: torch.Tensor
     mass: torch.Tensor
     lse: torch.Tensor
-    lists: torch.Tensor
+    signals: torch.Tensor
     sums: torch.Tensor
     weights: torch.Tensor
     arrivals: torch.Tensor
@@ -170,7 +148,7 @@ class DecodeWorkspace:
             followed=torch.cuda.Event() if on_gpu else None,
         )
 
-    def views(self, view: LayerView, batch: DecodeBatch) -> StepBuffers:
+    def views(self, view: LayerView, batch: DecodeBatch) -> Lists:
         """The buffers in the shape of one batch.
 
         Raises:
@@ -191,23 +169,24 @@ class DecodeWorkspace:
             _front(self.mass, *lists),
             _front(self.lse, *heads),
         )
-        return StepBuffers(
+        return Lists(
+            batch.seq_lens,
+            batch.block_table,
             _front(self.block_lse, *heads, max_blocks),
             _front(self.chunk_lse, *heads, score_plan.num_chunks(shape, max_blocks)),
             score_plan.chunk_blocks(shape),
             selected,
             _front(self.rows, *places),
-            self.lists,
+            self.signals,
         )
 
-    def selection_scores(
-        self, view: LayerView, batch: DecodeBatch, buffers: StepBuffers
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The `block_lse` and `chunk_lse` that lists are selected by: those that scoring writes.
+    def selected_by(self, view: LayerView, batch: DecodeBatch, lists: Lists) -> Lists:
+        """What is selected by: the scores that scoring writes.
 
-        Benchmarks override this to select by recorded scores, with random K in the pages.
+        Benchmarks override this to select by recorded scores, with random K in the pages. It is
+        called before scoring is launched.
         """
-        return buffers.block_lse, buffers.chunk_lse
+        return lists
 
 
 def _multiprocessors(device: torch.device) -> int:

@@ -2,9 +2,9 @@
 // The part of CUDA C++ that csrc/ uses, for a C++ compiler without CUDA (tests/csrc/build.py).
 //
 // A thread block runs in one host thread, its threads as coroutines that change at barriers only.
-// So a test sees what a missing barrier, a barrier that not all threads reach, or dynamic shared
-// memory that nobody wrote does to a result; it sees nothing of the GPU's memory model. Thread
-// blocks of a launch run beside one another in several host threads.
+// So a test sees what a missing barrier, a barrier that not all threads reach, or shared memory
+// that nobody wrote does to a result; it sees nothing of the GPU's memory model. Thread blocks of a
+// launch run in an order and in a number of host threads that are drawn anew for each launch.
 #pragma once
 
 #include <algorithm>
@@ -20,12 +20,10 @@
 #define __global__
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __shared__ static thread_local
 
 using cudaError_t = int;
 using cudaStream_t = void*;
 constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719;
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 struct dim3 {
   unsigned x, y, z;
@@ -59,13 +57,19 @@ void sync_warp();
 void publish(uint64_t value);
 uint64_t published(unsigned lane);
 unsigned lane();
-[[noreturn]] void trap();
 
-void* dynamic_shared();
-void allow_dynamic_shared(const void* kernel, size_t bytes);
-cudaError_t run(const void* kernel, dim3 grid, unsigned threads, size_t shared_bytes,
-                const std::function<void()>& thread);
+// Memory of a `__shared__` variable, told from others by its line; poisoned when a block begins.
+void* shared_memory(int line, size_t bytes);
+cudaError_t run(dim3 grid, unsigned threads, const std::function<void()>& thread);
 cudaError_t last_error();
+// Nanoseconds since some time, by a clock that goes on by a step each time it is read.
+long long now_ns();
+
+template <typename T>
+T& shared_variable(int line) {
+  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= 48 * 1024);
+  return *static_cast<T*>(shared_memory(line, sizeof(T)));
+}
 
 template <typename T>
 uint64_t to_word(T value) {
@@ -86,14 +90,10 @@ T exchange(T value, unsigned source) {
   return from_word<T>(published(source));
 }
 
-// kernel<<<grid, threads, shared_bytes, stream>>>, to be called with the arguments.
+// kernel<<<grid, threads, 0, stream>>>, to be called with the arguments.
 template <typename... Parameters>
-auto launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared_bytes,
-            cudaStream_t) {
-  return [=](auto... arguments) {
-    run(reinterpret_cast<const void*>(kernel), grid, threads, shared_bytes,
-        [&] { kernel(arguments...); });
-  };
+auto launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, int, cudaStream_t) {
+  return [=](auto... arguments) { run(grid, threads, [&] { kernel(arguments...); }); };
 }
 
 }  // namespace emulator
@@ -113,9 +113,6 @@ inline void __threadfence() {
 inline void __nanosleep(unsigned) {
   for (std::atomic<int> spin{0}; spin < 1000; ++spin) {
   }
-}
-inline void __trap() {
-  emulator::trap();
 }
 
 template <typename T>
@@ -176,12 +173,6 @@ T atomicCAS(T* pointer, std::type_identity_t<T> expected, std::type_identity_t<T
   return expected;
 }
 
-template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int bytes) {
-  if (bytes > 227 * 1024) return cudaErrorInvalidValue;
-  emulator::allow_dynamic_shared(reinterpret_cast<const void*>(kernel), bytes);
-  return cudaSuccess;
-}
 inline cudaError_t cudaGetLastError() {
   return emulator::last_error();
 }

@@ -7,7 +7,7 @@
 #include <cstdlib>
 #include <map>
 #include <memory>
-#include <mutex>
+#include <numeric>
 #include <random>
 #include <string>
 #include <thread>
@@ -23,10 +23,9 @@ thread_local Index grid_size, block_size;
 namespace {
 
 constexpr size_t kStackBytes = 128 * 1024;
-constexpr size_t kStaticBytes = 48 * 1024;  // dynamic shared memory that needs no leave
 constexpr size_t kGuardBytes = 4096;
 constexpr unsigned char kPoison = 0xff;  // NaN, or -1
-constexpr int kHostThreads = 3;
+constexpr unsigned kMostHostThreads = 4;
 
 enum class State { kReady, kAtBarrier, kAtWarpBarrier, kEnded };
 
@@ -49,11 +48,10 @@ struct Warp {
 class ThreadBlock {
  public:
   // Empty when all threads ended; otherwise what went wrong.
-  std::string run(unsigned num_threads, size_t shared_bytes, const std::function<void()>& body,
-                  unsigned seed) {
+  std::string run(unsigned num_threads, const std::function<void()>& body, unsigned seed) {
     body_ = &body;
     num_threads_ = num_threads;
-    shared_.assign(shared_bytes + kGuardBytes, kPoison);
+    for (auto& [line, memory] : shared_) std::fill(memory.begin(), memory.end(), kPoison);
     warps_.assign((num_threads + 31) / 32, Warp{});
     while (threads_.size() < num_threads) threads_.push_back(std::make_unique<Thread>());
     order_.resize(num_threads);
@@ -70,7 +68,6 @@ class ThreadBlock {
       makecontext(&thread.start, &ThreadBlock::enter, 0);
     }
     random_.seed(seed);
-    trapped_ = false;
     draw_rests();
     while (true) {
       // Between two barriers any order is right.
@@ -83,13 +80,15 @@ class ThreadBlock {
           continue;
         }
         resume(i);
-        if (trapped_) return "__trap()";
       }
       if (ended() == num_threads_) break;
       if (const std::string error = release(waits); !error.empty()) return error;
     }
-    for (size_t i = 0; i < kGuardBytes; ++i) {
-      if (shared_[shared_bytes + i] != kPoison) return "wrote past its dynamic shared memory";
+    for (const auto& [line, memory] : shared_) {
+      if (std::any_of(memory.end() - kGuardBytes, memory.end(),
+                      [](unsigned char byte) { return byte != kPoison; })) {
+        return "wrote past the shared memory of line " + std::to_string(line);
+      }
     }
     return {};
   }
@@ -109,10 +108,10 @@ class ThreadBlock {
     return warps_[current_ / 32].words[threads_[current_]->exchanges & 1][lane];
   }
   unsigned lane() const { return current_ % 32; }
-  void* shared() { return shared_.data(); }
-  [[noreturn]] void trap() {
-    trapped_ = true;
-    _longjmp(scheduler_, 1);
+  void* shared(int line, size_t bytes) {
+    std::vector<unsigned char>& memory = shared_[line];
+    if (memory.empty()) memory.assign(bytes + kGuardBytes, kPoison);
+    return memory.data();
   }
 
   static thread_local ThreadBlock* running;
@@ -187,20 +186,18 @@ class ThreadBlock {
 
   const std::function<void()>* body_ = nullptr;
   unsigned num_threads_ = 0, current_ = 0;
-  std::vector<unsigned char> shared_;
+  std::map<int, std::vector<unsigned char>> shared_;
   std::vector<Warp> warps_;
   std::vector<std::unique_ptr<Thread>> threads_;
   std::vector<unsigned> order_;
   std::minstd_rand random_;
   jmp_buf scheduler_;
-  bool trapped_ = false;
 };
 
 thread_local ThreadBlock* ThreadBlock::running = nullptr;
 
-std::mutex allowed_mutex;
-std::map<const void*, size_t> allowed;
 std::atomic<unsigned> launches{0};
+std::atomic<long long> clock_ns{0}, clock_step_ns{1000};
 thread_local cudaError_t error_of_launch = cudaSuccess;
 
 }  // namespace
@@ -220,16 +217,12 @@ uint64_t published(unsigned lane) {
 unsigned lane() {
   return ThreadBlock::running->lane();
 }
-void* dynamic_shared() {
-  return ThreadBlock::running->shared();
-}
-void trap() {
-  ThreadBlock::running->trap();
+void* shared_memory(int line, size_t bytes) {
+  return ThreadBlock::running->shared(line, bytes);
 }
 
-void allow_dynamic_shared(const void* kernel, size_t bytes) {
-  const std::lock_guard lock(allowed_mutex);
-  allowed[kernel] = bytes;
+long long now_ns() {
+  return clock_ns += clock_step_ns;
 }
 
 cudaError_t last_error() {
@@ -238,39 +231,41 @@ cudaError_t last_error() {
   return error;
 }
 
-cudaError_t run(const void* kernel, dim3 grid, unsigned threads, size_t shared_bytes,
-                const std::function<void()>& thread) {
-  {
-    const std::lock_guard lock(allowed_mutex);
-    const auto found = allowed.find(kernel);
-    const size_t most = std::max(kStaticBytes, found == allowed.end() ? 0 : found->second);
-    if (shared_bytes > most || threads == 0 || threads > 1024 || threads % 32 != 0 || grid.x == 0 ||
-        grid.y == 0 || grid.y > 65535) {
-      return error_of_launch = cudaErrorInvalidValue;
-    }
+cudaError_t run(dim3 grid, unsigned threads, const std::function<void()>& thread) {
+  if (threads == 0 || threads > 1024 || threads % 32 != 0 || grid.x == 0 || grid.y != 1) {
+    return error_of_launch = cudaErrorInvalidValue;
   }
-  const unsigned blocks = grid.x * grid.y, seed = launches.fetch_add(1);
+  const unsigned blocks = grid.x, seed = launches.fetch_add(1);
+  std::minstd_rand random(seed + 1);
+  const unsigned host_threads = 1 + random() % kMostHostThreads;
+  std::vector<unsigned> order(blocks);
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), random);
   std::atomic<unsigned> next{0};
   std::atomic<bool> failed{false};
   const auto work = [&] {
     ThreadBlock block;
     ThreadBlock::running = &block;
-    grid_size = {grid.x, grid.y, 1};
+    grid_size = {grid.x, 1, 1};
     block_size = {threads, 1, 1};
     for (unsigned i; !failed && (i = next.fetch_add(1)) < blocks;) {
-      block_index = {i % grid.x, i / grid.x, 0};
-      const std::string error = block.run(threads, shared_bytes, thread, seed * 65537u + i + 1);
+      block_index = {order[i], 0, 0};
+      const std::string error = block.run(threads, thread, seed * 65537u + i + 1);
       if (!error.empty()) {
-        std::fprintf(stderr, "thread block (%u, %u): %s\n", block_index.x, block_index.y,
-                     error.c_str());
+        std::fprintf(stderr, "thread block %u: %s\n", block_index.x, error.c_str());
         failed = true;
       }
     }
   };
   std::vector<std::thread> workers;
-  for (int i = 0; i < kHostThreads; ++i) workers.emplace_back(work);
+  for (unsigned i = 0; i < host_threads; ++i) workers.emplace_back(work);
   for (std::thread& worker : workers) worker.join();
   return error_of_launch = failed ? cudaErrorLaunchFailure : cudaSuccess;
 }
 
 }  // namespace emulator
+
+// For tests: how far the clock goes each time that a kernel reads it; 0 stops it.
+extern "C" void emulator_set_clock_step(long long ns) {
+  emulator::clock_step_ns = ns;
+}

@@ -2,7 +2,7 @@
 // Takes the place of csrc/ptx.cuh.
 #pragma once
 
-#include <chrono>
+#include "cuda_runtime.h"
 
 namespace kcache {
 
@@ -15,7 +15,7 @@ inline int load_acquire(const int* pointer) {
 }
 
 inline long long now_ns() {
-  return std::chrono::steady_clock::now().time_since_epoch().count();
+  return emulator::now_ns();
 }
 
 }  // namespace kcache

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode throughput of whole engines: stock vLLM and the split cache, one after the other.
+
+    python -m benchmarks.engine.decode SHAPES/llama-2-7b --context 16384 --top-n 16
+    python -m benchmarks.engine.decode SHAPES/llama-3-8b --mode replay --context 8192 16384 32768
+        --requests 0 1 8 --engines stock stock-fp8 kcache
+    python -m benchmarks.engine.decode --preset paper
+
+Each engine runs in a process of its own on the same GPU at the same --gpu-memory-utilization, with
+dummy weights, and decodes as many requests as fit, or as many as asked; the cache is filled with
+random values (DecodeBenchConnector; the host pool likewise) instead of prefilled. An engine starts
+once, for the longest context, and runs all contexts and numbers of requests. Step time is the
+difference of two runs of different length, and the split cache's figures are those of the steps
+timed. One row per engine, context and number of requests is appended to
+benchmarks/results/decode.jsonl as soon as it is there.
+
+--mode fixed: scores of dummy weights. They attend flatly and at random, so selections do not repeat
+from step to step: the worst case for the hot V cache.
+--mode replay: scores of a real model decoding real text at 4K tokens, recorded
+(replay/record.py), written over those of the dummy weights (replay/replay.py). Coverage .95 unless
+another rule is given. The kernel that overwrites them is part of the step as timed; what it costs
+alone is in the row, not taken off.
+--preset paper: the setting of the KCache paper (arXiv 2404.18057) as far as it is known:
+Llama-2-7B, 8 requests of up to 32K tokens (as many as fit), a small fixed N. Other options may
+change it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.engine.decode_engine import SHORT_STEPS
+from benchmarks.rows import RESULTS, ROOT, append, command
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
+REPLAY_COVERAGE = 0.95
+# Defaults of the options. 16 V blocks are 128 tokens, the most that the paper is understood to use.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "model": str(ROOT / "benchmarks/shapes/llama-2-7b"),
+        "context": [4096, 8192, 16384, 24576, 32768],
+        "requests": [8],
+        "max_requests": 8,
+        "top_n": 16,
+        "mode": "fixed",
+    }
+}
+
+
+def run_in_process(options: dict[str, Any], table: Table) -> None:
+    """`measure` in a fresh process. Rows are kept and shown as they come.
+
+    Raises:
+        RuntimeError: the engine failed; the message ends with the end of its output.
+    """
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.engine.decode_engine", json.dumps(options)],
+            cwd=ROOT,
+            env={**os.environ, **ENVIRONMENT},
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+        assert process.stdout is not None
+        said: list[str] = []
+        for line in process.stdout:
+            if line.startswith("RESULT "):
+                table.add(json.loads(line.removeprefix("RESULT ")))
+            else:
+                said = [*said[-40:], line]
+        if process.wait() != 0:
+            errors.seek(0)
+            raise RuntimeError(f"the engine failed:\n{''.join(said)}\n{errors.read()[-6000:]}")
+
+
+class Table:
+    """Appends rows to the file of results and prints them beside the first engine's.
+
+    Attributes:
+        said: each run in a few words, for the last line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.baseline: dict[tuple[int, int], float] = {}
+        self.said: list[str] = []
+
+    def add(self, row: dict[str, Any]) -> None:
+        """One row of one run."""
+        append(self.path, row)
+        (run,) = row["runs"]
+        name = f"{row['engine']}-{row['kv_cache_dtype']}".removesuffix("-auto")
+        first = self.baseline.setdefault(
+            (row["context"], row["requests_asked"]), run["tokens_per_second"]
+        )
+        line = (
+            f"{row['model']:12s} {name:10s} {run['requests']:3d} x {row['context']:6d} "
+            f"{run['step_ms']:8.2f} ms {run['tokens_per_second']:8.1f} tok/s "
+            f"{run['tokens_per_second'] / first:5.2f}x {row['num_blocks']} blocks"
+        )
+        if row["mode"] is not None:
+            line += (
+                f"  {row['mode']}: {run['mean_selected_tokens']} tokens a head, "
+                f"hit rate {run['hit_rate']}"
+            )
+        if "replay_kernel_ms" in run:
+            line += f", of the step the replay kernel is {run['replay_kernel_ms']} ms"
+        print(line, flush=True)
+        self.said.append(
+            f"{name} {run['requests']}x{row['context']} {run['step_ms']:.2f} ms "
+            f"{run['tokens_per_second']:.1f} tok/s"
+        )
+
+
+def gib(text: str) -> float | str:
+    """A size on the command line: GiB, or "auto"."""
+    return text if text == "auto" else float(text)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line; a preset gives defaults."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", help="folder with a config.json")
+    parser.add_argument("--mode", choices=["fixed", "replay"], default="fixed")
+    parser.add_argument("--context", type=int, nargs="+", default=[16384], help="tokens a request")
+    parser.add_argument("--max-model-len", type=int, help="else as the longest context needs")
+    parser.add_argument("--output", type=int, default=72, help="steps of the long run")
+    parser.add_argument("--top-n", type=int, default=None, help="V blocks per KV head")
+    parser.add_argument("--coverage", type=float, help=f"in replay {REPLAY_COVERAGE} unless given")
+    parser.add_argument("--mass-threshold", type=float, help="in place of a coverage")
+    parser.add_argument("--hot-cache-gib", type=gib, help='a number or "auto"')
+    parser.add_argument("--utilization", type=float, default=0.9)
+    parser.add_argument("--requests", type=int, nargs="+", default=[0, 1], help="0: all that fit")
+    parser.add_argument("--max-requests", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--engines", nargs="+", default=["stock", "kcache"])
+    parser.add_argument("--label", default="", help="noted in the row")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS / "decode.jsonl", help="file of rows"
+    )
+    parser.add_argument("--preset", choices=PRESETS, help="defaults for the other options")
+    preset = parser.parse_args(arguments).preset
+    if preset is not None:
+        parser.set_defaults(**PRESETS[preset])
+    parsed = parser.parse_args(arguments)
+    if parsed.model is None:
+        parser.error("needs a model: a folder with a config.json")
+    if parsed.output <= SHORT_STEPS:
+        parser.error(f"--output {parsed.output}: must be above {SHORT_STEPS}")
+    longest = max(parsed.context) + parsed.output
+    if parsed.max_model_len is not None and parsed.max_model_len < longest:
+        parser.error(f"--max-model-len {parsed.max_model_len}: must be at least {longest}")
+    return parsed
+
+
+def main() -> None:
+    """Run the engines, append rows, print a table."""
+    arguments = parse()
+    coverage = arguments.coverage
+    if (coverage, arguments.mass_threshold, arguments.mode) == (None, None, "replay"):
+        coverage = REPLAY_COVERAGE
+    settings = {
+        "top_n": arguments.top_n,
+        "coverage": coverage,
+        "mass_threshold": arguments.mass_threshold,
+        "hot_cache_gib": arguments.hot_cache_gib,
+    }
+    options = {
+        "model": str(Path(arguments.model).resolve()),
+        "mode": arguments.mode,
+        "contexts": arguments.context,
+        "max_model_len": arguments.max_model_len,
+        "output": arguments.output,
+        "utilization": arguments.utilization,
+        "requests": arguments.requests,
+        "max_requests": arguments.max_requests,
+        "repeats": arguments.repeats,
+        "label": arguments.label,
+        "command": command(),
+        "kcache_config": {key: value for key, value in settings.items() if value is not None},
+    }
+    table = Table(arguments.results)
+    for engine in arguments.engines:
+        name, _, kv_cache_dtype = engine.partition("-")
+        chosen = {**options, "engine": name, "kv_cache_dtype": kv_cache_dtype or "auto"}
+        run_in_process(chosen, table)
+    print(f"step time p50: {'; '.join(table.said)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One engine of benchmarks/engine/decode.py, in a process of its own: starts it, times its steps.
+
+python -m benchmarks.engine.decode_engine OPTIONS    # JSON, see `measure`
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rows import origin
+from vllm_kcache.integration.counters import SCALARS
+
+# Sizes of batches that are captured; a batch between two of them is padded to the larger.
+CAPTURE_SIZES = (
+    1, 2, 4, 7, 8, 13, 14, 16, 20, 24, 26, 27, 28, 32, 40, 48, 56, 64, 80, 96, 128
+)  # fmt: skip
+SHORT_STEPS = 8
+# Of `vllm_kcache.metrics`: what steps add up, that is all but the size of the pool.
+FIGURES = tuple(name for name in SCALARS if not name.startswith("host_pool_"))
+
+
+def measure(options: dict[str, Any]) -> None:
+    """Start one engine and time its decode steps; runs in the process of that engine.
+
+    Prints a line "RESULT {row}" for each context and number of requests.
+
+    Args:
+        options: model, contexts, max_model_len (None: of the longest context), output, engine
+            ("stock" or "kcache"), kv_cache_dtype, kcache_config, mode, utilization, requests (0:
+            all that fit), max_requests, repeats, label, command.
+    """
+    import torch
+
+    split = options["engine"] == "kcache"
+    replay = None
+    if split and options["mode"] == "replay":
+        by_threshold = "mass_threshold" in options["kcache_config"]
+        replay = _install_replay(min(options["contexts"]), "max" if by_threshold else "sum")
+    started = time.monotonic()
+    llm = _start_engine(options)
+    start_seconds = time.monotonic() - started
+    if split:
+        llm.collective_rpc(_fill_host_pool, args=(0.5,))
+    cache = llm.llm_engine.vllm_config.cache_config
+    common = {
+        **origin("torch", "vllm"),
+        "command": options["command"],
+        "model": Path(options["model"]).name,
+        "utilization": options["utilization"],
+        "label": options["label"],
+        "engine": options["engine"],
+        "kv_cache_dtype": options["kv_cache_dtype"],
+        "mode": options["mode"] if split else None,
+        "kcache_config": options["kcache_config"] if split else None,
+        "hot_cache_bytes": llm.collective_rpc(_hot_cache_bytes)[0] if split else None,
+        "max_model_len": _longest(options),
+        "num_blocks": cache.num_gpu_blocks,
+        "start_seconds": round(start_seconds, 1),
+    }
+    for context in options["contexts"]:
+        pages = -(-(context + options["output"]) // cache.block_size)
+        fits = (cache.num_gpu_blocks - 1) // pages  # one block is vLLM's null block
+        most = min(fits, options["max_requests"])
+        for asked, count in _counts(options["requests"], most).items():
+            run = _time_steps(llm, options, context, count)
+            if replay is not None:
+                run["replay_kernel_ms"] = round(replay.cost_ms(count, context), 3)
+            row = {
+                **common,
+                "context": context,
+                "requests_that_fit": fits,
+                "requests_asked": asked,
+                "peak_gpu_bytes": torch.cuda.max_memory_allocated(),
+                "runs": [run],
+            }
+            print("RESULT " + json.dumps(row), flush=True)
+
+
+def _counts(requests: list[int], most: int) -> dict[int, int]:
+    """Numbers of requests as asked, and as they are run; none is run twice."""
+    counts: dict[int, int] = {}
+    for asked in requests:
+        count = min(asked or most, most)
+        if count and count not in counts.values():
+            counts[asked] = count
+    return counts
+
+
+def _longest(options: dict[str, Any]) -> int:
+    """The engine's max_model_len: as asked, else what the longest context needs."""
+    return options["max_model_len"] or max(options["contexts"]) + options["output"] + 16
+
+
+def _start_engine(options: dict[str, Any]) -> Any:
+    """A vllm.LLM as the options say."""
+    from vllm import LLM
+
+    split = {}
+    if options["engine"] == "kcache":
+        split = {"kv_backend": "kcache", "kcache_config": options["kcache_config"]}
+    most = options["max_requests"]
+    capture = {size for size in (*CAPTURE_SIZES, *options["requests"], most) if 0 < size <= most}
+    return LLM(
+        options["model"],
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        dtype="bfloat16",
+        max_model_len=_longest(options),
+        max_num_seqs=most,
+        gpu_memory_utilization=options["utilization"],
+        enable_prefix_caching=False,
+        kv_cache_dtype=options["kv_cache_dtype"],
+        compilation_config={
+            "mode": 0,
+            "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_capture_sizes": sorted(capture),
+        },
+        kv_transfer_config={
+            "kv_connector": "DecodeBenchConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {"fill_std": 0.5, "startup_fill": True},
+        },
+        **split,
+    )
+
+
+def _install_replay(shortest_context: int, combine: str) -> Any:
+    """Replay in this process, before any graph is captured."""
+    from benchmarks.replay.record import RECORDINGS, Recording
+    from benchmarks.replay.replay import Replay
+
+    replay = Replay(Recording.load(RECORDINGS[combine]), "cuda")
+    if shortest_context < replay.shortest_tokens:
+        raise ValueError(
+            f"--context {shortest_context}: replay needs at least {replay.shortest_tokens} tokens, "
+            "as many as were recorded"
+        )
+    replay.install()
+    return replay
+
+
+def _fill_host_pool(worker: Any, std: float) -> None:
+    """Overwrite V of all pages with normally distributed values, and forget all copies."""
+    import torch
+
+    cache = worker.split_cache
+    sample = (torch.randn(1 << 26) * std).to(cache.shape.dtype)
+    for index in range(cache.pool.num_layers):
+        values = cache.pool.layer(index).view(cache.shape.dtype).flatten()
+        for part in values.split(sample.numel()):
+            part.copy_(sample[: part.numel()])
+    cache.invalidate()
+
+
+def _hot_cache_bytes(worker: Any) -> int:
+    """GPU memory of the hot V cache's slots."""
+    cache = worker.split_cache.hot_cache
+    return cache.slots.nbytes + cache.slot_word.nbytes
+
+
+def _v_block_tokens(worker: Any) -> int:
+    return worker.split_cache.shape.block_tokens
+
+
+def _figures(llm: Any) -> dict[str, float]:
+    """The split cache's counters since its start; zeros for stock vLLM."""
+    import vllm_kcache
+    from vllm_kcache.integration.settings import settings_of
+
+    if settings_of(llm.llm_engine.vllm_config) is None:
+        return dict.fromkeys(FIGURES, 0.0)
+    metrics = vllm_kcache.metrics(llm)
+    return {name: metrics[name] for name in FIGURES}
+
+
+def _time_steps(llm: Any, options: dict[str, Any], context: int, count: int) -> dict[str, Any]:
+    """Step time of `count` requests: (long run - short run) / (difference in steps).
+
+    The figures of the split cache are taken in the same way, and so belong to the same steps.
+    """
+    from vllm import SamplingParams
+
+    generator = random.Random(0)
+    prompts = [
+        {"prompt_token_ids": generator.choices(range(3, 31000), k=context)} for _ in range(count)
+    ]
+
+    def run(tokens: int) -> dict[str, float]:
+        sampling = SamplingParams(
+            max_tokens=tokens, ignore_eos=True, detokenize=False, temperature=0
+        )
+        before = _figures(llm)
+        begin = time.perf_counter()
+        llm.generate(prompts, sampling, use_tqdm=False)
+        seconds = time.perf_counter() - begin
+        after = _figures(llm)
+        return {"seconds": seconds, **{name: after[name] - before[name] for name in FIGURES}}
+
+    run(SHORT_STEPS)
+    steps = options["output"] - SHORT_STEPS
+    step_ms, sums = [], dict.fromkeys(FIGURES, 0.0)
+    for _ in range(options["repeats"]):
+        long, short = run(options["output"]), run(SHORT_STEPS)
+        step_ms.append((long["seconds"] - short["seconds"]) / steps * 1e3)
+        sums = {name: sums[name] + long[name] - short[name] for name in FIGURES}
+    middle = statistics.median(step_ms)
+    result: dict[str, Any] = {
+        "requests": count,
+        "step_ms": round(middle, 3),
+        "step_ms_all": [round(value, 3) for value in sorted(step_ms)],
+        "tokens_per_second": round(count / middle * 1e3, 1),
+    }
+    if options["engine"] == "kcache":
+        looked_up = sums["hot_cache_hits"] + sums["hot_cache_misses"] + sums["direct_host_reads"]
+        blocks = sums["selected_blocks"] / max(1, sums["selected_lists"])
+        result["hit_rate"] = round(sums["hot_cache_hits"] / max(1, looked_up), 4)
+        (tokens,) = llm.collective_rpc(_v_block_tokens)
+        result["mean_selected_tokens"] = round(blocks * tokens, 1)
+        result["kcache_metrics"] = sums
+    return result
+
+
+if __name__ == "__main__":
+    measure(json.loads(sys.argv[1]))

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attend: share of the HBM copy bandwidth. `python -m benchmarks.ops.attend`.
+
+Bytes counted: K and V of the selected blocks, all of V in GPU memory. Lists are of one length, or
+of lengths that differ as those of a coverage do (log-normal); those also with the clipped tail.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import replace
+
+import torch
+
+from benchmarks.ops.common import (
+    ANY_RULE,
+    DTYPE,
+    PROBLEMS,
+    V_BLOCK_TOKENS,
+    Batch,
+    Problem,
+    Report,
+    Timing,
+    arguments,
+    hbm_copy_bandwidth,
+    random_selection,
+    time_calls,
+)
+from vllm_kcache.cache.layer_view import LayerView
+from vllm_kcache.kernels.attend import attend_blocks
+from vllm_kcache.kernels.attend_plan import AttendConfig, attend_config
+from vllm_kcache.kernels.score_plan import padded
+from vllm_kcache.types import Selected, Selection, Tail
+
+CLIPPED = Selection(None, None, 1, 32, "max", 0.002)
+
+
+def ragged_counts(batch: Batch, mean: int) -> torch.Tensor:
+    p = batch.problem
+    spread = torch.randn((p.num_requests, p.num_kv_heads), device="cuda")
+    counts = (spread.exp() * mean / 1.6487).round()  # the mean of exp(N(0, 1))
+    return counts.clamp(6, p.max_blocks).int()
+
+
+def usual_config(problem: Problem, columns: int) -> AttendConfig:
+    return attend_config(problem.shape, problem.num_lists, columns)
+
+
+def time_attend(
+    batch: Batch,
+    counts: torch.Tensor,
+    columns: int,
+    config: AttendConfig | None = None,
+    tail: Tail = "renormalize",
+) -> Timing:
+    """Time over four selections whose rows lie anywhere in a slot pool larger than the L2 cache."""
+    p, requests = batch.problem, batch.decode()
+    selection = CLIPPED if tail == "clip" else ANY_RULE
+    cache = batch.hot_cache(max(1 << 16, int(counts.sum())))
+    cache.slots.view(DTYPE).normal_()
+    workspace = batch.workspace(selection)
+    if config is not None:
+        # A launch shape that is tried may leave more parts than the usual one.
+        parts = p.num_lists * config.splits * p.group
+        sums = torch.empty(parts * padded(p.head_size), device="cuda")
+        weights = torch.empty(parts * 2, device="cuda")
+        workspace = replace(workspace, sums=sums, weights=weights)
+    out = torch.empty_like(batch.query)
+    mass = torch.ones(counts.shape, device="cuda")
+    lse = torch.full((p.num_requests, p.num_heads), 8.0, device="cuda")
+
+    def call(view: LayerView, selected: Selected, rows: torch.Tensor) -> None:
+        attend_blocks(view, requests, selected, rows, workspace, out, config=config)
+
+    calls = []
+    for index in range(4):
+        selected = Selected(*random_selection(p, counts, columns), mass, lse)
+        rows = torch.randint(cache.num_slots, selected.blocks.shape, device="cuda").int()
+        view = batch.view(selection, cache, index, tail)
+        calls.append(functools.partial(call, view, selected, rows))
+    return time_calls(calls)
+
+
+def sweep(batch: Batch, counts: torch.Tensor, columns: int) -> None:
+    p = batch.problem
+    usual = usual_config(p, columns)
+    found = []
+    for tokens, programs, warps, stages in itertools.product(
+        (32, 64, 128), (528, 1056, 2112, 4224), (2, 4), (1, 2, 3)
+    ):
+        splits = max(1, min(32, -(-programs // p.num_lists)))
+        config = AttendConfig(tokens // V_BLOCK_TOKENS, splits, warps, stages)
+        found.append((time_attend(batch, counts, columns, config).p50, config))
+    print(f"\nattend sweep, {p.name}, ragged (default {usual})")
+    for ms, config in sorted(found, key=lambda pair: pair[0])[:6]:
+        print(f"  {ms * 1e3:8.1f} us  {config}")
+
+
+def main() -> None:
+    options = arguments(__doc__, sweep=True)
+    peak = hbm_copy_bandwidth()
+    report = Report("attend", options.results)
+    for problem in PROBLEMS:
+        batch = Batch(problem)
+        lists = (problem.num_requests, problem.num_kv_heads)
+        cases: dict[str, tuple[torch.Tensor, int, Tail]] = {
+            f"{blocks * V_BLOCK_TOKENS} tokens": (
+                torch.full(lists, blocks, device="cuda"),
+                blocks,
+                "renormalize",
+            )
+            for blocks in (16, 64)
+        }
+        ragged = ragged_counts(batch, 72)
+        words = "576 tokens on average, ragged"
+        cases[words] = (ragged, problem.max_blocks, "renormalize")
+        cases[f"{words}, clipped tail"] = (ragged, problem.max_blocks, "clip")
+        for words, (counts, columns, tail) in cases.items():
+            timing = time_attend(batch, counts, columns, tail=tail)
+            moved = int(counts.sum()) * 2 * problem.row_bytes
+            rate = moved / timing.p50 * 1e3
+            report.add(
+                f"{problem.name}, {words}", timing, rate / 1e9, share_of_hbm_copy=rate / peak
+            )
+        if options.sweep:
+            sweep(batch, ragged, problem.max_blocks)
+        batch.close()
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Let a decode step select what a real model selected (record.py), on any model shape.
+
+Weights that are made up attend flatly, and selections of one step say nothing of the next. In
+replay a step runs as ever, scoring included; but what selection reads are other scores: recorded
+masses, written by one more kernel before scoring is launched. Selection, look-up, fetch and
+attention are those of production.
+
+Which recording: (layer, KV head) i of n is played the recorded (layer, KV head) i * m // n of m, so
+that depth stays depth. Where its query heads were recorded, query head g is played number (g + i)
+modulo as many; otherwise all are played their mean. A request is known by its first physical page;
+a hash of it chooses the text and where in it to begin. Each further token is the next step of the
+recording, which is played forth and back, so that no jump spoils the repeats. The time is read from
+`seq_lens`: there is no state, and running a step twice changes nothing.
+
+Which block: recorded block j of some 500 takes the place j * stride + (a hash below stride) of a
+longer request, the same at every step; the first (sink) stays first, and the last ones (recent)
+stay last. All others get a mass of e^-80. So lists are as long as in 4K tokens of context at any
+length: what is measured is the system at that selection, not how selections grow.
+
+Differences to a real model: a block that leaves the recent ones is fetched once more at its other
+place (at most one miss of a list in 8 steps); going back a list meets its past once more, which
+favours hits for some steps after each turn (one in every `steps` - 1); and a request that grows by
+another multiple of the recorded length changes its stride, so all its blocks move once.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+
+from benchmarks.replay.record import LARGEST_CODE, OCTAVE_CODES, Recording
+from vllm_kcache import split_cache_gpu
+from vllm_kcache.cache.formats import CacheShape
+from vllm_kcache.cache.layer_view import LayerView
+from vllm_kcache.kernels.score_plan import chunk_blocks, num_chunks
+from vllm_kcache.kernels.select import Lists
+from vllm_kcache.kernels.workspace import DecodeBatch, DecodeWorkspace
+
+# V blocks of 8 tokens that the last 32 tokens overlap at most: they keep their distance to the end.
+RECENT_BLOCKS = 5
+# Logarithm of the mass of a block that was not recorded: nothing in any arithmetic that follows,
+# and no infinity either.
+NOTHING = -80.0
+
+_RECENT = tl.constexpr(RECENT_BLOCKS)
+_NOTHING = tl.constexpr(NOTHING)
+_LARGEST_CODE = tl.constexpr(LARGEST_CODE)
+_LOG_OF_CODE = tl.constexpr(math.log(2) / OCTAVE_CODES)
+_CHUNK = 1024
+
+
+@triton.jit
+def hash_number(number):
+    """A number of 31 bits that looks random, of an int64 of at least 0."""
+    number = number & 0x7FFFFFFF
+    number = (((number >> 16) ^ number) * 0x45D9F3B) & 0x7FFFFFFF
+    number = (((number >> 16) ^ number) * 0x45D9F3B) & 0x7FFFFFFF
+    return (number >> 16) ^ number
+
+
+@triton.jit
+def sum_by_chunk(log_masses, BLOCKS: tl.constexpr):
+    """Log-sum-exp of runs of BLOCKS masses; -inf where there is none."""
+    runs = tl.reshape(log_masses, (log_masses.shape[0] // BLOCKS, BLOCKS))
+    largest = tl.max(runs, 1)
+    largest = tl.where(largest == float("-inf"), 0.0, largest)
+    return largest + tl.log(tl.sum(tl.exp(runs - largest[:, None]), 1))
+
+
+# All integers change between the layers and sizes that share one compiled kernel.
+@triton.jit(
+    do_not_specialize=[
+        "table_stride", "max_blocks", "max_chunks", "layer", "num_layers", "num_texts",
+        "num_traces", "trace_group", "num_steps", "trace_blocks",
+    ]
+)  # fmt: skip
+def replay_kernel(
+    codes, trace_lengths, seq_lens, block_table, block_lse, chunk_lse, table_stride, max_blocks,
+    max_chunks, layer, num_layers, num_texts, num_traces, trace_group, num_steps, trace_blocks,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNK_BLOCKS: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1)
+    request = tl.program_id(2).to(tl.int64)
+    num_tokens = tl.load(seq_lens + request)
+    num_blocks = tl.cdiv(num_tokens, BLOCK_TOKENS)
+    block = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    if tl.program_id(0) * CHUNK < num_blocks:
+        # What is played, and which of its steps.
+        key = hash_number(tl.load(block_table + request * table_stride).to(tl.int64))
+        list_number = layer * NUM_KV_HEADS + head
+        trace = list_number * num_traces // (num_layers * NUM_KV_HEADS)
+        turns = 2 * (num_steps - 1)
+        time = (num_tokens + key // num_texts) % turns
+        step = tl.minimum(time, turns - time)
+        first_row = ((key % num_texts) * num_traces + trace) * trace_group
+        recorded = tl.load(trace_lengths + step)
+        # Which recorded block, if any, lies at each place.
+        stride = tl.maximum((num_blocks - _RECENT) // (trace_blocks - _RECENT), 1)
+        spread = block // stride
+        offset = hash_number(key + list_number * 65536 + spread) % stride
+        offset = tl.where(spread == 0, 0, offset)
+        is_spread = (block - spread * stride == offset) & (spread < recorded - _RECENT)
+        from_end = num_blocks - 1 - block
+        is_recent = from_end < _RECENT
+        source = tl.where(is_recent, recorded - 1 - from_end, spread)
+        exists = block < num_blocks
+        first_query_head = (request * NUM_KV_HEADS + head) * GROUP
+        out = block_lse + first_query_head * max_blocks + block
+        chunks: tl.constexpr = CHUNK // CHUNK_BLOCKS
+        chunk = tl.program_id(0) * chunks + tl.arange(0, chunks)
+        sums = chunk_lse + first_query_head * max_chunks + chunk
+        for in_group in tl.static_range(GROUP):
+            row = (first_row + (in_group + list_number) % trace_group) * num_steps + step
+            code = tl.load(
+                codes + row * trace_blocks + source, mask=exists & (is_recent | is_spread), other=0
+            ).to(tl.int32)
+            log_mass = (code - _LARGEST_CODE).to(tl.float32) * _LOG_OF_CODE
+            log_mass = tl.where(code > 0, log_mass, _NOTHING)
+            tl.store(out, log_mass, mask=exists)
+            out += max_blocks
+            there = tl.where(exists, log_mass, float("-inf"))
+            tl.store(sums, sum_by_chunk(there, CHUNK_BLOCKS), mask=chunk < max_chunks)
+            sums += max_chunks
+
+
+class Replay:
+    """Has decode steps select by recorded masses.
+
+    Args:
+        recording: what to play.
+        device: where the steps run; the recording is copied there.
+    Raises:
+        ValueError: the recording is no longer than the recent blocks.
+
+    Attributes:
+        Workspace: a `DecodeWorkspace` whose steps are played. It has a second buffer of scores, for
+            followers read while scoring writes the first.
+    """
+
+    Workspace: type[DecodeWorkspace]
+
+    def __init__(self, recording: Recording, device: torch.device | str) -> None:
+        if int(recording.num_blocks[0]) <= RECENT_BLOCKS:
+            raise ValueError(
+                f"replay: {int(recording.num_blocks[0])} V blocks were recorded; needs more than "
+                f"{RECENT_BLOCKS}"
+            )
+        self.recording = recording
+        self.codes = recording.codes.to(device).contiguous()
+        self.lengths = recording.num_blocks.to(device=device, dtype=torch.int32)
+        # By number of requests: shape and P of the last step.
+        self._launched: dict[int, tuple[CacheShape, int]] = {}
+        self.Workspace = self._workspace()
+
+    def _workspace(self) -> type[DecodeWorkspace]:
+        play = self._play
+
+        @dataclass
+        class Workspace(DecodeWorkspace):
+            def __post_init__(self) -> None:
+                # Here, so that an engine that measures what memory is left counts them.
+                self.played = torch.zeros_like(self.block_lse), torch.zeros_like(self.chunk_lse)
+
+            def selected_by(self, view: LayerView, batch: DecodeBatch, lists: Lists) -> Lists:
+                block_lse, chunk_lse = (
+                    buffer[: scores.numel()].view(scores.shape)
+                    for buffer, scores in zip(
+                        self.played, (lists.block_lse, lists.chunk_lse), strict=True
+                    )
+                )
+                played = replace(lists, block_lse=block_lse, chunk_lse=chunk_lse)
+                play(view, batch, played)
+                return played
+
+        return Workspace
+
+    @property
+    def shortest_tokens(self) -> int:
+        """A request must be at least this long for every recorded block to have a place."""
+        return int(self.recording.seq_lens[-1]) + self.recording.v_block_tokens
+
+    def install(self) -> None:
+        """Take part in every step of the engines that this process starts from now on.
+
+        What a worker checks its kernels with before it serves is not played.
+        """
+        split_cache_gpu.DecodeWorkspace = self.Workspace  # type: ignore[misc]
+
+    def _play(self, view: LayerView, batch: DecodeBatch, lists: Lists) -> None:
+        """Write what a step selects by, on the current stream."""
+        self._launched[batch.num_requests] = view.shape, batch.max_blocks
+        self.launch(
+            view.shape, view.index, lists.seq_lens, lists.block_table, lists.block_lse,
+            lists.chunk_lse,
+        )  # fmt: skip
+
+    def launch(
+        self,
+        shape: CacheShape,
+        layer: int,
+        seq_lens: torch.Tensor,
+        block_table: torch.Tensor,
+        block_lse: torch.Tensor,
+        chunk_lse: torch.Tensor,
+    ) -> None:
+        """The kernel.
+
+        Args:
+            shape: of the model that is measured.
+            layer: number of the layer that is played.
+            seq_lens: [B] int32, on the device of the recording; 0 marks a padded row, which is left
+                alone.
+            block_table: [B, MB] int32, beside it. Its first column tells requests apart.
+            block_lse: [B, Hq, P] float32, beside it, contiguous. Written up to the length of each
+                request.
+            chunk_lse: [B, Hq, C] float32, beside it, contiguous. Written: the sums of chunks.
+        Raises:
+            ValueError: V blocks of another size than those that were recorded.
+
+        Graph-safe: no allocation, no host sync, a grid that depends on shapes only.
+        """
+        if shape.block_tokens != self.recording.v_block_tokens:
+            raise ValueError(
+                f"replay: V blocks of {shape.block_tokens} tokens, and the recording has blocks of "
+                f"{self.recording.v_block_tokens}"
+            )
+        num_texts, layers, heads, num_steps, trace_blocks = self.codes.shape
+        group, max_blocks = self.recording.group, block_lse.shape[2]
+        grid = (triton.cdiv(max_blocks, _CHUNK), shape.num_kv_heads, block_lse.shape[0])
+        replay_kernel[grid](
+            self.codes, self.lengths, seq_lens, block_table, block_lse, chunk_lse,
+            block_table.stride(0), max_blocks, chunk_lse.shape[2], layer, shape.num_layers,
+            num_texts, layers * heads // group, group, num_steps, trace_blocks,
+            NUM_KV_HEADS=shape.num_kv_heads, GROUP=shape.group, BLOCK_TOKENS=shape.block_tokens,
+            CHUNK=_CHUNK, CHUNK_BLOCKS=chunk_blocks(shape),
+        )  # fmt: skip
+
+    def cost_ms(self, num_requests: int, tokens: int) -> float:
+        """What the kernel adds to a step, measured alone on an idle GPU.
+
+        Graphs hold its launches of all layers, for as many requests as a step had, or the next
+        larger number that there was (a padded batch). More requests than any call had decode in
+        several groups, and so are measured.
+
+        Args:
+            num_requests: requests of the batch.
+            tokens: length of each.
+        Raises:
+            ValueError: no step was seen.
+        """
+        if not self._launched:
+            raise ValueError("replay: no step was seen")
+        total, largest = 0.0, max(self._launched)
+        for first in range(0, num_requests, largest):
+            total += self._group_cost_ms(min(largest, num_requests - first), tokens)
+        return total
+
+    def _group_cost_ms(self, num_requests: int, tokens: int) -> float:
+        from benchmarks.ops.common import time_calls
+
+        size = min(size for size in self._launched if size >= num_requests)
+        shape, max_blocks = self._launched[size]
+        device, heads = self.codes.device, shape.num_query_heads
+        block_lse = torch.empty((size, heads, max_blocks), device=device)
+        chunk_lse = torch.empty((size, heads, num_chunks(shape, max_blocks)), device=device)
+        lengths = torch.zeros(size, dtype=torch.int32, device=device)
+        lengths[:num_requests] = tokens
+        table = torch.arange(size, dtype=torch.int32, device=device)[:, None]
+        calls = [
+            functools.partial(self.launch, shape, layer, lengths, table, block_lse, chunk_lse)
+            for layer in range(shape.num_layers)
+        ]
+        return time_calls(calls).p50 * shape.num_layers

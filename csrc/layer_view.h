@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the kernels are given, in types that host and device code share: a layer, which stays as it
+// is, and a step. The words of the state tensors are those of vllm_kcache/cache/hot_cache.py.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace kcache {
+
+// Words of HotCache.state.
+constexpr int kHand = 0, kEpoch = 1, kScored = 2, kEnded = 3, kWanted = 4, kMissed = 5,
+              kExisting = 6, kRestUntil = 7, kStateWords = 8;
+// Words of HotCache.counters.
+constexpr int kLists = 0, kSelected = 1, kHits = 2, kMisses = 3, kDirect = 4;
+constexpr int kFirstDroppedBucket = 8, kDroppedBuckets = 16;
+constexpr int kCounterWords = kFirstDroppedBucket + kDroppedBuckets;
+
+constexpr int kMaxGroup = 16;        // query heads of a KV head
+constexpr int kMaxBlocks = 1 << 20;  // V blocks of a request
+constexpr int kDone = -1;            // in `lists`: selected and fetched
+
+using Word = unsigned long long;
+constexpr Word kEmptySlot = ~0ull;  // a slot that holds nothing
+
+// One layer: its rows on the host, the hot cache, and the rule by which V blocks are selected.
+struct LayerView {
+  uint64_t magic;
+  const char* host_rows;  // a row of `row_bytes` for each physical V block, mapped host memory
+  char* slots;            // [num_slots, row_bytes]
+  int* table;             // slot of each physical V block of each layer, or -1
+  Word* slot_word;        // owner (upper half) and epoch of the last use (lower half) of each slot
+  int* state;
+  Word* counters;
+  int64_t layer_rows;  // where the layer begins in `table`
+  unsigned num_slots;  // 0: every row is read from the host
+  int row_bytes, num_kv_heads, group, block_tokens, blocks_per_page;
+  int top_n;             // -1: no cap
+  float coverage;        // negative: none
+  float mass_threshold;  // every block of at least this mass; negative: no such rule
+  int sink_blocks, recent_tokens;
+  bool combine_max;
+};
+constexpr uint64_t kLayerMagic = 0x6b63616368650000u + sizeof(LayerView);
+
+// One call: a batch of B requests. A null pointer is an output that the call does not have.
+struct Step {
+  const int* seq_lens;     // [B]
+  const int* block_table;  // [B, MB]
+  const float* block_lse;  // [B, Hq, P]
+  const float* chunk_lse;  // [B, Hq, C], of each chunk of blocks
+  int* blocks;             // [B, Hkv, N]
+  int* counts;             // [B, Hkv]
+  float* mass;             // [B, Hkv]
+  float* lse;              // [B, Hq] log-sum-exp over the request
+  int* rows;               // [B, Hkv, N]
+  int* lists;  // [B * Hkv] programs of the score kernel that are done with a list, or kDone
+  int64_t table_stride;
+  int num_lists, max_blocks, max_chunks, chunk_blocks, columns;
+};
+
+// Beside a score kernel that adds to `Step::lists`.
+struct Follow {
+  int splits;  // programs that share a list, where it has chunks for all
+  int least;   // thread blocks that work however little there is to fetch
+};
+
+}  // namespace kcache

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vllm_kcache/memory.py plans is what is allocated."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from vllm_kcache.cache.formats import CacheShape
+from vllm_kcache.cache.hot_cache import COUNTER_WORDS, STATE_WORDS, HotCache
+from vllm_kcache.config import KCacheConfig
+from vllm_kcache.kernels.workspace import DecodeWorkspace
+from vllm_kcache.memory import GROUP_REQUESTS, WORKSPACE_BYTES, GPUMemory, StepLimits
+
+SHAPES = (
+    CacheShape(2, 8, 2, 64, 16, 8, torch.bfloat16),
+    CacheShape(3, 9, 3, 64, 32, 4, torch.float32),
+    CacheShape(1, 4, 4, 80, 16, 16, torch.float16),
+)
+SETTINGS = ({}, {"top_n": 16}, {"top_n": "all"}, {"coverage": 0.9})
+
+
+def bytes_of(holder: object) -> int:
+    """Of all tensors that an object has."""
+    values = (getattr(holder, field.name) for field in fields(holder))  # type: ignore[arg-type]
+    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+
+
+def planned(shape: CacheShape, settings: dict, limits: StepLimits) -> GPUMemory:
+    config = KCacheConfig.from_user(settings)
+    return GPUMemory(shape, config.selection(shape.block_tokens), limits)
+
+
+@pytest.mark.parametrize(("shape", "settings"), list(itertools.product(SHAPES, SETTINGS)))
+def test_buffers_are_as_planned(shape: CacheShape, settings: dict) -> None:
+    memory = planned(shape, settings, StepLimits(7, 128, 1000))
+    workspace = DecodeWorkspace.make(
+        shape, memory.selection, memory.group_requests, memory.max_blocks, "cpu"
+    )
+    scratch = 3 * memory.scratch_tokens + 128
+    assert memory.fixed_bytes == bytes_of(workspace) + scratch * shape.token_bytes
+
+
+@pytest.mark.parametrize("slots", [0, 1, 100])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_slots_and_tables_are_as_planned(shape: CacheShape, slots: int) -> None:
+    memory = planned(shape, {}, StepLimits(7, 128, 1000))
+    pages = 11
+    rows = pages * shape.rows_per_page
+    cache = HotCache.make(slots, shape.num_layers, rows, shape.row.bytes, "cpu")
+    words = 4 * STATE_WORDS + 8 * COUNTER_WORDS
+    # Beside the table, 4 bytes for each token slot of a step that prefills with context.
+    tables = pages * (memory.page_bytes - 4 * shape.page_tokens)
+    assert bytes_of(cache) == slots * memory.slot_bytes + tables + words
+    k_page = shape.host_page_bytes
+    available = slots * memory.slot_bytes + pages * (k_page + memory.page_bytes)
+    assert memory.pages(available, k_page, slots) == pages
+    assert memory.pages(available - 1, k_page, slots) == pages - 1
+
+
+def test_the_size_of_the_hot_cache() -> None:
+    memory = planned(SHAPES[0], {}, StepLimits(7, 128, 1000))
+    assert memory.hot_slots(10**9, 0) == 0
+    assert memory.hot_slots(10**9, 1.0) == 2**30 // memory.slot_bytes
+    assert memory.hot_slots(10**9, "auto") == 70_000_000 // memory.slot_bytes
+
+
+def test_groups_are_as_large_as_their_buffers_allow() -> None:
+    """64 query heads, 8 KV heads: at 32K the cap of 64 decides, at 128K the bytes."""
+    shape = CacheShape(32, 64, 8, 128, 16, 8, torch.bfloat16)
+    for length, fewer in ((32768, False), (131072, True)):
+        memory = planned(shape, {}, StepLimits(256, 8192, length))
+        assert (memory.group_requests < GROUP_REQUESTS) == fewer
+        assert memory._workspace_bytes(memory.group_requests) <= WORKSPACE_BYTES
+        if fewer:
+            assert memory._workspace_bytes(memory.group_requests + 1) > WORKSPACE_BYTES
+    few = replace(memory, limits=StepLimits(3, 8192, 4096))
+    assert few.group_requests == 3

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What fits: blocks of stock vLLM and of the split cache, by GPU and host memory.
+
+What the split cache takes is what vllm_kcache/memory.py plans for the engine. Bytes are of one
+rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_kcache.cache.formats import CacheShape
+from vllm_kcache.config import KCacheConfig
+from vllm_kcache.memory import GPUMemory, StepLimits
+from vllm_kcache.planner.shape import ModelShape, PlanError
+
+GIB = 2**30
+
+# CUDA context, libraries and graphs: memory of two stock engines that was neither weights nor
+# activations nor cache (docs/plan.md, "Memory").
+OTHER_GPU_BYTES = 450_000_000
+_DTYPES = {1: torch.uint8, 2: torch.bfloat16, 4: torch.float32}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Engine arguments that decide what fits; names are vLLM's.
+
+    Attributes:
+        max_model_len: Longest request, tokens.
+        max_num_seqs: Most requests of a step.
+        max_num_batched_tokens: Most tokens of a step.
+        block_size: S, tokens of a page.
+        gpu_memory_utilization: Share of the GPU's memory that vLLM may use.
+        tensor_parallel_size: Ranks that share the model.
+    """
+
+    max_model_len: int
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    block_size: int = 16
+    gpu_memory_utilization: float = 0.9
+    tensor_parallel_size: int = 1
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What one engine can hold, per rank.
+
+    Attributes:
+        num_blocks: Pages.
+        limited_by: "GPU memory" or "host memory".
+        cache_bytes: GPU memory for pages.
+        host_bytes: Host memory for V.
+        hot_cache_bytes: GPU memory of the hot V cache.
+        buffer_bytes: GPU memory of the split cache's other buffers.
+    """
+
+    num_blocks: int
+    limited_by: str
+    cache_bytes: int
+    host_bytes: int = 0
+    hot_cache_bytes: int = 0
+    buffer_bytes: int = 0
+
+    def requests(self, context: int, block_size: int) -> float:
+        """Requests of `context` tokens that fit at once. vLLM keeps one block to itself."""
+        return max(0, self.num_blocks - 1) / -(-context // block_size)
+
+
+def kv_heads_of_rank(shape: ModelShape, engine: Engine) -> int:
+    """KV heads of a rank: shared out, and repeated where there are fewer than ranks."""
+    return max(1, shape.num_kv_heads // engine.tensor_parallel_size)
+
+
+def cache_shape(shape: ModelShape, engine: Engine, config: KCacheConfig) -> CacheShape:
+    """Geometry of the split layers of a rank."""
+    dense = len(config.resolved_dense_layers(shape.num_layers))
+    return CacheShape(
+        num_layers=shape.num_layers - dense,
+        num_query_heads=shape.num_query_heads // engine.tensor_parallel_size,
+        num_kv_heads=kv_heads_of_rank(shape, engine),
+        head_size=shape.head_size,
+        page_tokens=engine.block_size,
+        block_tokens=config.resolved_v_block_tokens(
+            shape.head_size, shape.itemsize, engine.block_size
+        ),
+        dtype=_DTYPES[shape.itemsize],
+    )
+
+
+def gpu_memory(shape: ModelShape, engine: Engine, config: KCacheConfig) -> GPUMemory:
+    """What the engine plans its buffers by."""
+    cache = cache_shape(shape, engine, config)
+    limits = StepLimits(engine.max_num_seqs, engine.max_num_batched_tokens, engine.max_model_len)
+    return GPUMemory(cache, config.selection(cache.block_tokens), limits)
+
+
+def k_page_bytes(shape: ModelShape, engine: Engine, config: KCacheConfig) -> int:
+    """GPU memory of one page of K, and of V of dense layers."""
+    dense = len(config.resolved_dense_layers(shape.num_layers))
+    return (shape.num_layers + dense) * _layer_page_bytes(shape, engine)
+
+
+def _layer_page_bytes(shape: ModelShape, engine: Engine) -> int:
+    heads = kv_heads_of_rank(shape, engine)
+    return heads * shape.head_size * engine.block_size * shape.itemsize
+
+
+# What fits.
+
+
+def activation_bytes(shape: ModelShape, engine: Engine) -> int:
+    """Peak of one layer on the largest step: gate and up, their product, and four vectors."""
+    inner = 3 * shape.intermediate_size / engine.tensor_parallel_size
+    width = inner + 4 * shape.hidden_size
+    return int(engine.max_num_batched_tokens * width * shape.itemsize)
+
+
+def cache_bytes_gpu(shape: ModelShape, engine: Engine, gpu_memory_bytes: float) -> int:
+    """GPU memory that vLLM leaves for the cache.
+
+    Raises:
+        PlanError: Nothing is left.
+    """
+    weights = shape.weight_bytes // engine.tensor_parallel_size
+    used = weights + activation_bytes(shape, engine) + OTHER_GPU_BYTES
+    left = int(gpu_memory_bytes * engine.gpu_memory_utilization) - used
+    if left <= 0:
+        raise PlanError(
+            f"{shape.name}: weights of {weights / GIB:.1f} GiB and "
+            f"{(used - weights) / GIB:.1f} GiB beside them do not fit in "
+            f"{engine.gpu_memory_utilization:.2f} x {gpu_memory_bytes / GIB:.1f} GiB. Use a larger "
+            "GPU, --tensor-parallel-size, or --weight-bits for quantised weights."
+        )
+    return left
+
+
+def fit_stock(
+    shape: ModelShape, engine: Engine, gpu_memory_bytes: float, kv_itemsize: int | None = None
+) -> Fit:
+    """Blocks of stock vLLM.
+
+    Args:
+        kv_itemsize: Bytes of a cached value; None takes the model's, 1 is fp8.
+    """
+    available = cache_bytes_gpu(shape, engine, gpu_memory_bytes)
+    values = _layer_page_bytes(shape, engine) // shape.itemsize
+    page = 2 * shape.num_layers * values * (kv_itemsize or shape.itemsize)
+    return Fit(available // page, "GPU memory", available)
+
+
+def fit_split(
+    shape: ModelShape,
+    engine: Engine,
+    gpu_memory_bytes: float,
+    host_budget_bytes: float,
+    config: KCacheConfig,
+) -> Fit:
+    """Blocks of the split cache: the least of what K needs on the GPU and V on the host.
+
+    Args:
+        host_budget_bytes: Host memory for V of all ranks together.
+    """
+    memory = gpu_memory(shape, engine, config)
+    buffers = memory.fixed_bytes
+    left = max(0, cache_bytes_gpu(shape, engine, gpu_memory_bytes) - buffers)
+    slots = memory.hot_slots(left, config.hot_cache_gib)
+    page, v_page = k_page_bytes(shape, engine, config), memory.shape.host_page_bytes
+    on_gpu = max(0, memory.pages(left, page, slots))
+    on_host = int(host_budget_bytes / engine.tensor_parallel_size) // v_page
+    blocks = min(on_gpu, on_host)
+    return Fit(
+        num_blocks=blocks,
+        limited_by="host memory" if on_host < on_gpu else "GPU memory",
+        cache_bytes=blocks * page,
+        host_bytes=blocks * v_page,
+        hot_cache_bytes=slots * memory.slot_bytes,
+        buffer_bytes=buffers + blocks * memory.page_bytes,
+    )

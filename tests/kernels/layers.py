@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from tests.reference.coded import Coded
 from tests.shapes import Case
 from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.cache.hot_cache import HotCache
 from vllm_kcache.cache.layer_view import LayerView
 from vllm_kcache.kernels.select import packed_view
 from vllm_kcache.kernels.workspace import DecodeBatch, DecodeWorkspace
-from vllm_kcache.types import Selection, Tail
+from vllm_kcache.types import KStats, Selection, Tail
 
 
 def cache_shape(case: Case, num_layers: int = 2) -> CacheShape:
@@ -68,8 +69,26 @@ def layer_of(
     v_pool = case.v_pool if device == "cpu" else case.v_pool.pin_memory()
     rows = host_rows(v_pool, shape)
     cache = HotCache.make(num_slots, 2, rows.shape[0], shape.row.bytes, device)
-    view = LayerView(index, shape, selection, tail, case.k_pages.to(device), rows, cache)
+    view = LayerView(index, shape, selection, tail, case.k_pages.to(device), rows, hot_cache=cache)
     view = replace(view, packed=packed_view(view))
+    return _with_batch(case, view, device)
+
+
+def code_layer_of(
+    coded: Coded, selection: Selection, tail: Tail, num_slots: int, device: str = "cpu"
+) -> Layer:
+    """Coded pages and rows of a case as layer 1 of two, on the device."""
+    case = coded.case
+    shape = replace(cache_shape(case), k_bits=4, host_dtype=coded.row.host_dtype)
+    rows = coded.host_rows if device == "cpu" else coded.host_rows.pin_memory()
+    cache = HotCache.make(num_slots, 2, rows.shape[0], shape.row.bytes, device)
+    stats = KStats(coded.stats.mean.to(device), coded.stats.deviation.to(device))
+    view = LayerView(1, shape, selection, tail, coded.code_pages.to(device), rows, stats, cache)
+    return _with_batch(case, view, device)
+
+
+def _with_batch(case: Case, view: LayerView, device: str) -> Layer:
+    shape, selection = view.shape, view.selection
     batch = DecodeBatch(
         case.query.to(device), case.block_table.to(device), case.seq_lens.to(device), case.scale,
         case.shape.max_blocks,

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attend over the selected V blocks (Triton). Definition: reference/attend.py.
 
+K is read from the pages, or with K codes in the pages from the rows, beside V.
+
 A list of selected blocks is dealt to `splits` programs in strides, by its length on the device.
 Each leaves an unnormalised sum with its maximum and weight; the last of a list to finish adds
 them up, so there is one launch whatever the split. Rows at `r >= 0` are read from GPU memory,
@@ -27,22 +29,29 @@ from vllm_kcache.types import Selected
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # With the tail "clip", probabilities are counted in units of 2^-15: no maximum scales them up, and
-# small ones would lose bits in float16, which holds 2^15.
-UNIT_BITS = tl.constexpr(15.0)
-ONE = tl.constexpr(float(1 << 15))
+# small ones would lose bits in float16, which holds 2^15. Of rows selected by estimates a weight
+# may be above 1, as often as the estimate was below the score: there the unit is 2^-11.
+UNIT_BITS, ONE = tl.constexpr(15.0), tl.constexpr(float(1 << 15))
+ESTIMATED_UNIT_BITS, ESTIMATED_ONE = tl.constexpr(11.0), tl.constexpr(float(1 << 11))
+# Where K of a selected token lies: in its page, in its row as the model's dtype, or as int8.
+K_IN_PAGE, K_IN_ROW, K_INT8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _MOST_PARTS = tl.constexpr(MAX_SPLITS)
 _EPOCH = tl.constexpr(EPOCH)
+_TRITON_DTYPES = {
+    torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16
+}  # fmt: skip
 # Parts whose loads are on their way at once while they are added up.
 _AHEAD = tl.constexpr(4)
 
 
 @triton.jit
 def attend_share(
-    q, k_pages, v_rows, rows, blocks, table_row, first, step, count, num_tokens, head_base, scale,
-    host_distance, page_stride, shift, limit, GROUP_PADDED: tl.constexpr, HEAD_SIZE: tl.constexpr,
-    HEAD_PADDED: tl.constexpr, PAGE_TOKENS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
-    CHUNK_BLOCKS: tl.constexpr, VALUES_OF_16_BYTES: tl.constexpr, PRECISION: tl.constexpr,
-    CLIP: tl.constexpr,
+    q, bias, k_pages, row_values, row_scales, rows, blocks, table_row, first, step, count,
+    num_tokens, head_base, scale, host_distance, page_stride, shift, limit,
+    GROUP_PADDED: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, CHUNK_BLOCKS: tl.constexpr,
+    ROW_VALUES: tl.constexpr, VALUES_OF_16_BYTES: tl.constexpr, PRECISION: tl.constexpr,
+    CLIP: tl.constexpr, KEYS: tl.constexpr, V_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Attention over every `step`-th column of a list from `first`, in chunks.
 
@@ -53,7 +62,7 @@ def attend_share(
     in_head = tl.arange(0, HEAD_PADDED)
     in_chunk = tl.arange(0, CHUNK_BLOCKS * BLOCK_TOKENS)
     in_block = in_chunk % BLOCK_TOKENS
-    row_values: tl.constexpr = BLOCK_TOKENS * HEAD_SIZE
+    part_values: tl.constexpr = BLOCK_TOKENS * HEAD_SIZE
     largest = tl.full((GROUP_PADDED,), 0.0 if CLIP else float("-inf"), tl.float32)
     weight = tl.zeros((GROUP_PADDED,), tl.float32)
     sums = tl.zeros((GROUP_PADDED, HEAD_PADDED), tl.float32)
@@ -64,36 +73,47 @@ def attend_share(
         row = tl.load(rows + column, mask=listed, other=0)
         token = block * BLOCK_TOKENS + in_block
         exists = listed & (token < num_tokens)
-        page = tl.load(table_row + token // PAGE_TOKENS, mask=exists, other=0).to(tl.int64)
-        k_offset = page * page_stride + head_base + (token % PAGE_TOKENS) * HEAD_SIZE
         mask = exists[:, None]
         if HEAD_SIZE != HEAD_PADDED:
             mask = mask & (in_head < HEAD_SIZE)[None, :]
-        k = tl.load(k_pages + k_offset[:, None] + in_head[None, :], mask=mask, other=0.0)
         # One base pointer and a distance reach both memories. Both are aligned to 16 bytes, which
         # the compiler must know to load as much at once.
-        here = row.to(tl.int64) * row_values
+        here = row.to(tl.int64) * ROW_VALUES
         # A distance below 32 GiB arrives in 32 bits, where its product would not fit.
         host = host_distance.to(tl.int64) * VALUES_OF_16_BYTES
-        host += (-2 - row).to(tl.int64) * row_values
-        v_offset = tl.multiple_of(tl.where(row >= 0, here, host), VALUES_OF_16_BYTES)
-        v_offset += in_block * HEAD_SIZE
-        v = tl.load(v_rows + v_offset[:, None] + in_head[None, :], mask=mask, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
+        host += (-2 - row).to(tl.int64) * ROW_VALUES
+        row_offset = tl.multiple_of(tl.where(row >= 0, here, host), VALUES_OF_16_BYTES)
+        offset = row_offset + in_block * HEAD_SIZE
+        if KEYS == K_IN_PAGE:
+            page = tl.load(table_row + token // PAGE_TOKENS, mask=exists, other=0).to(tl.int64)
+            k_offset = page * page_stride + head_base + (token % PAGE_TOKENS) * HEAD_SIZE
+            k = tl.load(k_pages + k_offset[:, None] + in_head[None, :], mask=mask, other=0.0)
+        else:
+            k = tl.load(row_values + offset[:, None] + in_head[None, :], mask=mask, other=0)
+            offset += part_values
+        v = tl.load(row_values + offset[:, None] + in_head[None, :], mask=mask, other=0)
+        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * (scale * LOG2_E)
+        if KEYS == K_INT8:
+            # Scales are float16, two bytes each where a value has one.
+            at = row_offset // 2 + part_values + in_block
+            k_scale = tl.load(row_scales + at, mask=exists, other=0.0).to(tl.float32)
+            v_scale = tl.load(row_scales + at + BLOCK_TOKENS, mask=exists, other=0.0)
+            scores = scores * k_scale[None, :] + (bias * LOG2_E)[:, None]
         scores = tl.where(exists[None, :], scores, float("-inf"))
         if CLIP:
             weights = tl.minimum(tl.exp2(scores - shift[:, None]), limit[:, None])
             weight += tl.sum(weights, 1)
-            sums += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         else:
             # The first block of a chunk has at least one token, so the maximum is finite.
             new_largest = tl.maximum(largest, tl.max(scores, 1))
             rescale = tl.exp2(largest - new_largest)
             weights = tl.exp2(scores - new_largest[:, None])
             weight = weight * rescale + tl.sum(weights, 1)
-            rescaled = sums * rescale[:, None]
-            sums = rescaled + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+            sums = sums * rescale[:, None]
             largest = new_largest
+        if KEYS == K_INT8:
+            weights = weights * v_scale.to(tl.float32)[None, :]
+        sums += tl.dot(weights.to(V_DTYPE), v.to(V_DTYPE), input_precision=PRECISION)
     return largest, weight, sums
 
 
@@ -149,16 +169,28 @@ def add_parts(
 
 
 @triton.jit
-def share_out(weight, sums, GROUP_PADDED: tl.constexpr, HEAD_PADDED: tl.constexpr):
-    """Result [G, D] of the tail "clip", from its rows: the probabilities', then the clipped's."""
+def share_out(
+    weight, sums, dropped, one, GROUP_PADDED: tl.constexpr, HEAD_PADDED: tl.constexpr,
+    ESTIMATED: tl.constexpr,
+):  # fmt: skip
+    """Result [G, D] of the tail "clip", from its rows: the probabilities', then the clipped's.
+
+    With ESTIMATED the mass that was dropped is given, [2 G] in the order of the rows, in units of
+    the estimated total; otherwise it is what the probabilities lack.
+    """
     weights = tl.reshape(weight, (2, GROUP_PADDED // 2))
     clipped = (tl.arange(0, 2) == 1)[:, None]
     kept = tl.sum(tl.where(clipped, 0.0, weights), 0)
     clipped_weight = tl.sum(tl.where(clipped, weights, 0.0), 0)
-    dropped = tl.maximum(ONE - kept, 0.0)
+    if ESTIMATED:
+        given = tl.reshape(dropped, (2, GROUP_PADDED // 2))
+        dropped_mass = tl.maximum(tl.sum(tl.where(clipped, 0.0, given), 0), 0.0) * one
+    else:
+        dropped_mass = tl.maximum(one - kept, 0.0)
     # A padded row has weights and sums of 0 and gives 0.
-    share = dropped / tl.maximum(clipped_weight, 1e-30)
-    factors = tl.where(clipped, share[None, :], 1.0) / (kept + dropped)[None, :]
+    share = dropped_mass / tl.maximum(clipped_weight, 1e-30)
+    total = tl.maximum(kept + dropped_mass, 1e-30)
+    factors = tl.where(clipped, share[None, :], 1.0) / total[None, :]
     sums = tl.reshape(sums, (2, GROUP_PADDED // 2, HEAD_PADDED))
     return tl.sum(sums * factors[:, :, None], 0)
 
@@ -166,14 +198,15 @@ def share_out(weight, sums, GROUP_PADDED: tl.constexpr, HEAD_PADDED: tl.constexp
 # Batch sizes differ in these numbers only, and share one compiled kernel.
 @triton.jit(do_not_specialize=["columns", "host_distance"])
 def attend_kernel(
-    query, k_pages, v_rows, rows, blocks, counts, block_table, seq_lens, request_lse, state,
-    partial_sums, partial_weights, arrivals, out, scale, clip, host_distance, query_stride,
-    page_stride, table_stride, out_stride, columns,
+    query, query_bias, k_pages, row_values, row_scales, rows, blocks, counts, block_table,
+    seq_lens, request_lse, request_dropped, state, partial_sums, partial_weights, arrivals, out,
+    scale, clip, host_distance, query_stride, page_stride, table_stride, out_stride, columns,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     GROUP_PADDED: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
     PAGE_TOKENS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, CHUNK_BLOCKS: tl.constexpr,
-    SPLIT: tl.constexpr, CLIP: tl.constexpr, VALUES_OF_16_BYTES: tl.constexpr,
-    PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
+    ROW_VALUES: tl.constexpr, VALUES_OF_16_BYTES: tl.constexpr, SPLIT: tl.constexpr,
+    CLIP: tl.constexpr, KEYS: tl.constexpr, V_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     if DEPENDENT:
         gdc_wait()
@@ -198,18 +231,33 @@ def attend_kernel(
     values_mask = group_mask[:, None] & (in_head < HEAD_SIZE)[None, :]
     values = heads[:, None] * HEAD_SIZE + in_head[None, :]
     q = tl.load(query + request * query_stride + values, mask=values_mask, other=0.0)
+    bias = tl.zeros((GROUP_PADDED,), tl.float32)
+    if KEYS == K_INT8:
+        # Ten bits of k' are exact in float16, and of q' more than in bfloat16.
+        q = q.to(tl.float32 if V_DTYPE == tl.float32 else tl.float16)
+        bias = tl.load(query_bias + request * NUM_HEADS + heads, mask=group_mask, other=0.0)
     shift = tl.zeros((GROUP_PADDED,), tl.float32)
     limit = tl.zeros((GROUP_PADDED,), tl.float32)
+    dropped = tl.zeros((GROUP_PADDED,), tl.float32)
+    unit_bits: tl.constexpr = UNIT_BITS if KEYS == K_IN_PAGE else ESTIMATED_UNIT_BITS
+    one: tl.constexpr = ONE if KEYS == K_IN_PAGE else ESTIMATED_ONE
     if CLIP:
         lse = tl.load(request_lse + request * NUM_HEADS + heads, mask=group_mask, other=0.0)
-        shift = lse * LOG2_E - UNIT_BITS
-        limit = tl.where(padded_row < side_rows, 1.0, clip) * ONE
+        shift = lse * LOG2_E - unit_bits
+        # Estimates may be below the scores: a weight has no bound but the dtype's.
+        most = one if KEYS == K_IN_PAGE else float("inf")
+        limit = tl.where(padded_row < side_rows, most, clip * one)
+        if KEYS != K_IN_PAGE:
+            dropped = tl.load(
+                request_dropped + request * NUM_HEADS + heads, mask=group_mask, other=0.0
+            )
     largest, weight, sums = attend_share(
-        q, k_pages, v_rows, rows + list_id * columns, blocks + list_id * columns,
-        block_table + request * table_stride, split * CHUNK_BLOCKS, splits * CHUNK_BLOCKS, count,
-        num_tokens, head.to(tl.int64) * (PAGE_TOKENS * HEAD_SIZE), scale, host_distance,
-        page_stride, shift, limit, GROUP_PADDED, HEAD_SIZE, HEAD_PADDED, PAGE_TOKENS, BLOCK_TOKENS,
-        CHUNK_BLOCKS, VALUES_OF_16_BYTES, PRECISION, CLIP,
+        q, bias, k_pages, row_values, row_scales, rows + list_id * columns,
+        blocks + list_id * columns, block_table + request * table_stride, split * CHUNK_BLOCKS,
+        splits * CHUNK_BLOCKS, count, num_tokens, head.to(tl.int64) * (PAGE_TOKENS * HEAD_SIZE),
+        scale, host_distance, page_stride, shift, limit, GROUP_PADDED, HEAD_SIZE, HEAD_PADDED,
+        PAGE_TOKENS, BLOCK_TOKENS, CHUNK_BLOCKS, ROW_VALUES, VALUES_OF_16_BYTES, PRECISION, CLIP,
+        KEYS, V_DTYPE,
     )  # fmt: skip
     last = True
     if SPLIT:
@@ -232,7 +280,8 @@ def attend_kernel(
             )  # fmt: skip
     if last:
         if CLIP:
-            result = share_out(weight, sums, GROUP_PADDED, HEAD_PADDED)
+            estimated: tl.constexpr = KEYS != K_IN_PAGE
+            result = share_out(weight, sums, dropped, one, GROUP_PADDED, HEAD_PADDED, estimated)
         else:
             # A padded row has sums of 0 and gives 0.
             result = sums / tl.where(count > 0, weight, 1.0)[:, None]
@@ -260,10 +309,12 @@ def attend_blocks(
     The last launch of a step: it ends the epoch of the hot cache.
 
     Args:
-        selected: the lists, GPU. `lse` is read for the tail "clip" only.
+        selected: the lists, GPU. `lse`, and `dropped` where K is in the rows, are read for the tail
+            "clip" only.
         rows: [B, Hkv, N] int32, GPU. Where each selected row lies (`types.Fetched`); 0 and above is
             a slot of the hot cache.
-        workspace: `sums`, `weights` and `arrivals` are used.
+        workspace: `sums`, `weights` and `arrivals` are used; with rows of int8 also the query as
+            scoring left it, `code_query` and `code_bias`.
         out: [B, Hq, D] model dtype, GPU. Written and returned; 0 for a padded row.
         config: launch shape, chosen by `attend_config` unless given.
         dependent: launch it as kernels/dependent.py says.
@@ -282,24 +333,36 @@ def attend_blocks(
         config = attend_config(shape, num_lists, columns)
     rows_of_list = shape.group if clip is None else 2 * shape.group
     _check_workspace(workspace, num_lists, num_lists * config.splits * rows_of_list)
+    row = shape.row
+    keys = K_IN_PAGE if not row.has_keys else K_INT8 if row.host_dtype == "int8" else K_IN_ROW
+    if keys.value == K_INT8.value:
+        query, bias = workspace.code_query[: query.numel()].view(query.shape), workspace.code_bias
+    else:
+        bias = workspace.lse
+    dropped = selected.dropped
+    if row.has_keys and clip is not None and dropped is None:
+        raise ValueError('tail="clip": needs selected.dropped where blocks are chosen by estimates')
     # With the hot cache off every row lies on the host.
-    values = view.hot_values if cache.num_slots else view.v_pages
-    distance = view.host_rows.data_ptr() - values.data_ptr()
+    base = cache.slots if cache.num_slots else view.host_rows
+    distance = view.host_rows.data_ptr() - base.data_ptr()
     if distance % 16:
         raise ValueError("host rows and hot slots: must be aligned to 16 bytes")
     attend_kernel[(config.splits, shape.num_kv_heads, batch.num_requests)](
-        query, view.k_pages, values, rows, selected.blocks, selected.counts, batch.block_table,
-        batch.seq_lens, workspace.lse if selected.lse is None else selected.lse, cache.state,
-        workspace.sums, workspace.weights, workspace.arrivals, out, batch.scale,
-        1.0 if clip is None else clip, distance // 16, query.stride(0), view.k_pages.stride(0),
-        batch.block_table.stride(0), out.stride(0), columns,
+        query, bias, view.k_pages, base.view(row.value_dtype), base.view(torch.float16), rows,
+        selected.blocks, selected.counts, batch.block_table, batch.seq_lens,
+        workspace.lse if selected.lse is None else selected.lse,
+        workspace.lse if dropped is None else dropped, cache.state, workspace.sums,
+        workspace.weights, workspace.arrivals, out, batch.scale, 1.0 if clip is None else clip,
+        distance // 16, query.stride(0), view.k_pages.stride(0), batch.block_table.stride(0),
+        out.stride(0), columns,
         NUM_HEADS=shape.num_query_heads, NUM_KV_HEADS=shape.num_kv_heads, GROUP=shape.group,
         GROUP_PADDED=max(16, triton.next_power_of_2(rows_of_list)),
         HEAD_SIZE=shape.head_size, HEAD_PADDED=triton.next_power_of_2(shape.head_size),
         PAGE_TOKENS=shape.page_tokens, BLOCK_TOKENS=shape.block_tokens,
-        CHUNK_BLOCKS=config.chunk_blocks, SPLIT=config.splits > 1, CLIP=clip is not None,
-        VALUES_OF_16_BYTES=16 // query.element_size(),
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        CHUNK_BLOCKS=config.chunk_blocks, ROW_VALUES=row.bytes // row.value_dtype.itemsize,
+        VALUES_OF_16_BYTES=16 // row.value_dtype.itemsize, SPLIT=config.splits > 1,
+        CLIP=clip is not None, KEYS=keys.value, V_DTYPE=_TRITON_DTYPES[shape.dtype],
+        PRECISION="ieee" if shape.dtype == torch.float32 else "tf32",
         DEPENDENT=dependent, launch_pdl=dependent,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

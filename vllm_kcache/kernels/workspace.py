@@ -67,6 +67,7 @@ def workspace_buffers(
     chunks = score_plan.num_chunks(shape, max_blocks)
     places = lists * columns_of(selection, max_blocks)
     parts = attend_plan.most_parts(lists) * attend_plan.rows_of_list(shape.group, selection)
+    coded = 0 if shape.k_bits == 16 else heads
     return {
         "block_lse": (heads * max_blocks, torch.float32),
         "chunk_lse": (heads * chunks, torch.float32),
@@ -75,6 +76,9 @@ def workspace_buffers(
         "counts": (lists, torch.int32),
         "mass": (lists, torch.float32),
         "lse": (heads, torch.float32),
+        "dropped": (coded, torch.float32),
+        "code_query": (coded * shape.head_size, torch.float32),
+        "code_bias": (coded, torch.float32),
         "signals": (lists, torch.int32),
         "sums": (parts * score_plan.padded(shape.head_size), torch.float32),
         "weights": (parts * 2, torch.float32),
@@ -94,6 +98,9 @@ class DecodeWorkspace:
     Attributes:
         max_requests, max_blocks: of a batch.
         block_lse ... signals: flat, see `select.Lists`. `signals` is zero between steps.
+        code_query, code_bias: [B, Hq, D] and [B, Hq] float32, GPU. The query in the form that codes
+            are scored with, and what its score adds to each (reference/codes.py); empty with k_bits
+            16.
         sums, weights, arrivals: parts of attention (kernels/attend.py). `arrivals` is zero between
             launches.
         fetch_stream: where followers run; None on the CPU (the interpreter).
@@ -111,6 +118,9 @@ class DecodeWorkspace:
     counts: torch.Tensor
     mass: torch.Tensor
     lse: torch.Tensor
+    dropped: torch.Tensor
+    code_query: torch.Tensor
+    code_bias: torch.Tensor
     signals: torch.Tensor
     sums: torch.Tensor
     weights: torch.Tensor
@@ -168,6 +178,7 @@ class DecodeWorkspace:
             _front(self.counts, *lists),
             _front(self.mass, *lists),
             _front(self.lse, *heads),
+            _front(self.dropped, *heads) if shape.k_bits != 16 else None,
         )
         return Lists(
             batch.seq_lens,

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over rows of K and V, as the model's dtype and as int8, against its definition.
+
+`python -m tests.csrc.interpreted LIBRARY tests.kernels.attend_rows` runs it without a GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import torch
+
+from tests.conftest import assert_close
+from tests.kernels.layers import code_layer_of
+from tests.reference.coded import Coded
+from tests.reference.test_fetch import some_blocks
+from tests.shapes import Shape, build_case
+from vllm_kcache.kernels.attend import attend_blocks
+from vllm_kcache.kernels.attend_plan import AttendConfig
+from vllm_kcache.reference.attend import attend_rows
+from vllm_kcache.reference.codes import transform_query
+from vllm_kcache.reference.fetch import fetch_rows
+from vllm_kcache.reference.paging import physical_v_blocks
+from vllm_kcache.reference.score import score_codes
+from vllm_kcache.types import Selected, Selection
+
+SHAPES = (
+    Shape((33, 0, 20), 3, 3, 64, 32, 8),
+    Shape((65, 31, 7), 2, 2, 80, 32, 4),
+    Shape((70, 5), 2, 8, 128, 16, 8),
+)
+EVERY, CLIPPED = Selection(None, None, 1, 8, "sum"), Selection(None, None, 1, 8, "max", 0.02)
+
+
+def dropped_by(block_lse: torch.Tensor, lse: torch.Tensor, chosen: Selected) -> torch.Tensor:
+    """[B, Hq]: estimated mass of the blocks that are not in the lists."""
+    group = block_lse.shape[1] // chosen.blocks.shape[1]
+    masses = (block_lse - lse[..., None]).exp().nan_to_num()
+    blocks = chosen.blocks.repeat_interleave(group, 1)
+    taken = masses.gather(-1, blocks.clamp_min(0).long()).masked_fill(blocks < 0, 0.0)
+    return (1 - taken.sum(-1)).clamp_min(0)
+
+
+def check(
+    shape: Shape, host_dtype: str, rule: Selection, splits: int, device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> None:  # fmt: skip
+    """Half of the rows in slots in random order, the others read straight from the host."""
+    case = build_case(shape, dtype)
+    coded = Coded.of(case, host_dtype)
+    tokens, chosen = shape.v_block_tokens, some_blocks(shape)
+    block_lse = score_codes(
+        case.query, coded.code_pages, coded.stats, case.block_table, case.seq_lens, case.scale,
+        tokens, shape.max_blocks,
+    )  # fmt: skip
+    lse = block_lse.logsumexp(-1)
+    chosen = replace(chosen, lse=lse, dropped=dropped_by(block_lse, lse, chosen))
+    tail = "renormalize" if rule.clip is None else "clip"
+    per_page = shape.page_tokens // tokens
+    fetched = fetch_rows(chosen, case.block_table, coded.host_rows, shape.num_kv_heads, per_page)
+    expected = attend_rows(
+        case.query, coded.host_rows, coded.row, coded.stats, fetched, chosen, case.seq_lens,
+        case.scale, tail, clip=rule.clip,
+    )  # fmt: skip
+    there = len(fetched.v_rows)
+    layer = code_layer_of(coded, rule, tail, max(1, there), device)
+    order = torch.randperm(max(1, there))
+    layer.cache.slots.fill_(255)
+    layer.cache.slots[order[:there].to(device)] = fetched.v_rows.to(device)
+    physical = physical_v_blocks(chosen.blocks, case.block_table, shape.num_kv_heads, per_page)
+    rows = order[fetched.rows.clamp_min(0).long()].int()
+    rows = torch.where(fetched.rows % 2 == 1, -2 - physical.int(), rows)
+    rows = rows.masked_fill(fetched.rows < 0, -1)
+    query, bias = transform_query(case.query.float(), coded.stats)
+    layer.workspace.code_query[: query.numel()] = query.flatten().to(device)
+    layer.workspace.code_bias[: bias.numel()] = (bias * case.scale).flatten().to(device)
+    selected = Selected(
+        *(part.to(device) for part in (chosen.blocks, chosen.counts, chosen.mass)),
+        lse=lse.masked_fill(case.seq_lens[:, None] == 0, torch.nan).to(device),
+        dropped=chosen.dropped.to(device) if chosen.dropped is not None else None,
+    )
+    out = torch.full_like(layer.batch.query, torch.nan)
+    attend_blocks(
+        layer.view, layer.batch, selected, rows.to(device), layer.workspace, out,
+        config=AttendConfig(max(1, 16 // tokens), splits, 4, 2),
+    )  # fmt: skip
+    assert_close(out.cpu(), expected)
+
+
+def main() -> None:
+    """Every combination; any difference raises."""
+    cases = list(itertools.product(SHAPES, ("model", "int8"), (EVERY, CLIPPED), (1, 3)))
+    for case in cases:
+        check(*case)
+    print(f"{len(cases)} lists of rows attend as defined")
+
+
+if __name__ == "__main__":
+    main()

@@ -55,17 +55,29 @@ def test_slots_and_tables_are_as_planned(shape: CacheShape, slots: int) -> None:
     # Beside the table, 4 bytes for each token slot of a step that prefills with context.
     tables = pages * (memory.page_bytes - 4 * shape.page_tokens)
     assert bytes_of(cache) == slots * memory.slot_bytes + tables + words
-    k_page = shape.host_page_bytes
+    k_page, gib = shape.host_page_bytes, slots * memory.slot_bytes / 2**30
     available = slots * memory.slot_bytes + pages * (k_page + memory.page_bytes)
-    assert memory.pages(available, k_page, slots) == pages
-    assert memory.pages(available - 1, k_page, slots) == pages - 1
+    assert memory.plan(available, k_page, 10**6, gib) == (pages, slots)
+    assert memory.plan(available - 1, k_page, 10**6, gib) == (pages - 1, slots)
 
 
-def test_the_size_of_the_hot_cache() -> None:
-    memory = planned(SHAPES[0], {}, StepLimits(7, 128, 1000))
-    assert memory.hot_slots(10**9, 0) == 0
-    assert memory.hot_slots(10**9, 1.0) == 2**30 // memory.slot_bytes
-    assert memory.hot_slots(10**9, "auto") == 70_000_000 // memory.slot_bytes
+def test_what_is_left_is_hot_cache() -> None:
+    shape = SHAPES[0]
+    memory = planned(shape, {}, StepLimits(7, 128, 1000))
+    page = shape.host_page_bytes + memory.page_bytes
+    useful = 7 * -(-1000 // shape.page_tokens) + 1
+    rows = shape.num_layers * shape.rows_per_page
+    for available, host_pages in ((10**6, 10**6), (10**6, 30), (10**9, 10**6), (0, 5), (-5, 5)):
+        pages, slots = memory.plan(available, shape.host_page_bytes, host_pages, "auto")
+        assert pages <= min(host_pages, useful)
+        assert pages * page + slots * memory.slot_bytes <= max(0, available)
+        if pages < min(host_pages, useful):
+            # The GPU decides, and the hot cache has its share.
+            assert slots * memory.slot_bytes >= 0.06 * available
+        elif slots < pages * rows:
+            assert available - pages * page - slots * memory.slot_bytes < memory.slot_bytes
+    assert memory.plan(10**9, shape.host_page_bytes, 30, "auto") == (30, 30 * rows)
+    assert memory.plan(10**6, shape.host_page_bytes, 30, 0) == (30, 0)
 
 
 def test_groups_are_as_large_as_their_buffers_allow() -> None:

@@ -17,9 +17,9 @@ GROUP_REQUESTS = 64
 WORKSPACE_BYTES = 256 << 20
 # Bytes of one gathered piece of V (and as many for K) while a prompt chunk attends to its context.
 PIECE_BYTES = 64 << 20
-# Share of the memory for K pages that the hot cache takes when its size is "auto": where the
-# planner finds the most throughput with the default selection (docs/plan.md).
-HOT_CACHE_SHARE = 0.07
+# Least share of the memory for K pages that the hot cache takes when its size is "auto", by k_bits:
+# some twice what a step selects (docs/plan.md). Codes are a quarter of K, and rows hold K as well.
+HOT_CACHE_SHARE = {16: 0.07, 4: 0.2}
 
 
 @dataclass(frozen=True)
@@ -91,28 +91,42 @@ class GPUMemory:
         """Bytes of one hot slot: its row and its word."""
         return self.shape.row.bytes + 8
 
-    def hot_slots(self, available_bytes: int, hot_cache_gib: float | Literal["auto"]) -> int:
-        """Slots of the hot cache.
+    def plan(
+        self,
+        available_bytes: int,
+        k_page_bytes: int,
+        host_pages: int,
+        hot_cache_gib: float | Literal["auto"],
+    ) -> tuple[int, int]:
+        """Pages and slots of the hot cache.
+
+        Pages are as many as the host pool, the most requests of the greatest length, and the GPU
+        can hold. With "auto" all that is left is hot cache, and at least a share of the whole: a
+        row that is there need not come over the link, and dropping one costs nothing.
 
         Args:
-            available_bytes: What K pages, tables and the hot cache share.
+            available_bytes: GPU memory that K pages, tables and the hot cache share.
+            k_page_bytes: Bytes of a page of K of all layers (and of V of those that are not split).
+            host_pages: Pages whose rows the host can hold.
             hot_cache_gib: The setting; 0 switches the cache off.
         """
-        wanted = (
-            available_bytes * HOT_CACHE_SHARE
-            if hot_cache_gib == "auto"
-            else float(hot_cache_gib) * 2**30
-        )
-        return int(wanted) // self.slot_bytes
+        available = max(0, available_bytes)
+        limits, page_tokens = self.limits, self.shape.page_tokens
+        # One page vLLM keeps for itself.
+        useful = limits.max_requests * -(-limits.max_model_len // page_tokens) + 1
+        most, page = min(host_pages, useful), k_page_bytes + self.page_bytes
+        share = HOT_CACHE_SHARE[self.shape.k_bits]
+        hot = available * share if hot_cache_gib == "auto" else float(hot_cache_gib) * 2**30
+        slots = int(hot) // self.slot_bytes
+        pages = max(0, min(most, (available - slots * self.slot_bytes) // page))
+        if hot_cache_gib == "auto":
+            slots = min((available - pages * page) // self.slot_bytes, pages * self._rows_of_page)
+        return pages, slots
 
-    def pages(self, available_bytes: int, k_page_bytes: int, hot_slots: int) -> int:
-        """Pages that fit beside so many hot slots.
-
-        Args:
-            k_page_bytes: Bytes of a page of K of all layers (and of V of those that are not split).
-        """
-        left = available_bytes - hot_slots * self.slot_bytes
-        return left // (k_page_bytes + self.page_bytes)
+    @property
+    def _rows_of_page(self) -> int:
+        """Rows of one page in all layers: more slots than there are rows hold nothing."""
+        return self.shape.num_layers * self.shape.rows_per_page
 
     def _workspace_bytes(self, max_requests: int) -> int:
         buffers = workspace_buffers(self.shape, self.selection, max_requests, self.max_blocks)

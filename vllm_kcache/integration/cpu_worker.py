@@ -17,11 +17,12 @@ class KCacheCPUWorker(SplitCacheWorker, CPUWorker):
     def _make_cache(self, shape: CacheShape) -> SplitCache:
         return CPUSplitCache(self.kcache_config, shape, self.counters, torch.device("cpu"))
 
-    def _device_pages(self, available: int, page_bytes: int, v_bytes: int) -> int:
-        # Without an explicit size vLLM offers the whole machine to K; V lives in the same RAM.
+    def _device_pages(self, available: int, page_bytes: int, host_pages: int) -> int:
+        # Without an explicit size vLLM offers the whole machine to K; rows live in the same RAM.
+        each = page_bytes
         if self.vllm_config.cache_config.kv_cache_memory_bytes is None:
-            return available // (page_bytes + v_bytes)
-        return available // page_bytes
+            each += self.split_cache.shape.host_page_bytes
+        return min(available // each, host_pages)
 
     def _host_bytes_per_page(self, page_bytes: int, v_bytes: int) -> int:
         # "auto" is a share of all that is left, and K pages will be in the same memory.

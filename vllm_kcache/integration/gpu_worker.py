@@ -58,12 +58,11 @@ class KCacheGPUWorker(SplitCacheWorker, Worker):
         logger.info("KCache: prompts attend through %s.", kernels.name)
         return GPUSplitCache(self.kcache_config, shape, self.counters, self.device, limits, kernels)
 
-    def _device_pages(self, available: int, page_bytes: int, v_bytes: int) -> int:
+    def _device_pages(self, available: int, page_bytes: int, host_pages: int) -> int:
         # The hot cache and the tables come out of the same budget as K pages. Buffers of a fixed
         # size were there when vLLM measured what is left.
         memory, setting = self.split_cache.memory, self.kcache_config.hot_cache_gib
-        slots = memory.hot_slots(max(available, 0), setting)
-        pages = memory.pages(available, page_bytes, slots)
+        pages, slots = memory.plan(available, page_bytes, host_pages, setting)
         if pages < 1:
             raise KCacheConfigError(
                 f"kcache: {available / GIB:.2f} GiB of GPU memory are left for K pages and the hot "
@@ -77,11 +76,12 @@ class KCacheGPUWorker(SplitCacheWorker, Worker):
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         cache = self.split_cache
         if cache.hot_slots is None:
-            # With --num-gpu-blocks-override the plan above may not have run.
+            # With --num-gpu-blocks-override the plan above may not have run: the least share.
             specs = self.get_kv_cache_spec()
             page_bytes = sum(spec.page_size_bytes for spec in specs.values())
-            cache.hot_slots = cache.memory.hot_slots(
-                kv_cache_config.num_blocks * page_bytes, self.kcache_config.hot_cache_gib
+            blocks = kv_cache_config.num_blocks
+            _, cache.hot_slots = cache.memory.plan(
+                blocks * page_bytes, page_bytes, blocks, self.kcache_config.hot_cache_gib
             )
         cache.is_final = True
         super().initialize_from_config(kv_cache_config)

@@ -73,24 +73,35 @@ class SplitCacheWorker:
         page_bytes = sum(spec.page_size_bytes for spec in specs.values())
         v_bytes = self.split_cache.shape.host_page_bytes
         budget = self._first_host_budget = self._host_budget()
-        pages_device = self._device_pages(available, page_bytes, v_bytes)
         host_bytes_per_page = self._host_bytes_per_page(page_bytes, v_bytes)
-        pages_host = budget // host_bytes_per_page
-        pages = min(pages_device, pages_host)
-        self._check_one_request(pages_host, host_bytes_per_page)
-        logger.info(
-            "KCache: K pages %.2f GiB on the device, V %.2f GiB on the host: %d blocks "
-            "(the device could hold %d, the host %d).",
-            pages * page_bytes / GIB,
-            pages * v_bytes / GIB,
-            pages,
-            pages_device,
-            pages_host,
-        )
+        host_pages = budget // host_bytes_per_page
+        self._check_one_request(host_pages, host_bytes_per_page)
+        pages = self._device_pages(available, page_bytes, host_pages)
+        self._log_plan(pages, page_bytes, host_pages)
         return pages * page_bytes
 
-    def _device_pages(self, available: int, page_bytes: int, v_bytes: int) -> int:
-        return available // page_bytes
+    def _log_plan(self, pages: int, page_bytes: int, host_pages: int) -> None:
+        """Say how many requests fit, and what would let more in."""
+        shape, model_len = self.split_cache.shape, self.vllm_config.model_config.max_model_len
+        logger.info(
+            "KCache: K pages %.2f GiB on the device, rows %.2f GiB on the host: %d blocks. At "
+            "once fit %.1f requests of max_model_len=%d, %.1f of 4096 tokens.",
+            pages * page_bytes / GIB,
+            pages * shape.host_page_bytes / GIB,
+            pages,
+            (pages - 1) / -(-model_len // shape.page_tokens),
+            model_len,
+            (pages - 1) / -(-4096 // shape.page_tokens),
+        )
+        if pages == host_pages:
+            logger.info(
+                "KCache: host memory is what limits the blocks. More host memory, or a larger "
+                "kcache_config.host_memory_gib, lets more requests in."
+            )
+
+    def _device_pages(self, available: int, page_bytes: int, host_pages: int) -> int:
+        """Blocks, and what goes with them in the device's memory."""
+        return min(available // page_bytes, host_pages)
 
     def _host_budget(self) -> int:
         """Host bytes that this rank may pin for V."""

@@ -167,14 +167,12 @@ def fit_split(
     memory = gpu_memory(shape, engine, config)
     buffers = memory.fixed_bytes
     left = max(0, cache_bytes_gpu(shape, engine, gpu_memory_bytes) - buffers)
-    slots = memory.hot_slots(left, config.hot_cache_gib)
     page, v_page = k_page_bytes(shape, engine, config), memory.shape.host_page_bytes
-    on_gpu = max(0, memory.pages(left, page, slots))
     on_host = int(host_budget_bytes / engine.tensor_parallel_size) // v_page
-    blocks = min(on_gpu, on_host)
+    blocks, slots = memory.plan(left, page, on_host, config.hot_cache_gib)
     return Fit(
         num_blocks=blocks,
-        limited_by="host memory" if on_host < on_gpu else "GPU memory",
+        limited_by="host memory" if blocks == on_host else "GPU memory",
         cache_bytes=blocks * page,
         host_bytes=blocks * v_page,
         hot_cache_bytes=slots * memory.slot_bytes,

@@ -30,6 +30,8 @@ def packed_view(view: LayerView) -> torch.Tensor:
     extension.load()
     shape, cache, selection = view.shape, view.hot_cache, view.selection
     assert cache is not None
+    stats = view.k_stats
+    coded = stats is not None
     packed: torch.Tensor = torch.ops.kcache.layer_view(
         view.host_rows,
         cache.slots,
@@ -48,6 +50,12 @@ def packed_view(view: LayerView) -> torch.Tensor:
         min(selection.sink_blocks, _MOST_INT32),
         min(selection.recent_tokens, _MOST_INT32),
         selection.combine == "max",
+        view.code_pages if coded else None,
+        stats.mean if coded else None,
+        stats.deviation if coded else None,
+        shape.head_size if coded else 0,
+        shape.dtype.itemsize,
+        shape.host_dtype == "int8",
     )
     return packed
 
@@ -62,7 +70,8 @@ class Lists:
         block_lse: [B, Hq, P] float32, GPU. P is at most `MOST_BLOCKS`.
         chunk_lse: [B, Hq, C] float32, GPU. Log-sum-exp of each chunk, as scoring leaves it.
         chunk_blocks: V blocks of a chunk.
-        selected: written, its lse too, which it must have. Past the end of a list is anything.
+        selected: written, its lse too, which it must have, and its dropped where it has one. Past
+            the end of a list is anything.
         rows: [B, Hkv, N] int32, GPU. Written, as `Fetched.rows`.
         signals: [B * Hkv] int32 or longer, GPU. 0 at the start of a step. Each program of the
             score kernel that has a chunk of a list adds 1, release, when its scores are there; the
@@ -91,6 +100,7 @@ class Lists:
             selected.counts,
             selected.mass,
             selected.lse,
+            selected.dropped,
             self.rows,
             self.signals,
         )
@@ -149,4 +159,5 @@ def select_blocks(
         out.counts,
         out.mass,
         out.lse,
+        out.dropped,
     )

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Score every V block from K codes (csrc/score_codes.cu). Definition: reference/score.py."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_kcache.cache.formats import CacheShape
+from vllm_kcache.cache.layer_view import LayerView
+from vllm_kcache.kernels.select import Lists
+from vllm_kcache.kernels.workspace import DecodeBatch
+
+# The same in csrc/score_codes.cu: warps of a thread block, and tokens that a warp leaves one sum of.
+WARPS = 4
+CHUNK_TOKENS = 256
+
+# Thread blocks of a launch, as in score_plan.py: each has WARPS times the warps of a program there.
+_BLOCKS_OF_LIST, _LEAST_BLOCKS, _MOST_BLOCKS = 8, 1024, 8192
+
+
+def chunk_blocks(shape: CacheShape) -> int:
+    """V blocks of a chunk."""
+    return CHUNK_TOKENS // shape.block_tokens
+
+
+def num_chunks(shape: CacheShape, max_blocks: int) -> int:
+    """C: chunks of a request of so many V blocks."""
+    return -(-max_blocks // chunk_blocks(shape))
+
+
+def splits_of(shape: CacheShape, num_requests: int, max_blocks: int) -> int:
+    """Thread blocks that share a list."""
+    each = max(1, -(-num_chunks(shape, max_blocks) // WARPS))
+    lists = max(1, num_requests * shape.num_kv_heads)
+    blocks = min(max(_BLOCKS_OF_LIST * lists, _LEAST_BLOCKS), _MOST_BLOCKS)
+    return -(-each // -(-each * lists // blocks))
+
+
+def score_codes(
+    view: LayerView,
+    batch: DecodeBatch,
+    lists: Lists,
+    transformed: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    signal: bool = False,
+    dependent: bool = False,
+    after_write: bool = False,
+    splits: int | None = None,
+) -> int:
+    """Write the estimated log-sum-exp of each V block and of each chunk; nothing past the lengths.
+
+    Args:
+        view: Of k_bits 4, with `packed`.
+        batch: Its query may be strided over requests.
+        lists: `block_lse` and `chunk_lse` are written; with `signal`, `signals`, too. Its
+            `chunk_blocks` is that of this module.
+        transformed: [B, Hq, D] float32, GPU. Written: q' of each request that has tokens.
+        bias: [B, Hq] float32, GPU. Written: scale * (q . mean) of the same.
+        signal, dependent, after_write: as for `score.score_blocks`.
+        splits: thread blocks of a list, chosen by `splits_of` unless given.
+    Returns:
+        Parts of each list, as `follow_scores` takes them.
+    Raises:
+        RuntimeError: a tensor does not fit the view.
+    """
+    if splits is None:
+        splits = splits_of(view.shape, batch.num_requests, batch.max_blocks)
+    torch.ops.kcache.score_codes(
+        view.packed,
+        batch.query,
+        batch.seq_lens,
+        batch.block_table,
+        lists.block_lse,
+        lists.chunk_lse,
+        transformed,
+        bias,
+        lists.signals if signal else None,
+        batch.scale,
+        splits,
+        dependent,
+        after_write,
+    )
+    return splits * WARPS

@@ -76,7 +76,10 @@ class GPUMemory:
     def fixed_bytes(self) -> int:
         """Bytes that do not depend on the number of pages: decode buffers, V of a prefill's step
         on its way out, two pieces of V and one of K on their way in."""
-        transfer = (self.limits.max_tokens + 3 * self.scratch_tokens) * self.shape.token_bytes
+        # K goes with V where rows hold both, and two pieces of K are on their way then.
+        both = self.shape.row.has_keys
+        tokens = self.limits.max_tokens * (1 + both) + (3 + both) * self.scratch_tokens
+        transfer = tokens * self.shape.token_bytes
         return self._workspace_bytes(self.group_requests) + transfer
 
     @property

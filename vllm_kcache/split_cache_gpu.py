@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from enum import Flag
 
 import torch
 
@@ -14,6 +15,7 @@ from vllm_kcache.cache.hot_cache import HotCache
 from vllm_kcache.cache.layer_view import LayerView
 from vllm_kcache.config import KCacheConfig, KCacheConfigError
 from vllm_kcache.kernels.decode import decode_step, plan_followers
+from vllm_kcache.kernels.rows import RowParts, write_rows
 from vllm_kcache.kernels.select import packed_view
 from vllm_kcache.kernels.transfer import ContextPiece, PrefillTransfer, plan_pieces
 from vllm_kcache.kernels.workspace import DecodeBatch, DecodeWorkspace
@@ -186,7 +188,7 @@ class GPUSplitCache(SplitCache):
             self._prefill(view, inputs, step.plan, out)
 
     def _write(self, view: LayerView, inputs: LayerInputs, step: Step) -> bool:
-        """K and resident V now; V of long prefills to the host behind the computation.
+        """K and resident rows now; rows of long prefills to the host behind the computation.
 
         Returns:
             Whether the last launch wrote what the decodes need, and no more. A request of one new
@@ -197,19 +199,21 @@ class GPUSplitCache(SplitCache):
         slots = step.slot_mapping
         tokens, decodes = slots.shape[0], step.num_decodes
         key, value = inputs.key[:tokens], inputs.value[:tokens]
-        if (tokens - decodes) * self.shape.token_bytes <= SMALL_V_BYTES:
-            write_kv(
+        coded = self.shape.row.has_keys
+        store: Callable[..., None] = write_rows if coded else write_kv
+        all_but_host: Flag = WriteParts.K | WriteParts.V_SLOT
+        if coded:
+            all_but_host = RowParts.CODES | RowParts.ROW_SLOT
+        if (tokens - decodes) * self.shape.token_bytes * (1 + coded) <= SMALL_V_BYTES:
+            store(
                 view, key, value, slots, allocate_tokens=decodes,
                 dependent=self.workspace.dependent,
             )  # fmt: skip
             return not step.num_prefills
         if decodes:
-            write_kv(view, key[:decodes], value[:decodes], slots[:decodes], allocate_tokens=decodes)
-        write_kv(
-            view, key[decodes:], value[decodes:], slots[decodes:],
-            parts=WriteParts.K | WriteParts.V_SLOT,
-        )  # fmt: skip
-        self.transfer.store(value[decodes:], slots[decodes:], view.v_pages)
+            store(view, key[:decodes], value[:decodes], slots[:decodes], allocate_tokens=decodes)
+        store(view, key[decodes:], value[decodes:], slots[decodes:], parts=all_but_host)
+        self.transfer.store(view, key[decodes:], value[decodes:], slots[decodes:])
         return False
 
     def _decode(
@@ -272,14 +276,14 @@ class GPUSplitCache(SplitCache):
         rows = slice(plan.first_token, plan.first_token + plan.num_tokens)
         query, layer, attend = inputs.query[rows], view.index, self.prefill.attend
         if plan.pieces and not self.transfer.is_ahead((layer, 0)):
-            self.transfer.gather_ahead((layer, 0), plan.pieces[0], view.v_pages, plan.page_table)
+            self.transfer.gather_ahead((layer, 0), plan.pieces[0], view, plan.page_table)
         result = attend(
             query, inputs.key[rows], inputs.value[rows], plan.queries, plan.queries, True,
             inputs.scale,
         )  # fmt: skip
         for number, (piece, keys_at) in enumerate(zip(plan.pieces, plan.keys, strict=True)):
             keys, values = self.transfer.gather(
-                (layer, number), piece, view.k_pages, view.v_pages, inputs.value, plan.page_table
+                (layer, number), piece, view, (inputs.key, inputs.value), plan.page_table
             )
             self._gather_next(layer, number, plan)
             part = attend(query, keys, values, plan.queries, keys_at, False, inputs.scale)
@@ -295,5 +299,5 @@ class GPUSplitCache(SplitCache):
             if layer not in self._views:
                 return
         self.transfer.gather_ahead(
-            (layer, number), plan.pieces[number], self._views[layer].v_pages, plan.page_table
+            (layer, number), plan.pieces[number], self._views[layer], plan.page_table
         )

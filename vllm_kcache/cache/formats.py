@@ -134,6 +134,13 @@ class CacheShape:
         return self.num_query_heads // self.num_kv_heads
 
     @property
+    def block_score_bytes(self) -> int:
+        """Bytes that scoring reads of a V block and KV head."""
+        if self.k_bits == 16:
+            return self.block_tokens * self.head_size * self.dtype.itemsize
+        return self.block_tokens * code_bytes(self.head_size)
+
+    @property
     def row(self) -> RowFormat:
         """What a row of the host pool and of the hot cache holds."""
         return RowFormat(

@@ -234,7 +234,7 @@ def attend_kernel(
     bias = tl.zeros((GROUP_PADDED,), tl.float32)
     if KEYS == K_INT8:
         # Ten bits of k' are exact in float16, and of q' more than in bfloat16.
-        q = q.to(tl.float32 if V_DTYPE == tl.float32 else tl.float16)
+        q = q.to(tl.float32 if tl.float32 == V_DTYPE else tl.float16)
         bias = tl.load(query_bias + request * NUM_HEADS + heads, mask=group_mask, other=0.0)
     shift = tl.zeros((GROUP_PADDED,), tl.float32)
     limit = tl.zeros((GROUP_PADDED,), tl.float32)

@@ -10,7 +10,8 @@ the overlap gains. The layout depends on shapes only, so all of it is captured.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -18,7 +19,8 @@ from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.cache.layer_view import LayerView
 from vllm_kcache.kernels.attend import attend_blocks
 from vllm_kcache.kernels.score import score_blocks
-from vllm_kcache.kernels.select import follow_scores, select_and_fetch
+from vllm_kcache.kernels.score_codes import score_codes
+from vllm_kcache.kernels.select import Lists, follow_scores, select_and_fetch
 from vllm_kcache.kernels.workspace import DecodeBatch, DecodeWorkspace, Followers
 
 # Followers pay from so many bytes of K, some 120 us of an H100's memory bandwidth, and so many
@@ -42,8 +44,7 @@ def plan_followers(
         multiprocessors: of the GPU.
     """
     num_lists = num_requests * shape.num_kv_heads
-    # A row holds as many bytes of V as its tokens have of K.
-    k_bytes = num_lists * max_blocks * shape.row.bytes
+    k_bytes = num_lists * max_blocks * shape.block_score_bytes
     # Half of the GPU stays free of followers: scoring must have a place to run.
     most = min(MOST_FOLLOWERS, multiprocessors // 2)
     if k_bytes < FOLLOWED_BYTES or num_lists < FOLLOWED_LISTS or most < 1:
@@ -80,14 +81,13 @@ def decode_step(
     lists = workspace.views(view, batch)
     selected_by = workspace.selected_by(view, batch, lists)
     try:
+        score = _score_of(view, batch, workspace, lists)
         if followers is None:
-            score_blocks(view, batch, lists, dependent=dependent, after_write=after_write)
+            score(dependent=dependent, after_write=after_write)
         else:
             with _second_stream(workspace) as beside:
                 # First scoring, then what waits for it, should they run one after the other.
-                splits = score_blocks(
-                    view, batch, lists, signal=True, dependent=dependent, after_write=after_write
-                )
+                splits = score(signal=True, dependent=dependent, after_write=after_write)
                 with beside:
                     follow_scores(view.packed, selected_by, splits, followers.most, followers.least)
         select_and_fetch(view.packed, selected_by, dependent)
@@ -97,6 +97,18 @@ def decode_step(
         workspace.signals.zero_()
         raise
     return out
+
+
+def _score_of(
+    view: LayerView, batch: DecodeBatch, workspace: DecodeWorkspace, lists: Lists
+) -> Callable[..., int]:
+    """The kernel that scores these pages: of K, or of codes. Its keywords are those of both."""
+    if view.shape.k_bits == 16:
+        return functools.partial(score_blocks, view, batch, lists)
+    heads = batch.query.shape[:2]
+    query = workspace.code_query[: batch.query.numel()].view(batch.query.shape)
+    bias = workspace.code_bias[: heads.numel()].view(heads)
+    return functools.partial(score_codes, view, batch, lists, query, bias)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,9 @@ from vllm_kcache.cache.formats import CacheShape
 # (docs/benchmarks.md, score).
 _CHUNK = 32768
 
+# Tokens of a chunk of codes: what a warp leaves one sum of (csrc/score_codes.cu).
+CODE_CHUNK_TOKENS = 256
+
 # With these registers the kernel spills nothing for heads of more than 64 in two bytes, and more
 # programs fit than the compiler's own choice lets in: only there are they set.
 MAX_REGISTERS = 80
@@ -40,6 +43,8 @@ class ScoreConfig:
 
 def chunk_blocks(shape: CacheShape) -> int:
     """V blocks of a chunk: what a program loads at once, and leaves one sum of."""
+    if shape.k_bits == 4:
+        return CODE_CHUNK_TOKENS // shape.block_tokens
     tokens = _CHUNK // (padded(shape.head_size) * shape.dtype.itemsize)
     return max(16, shape.block_tokens, tokens) // shape.block_tokens
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """V of a prefill on its way: earlier V streams in ahead of its use, new V streams out behind it.
+With K codes in the pages, K goes with V.
 
 Both run on streams of their own. Inbound, the next piece of context (of this layer or the next) is
 gathered while the current one is attended. Outbound, new V is staged in GPU memory and written to
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_kcache.cache.formats import CacheShape
+from vllm_kcache.cache.layer_view import LayerView
 from vllm_kcache.kernels.context import (
     GPU_PROGRAMS,
     LINK_PROGRAMS,
@@ -20,6 +22,7 @@ from vllm_kcache.kernels.context import (
     patch_context,
     store_value,
 )
+from vllm_kcache.kernels.rows import LINK_BLOCKS, RowParts, gather_rows, write_rows
 
 
 @dataclass(frozen=True)
@@ -115,9 +118,11 @@ class PrefillTransfer:
     ) -> None:
         self.scratch_tokens = scratch_tokens
         row, dtype = (shape.num_kv_heads, shape.head_size), shape.dtype
-        self._staging = torch.empty((max_tokens, *row), dtype=dtype, device=device)
+        # K that is gathered ahead needs two places, K from the pages is there at once.
+        places, staged = (2, 2) if shape.row.has_keys else (1, 1)
+        self._staging = torch.empty((staged, max_tokens, *row), dtype=dtype, device=device)
         self._v_scratch = torch.empty((2, scratch_tokens, *row), dtype=dtype, device=device)
-        self._k_scratch = torch.empty((scratch_tokens, *row), dtype=dtype, device=device)
+        self._k_scratch = torch.empty((places, scratch_tokens, *row), dtype=dtype, device=device)
         self._step_rows = torch.empty(0, dtype=torch.int32, device=device)
         self._written: torch.Tensor | None = None
         self._in = torch.cuda.Stream(device)
@@ -154,22 +159,32 @@ class PrefillTransfer:
         """Forget what was gathered ahead: pages may be reused in the next step."""
         self._ahead = None
 
-    def store(self, value: torch.Tensor, slot_mapping: torch.Tensor, v_pool: torch.Tensor) -> None:
-        """Send new V to the host pool behind the computation.
+    def store(
+        self, view: LayerView, key: torch.Tensor, value: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        """Send new V, and K where rows hold it, to the host pool behind the computation.
 
         Args:
-            value: [tokens, Hkv, D] model dtype, GPU. Copied on the current stream, so the next
-                layer may overwrite it.
+            view: The layer.
+            key, value: [tokens, Hkv, D] model dtype, GPU. Copied on the current stream, so the next
+                layer may overwrite them.
             slot_mapping: [tokens] int64, GPU; -1 is padding. Must stay as it is during the step.
-            v_pool: [M, Hkv, S, D] model dtype, host (mapped).
         """
         main = torch.cuda.current_stream()
         main.wait_event(self._staged)
-        staged = self._staging[: value.shape[0]]
-        staged.copy_(value)
+        staged = self._staging[:, : value.shape[0]]
+        staged[0].copy_(value)
+        if view.shape.row.has_keys:
+            staged[1].copy_(key)
         self._out.wait_stream(main)
         with torch.cuda.stream(self._out):
-            store_value(staged, slot_mapping, v_pool)
+            if view.shape.row.has_keys:
+                write_rows(
+                    view, staged[1], staged[0], slot_mapping, parts=RowParts.ROW_HOST,
+                    most_thread_blocks=LINK_BLOCKS,
+                )  # fmt: skip
+            else:
+                store_value(staged[0], slot_mapping, view.v_pages)
             self._staged.record()
         self._outbound = True
 
@@ -183,9 +198,8 @@ class PrefillTransfer:
         self,
         key: tuple[int, int],
         piece: ContextPiece,
-        k_pages: torch.Tensor,
-        v_pool: torch.Tensor,
-        value: torch.Tensor,
+        view: LayerView,
+        new: tuple[torch.Tensor, torch.Tensor],
         page_table: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of a piece of context, contiguous, ready on the current stream.
@@ -193,26 +207,31 @@ class PrefillTransfer:
         Args:
             key: (layer, number of the piece), to match what was gathered ahead.
             piece: The runs.
-            k_pages: [M, Hkv, S, D] model dtype, GPU.
-            v_pool: [M, Hkv, S, D] model dtype, host (mapped).
-            value: [tokens, Hkv, D] model dtype, GPU. V of this step in this layer.
+            view: The layer.
+            new: K and V of this step in this layer, [tokens, Hkv, D] model dtype, GPU.
             page_table: [R, MB] int32, GPU.
 
         Returns:
             keys, values: [total, Hkv, D] model dtype, GPU. Valid until the next call but one.
         """
         if not self.is_ahead(key):
-            self.gather_ahead(key, piece, v_pool, page_table)
+            self.gather_ahead(key, piece, view, page_table)
         assert self._ahead is not None
         _, which, arrived = self._ahead
         self._ahead = None
         self._reading = which
-        keys = self._k_scratch[: piece.total]
-        runs = (page_table, piece.starts, piece.lengths, piece.first_rows)
-        gather_context(k_pages, *runs, piece.max_length, keys, GPU_PROGRAMS)
-        torch.cuda.current_stream().wait_event(arrived)
         values = self._v_scratch[which, : piece.total]
-        patch_context(values, value, self._step_rows, *runs, piece.max_length, k_pages.shape[2])
+        runs = (page_table, piece.starts, piece.lengths, piece.first_rows, piece.max_length)
+        patched = [(values, new[1])]
+        if view.shape.row.has_keys:
+            keys = self._k_scratch[which, : piece.total]
+            patched.append((keys, new[0]))
+        else:
+            keys = self._k_scratch[0, : piece.total]
+            gather_context(view.k_pages, *runs, keys, GPU_PROGRAMS)
+        torch.cuda.current_stream().wait_event(arrived)
+        for there, written in patched:
+            patch_context(there, written, self._step_rows, *runs, view.shape.page_tokens)
         return keys, values
 
     def is_ahead(self, key: tuple[int, int]) -> bool:
@@ -227,10 +246,11 @@ class PrefillTransfer:
         self,
         key: tuple[int, int],
         piece: ContextPiece,
-        v_pool: torch.Tensor,
+        view: LayerView,
         page_table: torch.Tensor,
     ) -> None:
-        """Start to gather V of a piece (see `gather`) beside what the current stream does next.
+        """Start to gather what the link brings of a piece (see `gather`), beside what the current
+        stream does next.
 
         Call it before the attention that it is to overlap is launched.
         """
@@ -239,16 +259,12 @@ class PrefillTransfer:
         self._in.wait_event(self._read[which])
         self._in.wait_stream(torch.cuda.current_stream())
         arrived = torch.cuda.Event()
+        runs = (page_table, piece.starts, piece.lengths, piece.first_rows, piece.max_length)
+        values = self._v_scratch[which, : piece.total]
         with torch.cuda.stream(self._in):
-            gather_context(
-                v_pool,
-                page_table,
-                piece.starts,
-                piece.lengths,
-                piece.first_rows,
-                piece.max_length,
-                self._v_scratch[which, : piece.total],
-                LINK_PROGRAMS,
-            )
+            if view.shape.row.has_keys:
+                gather_rows(view, *runs, self._k_scratch[which, : piece.total], values)
+            else:
+                gather_context(view.v_pages, *runs, values, LINK_PROGRAMS)
             arrived.record()
         self._ahead = (key, which, arrived)

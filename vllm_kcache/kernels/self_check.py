@@ -11,21 +11,25 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from typing import Any
 
 import torch
 
-from vllm_kcache.cache.formats import CacheShape
+from vllm_kcache.cache.formats import SCALE_BYTES, CacheShape, code_bytes
 from vllm_kcache.cache.hot_cache import HotCache
 from vllm_kcache.cache.layer_view import LayerView
 from vllm_kcache.kernels.decode import LEAST_FOLLOWERS, MOST_FOLLOWERS, decode_step
+from vllm_kcache.kernels.rows import write_rows
 from vllm_kcache.kernels.select import packed_view
 from vllm_kcache.kernels.workspace import DecodeBatch, DecodeWorkspace, Followers
 from vllm_kcache.kernels.write import write_kv
-from vllm_kcache.reference.attend import attend_blocks
-from vllm_kcache.reference.fetch import fetch_blocks
-from vllm_kcache.reference.score import score_blocks
+from vllm_kcache.reference.attend import attend_blocks, attend_rows
+from vllm_kcache.reference.codes import read_codes
+from vllm_kcache.reference.fetch import fetch_blocks, fetch_rows
+from vllm_kcache.reference.score import score_blocks, score_codes
 from vllm_kcache.reference.select import select_blocks
-from vllm_kcache.types import Selected, Selection, Tail
+from vllm_kcache.reference.write import write_codes_and_rows
+from vllm_kcache.types import KStats, Selected, Selection, Tail
 
 # The environment switch that leaves the check out.
 SWITCH = "VLLM_KCACHE_SELF_CHECK"
@@ -34,6 +38,8 @@ TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 SCORE_TOLERANCE = 1e-3
 # Two masses so close, relative to one another, may change places.
 NEAR = 1e-3
+# Share of codes that may be off by one: values that lie in the middle of two steps.
+MOST_TIES = 0.01
 # One token; enough that blocks are left out, the last of them not full; a padded row.
 REQUEST_TOKENS = (1, 397, 0)
 # Sharpens random scores, so that a selection leaves something out.
@@ -71,7 +77,8 @@ def check_kernels(
     Raises:
         KernelError: a result is not that of the reference.
     """
-    check = _Check(shape, selection, tail, torch.device(device))
+    kind = _Check if shape.k_bits == 16 else _CodeCheck
+    check = kind(shape, selection, tail, torch.device(device))
     check.write_all()
     processors = check.workspace.multiprocessors
     most = min(MOST_FOLLOWERS, processors // 2) if processors else 2
@@ -123,17 +130,26 @@ class _Check:
         host_rows = torch.full((rows, shape.row.bytes), 255, dtype=torch.uint8, pin_memory=pinned)
         # Claiming samples the slots: with as many again, every row finds one.
         cache = HotCache.make(2 * rows, 1, rows, shape.row.bytes, device)
-        pages = torch.full_like(self.k_pages, torch.nan, device=device)
-        view = LayerView(0, shape, selection, tail, pages, host_rows, cache)
+        pages, stats = self._empty_pages(generator)
+        view = LayerView(0, shape, selection, tail, pages, host_rows, stats, cache)
         self.view = replace(view, packed=packed_view(view))
         self.workspace = DecodeWorkspace.make(shape, selection, len(pages_of), max_blocks, device)
         self.out = torch.empty_like(query, device=device)
 
+    def _empty_pages(self, generator: torch.Generator) -> tuple[torch.Tensor, KStats | None]:
+        """K pages to write to, poisoned, and the constants of their codes."""
+        return torch.full_like(self.k_pages, torch.nan, device=self.device), None
+
     def write_all(self) -> None:
         """Every token of every page goes through the kernel."""
         key, value = self._tokens()
-        write_kv(self.view, key, value, torch.arange(key.shape[0], device=self.device))
+        self._write(key, value, torch.arange(key.shape[0], device=self.device))
         self._check_written()
+
+    def _write(
+        self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, **how: Any
+    ) -> None:
+        write_kv(self.view, key, value, slots, **how)
 
     def step(self, followers: Followers | None, after_write: bool, flush: bool) -> None:
         """Raise KernelError unless a step of this layout is the reference's."""
@@ -157,8 +173,8 @@ class _Check:
     def _run(self, followers: Followers | None, after_write: bool) -> None:
         """As a layer does: write the newest tokens, then decode."""
         key, value = self._new
-        write_kv(
-            self.view, key, value, self._places, allocate_tokens=key.shape[0],
+        self._write(
+            key, value, self._places, allocate_tokens=key.shape[0],
             dependent=self.workspace.dependent,
         )  # fmt: skip
         decode_step(
@@ -168,17 +184,19 @@ class _Check:
 
     def _poison(self) -> None:
         """NaN where the newest tokens go, and in the output; their K and V made ready."""
-        tokens, heads = self.shape.page_tokens, range(self.shape.num_kv_heads)
+        tokens = self.shape.page_tokens
         for place in self.newest[self.newest >= 0].tolist():
-            for pages in (self.view.k_pages, self.view.v_pages):
-                for head in heads:
-                    pages[place // tokens, head, place % tokens] = torch.nan
+            self._poison_token(place // tokens, place % tokens)
         self.out.fill_(torch.nan)
         key, value = self._tokens()
         rows = self.newest.clamp_min(0).to(self.device)
         self._new = key[rows], value[rows]
         self._places = self.newest.to(self.device)
         self._wait()
+
+    def _poison_token(self, page: int, offset: int) -> None:
+        for pages in (self.view.k_pages, self.view.v_pages):
+            pages[page, :, offset] = torch.nan
 
     def _tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of all slots, [M * S, Hkv, D], on the device."""
@@ -201,30 +219,39 @@ class _Check:
         view, batch, shape, tokens = self.view, self.batch, self.shape, self.shape.block_tokens
         lists = self.workspace.views(view, self.batch_there)
         block_lse, selected, out = lists.block_lse.cpu(), _on_host(lists.selected), self.out
-        paged = (batch.block_table, batch.seq_lens, batch.scale, tokens)
-        expected = score_blocks(batch.query, self.k_pages, *paged, batch.max_blocks)
+        expected = self._scores()
         exists = expected.isfinite()
         if not _close(block_lse[exists], expected[exists], SCORE_TOLERANCE):
             raise self._error("score", f"off by {_most(block_lse[exists], expected[exists]):.2g}")
         block_lse = block_lse.masked_fill(~exists, -torch.inf)
         chosen = select_blocks(
-            block_lse, batch.seq_lens, shape.num_kv_heads, tokens, view.selection
-        )
+            block_lse, batch.seq_lens, shape.num_kv_heads, tokens, view.selection,
+            estimated=shape.k_bits == 4,
+        )  # fmt: skip
         self._compare_lists(block_lse, selected, chosen)
         # Past its count a list of the kernels holds anything.
         listed = torch.arange(selected.blocks.shape[2]) < selected.counts[..., None]
-        selected = Selected(
-            selected.blocks.masked_fill(~listed, -1), selected.counts, selected.mass, selected.lse
-        )
-        fetched = fetch_blocks(selected, batch.block_table, self.v_pages, tokens)
-        expected = attend_blocks(
-            batch.query, self.k_pages, self.v_pages, fetched, selected, *paged, view.tail,
-            clip=view.selection.clip,
-        )  # fmt: skip
+        selected = replace(selected, blocks=selected.blocks.masked_fill(~listed, -1))
+        expected = self._attended(selected)
         if not _close(out.cpu(), expected, TOLERANCES[shape.dtype]):
             raise self._error("fetch or attend", f"off by {_most(out.cpu(), expected):.2g}")
         if bool(self.workspace.signals.any()):
             raise self._error("select", "signals of this step are left for the next")
+
+    def _scores(self) -> torch.Tensor:
+        """block_lse of the definition, over the pages as they were written."""
+        batch = self.batch
+        paged = (batch.block_table, batch.seq_lens, batch.scale, self.shape.block_tokens)
+        return score_blocks(batch.query, self.k_pages, *paged, batch.max_blocks)
+
+    def _attended(self, selected: Selected) -> torch.Tensor:
+        """The result of the definition over these lists."""
+        batch, view, tokens = self.batch, self.view, self.shape.block_tokens
+        fetched = fetch_blocks(selected, batch.block_table, self.v_pages, tokens)
+        return attend_blocks(
+            batch.query, self.k_pages, self.v_pages, fetched, selected, batch.block_table,
+            batch.seq_lens, batch.scale, tokens, view.tail, clip=view.selection.clip,
+        )  # fmt: skip
 
     def _compare_lists(self, block_lse: torch.Tensor, selected: Selected, chosen: Selected) -> None:
         """The same blocks, but for those whose masses are as good as equal to the least kept."""
@@ -246,6 +273,14 @@ class _Check:
                 if min(abs(mass - edge), abs(mass - threshold)) > NEAR * max(edge, threshold):
                     raise self._error("select", f"V block {block} of KV head {head}")
         covered = self.batch.seq_lens[:, None] > 0
+        if (
+            selected.dropped is not None
+            and chosen.dropped is not None
+            and not _close(
+                selected.dropped.where(covered, 0.0), chosen.dropped.where(covered, 0.0), 10 * NEAR
+            )
+        ):
+            raise self._error("select", "the dropped mass")
         if not _close(
             selected.mass.where(covered, 1.0), chosen.mass.where(covered, 1.0), 10 * NEAR
         ):
@@ -267,9 +302,99 @@ class _Check:
         )
 
 
+class _CodeCheck(_Check):
+    """The same with K codes in the pages, and K beside V in the rows."""
+
+    def _empty_pages(self, generator: torch.Generator) -> tuple[torch.Tensor, KStats | None]:
+        shape, heads = self.shape, (self.shape.num_kv_heads, self.shape.head_size)
+        self.stats = KStats(
+            torch.randn(heads, generator=generator), torch.rand(heads, generator=generator) + 0.5
+        )
+        stats = KStats(self.stats.mean.to(self.device), self.stats.deviation.to(self.device))
+        page = (*self.k_pages.shape[:3], code_bytes(shape.head_size))
+        self.expected_pages = torch.full(page, 255, dtype=torch.uint8)
+        rows = self.k_pages.shape[0] * shape.rows_per_page
+        self.expected_rows = torch.full((rows, shape.row.bytes), 255, dtype=torch.uint8)
+        key, value = (x.cpu() for x in self._tokens())
+        write_codes_and_rows(
+            key, value, torch.arange(key.shape[0]), self.expected_pages.flatten(2),
+            self.expected_rows, shape.row, self.stats,
+        )  # fmt: skip
+        return torch.full_like(self.expected_pages, 255, device=self.device), stats
+
+    def _write(
+        self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, **how: Any
+    ) -> None:
+        write_rows(self.view, key, value, slots, **how)
+
+    def _poison_token(self, page: int, offset: int) -> None:
+        shape, row = self.shape, self.shape.row
+        codes = self.view.code_pages[page]
+        width = code_bytes(shape.head_size) - SCALE_BYTES
+        codes[:, offset * width : (offset + 1) * width] = 255
+        scales = shape.page_tokens * width + offset * SCALE_BYTES
+        codes[:, scales : scales + SCALE_BYTES] = 255
+        per_page = shape.page_tokens // shape.block_tokens
+        block, at = divmod(offset, shape.block_tokens)
+        for head in range(shape.num_kv_heads):
+            place = (page * shape.num_kv_heads + head) * per_page + block
+            rows = self.view.host_rows[place : place + 1]
+            poison = -1 if row.host_dtype == "int8" else torch.nan
+            for part in (row.keys(rows), row.values(rows)):
+                part[:, at] = poison
+
+    def _check_written(self) -> None:
+        """Alike but for values within rounding of the middle of two steps."""
+        self._wait()
+        head_size, row = self.shape.head_size, self.shape.row
+        pages = [pages.cpu().flatten(2) for pages in (self.view.k_pages, self.expected_pages)]
+        ours, expected = (read_codes(page, head_size) for page in pages)
+        # A code that is off by one moves a value by a fifteenth of its head's span.
+        off = (ours - expected).abs()
+        if not bool((off <= 0.07 * _span(expected)).all()) or float(off.count_nonzero()) > (
+            MOST_TIES * off.numel()
+        ):
+            raise self._error("write", "codes of K")
+        rows = (self.view.host_rows, self.expected_rows)
+        for name, part in (("K", row.keys), ("V", row.values)):
+            there, wanted = (part(x).float() for x in rows)
+            if row.host_dtype == "model" and not torch.equal(there, wanted):
+                raise self._error("write", name)
+            if not bool(((there - wanted).abs() <= 1).all()):
+                raise self._error("write", name)
+        if row.host_dtype == "int8":
+            for there, wanted in zip(*(row.scales(x) for x in rows), strict=True):
+                if not _close(there, wanted, NEAR):
+                    raise self._error("write", "scales of a row")
+
+    def _scores(self) -> torch.Tensor:
+        batch = self.batch
+        return score_codes(
+            batch.query, self.view.code_pages.cpu(), self.stats, batch.block_table, batch.seq_lens,
+            batch.scale, self.shape.block_tokens, batch.max_blocks,
+        )  # fmt: skip
+
+    def _attended(self, selected: Selected) -> torch.Tensor:
+        batch, view, shape = self.batch, self.view, self.shape
+        per_page = shape.page_tokens // shape.block_tokens
+        fetched = fetch_rows(
+            selected, batch.block_table, view.host_rows, shape.num_kv_heads, per_page
+        )
+        return attend_rows(
+            batch.query, view.host_rows, shape.row, self.stats, fetched, selected, batch.seq_lens,
+            batch.scale, view.tail, clip=view.selection.clip,
+        )  # fmt: skip
+
+
+def _span(values: torch.Tensor) -> torch.Tensor:
+    return (values.amax(-1, keepdim=True) - values.amin(-1, keepdim=True)).clamp_min(1e-6)
+
+
 def _on_host(selected: Selected) -> Selected:
-    lse = None if selected.lse is None else selected.lse.cpu()
-    return Selected(selected.blocks.cpu(), selected.counts.cpu(), selected.mass.cpu(), lse)
+    lse, dropped = (
+        None if part is None else part.cpu() for part in (selected.lse, selected.dropped)
+    )
+    return Selected(selected.blocks.cpu(), selected.counts.cpu(), selected.mass.cpu(), lse, dropped)
 
 
 def _close(ours: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:

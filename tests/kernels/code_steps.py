@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole decode steps with K codes in the pages, against their definition; the check at start, too.
+
+`python -m tests.csrc.interpreted LIBRARY tests.kernels.code_steps` runs them without a GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from tests.conftest import assert_close
+from tests.kernels.layers import code_layer_of
+from tests.reference.coded import Coded, slots_of
+from tests.shapes import Shape, build_case
+from vllm_kcache.cache.formats import CacheShape
+from vllm_kcache.cache.hot_cache import EPOCH
+from vllm_kcache.kernels.decode import decode_step
+from vllm_kcache.kernels.rows import write_rows
+from vllm_kcache.kernels.self_check import check_kernels
+from vllm_kcache.kernels.workspace import Followers
+from vllm_kcache.reference.attend import attend_rows
+from vllm_kcache.reference.codes import read_codes
+from vllm_kcache.reference.fetch import fetch_rows
+from vllm_kcache.reference.score import score_codes
+from vllm_kcache.reference.select import select_blocks
+from vllm_kcache.types import Selection
+
+SHAPES = (
+    Shape((37, 1, 0, 64), 2, 2, 64, 16, 8),
+    Shape((50, 7), 1, 5, 80, 32, 16),
+    Shape((90, 33), 2, 8, 128, 16, 8),
+    Shape((21, 5), 2, 4, 256, 16, 4),
+)
+RULES = (
+    Selection(None, None, 1, 1, "sum"),
+    Selection(None, None, 1, 8, "max", 0.05),
+    Selection(3, None, 1, 1, "sum"),
+    Selection(None, 0.7, 0, 1, "max"),
+)
+
+
+def check_step(
+    shape: Shape, host_dtype: str, rule: Selection, num_slots: int, device: str = "cpu",
+    followers: Followers | None = None, dtype: torch.dtype = torch.float32,
+) -> None:  # fmt: skip
+    """Twice over one hot cache: misses first, hits after, the same answer."""
+    case = build_case(shape, dtype, sharpness=3.0)
+    coded, tokens = Coded.of(case, host_dtype), shape.v_block_tokens
+    tail = "renormalize" if rule.clip is None else "clip"
+    paged = (case.block_table, case.seq_lens, case.scale)
+    block_lse = score_codes(
+        case.query, coded.code_pages, coded.stats, *paged, tokens, shape.max_blocks
+    )
+    layer = code_layer_of(coded, rule, tail, num_slots, device)
+    for number in (1, 2):
+        out = torch.full_like(layer.batch.query, torch.nan)
+        decode_step(layer.view, layer.workspace, layer.batch, out, followers=followers)
+        lists = layer.workspace.views(layer.view, layer.batch)
+        exists = block_lse.isfinite()
+        ours = lists.block_lse.cpu()
+        assert torch.allclose(ours[exists], block_lse[exists], rtol=1e-3, atol=1e-3)
+        # The lists of the estimates as the kernel has them: of two that are alike either may win.
+        chosen = select_blocks(
+            ours.masked_fill(~exists, -torch.inf), case.seq_lens, shape.num_kv_heads, tokens, rule,
+            estimated=True,
+        )  # fmt: skip
+        counts = lists.selected.counts.cpu()
+        assert torch.equal(counts, chosen.counts)
+        fetched = fetch_rows(
+            chosen, case.block_table, coded.host_rows, shape.num_kv_heads,
+            shape.page_tokens // tokens,
+        )  # fmt: skip
+        expected = attend_rows(
+            case.query, coded.host_rows, coded.row, coded.stats, fetched, chosen, case.seq_lens,
+            case.scale, tail, clip=rule.clip,
+        )  # fmt: skip
+        if host_dtype == "int8":
+            assert torch.allclose(out.cpu().float(), expected.float(), rtol=5e-3, atol=5e-3)
+        else:
+            assert_close(out.cpu(), expected)
+        assert int(layer.cache.state[EPOCH]) == number
+        assert not layer.workspace.signals.any()
+    counted, total = layer.cache.read_counters(), int(chosen.counts.sum())
+    assert counted.selected == counted.hits + counted.misses + counted.direct == 2 * total
+
+
+def check_write(shape: Shape, host_dtype: str, device: str = "cpu") -> None:
+    """Tokens that go through the kernel are where the definition puts them; a copy follows."""
+    coded = Coded.of(build_case(shape), host_dtype)
+    case = coded.case
+    layer = code_layer_of(coded, RULES[0], "renormalize", 256, device)
+    out = torch.empty_like(layer.batch.query)
+    decode_step(layer.view, layer.workspace, layer.batch, out)
+    before = out.clone()
+    layer.view.k_pages.fill_(255)
+    layer.view.host_rows.fill_(255)
+    layer.cache.slots.fill_(255)
+    keys, values = (torch.cat(x).to(device) for x in (case.keys, case.values))
+    write_rows(layer.view, keys, values, slots_of(case).to(device))
+    if device != "cpu":
+        torch.cuda.synchronize()
+    ours, expected = (
+        read_codes(x.cpu(), shape.head_size) for x in (layer.view.code_pages, coded.code_pages)
+    )
+    there = expected.isfinite()
+    assert torch.equal(there, ours.isfinite())
+    off = (ours[there] - expected[there]).abs()
+    assert float(off.gt(1e-3).float().mean()) < 0.01
+    decode_step(layer.view, layer.workspace, layer.batch, out)
+    assert torch.allclose(out, before, rtol=2e-2, atol=2e-2), "rows or copies are not as before"
+
+
+def main() -> None:
+    """Every combination; any difference raises."""
+    cases = 0
+    for shape, host_dtype in itertools.product(SHAPES, ("model", "int8")):
+        for rule in RULES:
+            check_step(shape, host_dtype, rule, 256)
+            cases += 1
+        check_step(shape, host_dtype, RULES[1], 0)
+        check_step(shape, host_dtype, RULES[1], 3, followers=Followers(3, 1))
+        check_write(shape, host_dtype)
+        cases += 3
+    layers = (
+        (CacheShape(1, 3, 1, 64, 16, 8, torch.float32, 4, "model"), RULES[0], "renormalize"),
+        (CacheShape(1, 4, 2, 128, 16, 8, torch.float16, 4, "int8"), RULES[1], "clip"),
+    )
+    for layer in layers:
+        check_kernels(*layer, "cpu")
+    print(f"{cases} steps with codes and {len(layers)} checks are as defined")
+
+
+if __name__ == "__main__":
+    main()

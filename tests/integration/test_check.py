@@ -96,14 +96,3 @@ def test_unknown_flag(folders: Callable[[str], str], capsys: pytest.CaptureFixtu
         main(["check", folders("llama"), "--no-such-flag"])
     assert ended.value.code == 2
     assert "unrecognized arguments: --no-such-flag" in capsys.readouterr().err
-
-
-def test_codes_are_measured_at_start(
-    folders: Callable[[str], str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = folders("llama")
-    for settings, noted in (('{"k_bits": 4}', True), ('{"k_bits": 16}', False), ("{}", False)):
-        assert main(["check", folder, "--kcache-config", settings]) == 0
-        lines = capsys.readouterr().out.splitlines()
-        assert lines[0] == f"{folder}: nothing would be refused"
-        assert [line.split(":")[:2] for line in lines[1:]] == [["note", " k_bits 4"]] * noted

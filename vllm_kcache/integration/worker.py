@@ -78,10 +78,13 @@ class SplitCacheWorker:
         pages_host = budget // host_bytes_per_page
         pages = min(pages_device, pages_host)
         self._check_one_request(pages_host, host_bytes_per_page)
+        has_codes = self.split_cache.shape.k_bits == 4
         logger.info(
-            "KCache: K pages %.2f GiB on the device, V %.2f GiB on the host: %d blocks "
+            "KCache: %s %.2f GiB on the device, %s %.2f GiB on the host: %d blocks "
             "(the device could hold %d, the host %d).",
+            "K codes" if has_codes else "K pages",
             pages * page_bytes / GIB,
+            "K and V" if has_codes else "V",
             pages * v_bytes / GIB,
             pages,
             pages_device,

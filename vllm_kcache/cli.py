@@ -253,11 +253,11 @@ def _check(parsed: argparse.Namespace, others: list[str]) -> int:
     if parsed.json:
         print(json.dumps(found, indent=2))
     else:
+        for text in notes(parsed.model, others):
+            print(f"note: {text}")
         for text in found:
             print(f"refused: {text}")
         print(f"{parsed.model}: {_count(found)}")
-        for text in notes(parsed.model, others):
-            print(f"note: {text}")
     return 1 if found else 0
 
 

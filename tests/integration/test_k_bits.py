@@ -23,7 +23,7 @@ ENGINE = {
     "max_num_batched_tokens": 256,
     "num_gpu_blocks_override": 60,
 }
-CACHE_BYTES = 2**25
+CACHE_BYTES = 2**30
 
 
 def work() -> list[dict[str, Any]]:
@@ -95,14 +95,10 @@ def test_blocks_for_the_same_memory(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of head size 128 in bfloat16 7.5 times stock's; the host keeps rows of int8."""
-    # It would go before kv_cache_memory_bytes.
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "0")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     batch = [{"prompts": [[5, 6, 7]], "sampling": {"max_tokens": 2, "detokenize": False}}]
     arguments = {**ENGINE, "num_gpu_blocks_override": None}
-    codes = run_engine(
-        tmp_path, batch, CODES, model=model, dtype="bfloat16", kv_cache_memory_bytes=CACHE_BYTES,
-        **arguments,
-    )  # fmt: skip
+    codes = run_engine(tmp_path, batch, CODES, model=model, dtype="bfloat16", **arguments)
     elements = 32 * KV_HEADS * LAYERS
     assert codes["num_blocks"] == CACHE_BYTES // (elements * (HEAD_SIZE // 2 + 4))
     assert codes["num_blocks"] >= 7.4 * (CACHE_BYTES // (elements * 2 * HEAD_SIZE * 2))

@@ -140,7 +140,10 @@ def _settings(parsed: argparse.Namespace) -> KCacheConfig:
         settings["top_n"] = int(parsed.top_n) if parsed.top_n.isdigit() else parsed.top_n
     if parsed.coverage is not None:
         settings["coverage"] = parsed.coverage
-    return KCacheConfig.from_user(settings)
+    config = KCacheConfig.from_user(settings)
+    if config.resolved_k_bits != 16:
+        raise PlanError(f"kcache_config.k_bits={config.k_bits!r}: not planned yet; only 16 is")
+    return config
 
 
 def _hardware(parsed: argparse.Namespace) -> Hardware:

@@ -105,6 +105,7 @@ def test_settings_count(capsys: pytest.CaptureFixture[str]) -> None:
         (["--coverage", "2"], "kcache_config.coverage=2.0: must be"),
         (["--top-n", "most"], "kcache_config.top_n='most'"),
         (["--kcache-config", "{"], "kcache_config='{': not valid JSON"),
+        (["--kcache-config", '{"k_bits": 4}'], "kcache_config.k_bits=4: not planned yet"),
         (["--tensor-parallel-size", "5"], "must divide the 32 query heads"),
         (["--no-such\nflag"], "unrecognized arguments: --no-such flag"),
         (["--gpu", "abacus"], "argument --gpu: invalid choice: 'abacus'"),

@@ -175,7 +175,10 @@ def _settings(parsed: argparse.Namespace) -> KCacheConfig:
             settings["top_n"] = int(parsed.top_n)
     if parsed.coverage is not None:
         settings["coverage"] = parsed.coverage
-    return KCacheConfig.from_user(settings)
+    config = KCacheConfig.from_user(settings)
+    if config.resolved_k_bits != 16:
+        raise PlanError(f"kcache_config.k_bits={config.k_bits!r}: not planned yet; only 16 is")
+    return config
 
 
 def _hardware(parsed: argparse.Namespace) -> Hardware:
@@ -228,12 +231,12 @@ def _check(parsed: argparse.Namespace, others: list[str]) -> int:
     if parsed.json:
         print(json.dumps(found, indent=2))
     else:
+        for text in notes(parsed.model, others):
+            print(f"note: {_one_line(text)}")
         for text in found:
             print(f"refused: {text}")
         count = f"{len(found) or 'no'} refusal{'' if len(found) == 1 else 's'}"
         print(f"{_one_line(parsed.model)}: {count if found else 'nothing would be refused'}")
-        for text in notes(parsed.model, others):
-            print(f"note: {_one_line(text)}")
     return 1 if found else 0
 
 

@@ -163,7 +163,8 @@ class SplitCache:
             )
         return LayerView(
             layer, self.shape, self.selection, self.config.resolved_tail, k_pages,
-            self.pool.layer(layer), None if self.shape.k_bits == 16 else self.k_stats[layer],
+            self.pool.layer(layer),
+            k_stats=None if self.shape.k_bits == 16 else self.k_stats[layer],
         )  # fmt: skip
 
     def attend(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.conftest import TOLERANCES, assert_close
-from tests.reference.coded import Coded, hadamard, some_stats
+from tests.reference.coded import Coded, hadamard, slots_of, some_stats
 from tests.reference.test_fetch import some_blocks
 from tests.reference.test_full import assert_chunks, chunk_lengths
 from tests.shapes import Shape, build_case
@@ -19,7 +19,7 @@ from vllm_kcache.reference.paging import physical_v_blocks
 from vllm_kcache.reference.score import score_codes
 from vllm_kcache.reference.select import select_blocks
 from vllm_kcache.reference.write import write_codes_and_rows
-from vllm_kcache.types import Fetched, Selected, Selection
+from vllm_kcache.types import Fetched, KStats, Selected, Selection
 
 HEAD_SIZES = [64, 80, 96, 128, 256]
 HOST_DTYPES = ["model", "int8"]
@@ -402,3 +402,49 @@ def prefill(coded, query, starts, chunk):
         query, coded.host_rows, coded.row, coded.stats, case.shape.page_tokens, chunk,
         case.block_table, starts, case.seq_lens, case.scale,
     )  # fmt: skip
+
+
+def rotated(bias: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """A bias of K under rotary embedding: [tokens, D]."""
+    half = len(bias) // 2
+    angles = positions[:, None] / 100_000.0 ** (torch.arange(half) / half)
+    turned = torch.cat((-bias[half:], bias[:half]))
+    return bias * angles.cos().repeat(1, 2) + turned * angles.sin().repeat(1, 2)
+
+
+@pytest.mark.parametrize(
+    "channels", [(), (1, 3), (30, 28), (1, 30)], ids=["none", "fast", "slow", "both"]
+)
+def test_outliers_that_move_with_position(channels):
+    """Channels 50 times the rest. What the estimates select holds 95% of the mass of what exact K
+    selects; constants come from the first 512 tokens, as from another text."""
+    shape, outlier = Shape((2048,), 1, 3, 64, 32, 8), torch.zeros(64)
+    outlier[list(channels)] = 50.0
+    case = build_case(shape, sharpness=4.0)
+    key = case.keys[0] + rotated(outlier, torch.arange(2048.0))[:, None]
+    # A query that saw as much of these channels as of the others would see nothing else.
+    seen = torch.ones(64)
+    seen[[*channels, *(channel + 32 for channel in channels)]] = 0.02
+    query = case.query * seen
+    constants = KStats(key[:512].mean(0), key[:512].std(0))
+    exact = (torch.einsum("hd,td->ht", query[0], key[:, 0]) * case.scale).softmax(-1)
+    masses = exact.unflatten(-1, (-1, 8)).sum(-1)
+    wanted = masses.amax(0) >= 0.001
+    assert 20 < int(wanted.sum()) < 200
+
+    def agreement(stats: KStats) -> float:
+        row = RowFormat(8, 64, torch.float32, 4)
+        pages = torch.full((case.k_pages.shape[0], 1, 32 * 36), 0xFF, dtype=torch.uint8)
+        rows = torch.full((pages.shape[0] * 4, row.bytes), 0xFF, dtype=torch.uint8)
+        write_codes_and_rows(key, key, slots_of(case), pages, rows, row, stats)
+        lse = score_codes(
+            query, pages, stats, case.block_table, case.seq_lens, case.scale, 8, shape.max_blocks
+        )
+        found = lse[0].softmax(-1).amax(0) >= 0.001
+        kept = (masses * (wanted & found)).sum(-1) / (masses * wanted).sum(-1)
+        return float(kept.mean())
+
+    assert agreement(constants) >= 0.95
+    if channels:
+        # The case is one that the constants are needed for.
+        assert agreement(KStats(torch.zeros(1, 64), torch.ones(1, 64))) < 0.95

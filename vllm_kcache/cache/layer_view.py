@@ -24,9 +24,9 @@ class LayerView:
             k_bits 4 [M, Hkv, S, C] of as many bytes as codes have: see `code_pages`.
         host_rows: [M * Hkv * S / T, row bytes] uint8, host (mapped for the GPU). Row
             `(page * Hkv + head) * (S / T) + offset / T`.
-        k_stats: Constants of the layer's K codes, on its device; None with k_bits 16.
         hot_cache: Rows in GPU memory; None on the CPU.
         packed: The same for the extension (`kcache::layer_view`); None on the CPU.
+        k_stats: Constants of the layer's K codes, on its device; None with k_bits 16.
     """
 
     index: int
@@ -35,9 +35,9 @@ class LayerView:
     tail: Tail
     k_pages: torch.Tensor
     host_rows: torch.Tensor
-    k_stats: KStats | None = None
     hot_cache: HotCache | None = None
     packed: torch.Tensor | None = None
+    k_stats: KStats | None = None
 
     @property
     def code_pages(self) -> torch.Tensor:

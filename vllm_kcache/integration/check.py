@@ -196,9 +196,4 @@ def notes(model: str, flags: list[str]) -> list[str]:
         settings = args.merge_settings(additional, "kcache", settings)[KEY]
     if KCacheConfig.from_user(settings).resolved_k_bits == 16:
         return []
-    return [
-        (
-            "k_bits 4: at start the model reads a short text of the package, to measure K (mean "
-            "and deviation of each channel)"
-        )
-    ]
+    return ["k_bits 4: at start the model reads a short text of the package, to measure its K"]

@@ -84,9 +84,11 @@ class SplitCacheWorker:
         """Say how many requests fit, and what would let more in."""
         shape, model_len = self.split_cache.shape, self.vllm_config.model_config.max_model_len
         logger.info(
-            "KCache: K pages %.2f GiB on the device, rows %.2f GiB on the host: %d blocks. At "
-            "once fit %.1f requests of max_model_len=%d, %.1f of 4096 tokens.",
+            "KCache: %s %.2f GiB on the device, %s %.2f GiB on the host: %d blocks. At once fit "
+            "%.1f requests of max_model_len=%d, %.1f of 4096 tokens.",
+            "K codes" if shape.k_bits == 4 else "K pages",
             pages * page_bytes / GIB,
+            "K and V" if shape.row.has_keys else "V",
             pages * shape.host_page_bytes / GIB,
             pages,
             (pages - 1) / -(-model_len // shape.page_tokens),

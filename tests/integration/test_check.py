@@ -109,9 +109,9 @@ def test_blocks_that_the_table_cannot_number() -> None:
     (found,) = override_problems(most + 1, 8192, 2**60, layers * rows)
     assert found.endswith(f"Lower --num-gpu-blocks-override to {most}.")
     assert list(override_problems(most + 1, 8192, 2**60, None)) == []
-    HotCache.make(1, layers, most * rows, 8, 64, torch.bfloat16, "meta")
+    HotCache.make(1, layers, most * rows, 1024, "meta")
     with pytest.raises(ValueError, match=r"must be below 2\*\*31"):
-        HotCache.make(1, layers, (most + 1) * rows, 8, 64, torch.bfloat16, "meta")
+        HotCache.make(1, layers, (most + 1) * rows, 1024, "meta")
 
 
 def ends_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

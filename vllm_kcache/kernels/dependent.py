@@ -4,8 +4,8 @@
 In a small batch the kernels of a decode step are short, and much of the time goes between them. A
 dependent launch starts as soon as all thread blocks of its predecessor have triggered it or ended,
 and waits where it needs the predecessor's memory. Every kernel of the chain waits for its
-predecessor, so what follows one of them follows all. CUDA C++ Programming Guide, "Programmatic Dependent Launch"; compute capability 9.0 and
-newer.
+predecessor, so what follows one of them follows all. CUDA C++ Programming Guide, "Programmatic
+Dependent Launch"; compute capability 9.0 and newer.
 """
 
 from __future__ import annotations

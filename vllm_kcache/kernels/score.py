@@ -64,8 +64,8 @@ def score_kernel(
     if DEPENDENT:
         if AFTER_WRITE:
             # Of what this reads, write stored only K of the newest token, and of the one before it
-            # (the newest of another request that shares this one's page). The first program waits in
-            # any case, so that no launch ends before its predecessor.
+            # (the newest of another request that shares this one's page). The first program always
+            # waits, so that no launch ends before its predecessor.
             last, before = (chunks - 1) % splits, (chunks - 2) % splits
             if (split == last) | (split == before) | is_first_program():
                 gdc_wait()

@@ -118,7 +118,7 @@ class Batch:
 
 
 def mixed(order: str) -> list[Request]:
-    """Requests by letters: a to c decode, A to C have a prompt's last token, P and Q are prompts."""
+    """By letters: a to c decode, A to C have a prompt's last token, P and Q are prompts."""
     named = dict(zip("abcABCPQ", DECODES + LAST_TOKENS + PROMPTS, strict=True))
     return [named[letter] for letter in order]
 
@@ -153,7 +153,9 @@ def test_every_request_has_its_output(
     for request, output in found.items():
         alone = Batch([request]).attend()[request]
         assert not alone.isnan().any()
-        assert torch.equal(output, alone), request
+        torch.testing.assert_close(
+            output, alone, rtol=0, atol=1e-5, msg=lambda text, of=request: f"{of}: {text}"
+        )
 
 
 def test_a_prompts_last_token_attends_exactly() -> None:

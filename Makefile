@@ -7,7 +7,7 @@ MODEL ?= models/SmolLM2-135M-Instruct
 PORT ?= 8000
 # More flags for vllm serve: make serve ARGS="--max-model-len 4096"
 ARGS ?=
-# More arguments for pytest: make test TESTS="tests/ops -k select"
+# More arguments for pytest: make test TESTS="tests/csrc -k select"
 TESTS ?= tests
 # Test files that run at once; each may hold an engine of 4 GiB
 WORKERS ?= 2

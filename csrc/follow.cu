@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // Select and fetch list by list, beside the kernel that scores them. What is left undone here, the
-// launch of select.cu after it does: no wait is without end.
+// launch of select.cu after it does, so no wait is unbounded.
 #include "launch.h"
 #include "list.cuh"
 
 namespace kcache {
 namespace {
 
-// Without a list scored in so long, the score kernel does not run beside this one. Lists are scored
-// some 10 us after one another; and a tick of some GPUs' clock is a millisecond.
+// A follower gives up when no list is scored for so long: the score kernel does not run beside it.
+// Far above any real step, where a list is scored every 10 us; some GPUs' clocks tick in ms.
 constexpr long long kPatienceNs = 2'000'000;
-// Epochs in which nobody follows after that: so the wait is paid once in some hundred steps.
+// Epochs without followers after that, so that the wait is paid once in some hundred steps.
 constexpr unsigned kRestEpochs = 4096;
 constexpr unsigned kPauseNs = 100;
 

@@ -63,7 +63,7 @@ __device__ inline int claim_slot(const LayerView& view, bool wanted, int64_t own
 #pragma unroll
     for (int i = 0; i < kWindow; ++i) {
       const Word word = load_volatile(view.slot_word + slot);
-      // Epochs wrap; their difference does not mind. Empty is older than everything.
+      // Epochs wrap around, their differences stay right. Empty is older than everything.
       const Word age = word == kEmptySlot
                            ? 1ull << 32
                            : static_cast<unsigned>(epoch - static_cast<unsigned>(word));

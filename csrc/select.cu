@@ -6,7 +6,7 @@
 namespace kcache {
 namespace {
 
-// One thread block a list. Fetching in the same launch saves one, and the list is at hand.
+// One thread block for each list. It fetches too: that saves a launch and reading the list again.
 template <typename R>
 __global__ void __launch_bounds__(kThreads, 2)
     select_kernel(const __grid_constant__ LayerView view, const __grid_constant__ Step step) {

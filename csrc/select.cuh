@@ -30,9 +30,9 @@ constexpr int kBins = 256, kMaxSums = 1 + kMaxGroup;
 using NearBlock = uint16_t;
 static_assert(kSegment <= 1 << 16);
 
-// What a kernel is compiled for: one with the code of all rules would be several times what the
-// default rule runs through. `kTogether`: query heads at most, whose scores of a block a thread has
-// in registers at once.
+// Kernel specialisations: one kernel with all rules would be several times larger. `kTogether`:
+// most query heads whose scores of a block a thread holds in registers at once. `kSearches`: the
+// rule does not name its threshold.
 template <int kTogether_, bool kSearches_>
 struct Rule {
   static constexpr int kTogether = kTogether_;

@@ -101,7 +101,7 @@ class KCacheConfig(BaseModel):
         sink_tokens: first tokens of a request, always attended; rounded up to V blocks.
         recent_tokens: last tokens of a request, always attended; rounded out to V blocks.
         dense_layers: layers that keep K and V in GPU memory: a count from the bottom, or a list.
-        tail: what happens to the mass that was not selected (see `ops.attend_blocks`). "auto":
+        tail: what happens to the mass that was not selected (see `reference/attend.py`). "auto":
             "clip" with a mass threshold, else "renormalize".
         head_combine: how the query heads of a KV head choose together (see `types.Selection`).
             "auto": "max" with a mass threshold, else "sum".

@@ -180,8 +180,6 @@ class Sweep:
 
     def _start_settings(self, engine: EngineSettings) -> dict[str, Any]:
         start = dict(engine.start)
-        if any(setting.get("tail") == "mean" for setting in engine.settings):
-            start["tail"] = "mean"
         if self.gpu:
             start.update(self._gpu_memory())
         if self.options.hot_cache_gib is not None:

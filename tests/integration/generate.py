@@ -121,8 +121,9 @@ def _prefill_kernel(llm: Any) -> str | None:
     """Kernel of the worker's prefills on a GPU; None where the worker is another process."""
     if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0":
         return None
-    (name,) = llm.collective_rpc(_name_of_prefill)
-    return name
+    names = set(llm.collective_rpc(_name_of_prefill))
+    assert len(names) == 1, names
+    return names.pop()
 
 
 def _name_of_prefill(worker: Any) -> str | None:

@@ -24,7 +24,7 @@ DEFAULT: dict[str, Any] = {}
 SETTINGS = (
     {"top_n": "all"},
     DEFAULT,
-    {"top_n": 16, "tail": "mean"},
+    {"top_n": 16},
     # The default in other words, to be measured again with another setting in between.
     {"mass_threshold": 0.002, "top_n": "all"},
 )

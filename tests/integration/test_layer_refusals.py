@@ -239,7 +239,7 @@ def test_v_of_another_size_is_refused(vllm_config: Any) -> None:
     with pytest.raises(KCacheConfigError) as caught:
         page_shape(vllm_config, wide, wide)
     assert str(caught.value).startswith(PREFIX)
-    assert "128 beside 64" in str(caught.value)
+    assert "head_size_v=128 beside head_size=64" in str(caught.value)
 
 
 def test_several_kv_cache_groups_are_refused() -> None:

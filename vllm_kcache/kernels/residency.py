@@ -65,7 +65,7 @@ def claim_slot(table, slot_word, state, owner, epoch, num_slots):
         hand = tl.atomic_add(state + _HAND, WINDOW).to(tl.int64) & _STAMP_MASK
         slots = ((hand + tl.arange(0, WINDOW)) % num_slots).to(tl.int32)
         words = tl.load(slot_word + slots, volatile=True)
-        # Epochs wrap; their difference does not mind. Empty is older than everything.
+        # Epochs wrap around, their differences stay right. Empty is older than everything.
         ages = (epoch.to(tl.int64) - words) & _STAMP_MASK
         ages = tl.where(words == -1, _STAMP_MASK + 1, ages)
         oldest = tl.max(ages, 0)

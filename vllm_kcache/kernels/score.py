@@ -63,9 +63,9 @@ def score_kernel(
     chunks = tl.cdiv(num_tokens, CHUNK)
     if DEPENDENT:
         if AFTER_WRITE:
-            # Of what this reads, the launch before wrote only K of the newest token, and of the one
-            # before it where that is the newest of another request, whose page this one shares. The
-            # first program waits in any case, so that no launch ends before the one before it.
+            # Of what this reads, write stored only K of the newest token, and of the one before it
+            # (the newest of another request that shares this one's page). The first program always
+            # waits, so that no launch ends before its predecessor.
             last, before = (chunks - 1) % splits, (chunks - 2) % splits
             if (split == last) | (split == before) | is_first_program():
                 gdc_wait()

@@ -14,13 +14,12 @@ _CHUNK = 32768
 # Tokens of a chunk of codes: what a warp leaves one sum of (csrc/score_codes.cu).
 CODE_CHUNK_TOKENS = 256
 
-# With these registers the kernel spills nothing for heads of more than 64 in two bytes, and more
-# programs fit than the compiler's own choice lets in: only there are they set.
+# 80 registers: no spills for 2-byte heads above 64; unlimited costs occupancy. Set only there.
 MAX_REGISTERS = 80
 
-# Programs of a launch. Many more than fit at once even out the end, and the more a list has, the
-# sooner the first is scored and its fetch begins. But in a graph that was captured for longer
-# requests many have nothing to do, and still take a nanosecond each (docs/benchmarks.md, score).
+# Programs of a launch. More than fit at once keep the GPU full to the end, and the more a list has,
+# the sooner it is scored and its fetch begins. But a graph captured for longer requests launches
+# many with nothing to do, a nanosecond each (docs/benchmarks.md, score).
 _PROGRAMS_OF_LIST, _LEAST_PROGRAMS, _MOST_PROGRAMS = 128, 2048, 16384
 
 

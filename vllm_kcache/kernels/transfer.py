@@ -110,7 +110,7 @@ class PrefillTransfer:
         shape: Geometry of the layers.
         max_tokens: Most tokens of a step.
         scratch_tokens: Tokens of a context piece.
-        device: The GPU. Takes `memory.transfer_bytes` of it.
+        device: The GPU. Takes its part of `GPUMemory.fixed_bytes` of it.
     """
 
     def __init__(
@@ -132,7 +132,8 @@ class PrefillTransfer:
         self._gathers = 0
         self._reading = 0
         self._ahead: tuple[tuple[int, int], int, torch.cuda.Event] | None = None
-        self._outbound = False
+        # Slots of V on its way out: where it goes must stay what it is until it is there.
+        self._outbound: torch.Tensor | None = None
 
     def set_num_slots(self, num_slots: int) -> None:
         """Serve a paged cache of M * S = `num_slots` token slots; takes 4 bytes of GPU for each."""
@@ -168,7 +169,8 @@ class PrefillTransfer:
             view: The layer.
             key, value: [tokens, Hkv, D] model dtype, GPU. Copied on the current stream, so the next
                 layer may overwrite them.
-            slot_mapping: [tokens] int64, GPU; -1 is padding. Must stay as it is during the step.
+            slot_mapping: [tokens] int64, GPU; -1 is padding. The same for all layers of a step, and
+                as it is until `fence`, which lets go of it.
         """
         main = torch.cuda.current_stream()
         main.wait_event(self._staged)
@@ -186,13 +188,13 @@ class PrefillTransfer:
             else:
                 store_value(staged[0], slot_mapping, view.v_pages)
             self._staged.record()
-        self._outbound = True
+        self._outbound = slot_mapping
 
     def fence(self) -> None:
         """Make the current stream wait for all V on its way to the host pool."""
-        if self._outbound:
+        if self._outbound is not None:
             torch.cuda.current_stream().wait_stream(self._out)
-            self._outbound = False
+            self._outbound = None
 
     def gather(
         self,

@@ -18,8 +18,8 @@ from vllm_kcache.planner.shape import ModelShape, PlanError
 
 GIB = 2**30
 
-# CUDA context, libraries and graphs: memory of two stock engines that was neither weights nor
-# activations nor cache (docs/plan.md, "Memory").
+# CUDA context, libraries and graphs: unaccounted memory measured on two stock engines
+# (docs/plan.md, "Memory").
 OTHER_GPU_BYTES = 450_000_000
 _DTYPES = {1: torch.uint8, 2: torch.bfloat16, 4: torch.float32}
 

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A step as vLLM describes it and as the split cache takes it: decodes first, and the output where
+vLLM looks for it. Through the attention of a layer, without an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from vllm_kcache.cache.formats import CacheShape
+from vllm_kcache.config import KCacheConfig
+from vllm_kcache.integration.backend import KCacheImpl
+from vllm_kcache.integration.counters import Counters
+from vllm_kcache.integration.metadata import KCacheMetadata, KCacheMetadataBuilder
+from vllm_kcache.split_cache import CPUSplitCache
+
+SHAPE = CacheShape(1, 4, 2, 64, 16, 8, torch.float32)
+PAGES_EACH = 20
+
+
+@dataclass(frozen=True)
+class Request:
+    """Its place in the pages; tokens before this step, tokens of it, and whether they are a
+    prompt's."""
+
+    number: int
+    context: int
+    query: int
+    prefilling: bool
+
+
+DECODES = [Request(0, 200, 1, False), Request(1, 97, 1, False), Request(2, 16, 1, False)]
+LAST_TOKENS = [Request(3, 150, 1, True), Request(4, 31, 1, True), Request(5, 0, 1, True)]
+PROMPTS = [Request(6, 64, 5, True), Request(7, 0, 40, True)]
+
+
+class Batch:
+    """Requests in vLLM's order, in pages of their own, with K and V of what came before.
+
+    Args:
+        requests: Of the step.
+        padded_requests, padded_tokens: Rows and slots behind the real ones.
+    """
+
+    def __init__(
+        self, requests: list[Request], padded_requests: int = 0, padded_tokens: int = 0
+    ) -> None:
+        self.requests = requests
+        count = len(requests)
+        lengths = [r.context + r.query for r in requests] + [0] * padded_requests
+        queries = [r.query for r in requests] + [0] * padded_requests
+        starts = torch.tensor([0, *torch.tensor(queries).cumsum(0).tolist()], dtype=torch.int32)
+        tokens = int(starts[-1])
+        table = torch.zeros((count + padded_requests, PAGES_EACH), dtype=torch.int32)
+        slots = torch.full((tokens + padded_tokens,), -1, dtype=torch.int64)
+        self.inputs = torch.zeros(3, tokens + padded_tokens, SHAPE.num_query_heads, 64)
+        for row, request in enumerate(requests):
+            # What a request holds depends on nothing but itself, wherever it stands.
+            own = torch.Generator().manual_seed(request.number)
+            first = 1 + PAGES_EACH * request.number
+            table[row] = torch.arange(first, first + PAGES_EACH)
+            span = slice(int(starts[row]), int(starts[row + 1]))
+            places = torch.arange(request.context, request.context + request.query)
+            slots[span] = first * SHAPE.page_tokens + places
+            self.inputs[:, span] = torch.randn(self.inputs[:, span].shape, generator=own)
+        self.starts = starts
+        self.common = CommonAttentionMetadata(
+            query_start_loc=starts,
+            query_start_loc_cpu=starts,
+            seq_lens=torch.tensor(lengths, dtype=torch.int32),
+            seq_lens_cpu_upper_bound=torch.tensor(lengths, dtype=torch.int32),
+            num_reqs=count + padded_requests,
+            num_actual_tokens=tokens,
+            max_query_len=max(queries),
+            max_seq_len=max(lengths),
+            block_table_tensor=table,
+            slot_mapping=slots,
+            is_prefilling=torch.tensor([r.prefilling for r in requests]),
+        )
+
+    def build(self) -> KCacheMetadata:
+        builder = KCacheMetadataBuilder.__new__(KCacheMetadataBuilder)
+        return builder.build(0, self.common)
+
+    def attend(self) -> dict[Request, torch.Tensor]:
+        """The output of each request, through a layer and a fresh cache."""
+        cache = CPUSplitCache(
+            KCacheConfig.from_user({"top_n": 5, "sink_tokens": 8, "recent_tokens": 8}),
+            SHAPE,
+            Counters(),
+            torch.device("cpu"),
+        )
+        pages = 1 + PAGES_EACH * 8
+        cache.allocate(pages)
+        shape = (pages, SHAPE.num_kv_heads, SHAPE.page_tokens, SHAPE.head_size)
+        before = torch.Generator().manual_seed(7)
+        k_pages = torch.randn(shape, generator=before)
+        cache.view(0, k_pages).v_pages.copy_(torch.randn(shape, generator=before))
+        layer = KCacheImpl(4, 64, 0.125, 2)
+        layer.bind(cache, 0)
+        query, key, value = self.inputs
+        out = torch.full_like(query.flatten(1), torch.nan)
+        kv_heads = SHAPE.num_kv_heads
+        step = self.build()
+        layer.forward(
+            None, query.flatten(1), key[:, :kv_heads].flatten(1), value[:, :kv_heads].flatten(1),
+            k_pages, step, out,
+        )  # fmt: skip
+        cache.close()
+        spans = zip(self.starts[:-1].tolist(), self.starts[1:].tolist(), strict=True)
+        return {
+            request: out[first:last]
+            for request, (first, last) in zip(self.requests, spans, strict=False)
+        }
+
+
+def mixed(order: str) -> list[Request]:
+    """By letters: a to c decode, A to C have a prompt's last token, P and Q are prompts."""
+    named = dict(zip("abcABCPQ", DECODES + LAST_TOKENS + PROMPTS, strict=True))
+    return [named[letter] for letter in order]
+
+
+@pytest.mark.parametrize(
+    ("order", "decodes", "reordered"),
+    [
+        ("abc", 3, False),
+        ("abcABC", 3, False),
+        ("abcABCPQ", 3, False),
+        ("ABC", 0, False),
+        ("ABCP", 0, False),
+        ("PQ", 0, False),
+        ("Aabc", 3, True),
+        ("aAbBcC", 3, True),
+        ("ABCabcPQ", 3, True),
+        ("BaAcP", 2, True),
+    ],
+)
+@pytest.mark.parametrize("padding", [(0, 0), (0, 13)], ids=["", "longer slot mapping"])
+def test_every_request_has_its_output(
+    order: str, decodes: int, reordered: bool, padding: tuple[int, int]
+) -> None:
+    """Wherever a request stands: decodes are selected for, and all others attend exactly."""
+    requests = mixed(order)
+    batch = Batch(requests, *padding)
+    step = batch.build()
+    assert (step.num_decodes, step.num_prefills) == (decodes, len(requests) - decodes)
+    assert (step.token_order is not None) == reordered
+    found = batch.attend()
+    assert len(found) == len(requests)
+    for request, output in found.items():
+        alone = Batch([request]).attend()[request]
+        assert not alone.isnan().any()
+        torch.testing.assert_close(
+            output, alone, rtol=0, atol=1e-5, msg=lambda text, of=request: f"{of}: {text}"
+        )
+
+
+def test_a_prompts_last_token_attends_exactly() -> None:
+    """Otherwise the comparison above would see no difference between the two."""
+    exact = Batch([LAST_TOKENS[0]]).attend()[LAST_TOKENS[0]]
+    request = replace(LAST_TOKENS[0], prefilling=False)
+    selected = Batch([request]).attend()[request]
+    assert not torch.allclose(exact, selected, atol=1e-3)
+
+
+@pytest.mark.parametrize("order", ["abc", "Aabc", "ABC"])
+def test_rows_that_pad_a_graph(order: str) -> None:
+    """They come behind the real ones, of which alone vLLM may say whether they prefill."""
+    requests = mixed(order)
+    batch = Batch(requests, padded_requests=5)
+    step = batch.build()
+    decodes = sum(not request.prefilling for request in requests)
+    # They count with what stands before them, and have no tokens.
+    expected = decodes if len(requests) > decodes else len(requests) + 5
+    assert (step.num_decodes, step.num_decodes + step.num_prefills) == (
+        expected,
+        len(requests) + 5,
+    )
+    assert step.seq_lens[len(requests) :].tolist() == [0] * 5
+
+
+def test_order_of_a_step() -> None:
+    """All that belongs to a request moves with it."""
+    batch = Batch(mixed("ABabP"))
+    common, step = batch.common, batch.build()
+    rows = torch.tensor([2, 3, 0, 1, 4])
+    assert step.token_order is not None
+    assert torch.equal(step.token_order[:5], rows)
+    assert torch.equal(step.token_order[4:], torch.arange(4, common.num_actual_tokens))
+    assert torch.equal(step.seq_lens, common.seq_lens[rows])
+    assert step.seq_lens_cpu is not None
+    assert torch.equal(step.seq_lens_cpu, step.seq_lens)
+    assert torch.equal(step.block_table, common.block_table_tensor[rows])
+    assert torch.equal(step.slot_mapping, common.slot_mapping[step.token_order])
+
+
+def test_a_batch_that_is_not_causal() -> None:
+    batch = Batch(DECODES)
+    batch.common = batch.common.replace(causal=False)
+    with pytest.raises(Exception, match="causal"):
+        batch.build()

@@ -2,6 +2,8 @@
 // Instructions that CUDA C++ has no name for.
 #pragma once
 
+#include <cuda_runtime.h>
+
 namespace kcache {
 
 // For masses and for terms of their sums, where 1 is much: what is below 2^-126 may be 0, so that
@@ -22,6 +24,38 @@ __device__ inline long long now_ns() {
   long long time;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(time));
   return time;
+}
+
+// Of the lower 16 bits.
+__device__ inline float half_to_float(unsigned bits) {
+  float value;
+  asm("{\n\t.reg .b16 low, high;\n\tmov.b32 {low, high}, %1;\n\tcvt.f32.f16 %0, low;\n\t}"
+      : "=f"(value)
+      : "r"(bits));
+  return value;
+}
+
+// To the nearest, half to even.
+__device__ inline unsigned float_to_half(float value) {
+  unsigned short bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+
+__device__ inline unsigned float_to_bfloat16(float value) {
+  unsigned short bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+
+// Products of a warp, added to 16 x 8 sums: 16 rows of 32 int8, and eight columns. What a lane has
+// of each: PTX ISA, "Matrix Fragments for mma.m16n8k32".
+__device__ inline void multiply_add(int (&sums)[4], const unsigned (&rows)[4],
+                                    const unsigned (&columns)[2]) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+      : "r"(rows[0]), "r"(rows[1]), "r"(rows[2]), "r"(rows[3]), "r"(columns[0]), "r"(columns[1]));
 }
 
 }  // namespace kcache

@@ -71,12 +71,13 @@ __device__ inline void load_head(float (&x)[kParts][4], const Heads& heads, int 
     const int first = first_value(part, head_size);
     uint2 four{};
     if (first >= 0) four = *reinterpret_cast<const uint2*>(from + 2 * first);
-    const unsigned twos[2] = {four.x, four.y};
+    const bool is_half = heads.dtype == Dtype::kFloat16;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const unsigned bits = twos[i / 2] >> (16 * (i % 2));
-      x[part][i] =
-          heads.dtype == Dtype::kFloat16 ? half_to_float(bits) : __uint_as_float(bits << 16);
+    for (int i = 0; i < 2; ++i) {
+      const unsigned two = i == 0 ? four.x : four.y;
+      const float2 halves = halves_to_floats(two);
+      x[part][2 * i] = is_half ? halves.x : __uint_as_float(two << 16);
+      x[part][2 * i + 1] = is_half ? halves.y : __uint_as_float(two & 0xffff0000u);
     }
   }
 }

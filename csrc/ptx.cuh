@@ -14,10 +14,26 @@ __device__ inline float fast_exp2(float value) {
   return power;
 }
 
+__device__ inline float fast_log2(float value) {
+  float log;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log) : "f"(value));
+  return log;
+}
+
 __device__ inline int load_acquire(const int* pointer) {
   int value;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(pointer) : "memory");
   return value;
+}
+
+// What this thread has written, and seen of others, comes before. Returns what was there.
+__device__ inline int add_release(int* pointer, int value) {
+  int before;
+  asm volatile("atom.add.release.gpu.global.s32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(pointer), "r"(value)
+               : "memory");
+  return before;
 }
 
 __device__ inline long long now_ns() {
@@ -26,13 +42,14 @@ __device__ inline long long now_ns() {
   return time;
 }
 
-// Of the lower 16 bits.
-__device__ inline float half_to_float(unsigned bits) {
-  float value;
-  asm("{\n\t.reg .b16 low, high;\n\tmov.b32 {low, high}, %1;\n\tcvt.f32.f16 %0, low;\n\t}"
-      : "=f"(value)
+// Of the lower and the upper 16 bits.
+__device__ inline float2 halves_to_floats(unsigned bits) {
+  float2 values;
+  asm("{\n\t.reg .b16 low, high;\n\tmov.b32 {low, high}, %2;\n\tcvt.f32.f16 %0, low;\n\t"
+      "cvt.f32.f16 %1, high;\n\t}"
+      : "=f"(values.x), "=f"(values.y)
       : "r"(bits));
-  return value;
+  return values;
 }
 
 // To the nearest, half to even.

@@ -50,7 +50,7 @@ __device__ inline void write_code(const LayerView& view, const float (&x)[kParts
   least = -warp_max(-least);
   const unsigned zero_bits = float_to_half(fminf(fmaxf(least, -kMostHalf), kMostHalf));
   const unsigned scale_bits = half_scale((most - least) / kLevels);
-  const float zero = half_to_float(zero_bits), scale = half_to_float(scale_bits);
+  const float zero = halves_to_floats(zero_bits).x, scale = halves_to_floats(scale_bits).x;
   unsigned* codes = reinterpret_cast<unsigned*>(head) + offset * words;
 #pragma unroll
   for (int part = 0; part < kParts; ++part) {
@@ -79,7 +79,7 @@ __device__ inline unsigned quantise_int8(const float (&x)[kParts][4], unsigned (
   float most = 0.0f;
   for_each(x, [&](int part, int i) { most = fmaxf(most, fabsf(x[part][i])); });
   const unsigned bits = half_scale(warp_max(most) / kInt8Most);
-  const float scale = half_to_float(bits);
+  const float scale = halves_to_floats(bits).x;
 #pragma unroll
   for (int part = 0; part < kParts; ++part) {
     words[part] = 0;
@@ -220,7 +220,7 @@ __device__ inline void copy_heads(const char* from, const Heads& to, const Layer
 template <int kParts>
 __device__ inline void dequantise(const unsigned (&words)[kParts], unsigned scale_bits,
                                   float (&x)[kParts][4]) {
-  const float scale = half_to_float(scale_bits);
+  const float scale = halves_to_floats(scale_bits).x;
   for_each(x, [&](int part, int i) {
     x[part][i] = static_cast<float>(static_cast<int8_t>(words[part] >> (8 * i))) * scale;
   });

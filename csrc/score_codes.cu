@@ -31,7 +31,7 @@ struct Size {
   static constexpr int kHeads = kTileHeads * kTiles;
   static constexpr int kParts = parts_of(32 * kSteps);
   // Loads in flight rather than warps hide the latency; heads of more values want registers.
-  static constexpr int kLeastBlocks = kSteps == 8 ? 2 : kTiles == 1 ? 5 : kTiles == 2 ? 4 : 3;
+  static constexpr int kLeastBlocks = kSteps == 8 || kTiles == 4 ? 2 : kTiles == 2 ? 4 : 5;
 };
 
 // The queries of a list, made once by a thread block.
@@ -167,7 +167,7 @@ struct LogSum {
       largest = larger;
     }
   }
-  __device__ float log() const { return largest + log2f(sum); }
+  __device__ float log() const { return largest + fast_log2(sum); }
 };
 
 template <typename Z>
@@ -182,7 +182,9 @@ class ListScores {
         num_tokens_(num_tokens),
         chunks_((num_tokens + kChunkTokens - 1) / kChunkTokens),
         group_(static_cast<int>(threadIdx.x & 31) / 4),
-        quarter_(static_cast<int>(threadIdx.x & 3)) {}
+        quarter_(static_cast<int>(threadIdx.x & 3)),
+        out_(const_cast<float*>(step.block_lse) +
+             (static_cast<int64_t>(list) * view.group + quarter_) * step.max_blocks) {}
 
   // What does not need the queries.
   __device__ void begin(int worker) {
@@ -199,18 +201,16 @@ class ListScores {
       const bool more = chunk + workers < chunks_;
       if (more) next_ = find(chunk + workers);
       LogSum sums[Z::kTiles];
-      const int first = chunk * kChunkTokens, past = min(first + kChunkTokens, num_tokens_);
+      const int first = chunk * kChunkTokens;
+      const int runs = (min(kChunkTokens, num_tokens_ - first) + kRunTokens - 1) / kRunTokens;
 #pragma unroll 1
-      for (int token = first; token < past; token += kRunTokens) {
+      for (int run = 0; run < runs; ++run) {
         float scores[Z::kTiles][kOwnTokens];
         multiply(scores);
         // The next run's are on their way while this one's are added up.
-        if (token + kRunTokens < past) {
-          load(here, (token - first) / kRunTokens + 1);
-        } else if (more) {
-          load(next_, 0);
-        }
-        add_up(scores, token + group_ * kOwnTokens, sums);
+        const bool ends = run + 1 == runs;
+        if (!ends || more) load(ends ? next_ : here, ends ? 0 : run + 1);
+        add_up(scores, first + run * kRunTokens + group_ * kOwnTokens, sums);
       }
 #pragma unroll
       for (int tile = 0; tile < Z::kTiles; ++tile) {
@@ -285,9 +285,8 @@ class ListScores {
       for (int token = 0; token < kOwnTokens; ++token) {
         const int* parts = products[tile][token / 2] + token % 2 * 2;
         const float product = static_cast<float>(parts[0] * kLowSteps + parts[1]);
-        const unsigned scales = run_.scales[token];
-        scores[tile][token] =
-            fmaf(half_to_float(scales), product, half_to_float(scales >> 16) * sum);
+        const float2 scales = halves_to_floats(run_.scales[token]);  // scale and zero
+        scores[tile][token] = fmaf(scales.x, product, scales.y * sum);
       }
     }
   }
@@ -321,8 +320,7 @@ class ListScores {
     for (int tile = 0; tile < Z::kTiles; ++tile) {
       const int head = tile * kTileHeads + quarter_;
       const float unit = shared_.unit[head], bias = shared_.bias[head];
-      float* out = const_cast<float*>(step_.block_lse) +
-                   (static_cast<int64_t>(list_) * view_.group + head) * step_.max_blocks;
+      float* out = out_ + static_cast<int64_t>(tile) * kTileHeads * step_.max_blocks;
       const bool live = head < view_.group;
 #pragma unroll
       for (int first = 0; first < kOwnTokens; first += kTokens) {
@@ -335,7 +333,7 @@ class ListScores {
 #pragma unroll
         for (int i = 0; i < kTokens; ++i)
           sum += fast_exp2(fmaf(scores[tile][first + i], unit, shift));
-        const float log = log2f(sum) - shift;
+        const float log = fast_log2(sum) - shift;
         sums[tile].add(log);
         const int token = first_token + first;
         if (kTokens < kOwnTokens || view_.block_tokens == kOwnTokens) {
@@ -357,6 +355,7 @@ class ListScores {
   const QueryShared<Z>& shared_;
   const int list_, num_tokens_, chunks_;
   const int group_, quarter_;  // of the lane: which eight tokens, which quarter of their codes
+  float* const out_;           // scores of the lane's query head of the first tile
   Place next_{};               // of the next chunk, one a lane
   Run<Z::kSteps> run_;
   unsigned columns_[Z::kTiles == 1 ? Z::kSteps : Z::kTiles][2];
@@ -380,8 +379,9 @@ __global__ void __launch_bounds__(kThreads, Z::kLeastBlocks)
     // Of what this reads, the launch before wrote only the code of the newest token, and of the one
     // before it where that is the newest of another request, whose page this one shares. The first
     // warp waits in any case, so that no launch ends before the one before it.
-    const bool reads_newest = worker == (chunks - 1) % workers || worker == (chunks - 2) % workers;
-    if (reads_newest || (blockIdx.x == 0 && warp == 0)) wait_for_launch_before();
+    const int last = (chunks - 1) % workers, before = last > 0 ? last - 1 : workers - 1;
+    if (worker == last || worker == before || (blockIdx.x == 0 && warp == 0))
+      wait_for_launch_before();
   }
   let_next_launch_begin();
   // A graph captured for longer requests has many such thread blocks: they should be short.
@@ -398,8 +398,7 @@ __global__ void __launch_bounds__(kThreads, Z::kLeastBlocks)
   // All lanes' stores come before the one lane's count.
   __syncwarp();
   if ((threadIdx.x & 31) == 0) {
-    __threadfence();
-    if (atomicAdd(step.lists + list, 1) + 1 == min(workers, chunks)) {
+    if (add_release(step.lists + list, 1) + 1 == min(workers, chunks)) {
       // Followers that wait for a later list see that scoring goes on (csrc/follow.cu).
       atomicAdd(view.state + kScored, 1);
     }

@@ -10,16 +10,25 @@ inline float fast_exp2(float value) {
   return value < -126.0f ? 0.0f : exp2f(value);
 }
 
+inline float fast_log2(float value) {
+  return log2f(value);
+}
+
 inline int load_acquire(const int* pointer) {
   return __atomic_load_n(pointer, __ATOMIC_ACQUIRE);
+}
+
+inline int add_release(int* pointer, int value) {
+  return __atomic_fetch_add(pointer, value, __ATOMIC_RELEASE);
 }
 
 inline long long now_ns() {
   return emulator::now_ns();
 }
 
-inline float half_to_float(unsigned bits) {
-  return static_cast<float>(emulator::from_word<_Float16>(bits & 0xffff));
+inline float2 halves_to_floats(unsigned bits) {
+  return {static_cast<float>(emulator::from_word<_Float16>(bits & 0xffff)),
+          static_cast<float>(emulator::from_word<_Float16>(bits >> 16))};
 }
 
 inline unsigned float_to_half(float value) {

@@ -142,8 +142,8 @@ def check_slots(host_dtype: str, device: str = "cpu") -> None:
                 dependent=False,
             )  # fmt: skip
             layer.cache.advance_epoch()
+        table = layer.cache.table.cpu()  # and waits for what the host reads below
         assert torch.equal(_used(layer, layer.view.host_rows), _used(layer, coded.host_rows))
-        table = layer.cache.table.cpu()
         assert bool((table[0] == -1).all())
         resident = (table[1] >= 0).nonzero().flatten()
         written = (coded.host_rows != 0xFF).any(1)

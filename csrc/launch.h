@@ -15,4 +15,14 @@ cudaError_t launch_fetch(const LayerView& view, const Step& step, cudaStream_t s
 cudaError_t launch_follow(const LayerView& view, const Step& step, const Follow& follow,
                           int num_blocks, cudaStream_t stream);
 
+// Score every V block from K codes: `block_lse` and `chunk_lse`, and `lists` where the step has
+// them.
+cudaError_t launch_score_codes(const LayerView& view, const Step& step, const ScoreCodes& score,
+                               bool dependent, cudaStream_t stream);
+// At most so many thread blocks; 0: as many as there is work for.
+cudaError_t launch_write_rows(const LayerView& view, const WriteRows& write, int most_blocks,
+                              bool dependent, cudaStream_t stream);
+cudaError_t launch_gather_rows(const LayerView& view, const GatherRows& gather, int most_blocks,
+                               cudaStream_t stream);
+
 }  // namespace kcache

@@ -27,10 +27,10 @@ constexpr Word kEmptySlot = ~0ull;  // a slot that holds nothing
 // One layer: its rows on the host, the hot cache, and the rule by which V blocks are selected.
 struct LayerView {
   uint64_t magic;
-  const char* host_rows;  // a row of `row_bytes` for each physical V block, mapped host memory
-  char* slots;            // [num_slots, row_bytes]
-  int* table;             // slot of each physical V block of each layer, or -1
-  Word* slot_word;        // owner (upper half) and epoch of the last use (lower half) of each slot
+  char* host_rows;  // a row of `row_bytes` for each physical V block, mapped host memory
+  char* slots;      // [num_slots, row_bytes]
+  int* table;       // slot of each physical V block of each layer, or -1
+  Word* slot_word;  // owner (upper half) and epoch of the last use (lower half) of each slot
   int* state;
   Word* counters;
   int64_t layer_rows;  // where the layer begins in `table`
@@ -41,6 +41,16 @@ struct LayerView {
   float mass_threshold;  // every block of at least this mass; negative: no such rule
   int sink_blocks, recent_tokens;
   bool combine_max;
+
+  // With K codes only; `codes` is null without.
+  char* codes;  // pages of [num_kv_heads, S * (Dp / 2 + 4)] bytes: vllm_kcache/reference/codes.py
+  int64_t code_page_bytes;  // from one page to the next
+  const float* mean;        // [num_kv_heads, D]
+  const float* deviation;   // [num_kv_heads, D]
+  int page_tokens, head_size;
+  float rotation;   // factor of the Hadamard matrix
+  int value_bytes;  // of a value of the model's
+  bool int8_rows;
 };
 constexpr uint64_t kLayerMagic = 0x6b63616368650000u + sizeof(LayerView);
 
@@ -54,10 +64,54 @@ struct Step {
   int* counts;             // [B, Hkv]
   float* mass;             // [B, Hkv]
   float* lse;              // [B, Hq] log-sum-exp over the request
+  float* dropped;          // [B, Hq] mass of what is not selected
   int* rows;               // [B, Hkv, N]
   int* lists;  // [B * Hkv] programs of the score kernel that are done with a list, or kDone
   int64_t table_stride;
   int num_lists, max_blocks, max_chunks, chunk_blocks, columns;
+};
+
+// A tensor of the model's dtype, [.., heads, head_size], strided over the first dimension.
+enum class Dtype : int { kFloat32, kFloat16, kBFloat16 };
+struct Heads {
+  char* data;
+  int64_t stride;  // bytes
+  Dtype dtype;
+};
+
+// What a call of `write_rows` stores: WriteRows::parts.
+constexpr int kCodes = 1, kRowHost = 2, kRowSlot = 4;
+
+struct WriteRows {
+  Heads key, value;
+  const int64_t* slot_mapping;  // [num_tokens]; negative: padding
+  int64_t num_tokens;
+  int64_t allocate_tokens;  // of the first so many, those that begin a row get a slot for it
+  int parts;
+};
+
+// Runs of tokens of each request.
+struct GatherRows {
+  const int* page_table;  // [num_requests, MB]
+  const int* starts;      // first token, a multiple of a page
+  const int* lengths;     // tokens
+  const int* first_rows;  // where the run begins in keys and values
+  int64_t table_stride;
+  int num_requests, max_length;
+  Heads keys, values;
+};
+
+// Tokens that a warp of the score kernel leaves one sum of.
+constexpr int kChunkTokens = 256;
+
+// Scores from codes. `Step` has the rest.
+struct ScoreCodes {
+  Heads query;         // [B, Hq, D]
+  float* transformed;  // [B, Hq, D] q'
+  float* bias;         // [B, Hq] scale * (q . mean)
+  float scale;
+  int splits;  // thread blocks that share a list
+  bool after_write;
 };
 
 // Beside a score kernel that adds to `Step::lists`.

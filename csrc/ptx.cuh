@@ -2,6 +2,8 @@
 // Instructions that CUDA C++ has no name for.
 #pragma once
 
+#include <cuda_runtime.h>
+
 namespace kcache {
 
 // For masses and for terms of their sums, where 1 is much: what is below 2^-126 may be 0, so that
@@ -12,16 +14,65 @@ __device__ inline float fast_exp2(float value) {
   return power;
 }
 
+__device__ inline float fast_log2(float value) {
+  float log;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log) : "f"(value));
+  return log;
+}
+
 __device__ inline int load_acquire(const int* pointer) {
   int value;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(pointer) : "memory");
   return value;
 }
 
+// What this thread has written, and seen of others, comes before. Returns what was there.
+__device__ inline int add_release(int* pointer, int value) {
+  int before;
+  asm volatile("atom.add.release.gpu.global.s32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(pointer), "r"(value)
+               : "memory");
+  return before;
+}
+
 __device__ inline long long now_ns() {
   long long time;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(time));
   return time;
+}
+
+// Of the lower and the upper 16 bits.
+__device__ inline float2 halves_to_floats(unsigned bits) {
+  float2 values;
+  asm("{\n\t.reg .b16 low, high;\n\tmov.b32 {low, high}, %2;\n\tcvt.f32.f16 %0, low;\n\t"
+      "cvt.f32.f16 %1, high;\n\t}"
+      : "=f"(values.x), "=f"(values.y)
+      : "r"(bits));
+  return values;
+}
+
+// To the nearest, half to even.
+__device__ inline unsigned float_to_half(float value) {
+  unsigned short bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+
+__device__ inline unsigned float_to_bfloat16(float value) {
+  unsigned short bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+
+// Products of a warp, added to 16 x 8 sums: 16 rows of 32 int8, and eight columns. What a lane has
+// of each: PTX ISA, "Matrix Fragments for mma.m16n8k32".
+__device__ inline void multiply_add(int (&sums)[4], const unsigned (&rows)[4],
+                                    const unsigned (&columns)[2]) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+      : "r"(rows[0]), "r"(rows[1]), "r"(rows[2]), "r"(rows[3]), "r"(columns[0]), "r"(columns[1]));
 }
 
 }  // namespace kcache

@@ -309,6 +309,10 @@ class ListSelection {
     float least = 1.0f, mean = 0.0f;
     for (int h = 0; num_blocks_ > 0 && h < view_.group; ++h) {
       const float mass = warp_sum(lane_ < kSums ? shared_.covered[h][lane_] : 0.0f);
+      if (step_.dropped != nullptr && lane_ == 0) {
+        step_.dropped[static_cast<int64_t>(list_) * view_.group + h] =
+            count == num_blocks_ ? 0.0f : fmaxf(1.0f - mass, 0.0f);
+      }
       least = fminf(least, mass);
       mean += mass / static_cast<float>(view_.group);
     }

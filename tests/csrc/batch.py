@@ -145,6 +145,7 @@ class Batch:
                     integers(*lists, columns).to(device), integers(*lists).to(device),
                     torch.full(lists, torch.nan, device=device),
                     torch.full((requests, heads), torch.nan, device=device),
+                    torch.full((requests, heads), torch.nan, device=device),
                 ),
                 integers(*lists, columns).to(device),
                 torch.zeros(lists, dtype=torch.int32, device=device).flatten(),
@@ -160,6 +161,7 @@ class Batch:
                 torch.full_like(selected.blocks, POISON), torch.full_like(selected.counts, POISON),
                 torch.full_like(selected.mass, torch.nan),
                 torch.full_like(selected.lse, torch.nan),  # type: ignore[arg-type]
+                torch.full_like(selected.dropped, torch.nan),  # type: ignore[arg-type]
             ),
             torch.full_like(lists.rows, POISON), torch.zeros_like(lists.signals),
         )  # fmt: skip
@@ -206,6 +208,7 @@ class Batch:
         """The lists keep the rule, whichever of two blocks of nearly equal mass is in them."""
         sizes, (lists, selected) = self.sizes, self.on_host()
         assert selected.lse is not None
+        assert selected.dropped is not None
         for row, seq_len in enumerate(sizes.seq_lens):
             num_blocks = sizes.lengths[row]
             lse = lists.block_lse[row, :, :num_blocks].double()
@@ -217,10 +220,18 @@ class Batch:
                     lse.unflatten(0, (sizes.kv_heads, -1))[head],
                     selected.blocks[row, head, :count].tolist(),
                     float(selected.mass[row, head]),
+                    selected.dropped.unflatten(1, (sizes.kv_heads, -1))[row, head],
                     seq_len,
                 )
 
-    def _check_list(self, lse: torch.Tensor, kept: list[int], mass: float, seq_len: int) -> None:
+    def _check_list(
+        self,
+        lse: torch.Tensor,
+        kept: list[int],
+        mass: float,
+        dropped: torch.Tensor,
+        seq_len: int,
+    ) -> None:
         rule, num_blocks = self.rule, lse.shape[1]
         assert kept == sorted(set(kept))
         if not seq_len:
@@ -236,6 +247,10 @@ class Batch:
         combined = masses.mean(0) if rule.combine == "sum" else masses.amax(0)
         covered = brute_force.covered_mass(masses, kept, rule.combine)
         assert abs(mass - covered) < 1e-5
+        expected = 1 - masses[:, kept].sum(-1)
+        assert bool((dropped >= 0).all())
+        assert bool(((dropped - expected).abs() < 1e-5).all())
+        assert len(kept) < num_blocks or not dropped.any()
         others = torch.ones(num_blocks, dtype=torch.bool)
         others[kept] = False
         ranked = [block for block in kept if block not in forced]

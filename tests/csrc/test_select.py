@@ -161,7 +161,7 @@ def test_an_empty_batch_is_no_launch() -> None:
             chunk_lse=lists.chunk_lse[:0],
             selected=replace(
                 selected, blocks=selected.blocks[:0], counts=selected.counts[:0],
-                mass=selected.mass[:0], lse=selected.lse[:0],
+                mass=selected.mass[:0], lse=selected.lse[:0], dropped=None,
             ),
             rows=lists.rows[:0],
         ),

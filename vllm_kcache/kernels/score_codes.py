@@ -10,7 +10,7 @@ from vllm_kcache.cache.layer_view import LayerView
 from vllm_kcache.kernels.select import Lists
 from vllm_kcache.kernels.workspace import DecodeBatch
 
-# The same in csrc/score_codes.cu: warps of a thread block, and tokens that a warp leaves one sum of.
+# The same in csrc/: warps of a thread block, and tokens that a warp leaves one sum of.
 WARPS = 4
 CHUNK_TOKENS = 256
 

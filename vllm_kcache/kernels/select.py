@@ -31,7 +31,6 @@ def packed_view(view: LayerView) -> torch.Tensor:
     shape, cache, selection = view.shape, view.hot_cache, view.selection
     assert cache is not None
     stats = view.k_stats
-    coded = stats is not None
     packed: torch.Tensor = torch.ops.kcache.layer_view(
         view.host_rows,
         cache.slots,
@@ -50,10 +49,10 @@ def packed_view(view: LayerView) -> torch.Tensor:
         min(selection.sink_blocks, _MOST_INT32),
         min(selection.recent_tokens, _MOST_INT32),
         selection.combine == "max",
-        view.code_pages if coded else None,
-        stats.mean if coded else None,
-        stats.deviation if coded else None,
-        shape.head_size if coded else 0,
+        None if stats is None else view.code_pages,
+        None if stats is None else stats.mean,
+        None if stats is None else stats.deviation,
+        shape.head_size,
         shape.dtype.itemsize,
         shape.host_dtype == "int8",
     )

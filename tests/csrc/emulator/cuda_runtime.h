@@ -32,10 +32,23 @@ struct dim3 {
 struct alignas(8) int2 {
   int x, y;
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 inline int2 make_int2(int x, int y) {
+  return {x, y};
+}
+
+inline uint2 make_uint2(unsigned x, unsigned y) {
   return {x, y};
 }
 
@@ -145,10 +158,24 @@ inline unsigned __float_as_uint(float value) {
   return emulator::from_word<unsigned>(emulator::to_word(value));
 }
 
+inline float __uint_as_float(unsigned bits) {
+  return emulator::from_word<float>(bits);
+}
+inline int __float2int_rn(float value) {
+  return static_cast<int>(rintf(value));
+}
+inline float __fmul_rn(float x, float y) {
+  return x * y;
+}
+
 // Loads past a cache: there is none.
 template <typename T>
 T __ldcg(const T* pointer) {
   return *static_cast<const volatile T*>(pointer);
+}
+template <typename T>
+T __ldg(const T* pointer) {
+  return *pointer;
 }
 template <typename T>
 T __ldcs(const T* pointer) {

@@ -1,0 +1,438 @@
+// SPDX-License-Identifier: Apache-2.0
+// Score every V block from K codes on int8 tensor cores. Definition:
+// vllm_kcache/reference/score.py.
+//
+// A product takes 16 tokens and 32 channels, which lie in the pages as a thread wants them, and
+// eight columns: of each of four query heads q' as two int8 numbers, high and low, 15 bits
+// together. Tokens are dealt so that a thread ends with eight that follow each other, and with one
+// query head of each tile: up to blocks of eight nothing crosses lanes.
+#include "dependent.cuh"
+#include "head.cuh"
+#include "launch.h"
+#include "warp.cuh"
+
+namespace kcache {
+namespace {
+
+constexpr int kWarps = 4;  // vllm_kcache/kernels/score_codes.py
+constexpr int kThreads = 32 * kWarps;
+constexpr int kOwnTokens = 8;               // of a thread
+constexpr int kRunTokens = 8 * kOwnTokens;  // of a warp, at once
+constexpr int kTileHeads = 4;               // query heads of eight columns
+constexpr int kLowSteps = 254;              // of the low part in one of the high part
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+static_assert(kChunkTokens == 32 * kOwnTokens, "each lane finds the place of eight tokens");
+
+// A kernel is compiled for `kSteps`, products that a head takes, and `kTiles`, fours of query
+// heads.
+template <int kSteps_, int kTiles_>
+struct Size {
+  static constexpr int kSteps = kSteps_, kTiles = kTiles_;
+  static constexpr int kHeads = kTileHeads * kTiles;
+  static constexpr int kParts = parts_of(32 * kSteps);
+  // Loads in flight rather than warps hide the latency; heads of more values want registers.
+  static constexpr int kLeastBlocks = kSteps == 8 || kTiles == 4 ? 2 : kTiles == 2 ? 4 : 5;
+};
+
+// The queries of a list, made once by a thread block.
+template <typename Z>
+struct QueryShared {
+  unsigned columns[Z::kTiles * Z::kSteps * 32][2];  // operands as lanes take them
+  float unit[Z::kHeads];  // base-2 logarithm of a weight in one low step of q' times one code
+  float sum[Z::kHeads];   // of q', in low steps
+  float bias[Z::kHeads];  // scale * (q . mean)
+};
+
+// q' of a query head with one warp; heads past the group are zeros.
+template <typename Z>
+__device__ inline void prepare_head(const LayerView& view, const ScoreCodes& score,
+                                    QueryShared<Z>& shared, int list, int head, bool writes) {
+  const int lane = threadIdx.x & 31, kv_head = list % view.num_kv_heads;
+  float x[Z::kParts][4] = {};
+  float bias = 0.0f, sum = 0.0f, most = 0.0f;
+  if (head < view.group) {
+    float mean[Z::kParts][4], deviation[Z::kParts][4];
+    const int query_head = kv_head * view.group + head;
+    const int64_t request = list / view.num_kv_heads;
+    load_head(x, score.query, view.head_size, request, query_head);
+    load_floats(mean, view.mean + kv_head * view.head_size, view.head_size);
+    load_floats(deviation, view.deviation + kv_head * view.head_size, view.head_size);
+    for_each(x, [&](int p, int i) {
+      bias += x[p][i] * mean[p][i];
+      x[p][i] *= deviation[p][i];
+    });
+    rotate(x, view.head_size, view.rotation);
+    const int64_t row = static_cast<int64_t>(list) * view.group + head;
+    bias = warp_sum(bias) * score.scale;
+    if (writes) {
+      store_floats(x, score.transformed + row * view.head_size, view.head_size);
+      if (lane == 0) score.bias[row] = bias;
+    }
+    for_each(x, [&](int p, int i) {
+      sum += x[p][i];
+      most = fmaxf(most, fabsf(x[p][i]));
+    });
+    sum = warp_sum(sum);
+    most = fmaxf(warp_max(most), 1e-20f);
+  }
+  const float steps = most > 0.0f ? 127.0f / most : 0.0f;
+#pragma unroll
+  for (int p = 0; p < Z::kParts; ++p) {
+    unsigned high = 0, low = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float in_steps = x[p][i] * steps, whole = rintf(in_steps);
+      const int rest = __float2int_rn((in_steps - whole) * kLowSteps);
+      high |= (static_cast<unsigned>(__float2int_rn(whole)) & 255u) << (8 * i);
+      low |= (static_cast<unsigned>(rest) & 255u) << (8 * i);
+    }
+    // Four values that follow each other; eight are a word of codes, of its low and high nibbles.
+    const int four = lane + 32 * p, word = four / 2;
+    if (word >= 4 * Z::kSteps) continue;
+    const int product = head / kTileHeads * Z::kSteps + word % Z::kSteps;
+    const int column = 2 * (head % kTileHeads), quarter = word / Z::kSteps;
+    shared.columns[product * 32 + column * 4 + quarter][four % 2] = high;
+    shared.columns[product * 32 + (column + 1) * 4 + quarter][four % 2] = low;
+  }
+  if (lane == 0) {
+    shared.unit[head] = score.scale * kLog2E * most / (127.0f * kLowSteps);
+    shared.sum[head] = sum * steps * kLowSteps;
+    shared.bias[head] = bias;
+  }
+}
+
+// Where eight tokens begin, from the first page, in 16 bytes.
+struct Place {
+  unsigned codes, scales;
+};
+
+// Codes and scales of a thread's tokens: of each, a quarter of its codes.
+template <int kSteps>
+struct Run {
+  unsigned codes[kOwnTokens][kSteps];
+  unsigned scales[kOwnTokens];  // scale and zero, float16
+
+  __device__ void load(const char* pages, Place place, int quarter) {
+    const char* from =
+        pages + static_cast<size_t>(place.codes) * 16 + static_cast<unsigned>(quarter) * 4 * kSteps;
+#pragma unroll
+    for (int token = 0; token < kOwnTokens; ++token) {
+      load_words<kSteps>(codes[token], from + token * 16 * kSteps);
+    }
+    const char* scales_from = pages + static_cast<size_t>(place.scales) * 16;
+    load_words<4>(scales, scales_from);
+    load_words<4>(scales + 4, scales_from + 16);
+  }
+
+  template <int kWords>
+  __device__ static void load_words(unsigned* words, const char* from) {
+    if constexpr (kWords % 4 == 0) {
+#pragma unroll
+      for (int i = 0; i < kWords / 4; ++i) {
+        const uint4 four = __ldcs(reinterpret_cast<const uint4*>(from) + i);
+        words[4 * i] = four.x;
+        words[4 * i + 1] = four.y;
+        words[4 * i + 2] = four.z;
+        words[4 * i + 3] = four.w;
+      }
+    } else if constexpr (kWords == 2) {
+      const uint2 two = __ldcs(reinterpret_cast<const uint2*>(from));
+      words[0] = two.x;
+      words[1] = two.y;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        words[i] = __ldcs(reinterpret_cast<const unsigned*>(from) + i);
+      }
+    }
+  }
+};
+
+// A sum of weights, 2^largest * sum.
+struct LogSum {
+  float largest = -1e30f, sum = 0.0f;
+
+  __device__ void add(float log) {
+    const float larger = fmaxf(largest, log);
+    sum = sum * fast_exp2(largest - larger) + fast_exp2(log - larger);
+    largest = larger;
+  }
+  // Of some lanes, `first` to `last` bits apart.
+  __device__ void add_lanes(int first, int last) {
+    for (int bit = first; bit <= last; bit *= 2) {
+      const float other = __shfl_xor_sync(kAllLanes, largest, bit);
+      const float other_sum = __shfl_xor_sync(kAllLanes, sum, bit);
+      const float larger = fmaxf(largest, other);
+      sum = sum * fast_exp2(largest - larger) + other_sum * fast_exp2(other - larger);
+      largest = larger;
+    }
+  }
+  __device__ float log() const { return largest + fast_log2(sum); }
+};
+
+template <typename Z>
+class ListScores {
+ public:
+  __device__ ListScores(const LayerView& view, const Step& step, const QueryShared<Z>& shared,
+                        int list, int num_tokens)
+      : view_(view),
+        step_(step),
+        shared_(shared),
+        list_(list),
+        num_tokens_(num_tokens),
+        chunks_((num_tokens + kChunkTokens - 1) / kChunkTokens),
+        group_(static_cast<int>(threadIdx.x & 31) / 4),
+        quarter_(static_cast<int>(threadIdx.x & 3)),
+        out_(const_cast<float*>(step.block_lse) +
+             (static_cast<int64_t>(list) * view.group + quarter_) * step.max_blocks) {}
+
+  // What does not need the queries.
+  __device__ void begin(int worker) {
+    if (worker >= chunks_) return;
+    next_ = find(worker);
+    load(next_, 0);
+  }
+
+  // Every n-th chunk.
+  __device__ void run(int worker, int workers) {
+    if constexpr (Z::kTiles == 1) load_columns(0);
+    for (int chunk = worker; chunk < chunks_; chunk += workers) {
+      const Place here = next_;
+      const bool more = chunk + workers < chunks_;
+      if (more) next_ = find(chunk + workers);
+      LogSum sums[Z::kTiles];
+      const int first = chunk * kChunkTokens;
+      const int runs = (min(kChunkTokens, num_tokens_ - first) + kRunTokens - 1) / kRunTokens;
+#pragma unroll 1
+      for (int run = 0; run < runs; ++run) {
+        float scores[Z::kTiles][kOwnTokens];
+        multiply(scores);
+        // The next run's are on their way while this one's are added up.
+        const bool ends = run + 1 == runs;
+        if (!ends || more) load(ends ? next_ : here, ends ? 0 : run + 1);
+        add_up(scores, first + run * kRunTokens + group_ * kOwnTokens, sums);
+      }
+#pragma unroll
+      for (int tile = 0; tile < Z::kTiles; ++tile) {
+        sums[tile].add_lanes(4, 16);
+        const int head = tile * kTileHeads + quarter_;
+        if (group_ == 0 && head < view_.group) {
+          const int64_t row = static_cast<int64_t>(list_) * view_.group + head;
+          const_cast<float*>(step_.chunk_lse)[row * step_.max_chunks + chunk] =
+              fmaf(sums[tile].log(), kLn2, shared_.bias[head]);
+        }
+      }
+    }
+  }
+
+ private:
+  // A lane finds eight tokens of a chunk. Past the length they are the last ones: what is there is
+  // loaded, and not used.
+  __device__ Place find(int chunk) const {
+    const int lane = threadIdx.x & 31, last = (num_tokens_ - 1) / kOwnTokens * kOwnTokens;
+    const int token = min(chunk * kChunkTokens + lane * kOwnTokens, last);
+    const int64_t request = list_ / view_.num_kv_heads;
+    const unsigned head = list_ % view_.num_kv_heads;
+    const unsigned page_tokens = view_.page_tokens, page = token / page_tokens;
+    const unsigned in_page = token % page_tokens;
+    const unsigned head_vectors = page_tokens * (16 * Z::kSteps + 4) / 16;
+    const unsigned physical = __ldg(step_.block_table + request * step_.table_stride + page);
+    const unsigned begins =
+        physical * static_cast<unsigned>(view_.code_page_bytes / 16) + head * head_vectors;
+    return {begins + in_page * Z::kSteps, begins + page_tokens * Z::kSteps + in_page / 4};
+  }
+
+  __device__ void load(Place chunk, int run) {
+    const int lane = run * 8 + group_;
+    run_.load(
+        view_.codes,
+        {__shfl_sync(kAllLanes, chunk.codes, lane), __shfl_sync(kAllLanes, chunk.scales, lane)},
+        quarter_);
+  }
+
+  __device__ void load_columns(int step) {
+#pragma unroll
+    for (int i = 0; i < (Z::kTiles == 1 ? Z::kSteps : Z::kTiles); ++i) {
+      const int product = Z::kTiles == 1 ? i : i * Z::kSteps + step;
+      const unsigned* columns = shared_.columns[product * 32 + (threadIdx.x & 31)];
+      columns_[i][0] = columns[0];
+      columns_[i][1] = columns[1];
+    }
+  }
+
+  // Scores of the thread's tokens with one query head of each tile, in units of that head.
+  __device__ void multiply(float (&scores)[Z::kTiles][kOwnTokens]) {
+    constexpr unsigned kNibbles = 0x0f0f0f0fu;
+    int products[Z::kTiles][kOwnTokens / 2][4] = {};
+#pragma unroll
+    for (int step = 0; step < Z::kSteps; ++step) {
+      if constexpr (Z::kTiles > 1) load_columns(step);
+#pragma unroll
+      for (int pair = 0; pair < kOwnTokens / 2; ++pair) {
+        const unsigned one = run_.codes[2 * pair][step], other = run_.codes[2 * pair + 1][step];
+        const unsigned rows[4] = {one & kNibbles, other & kNibbles, (one >> 4) & kNibbles,
+                                  (other >> 4) & kNibbles};
+#pragma unroll
+        for (int tile = 0; tile < Z::kTiles; ++tile) {
+          multiply_add(products[tile][pair], rows, columns_[Z::kTiles == 1 ? step : tile]);
+        }
+      }
+    }
+#pragma unroll
+    for (int tile = 0; tile < Z::kTiles; ++tile) {
+      const float sum = shared_.sum[tile * kTileHeads + quarter_];
+#pragma unroll
+      for (int token = 0; token < kOwnTokens; ++token) {
+        const int* parts = products[tile][token / 2] + token % 2 * 2;
+        const float product = static_cast<float>(parts[0] * kLowSteps + parts[1]);
+        const float2 scales = halves_to_floats(run_.scales[token]);  // scale and zero
+        scores[tile][token] = fmaf(scales.x, product, scales.y * sum);
+      }
+    }
+  }
+
+  __device__ void add_up(float (&scores)[Z::kTiles][kOwnTokens], int first_token,
+                         LogSum (&sums)[Z::kTiles]) {
+    if (first_token + kOwnTokens > num_tokens_) {
+#pragma unroll
+      for (int token = 0; token < kOwnTokens; ++token) {
+        if (first_token + token < num_tokens_) continue;
+#pragma unroll
+        for (int tile = 0; tile < Z::kTiles; ++tile) scores[tile][token] = -INFINITY;
+      }
+    }
+    switch (view_.block_tokens) {
+      case 1:
+        return add_blocks<1>(scores, first_token, sums);
+      case 2:
+        return add_blocks<2>(scores, first_token, sums);
+      case 4:
+        return add_blocks<4>(scores, first_token, sums);
+      default:
+        return add_blocks<kOwnTokens>(scores, first_token, sums);
+    }
+  }
+
+  template <int kTokens>
+  __device__ void add_blocks(const float (&scores)[Z::kTiles][kOwnTokens], int first_token,
+                             LogSum (&sums)[Z::kTiles]) {
+#pragma unroll
+    for (int tile = 0; tile < Z::kTiles; ++tile) {
+      const int head = tile * kTileHeads + quarter_;
+      const float unit = shared_.unit[head], bias = shared_.bias[head];
+      float* out = out_ + static_cast<int64_t>(tile) * kTileHeads * step_.max_blocks;
+      const bool live = head < view_.group;
+#pragma unroll
+      for (int first = 0; first < kOwnTokens; first += kTokens) {
+        float largest = scores[tile][first];
+#pragma unroll
+        for (int i = 1; i < kTokens; ++i) largest = fmaxf(largest, scores[tile][first + i]);
+        // Past the length every score is -infinity: the sum is 0 then, not NaN.
+        const float shift = largest == -INFINITY ? 0.0f : -unit * largest;
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kTokens; ++i)
+          sum += fast_exp2(fmaf(scores[tile][first + i], unit, shift));
+        const float log = fast_log2(sum) - shift;
+        sums[tile].add(log);
+        const int token = first_token + first;
+        if (kTokens < kOwnTokens || view_.block_tokens == kOwnTokens) {
+          if (live && token < num_tokens_) out[token / kTokens] = fmaf(log, kLn2, bias);
+        } else {
+          LogSum block;
+          block.add(log);
+          block.add_lanes(4, view_.block_tokens / 4);
+          if (live && token < num_tokens_ && token % view_.block_tokens == 0) {
+            out[token / view_.block_tokens] = fmaf(block.log(), kLn2, bias);
+          }
+        }
+      }
+    }
+  }
+
+  const LayerView& view_;
+  const Step& step_;
+  const QueryShared<Z>& shared_;
+  const int list_, num_tokens_, chunks_;
+  const int group_, quarter_;  // of the lane: which eight tokens, which quarter of their codes
+  float* const out_;           // scores of the lane's query head of the first tile
+  Place next_{};               // of the next chunk, one a lane
+  Run<Z::kSteps> run_;
+  unsigned columns_[Z::kTiles == 1 ? Z::kSteps : Z::kTiles][2];
+};
+
+template <typename Z>
+__global__ void __launch_bounds__(kThreads, Z::kLeastBlocks)
+    score_kernel(const __grid_constant__ LayerView view, const __grid_constant__ Step step,
+                 const __grid_constant__ ScoreCodes score) {
+  using Shared = QueryShared<Z>;
+  __shared__ Shared shared;
+  if (!score.after_write) wait_for_launch_before();
+  const int list = static_cast<int>(blockIdx.x) / score.splits;
+  const int split = static_cast<int>(blockIdx.x) % score.splits;
+  const int warp = threadIdx.x / 32, workers = score.splits * kWarps;
+  const int worker = split * kWarps + warp;
+  const int num_tokens =
+      max(min(step.seq_lens[list / view.num_kv_heads], step.max_blocks * view.block_tokens), 0);
+  const int chunks = (num_tokens + kChunkTokens - 1) / kChunkTokens;
+  if (score.after_write) {
+    // Of what this reads, the launch before wrote only the code of the newest token, and of the one
+    // before it where that is the newest of another request, whose page this one shares. The first
+    // warp waits in any case, so that no launch ends before the one before it.
+    const int last = (chunks - 1) % workers, before = last > 0 ? last - 1 : workers - 1;
+    if (worker == last || worker == before || (blockIdx.x == 0 && warp == 0))
+      wait_for_launch_before();
+  }
+  let_next_launch_begin();
+  // A graph captured for longer requests has many such thread blocks: they should be short.
+  if (split * kWarps >= chunks) return;
+  ListScores<Z> scores(view, step, shared, list, num_tokens);
+  scores.begin(worker);
+  for (int head = warp; head < Z::kHeads; head += kWarps) {
+    prepare_head<Z>(view, score, shared, list, head, split == 0);
+  }
+  __syncthreads();
+  if (worker >= chunks) return;
+  scores.run(worker, workers);
+  if (step.lists == nullptr) return;
+  // All lanes' stores come before the one lane's count.
+  __syncwarp();
+  if ((threadIdx.x & 31) == 0) {
+    if (add_release(step.lists + list, 1) + 1 == min(workers, chunks)) {
+      // Followers that wait for a later list see that scoring goes on (csrc/follow.cu).
+      atomicAdd(view.state + kScored, 1);
+    }
+  }
+}
+
+template <int kSteps>
+cudaError_t launch_steps(const LayerView& view, const Step& step, const ScoreCodes& score,
+                         bool dependent, cudaStream_t stream) {
+  const auto launch = [&](auto size) {
+    return launch_kernel(dependent, score_kernel<decltype(size)>, step.num_lists * score.splits,
+                         kThreads, stream, view, step, score);
+  };
+  if (view.group <= kTileHeads) return launch(Size<kSteps, 1>{});
+  if (view.group <= 2 * kTileHeads) return launch(Size<kSteps, 2>{});
+  return launch(Size<kSteps, 4>{});
+}
+
+}  // namespace
+
+cudaError_t launch_score_codes(const LayerView& view, const Step& step, const ScoreCodes& score,
+                               bool dependent, cudaStream_t stream) {
+  switch ((view.head_size + 31) / 32) {
+    case 2:
+      return launch_steps<2>(view, step, score, dependent, stream);
+    case 3:
+      return launch_steps<3>(view, step, score, dependent, stream);
+    case 4:
+      return launch_steps<4>(view, step, score, dependent, stream);
+    case 8:
+      return launch_steps<8>(view, step, score, dependent, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace kcache

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cases of codes and rows for csrc/, on a GPU or emulated, against their definitions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.conftest import assert_close
+from tests.csrc.coded_layer import RULE, CodedLayer, flat_kv
+from tests.reference.coded import Coded, slots_of
+from tests.shapes import Shape, build_case
+from vllm_kcache.cache.hot_cache import EPOCH
+from vllm_kcache.kernels import score_codes
+from vllm_kcache.kernels.rows import RowParts, gather_rows, write_rows
+from vllm_kcache.kernels.select import packed_view, select_and_fetch
+from vllm_kcache.reference import codes
+from vllm_kcache.reference.select import select_blocks
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+HOST_DTYPES = ["model", "int8"]
+# Every head size, group and block size; lengths around runs of 64 and chunks of 256 tokens, pages
+# that divide neither, a padded row, an empty batch.
+SCORED = (
+    Shape((700, 257, 64, 0, 1, 9), 2, 4, 128, 16, 8),
+    Shape((530, 63, 512), 1, 3, 128, 48, 8),
+    Shape((1030,), 2, 1, 64, 16, 1),
+    Shape((300, 65, 255), 2, 5, 80, 64, 2),
+    Shape((130, 256), 1, 7, 96, 32, 4),
+    Shape((257, 5), 2, 8, 128, 16, 16),
+    Shape((400, 128, 0), 1, 16, 128, 128, 32),
+    Shape((77, 16, 520), 1, 12, 64, 112, 16),
+    Shape((77, 300), 2, 2, 256, 16, 8),
+    Shape((270,), 1, 6, 256, 32, 32),
+    Shape((65,), 1, 16, 256, 16, 8),
+    Shape((0, 0), 2, 2, 64, 16, 8),
+    Shape((), 2, 2, 64, 16, 8),
+)
+WRITTEN = (
+    Shape((17, 1, 48), 2, 1, 64, 16, 16),
+    Shape((33, 0, 20), 3, 3, 64, 32, 8),
+    Shape((65, 31, 7), 2, 2, 80, 32, 1),
+    Shape((50, 64), 1, 4, 96, 32, 32),
+    Shape((70, 5), 2, 8, 128, 16, 8),
+    Shape((21, 5), 2, 4, 256, 16, 4),
+    Shape((0, 0), 2, 2, 64, 16, 8),
+    Shape((), 2, 2, 64, 16, 8),
+)
+
+
+def check_scores(
+    shape: Shape,
+    splits: int | None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+    dependent: bool = False,
+) -> None:
+    """Scores, sums of chunks, q' and signals; pages with a gap after each in some."""
+    coded = Coded.of(build_case(shape, dtype), "model", strided=shape.head_size == 80)
+    CodedLayer.of(coded, device).check_scores(splits, dependent)
+
+
+def _inputs(layer: CodedLayer, value: float | None = None) -> tuple[torch.Tensor, ...]:
+    """Key and value strided over tokens as in one product of a layer, and slots with padding."""
+    case = layer.coded.case
+    if not case.keys:
+        size = case.shape
+        empty = case.query.new_zeros((0, size.num_kv_heads, size.head_size))
+        keys = values = empty
+    else:
+        keys, values = flat_kv(case)
+    if value is not None:
+        keys = torch.full_like(keys, value)
+        keys[..., 1] = -value
+    together = torch.cat((keys, keys, values), 1)
+    padding = together.new_full((1, *together.shape[1:]), torch.nan)
+    together = torch.cat((together[:3], padding, together[3:], padding)).to(layer.device)
+    slots = slots_of(case).long()
+    slots = torch.cat((slots[:3], torch.tensor([-1]), slots[3:], torch.tensor([-1])))
+    heads = keys.shape[1]
+    return together[:, heads : 2 * heads], together[:, 2 * heads :], slots.to(layer.device)
+
+
+def check_write(
+    shape: Shape, dtype: torch.dtype, host_dtype: str, value: float | None = None,
+    device: str = "cpu",
+) -> None:  # fmt: skip
+    """Pages and rows byte by byte, and poison where nothing was written."""
+    case = build_case(shape, dtype)
+    if value is not None:
+        keys = tuple(torch.full_like(key, value) for key in case.keys)
+        for key in keys:
+            key[..., 1] = -value
+        case = replace(case, keys=keys)
+    coded = Coded.of(case, host_dtype, strided=shape.head_size == 80)
+    for most_thread_blocks in (0, 2):
+        layer = CodedLayer.of(coded, device, pages=False)
+        write_rows(layer.view, *_inputs(layer, value), most_thread_blocks=most_thread_blocks)
+        assert torch.equal(layer.view.code_pages.cpu(), coded.code_pages)
+        assert torch.equal(_used(layer, layer.view.host_rows), _used(layer, coded.host_rows))
+        # Nothing was resident, and no slot was to be taken.
+        assert bool((layer.cache.slots == 0).all())
+        assert bool((layer.cache.table == -1).all())
+
+
+def _used(layer: CodedLayer, rows: torch.Tensor) -> torch.Tensor:
+    """Rows without what fills them up to 16 bytes."""
+    row = layer.view.shape.row
+    scales = 4 * row.block_tokens if row.host_dtype == "int8" else 0
+    return rows[:, : 2 * row.values_at + scales].cpu()
+
+
+def check_parts(host_dtype: str, device: str = "cpu") -> None:
+    """Each part alone."""
+    coded = Coded.of(build_case(WRITTEN[4], torch.float16), host_dtype)
+    for part in (RowParts.CODES, RowParts.ROW_HOST, RowParts.ROW_SLOT):
+        layer = CodedLayer.of(coded, device, pages=False)
+        write_rows(layer.view, *_inputs(layer), parts=part, allocate_tokens=1 << 20)
+        pages = layer.view.code_pages.cpu()
+        rows = _used(layer, layer.view.host_rows)
+        wrote_rows = torch.equal(rows, _used(layer, coded.host_rows))
+        assert torch.equal(pages, coded.code_pages) == (part == RowParts.CODES)
+        assert wrote_rows == (part == RowParts.ROW_HOST)
+        assert bool((pages == 0xFF).all()) == (part != RowParts.CODES)
+        assert bool((rows == 0xFF).all()) == (part != RowParts.ROW_HOST)
+        assert bool((layer.cache.table >= 0).any()) == (part == RowParts.ROW_SLOT)
+
+
+def check_slots(host_dtype: str, device: str = "cpu") -> None:
+    """Token by token, as a decode writes: a slot for each row that begins, and every later token in
+    it; none for tokens that may not take one; what is resident is written in any case."""
+    coded = Coded.of(build_case(WRITTEN[1], torch.bfloat16), host_dtype)
+    for allocated, num_slots in ((1, 64), (0, 64), (1, 0)):
+        layer = CodedLayer.of(coded, device, num_slots, pages=False)
+        key, value, slots = _inputs(layer)
+        for token in range(len(slots)):
+            one = slice(token, token + 1)
+            write_rows(
+                layer.view, key[one], value[one], slots[one], allocate_tokens=allocated,
+                dependent=False,
+            )  # fmt: skip
+            layer.cache.advance_epoch()
+        table = layer.cache.table.cpu()  # and waits for what the host reads below
+        assert torch.equal(_used(layer, layer.view.host_rows), _used(layer, coded.host_rows))
+        assert bool((table[0] == -1).all())
+        resident = (table[1] >= 0).nonzero().flatten()
+        written = (coded.host_rows != 0xFF).any(1)
+        if not allocated or not num_slots:
+            assert not len(resident)
+            continue
+        assert torch.equal(resident, written.nonzero().flatten())
+        in_slots = _used(layer, layer.cache.slots.cpu()[table[1][resident].long()])
+        expected = _used(layer, coded.host_rows[resident])
+        is_written = expected != 0xFF
+        assert torch.equal(in_slots[is_written], expected[is_written])
+        assert int(layer.cache.state[EPOCH]) == len(slots)
+
+
+def check_gather(shape: Shape, dtype: torch.dtype, host_dtype: str, device: str = "cpu") -> None:
+    """K and V of each token, exactly with rows of the model's dtype; nothing outside the runs."""
+    coded = Coded.of(build_case(shape, dtype), host_dtype)
+    layer = CodedLayer.of(coded, device)
+    for skip_pages, blocks in ((0, 3), (1, 1)):
+        keys, values, first_rows = layer.gathered(skip_pages, blocks)
+        start, outside = skip_pages * shape.page_tokens, torch.ones(len(keys), dtype=torch.bool)
+        for request, tokens in enumerate(shape.seq_lens):
+            length = max(0, tokens - start)
+            run = slice(int(first_rows[request]), int(first_rows[request]) + length)
+            outside[run] = False
+            found = keys[run], values[run]
+            if host_dtype == "model":
+                expected = coded.case.keys[request][start:], coded.case.values[request][start:]
+                assert torch.equal(found[0], expected[0])
+                assert torch.equal(found[1], expected[1])
+            else:
+                row_keys, row_values = coded.row_kv(request)
+                restored = codes.restore_keys(row_keys, coded.stats)
+                assert_close(found[0], restored[start:].to(dtype))
+                assert_close(found[1], row_values[start:].to(dtype))
+        assert bool(keys[outside].isnan().all())
+        assert bool(values[outside].isnan().all())
+
+
+def check_step(device: str = "cpu") -> None:
+    """Scores from codes, then lists, rows and the mass that each query head drops."""
+    shape = Shape((700, 257, 0, 1), 2, 4, 128, 16, 8)
+    coded = Coded.of(build_case(shape, torch.bfloat16, sharpness=0.1), "int8")
+    layer = CodedLayer.of(coded, device, 1 << 10)
+    lists = layer.check_scores()
+    assert layer.view.packed is not None
+    select_and_fetch(layer.view.packed, lists)
+    block_lse = lists.block_lse.cpu().nan_to_num(nan=-torch.inf)
+    expected = select_blocks(
+        block_lse, coded.case.seq_lens, shape.num_kv_heads, shape.v_block_tokens, RULE,
+        estimated=True,
+    )  # fmt: skip
+    selected = lists.selected
+    assert torch.equal(selected.counts.cpu(), expected.counts)
+    width = expected.blocks.shape[2]
+    listed = torch.arange(width) < expected.counts[..., None]
+    assert torch.equal(selected.blocks.cpu()[..., :width][listed], expected.blocks[listed])
+    real = coded.case.seq_lens > 0
+    assert selected.lse is not None
+    assert selected.dropped is not None
+    assert expected.lse is not None
+    assert expected.dropped is not None
+    assert_close(selected.lse.cpu()[real], expected.lse[real])
+    assert_close(selected.dropped.cpu()[real], expected.dropped[real])
+    assert float(expected.dropped[0].min()) > 0.01
+    rows = lists.rows.cpu()[..., :width][listed].long()
+    assert bool((rows >= 0).all())
+    table = layer.cache.table.cpu()[1]
+    owners = {int(slot): row for row, slot in enumerate(table.tolist()) if slot >= 0}
+    physical = torch.tensor([owners[int(row)] for row in rows])
+    assert torch.equal(layer.cache.slots.cpu()[rows], coded.host_rows[physical])
+
+
+def check_errors(layer: CodedLayer) -> None:
+    """Errors name what does not fit."""
+    view, batch, stats = layer.view, layer.batch, layer.view.k_stats
+    assert stats is not None
+    for wrong, text in (
+        (replace(view, k_stats=replace(stats, mean=stats.mean.half())), "mean: has the wrong"),
+        (replace(view, k_pages=view.k_pages[:-1]), "codes: must be uint8"),
+        (replace(view, shape=replace(view.shape, host_dtype="int8")), "K and V take"),
+        (replace(view, shape=replace(view.shape, head_size=32)), "head_size=32: K codes are for"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            packed_view(wrong)
+    key, value, slots = _inputs(layer)
+    for arguments, text in (
+        ((key.double(), value, slots), "key: has the wrong dtype"),
+        ((key, value[..., :8], slots), "value: must be"),
+        ((key[:1], value, slots), "key: must be"),
+        ((key, value, slots.int()), "slot_mapping: has the wrong dtype"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            write_rows(view, *arguments)
+    lists, heads = layer.lists(), (batch.num_requests, view.shape.num_query_heads)
+    transformed = torch.zeros((*heads, view.shape.head_size), device=layer.device)
+    outputs = transformed, torch.zeros(heads, device=layer.device)
+    for changed, text in (
+        (replace(batch, scale=0.0), "scale=0: must be above 0"),
+        (replace(batch, query=batch.query.double()), "query: has the wrong dtype"),
+        (replace(batch, query=batch.query[:, :1]), "query: must be"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            score_codes.score_codes(view, changed, lists, *outputs)
+    short = replace(lists, chunk_lse=lists.chunk_lse[..., :0].contiguous())
+    with pytest.raises(RuntimeError, match="chunk_lse: has C=0 chunks"):
+        score_codes.score_codes(view, batch, short, *outputs)
+    numbers = torch.zeros(batch.num_requests, dtype=torch.int32, device=layer.device)
+    with pytest.raises(RuntimeError, match="lengths: has size"):
+        gather_rows(view, batch.block_table, numbers, numbers[:1], numbers, 1, key, value)

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A layer with K codes as the kernels of csrc/ take it, on a GPU or emulated, and what they must
+leave. Outputs are poisoned until a call has written them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from tests.conftest import TOLERANCES, assert_close
+from tests.csrc.batch import integers
+from tests.reference.coded import Coded
+from tests.shapes import Case
+from vllm_kcache.cache.formats import SCALE_BYTES, CacheShape, code_bytes
+from vllm_kcache.cache.hot_cache import SCORED, HotCache
+from vllm_kcache.cache.layer_view import LayerView
+from vllm_kcache.kernels import score_codes
+from vllm_kcache.kernels.rows import gather_rows
+from vllm_kcache.kernels.select import Lists, packed_view
+from vllm_kcache.kernels.workspace import DecodeBatch
+from vllm_kcache.reference import codes, score
+from vllm_kcache.types import KStats, Selected, Selection
+
+RULE = Selection(None, None, 1, 9, "max", 0.03)
+# Of q' in int8: a value is off by half of its last step at most.
+QUERY_STEPS = 127 * 254
+
+
+@dataclass(frozen=True)
+class CodedLayer:
+    """A coded case as layer 1 of two.
+
+    Attributes:
+        coded: on the host.
+        view, batch: on the device.
+    """
+
+    coded: Coded
+    view: LayerView
+    batch: DecodeBatch
+
+    @classmethod
+    def of(
+        cls, coded: Coded, device: str = "cpu", num_slots: int = 64, pages: bool = True
+    ) -> CodedLayer:
+        """Args:
+        pages: with the codes and rows of the case; False: all poison.
+        """
+        case, row = coded.case, coded.row
+        size = case.shape
+        shape = CacheShape(
+            2, size.num_heads, size.num_kv_heads, size.head_size, size.page_tokens,
+            size.v_block_tokens, row.dtype, 4, row.host_dtype,
+        )  # fmt: skip
+        rows, code_pages = coded.host_rows.clone(), coded.code_pages.to(device, copy=True)
+        if not pages:
+            rows.fill_(0xFF)
+            code_pages.fill_(0xFF)
+        if device != "cpu":
+            rows = rows.pin_memory()
+        stats = KStats(coded.stats.mean.to(device), coded.stats.deviation.to(device))
+        as_values = code_pages.unflatten(2, (size.page_tokens, -1)).view(row.dtype)
+        view = LayerView(
+            1, shape, RULE, "clip", as_values, rows, stats,
+            HotCache.make(num_slots, 2, rows.shape[0], row.bytes, device),
+        )  # fmt: skip
+        batch = DecodeBatch(
+            case.query.to(device), case.block_table.to(device), case.seq_lens.to(device),
+            case.scale, size.max_blocks,
+        )  # fmt: skip
+        return cls(coded, replace(view, packed=packed_view(view)), batch)
+
+    @property
+    def cache(self) -> HotCache:
+        assert self.view.hot_cache is not None
+        return self.view.hot_cache
+
+    @property
+    def device(self) -> torch.device:
+        return self.batch.query.device
+
+    def lists(self, spare: int = 3) -> Lists:
+        """Buffers with some columns of scores to spare."""
+        shape, requests = self.view.shape, self.batch.num_requests
+        heads, width = (requests, shape.num_query_heads), self.batch.max_blocks + spare
+        chunks = score_codes.num_chunks(shape, width)
+
+        def floats(*size: int) -> torch.Tensor:
+            return torch.full(size, torch.nan, device=self.device)
+
+        per_list = (requests, shape.num_kv_heads)
+        selected = Selected(
+            integers(*per_list, width).to(self.device), integers(*per_list).to(self.device),
+            floats(*per_list), floats(*heads), floats(*heads),
+        )  # fmt: skip
+        return Lists(
+            self.batch.seq_lens, self.batch.block_table, floats(*heads, width),
+            floats(*heads, chunks), score_codes.chunk_blocks(shape), selected,
+            integers(*per_list, width).to(self.device),
+            torch.zeros(per_list, dtype=torch.int32, device=self.device).flatten(),
+        )  # fmt: skip
+
+    def check_scores(self, splits: int | None = None, dependent: bool = False) -> Lists:
+        """Score, and compare all that is written with the definition in float64."""
+        case, shape = self.coded.case, self.view.shape
+        lists = self.lists()
+        heads = (self.batch.num_requests, shape.num_query_heads)
+        transformed = torch.full((*heads, shape.head_size), torch.nan, device=self.device)
+        bias = torch.full(heads, torch.nan, device=self.device)
+        scored_before = int(self.cache.state[SCORED])
+        parts = score_codes.score_codes(
+            self.view, self.batch, lists, transformed, bias, signal=True, splits=splits,
+            dependent=dependent,
+        )  # fmt: skip
+        tokens = case.seq_lens.long()
+        exists = tokens > 0
+        queries, biases = codes.transform_query(case.query.double(), self.coded.stats)
+        assert_close(transformed.cpu()[exists], queries[exists], torch.float32)
+        assert_close(bias.cpu()[exists], case.scale * biases[exists], torch.float32)
+        expected = score.score_codes(
+            case.query.double(), self.coded.code_pages, self.coded.stats, case.block_table,
+            case.seq_lens, case.scale, shape.block_tokens, lists.block_lse.shape[2],
+        )  # fmt: skip
+        found = lists.block_lse.cpu()
+        is_block = torch.isfinite(expected)
+        assert torch.equal(torch.isfinite(found), is_block), "a block that is none, or none of one"
+        relative, absolute = TOLERANCES[torch.float32]
+        slack = absolute + relative * expected.abs() + self._most_rounding(queries)[..., None]
+        assert bool(((found - expected).abs() <= slack)[is_block].all())
+        self._check_chunks(lists, found)
+        chunks = -(-tokens // score_codes.CHUNK_TOKENS)
+        counts = chunks.clamp_max(parts).repeat_interleave(shape.num_kv_heads)
+        assert torch.equal(lists.signals.cpu().long(), counts)
+        assert int(self.cache.state[SCORED]) - scored_before == int((counts > 0).sum())
+        return lists
+
+    def _most_rounding(self, queries: torch.Tensor) -> torch.Tensor:
+        """[B, Hq] how far a score can be off, since q' is rounded to 15 bits."""
+        case, pages = self.coded.case, self.coded.code_pages
+        size = case.shape
+        past = size.page_tokens * (code_bytes(size.head_size) - SCALE_BYTES)
+        by_token = pages[..., :past].unflatten(-1, (size.page_tokens, -1))
+        sums = codes.unpack(by_token, size.head_size).double().sum(-1)
+        scales = pages[..., past:].contiguous().view(torch.float16)[..., ::2].double()
+        weights = (sums * scales).transpose(1, 2)
+        steps = queries.abs().amax(-1) / QUERY_STEPS
+        most = torch.zeros_like(steps)
+        for request, tokens in enumerate(size.seq_lens):
+            if tokens:
+                ids = case.block_table[request, : -(-tokens // size.page_tokens)].long()
+                heaviest = weights[ids].flatten(0, 1)[:tokens].amax(0)
+                most[request] = heaviest.repeat_interleave(size.group_size)
+        return case.scale * steps / 2 * most
+
+    def _check_chunks(self, lists: Lists, block_lse: torch.Tensor) -> None:
+        found = lists.chunk_lse.cpu()
+        for request, tokens in enumerate(self.coded.case.shape.seq_lens):
+            chunks = -(-tokens // score_codes.CHUNK_TOKENS)
+            assert bool(found[request, :, chunks:].isnan().all())
+            for chunk in range(chunks):
+                first = chunk * lists.chunk_blocks
+                blocks = block_lse[request, :, first : first + lists.chunk_blocks].double()
+                blocks = blocks.nan_to_num(nan=-math.inf)
+                assert_close(found[request, :, chunk], blocks.logsumexp(-1), torch.float32)
+
+    def gathered(self, skip_pages: int = 0, blocks: int = 3) -> tuple[torch.Tensor, ...]:
+        """K and V of every request from its page `skip_pages` on, with rows to spare between.
+
+        Returns:
+            keys, values [rows, Hkv, D], host, and the first row of each run, [B].
+        """
+        size, case = self.coded.case.shape, self.coded.case
+        start = skip_pages * size.page_tokens
+        lengths = [max(0, tokens - start) for tokens in size.seq_lens]
+        first, rows = [], 2
+        for length in lengths:
+            first.append(rows)
+            rows += length + 1
+
+        def on_device(numbers: list[int]) -> torch.Tensor:
+            return torch.tensor(numbers, dtype=torch.int32, device=self.device)
+
+        shape = (rows, size.num_kv_heads, size.head_size)
+        keys, values = (
+            torch.full(shape, torch.nan, dtype=case.query.dtype, device=self.device)
+            for _ in range(2)
+        )
+        gather_rows(
+            self.view, self.batch.block_table, on_device([start] * len(lengths)),
+            on_device(lengths), on_device(first), max(lengths, default=0), keys, values, blocks,
+        )  # fmt: skip
+        return keys.cpu(), values.cpu(), torch.tensor(first)
+
+
+def flat_kv(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of all tokens of a case, one request after the other: [n, Hkv, D] each."""
+    return torch.cat(case.keys), torch.cat(case.values)

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Codes and rows by csrc/ against their definitions, without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.csrc import code_checks as checks
+from tests.csrc.coded_layer import CodedLayer
+from tests.reference.coded import Coded
+from tests.shapes import Shape, build_case
+
+pytestmark = pytest.mark.usefixtures("emulated")
+
+
+@pytest.mark.parametrize("shape", checks.SCORED, ids=str)
+@pytest.mark.parametrize("splits", [None, 1, 3])
+def test_scores(shape: Shape, splits: int | None) -> None:
+    checks.check_scores(shape, splits)
+
+
+@pytest.mark.parametrize("dtype", checks.DTYPES, ids=str)
+def test_scores_of_each_dtype(dtype: torch.dtype) -> None:
+    checks.check_scores(checks.SCORED[0], None, dtype)
+
+
+@pytest.mark.parametrize("host_dtype", checks.HOST_DTYPES)
+@pytest.mark.parametrize("shape", checks.WRITTEN, ids=str)
+def test_writes_are_those_of_the_definition(shape: Shape, host_dtype: str) -> None:
+    checks.check_write(shape, torch.bfloat16, host_dtype)
+
+
+@pytest.mark.parametrize("host_dtype", checks.HOST_DTYPES)
+@pytest.mark.parametrize("dtype", checks.DTYPES, ids=str)
+def test_writes_of_each_dtype(dtype: torch.dtype, host_dtype: str) -> None:
+    checks.check_write(checks.WRITTEN[1], dtype, host_dtype)
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, 1e30])
+def test_writes_of_extremes(value: float) -> None:
+    checks.check_write(checks.WRITTEN[1], torch.float32, "int8", value)
+
+
+@pytest.mark.parametrize("host_dtype", checks.HOST_DTYPES)
+def test_parts(host_dtype: str) -> None:
+    checks.check_parts(host_dtype)
+
+
+@pytest.mark.parametrize("host_dtype", checks.HOST_DTYPES)
+def test_slots(host_dtype: str) -> None:
+    checks.check_slots(host_dtype)
+
+
+@pytest.mark.parametrize("host_dtype", checks.HOST_DTYPES)
+@pytest.mark.parametrize("dtype", checks.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", checks.WRITTEN, ids=str)
+def test_gathers(shape: Shape, dtype: torch.dtype, host_dtype: str) -> None:
+    checks.check_gather(shape, dtype, host_dtype)
+
+
+def test_a_step_of_codes() -> None:
+    checks.check_step()
+
+
+def test_views_and_calls_are_checked() -> None:
+    layer = CodedLayer.of(Coded.of(build_case(checks.WRITTEN[0]), "model"))
+    checks.check_errors(layer)

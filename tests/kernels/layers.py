@@ -83,7 +83,9 @@ def code_layer_of(
     rows = coded.host_rows if device == "cpu" else coded.host_rows.pin_memory()
     cache = HotCache.make(num_slots, 2, rows.shape[0], shape.row.bytes, device)
     stats = KStats(coded.stats.mean.to(device), coded.stats.deviation.to(device))
-    view = LayerView(1, shape, selection, tail, coded.code_pages.to(device), rows, stats, cache)
+    view = LayerView(
+        1, shape, selection, tail, coded.code_pages.to(device), rows, hot_cache=cache, k_stats=stats
+    )
     return _with_batch(case, view, device)
 
 

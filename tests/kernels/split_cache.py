@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 
 from tests.conftest import assert_close
@@ -32,6 +33,7 @@ SHAPE = CacheShape(2, 2, 1, 64, 16, 8, torch.float32)
 NUM_PAGES, MAX_PAGES = 40, 12
 LIMITS = StepLimits(6, 96, MAX_PAGES * SHAPE.page_tokens)
 FEW = {"top_n": 6, "sink_tokens": 8, "recent_tokens": 8, "v_block_tokens": 8}
+ANOTHER = {**FEW, "top_n": 5, "head_combine": "max"}
 THRESHOLD = {"mass_threshold": 0.01, "sink_tokens": 8, "recent_tokens": 8, "v_block_tokens": 8}
 
 
@@ -155,18 +157,28 @@ class Scheduler:
 def run(
     settings: dict[str, Any], seed: int, num_steps: int, hot_slots: int, padded_rows: int
 ) -> set[str]:
-    """Steps through both caches; raises where they differ. Returns what kinds of steps came."""
+    """Steps through both caches; raises where they differ. Returns what kinds of steps came.
+
+    It starts as an engine does: on a small cache, while memory is measured. From the sixth step on
+    another rule is in force.
+    """
     config = KCacheConfig.from_user(settings)
     ours = GPUSplitCache(
         config, SHAPE, Counters(), torch.device("cpu"), LIMITS,
         PrefillKernels("torch", attend_torch, merge),
     )  # fmt: skip
     theirs = CPUSplitCache(config, SHAPE, Counters(), torch.device("cpu"))
+    page = (SHAPE.num_kv_heads, SHAPE.page_tokens, SHAPE.head_size)
+    for small in (3, 3, 2):
+        ours.view(1, torch.zeros(small, *page))
+        assert ours.pool is not None
+        assert ours.pool.num_rows == small * SHAPE.rows_per_page
     ours.hot_slots, ours.is_final = hot_slots, True
-    pages = (NUM_PAGES, SHAPE.num_kv_heads, SHAPE.page_tokens, SHAPE.head_size)
+    with pytest.raises(RuntimeError, match="the K pages need"):
+        ours.view(1, torch.zeros(NUM_PAGES, *page))
     ours.allocate(NUM_PAGES)
     theirs.allocate(NUM_PAGES)
-    k_pages = [[torch.zeros(pages) for _ in range(SHAPE.num_layers)] for _ in range(2)]
+    k_pages = [[torch.zeros(NUM_PAGES, *page) for _ in range(SHAPE.num_layers)] for _ in range(2)]
     scheduler = Scheduler(seed, padded_rows)
     torch.manual_seed(seed)
     kinds = set[str]()
@@ -175,6 +187,9 @@ def run(
         both = step.num_decodes and step.num_prefills
         kinds.add("both" if both else "decodes" if step.num_decodes else "prefills")
         ours.before_step()
+        if number == 5:
+            for cache in (ours, theirs):
+                cache.reconfigure(ANOTHER)
         tokens = step.slot_mapping.shape[0]
         for layer in range(SHAPE.num_layers):
             query = 3 * torch.randn(tokens, SHAPE.num_query_heads, SHAPE.head_size)
@@ -195,6 +210,12 @@ def run(
             ]
             assert torch.equal(*rows), where
     assert not ours.workspace.signals.any()
+    assert ours.hot_cache is not None
+    assert ours.hot_cache.num_slots == hot_slots
+    ours.close()
+    ours.close()
+    with pytest.raises(RuntimeError, match="The host pool has None"):
+        ours.view(0, k_pages[0][0])
     return kinds
 
 
@@ -204,7 +225,7 @@ def without_cuda() -> contextlib.ExitStack:
     for name, value in (
         ("Stream", InOrder), ("Event", InOrder), ("current_stream", InOrder),
         ("stream", lambda stream: contextlib.nullcontext()),
-        ("is_current_stream_capturing", lambda: False),
+        ("is_current_stream_capturing", lambda: False), ("synchronize", lambda device: None),
     ):  # fmt: skip
         stack.enter_context(mock.patch.object(torch.cuda, name, value))
     return stack

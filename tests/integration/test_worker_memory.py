@@ -27,6 +27,9 @@ class Engine:
     def load_model(self) -> None:
         """Nothing that memory needs."""
 
+    def shutdown(self) -> None:
+        """Nothing that memory needs."""
+
     def determine_available_memory(self) -> int:
         return 1000 * K_BYTES
 
@@ -253,3 +256,13 @@ def test_pages_have_the_block_size_that_the_executor_sets_later(
     rank.vllm_config.parallel_config.data_parallel_index = 0
     rank.load_model()
     assert made == [128]
+
+
+def test_the_pool_ends_with_the_worker() -> None:
+    """One that failed before its model was loaded has none."""
+    rank, closed = Worker(), []
+    rank.split_cache.close = lambda: closed.append(True)
+    rank.shutdown()
+    assert closed == [True]
+    del rank.split_cache
+    rank.shutdown()

@@ -73,11 +73,16 @@ class KCacheGPUWorker(SplitCacheWorker, Worker):
         slots = memory.hot_slots(max(available, 0), setting)
         pages = memory.pages(available, page_bytes, slots)
         if pages < 1:
+            # A size that is given is taken as it is, whatever a step needs.
+            remedy = (
+                "Lower --max-num-batched-tokens, --max-num-seqs or kcache_config.hot_cache_gib, or "
+                "raise --gpu-memory-utilization."
+                if self.vllm_config.cache_config.kv_cache_memory_bytes is None
+                else "Lower kcache_config.hot_cache_gib, or raise --kv-cache-memory-bytes."
+            )
             raise KCacheConfigError(
                 f"kcache: {available / GIB:.2f} GiB of GPU memory are left for K pages and the hot "
-                f"cache ({slots} rows of {self.split_cache.shape.row.bytes} bytes). Lower "
-                "--max-num-batched-tokens, --max-num-seqs or kcache_config.hot_cache_gib, or raise "
-                "--gpu-memory-utilization."
+                f"cache ({slots} rows of {self.split_cache.shape.row.bytes} bytes). {remedy}"
             )
         self.split_cache.hot_slots = slots
         return pages

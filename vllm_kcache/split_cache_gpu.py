@@ -145,8 +145,9 @@ class GPUSplitCache(SplitCache):
             if torch.cuda.is_current_stream_capturing():
                 raise RuntimeError("The host pool must exist before a graph is captured.")
             self.allocate(k_pages.shape[0])
-        assert self.hot_cache is not None
-        view = replace(super()._make_view(layer, k_pages), hot_cache=self.hot_cache)
+        view = super()._make_view(layer, k_pages)
+        assert self.hot_cache is not None  # made with the pool
+        view = replace(view, hot_cache=self.hot_cache)
         return replace(view, packed=packed_view(view))
 
     def _check_tail(self, config: KCacheConfig) -> None:

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
     [
         ("tests.kernels.checks", "cases equal the reference"),
         ("tests.kernels.simulation", "every step equals the reference"),
+        ("tests.kernels.split_cache", "runs equal the CPU's"),
         ("tests.kernels.self_checking", "faults are found"),
         ("tests.kernels.test_replay", "equal the definition"),
     ],

@@ -4,6 +4,7 @@ score kernel does; and the state that they leave."""
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -224,3 +225,37 @@ def test_numbers_are_checked(splits: int, most: int, least: int, text: str) -> N
     batch = Batch.make(SIZES, DEFAULT)
     with pytest.raises(RuntimeError, match=text):
         follow_scores(batch.view, batch.lists, splits, most, least)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_any_order_of_scores_and_any_patience(seed: int, clock_step: SetClock) -> None:
+    """Lists come in any order and at any time, before followers give up or after: over one cache,
+    each is selected once, and the next step finds nothing of this one."""
+    draw = random.Random(seed)
+    batch = Batch.make(SIZES, RULES[seed % len(RULES)], draw.choice((0, 5, 1 << 14)))
+    parts, gave_up = batch.parts(SPLITS), 0
+    for _ in range(12):
+        clock_step(draw.choice((0, 200, 20_000)))
+        order = [index for index in range(len(parts)) for _ in range(int(parts[index]))]
+        draw.shuffle(order)
+        early = draw.randrange(len(order) + 1)
+        for index in order[:early]:
+            batch.lists.signals[index] += 1
+        most = draw.randrange(1, 9)
+        kernel = threading.Thread(target=follow, args=(batch, most, draw.randrange(1, most + 1)))
+        kernel.start()
+        for index in order[early:]:
+            if draw.random() < 0.3:
+                time.sleep(0.001)
+            batch.lists.signals[index] += 1
+            batch.cache.state[SCORED] += 1
+        kernel.join(timeout=60)
+        assert not kernel.is_alive()
+        gave_up += int(batch.cache.state[REST_UNTIL]) != 0
+        assert batch.cache.state[[ENDED, MISSED, EXISTING]].tolist() == [0, 0, 0]
+        finish(batch)
+        assert not batch.lists.signals.any()
+        assert batch.cache.read_counters(reset=True).lists == LISTS
+        batch.cache.state[REST_UNTIL] = 0
+        batch = batch.again()
+    assert gave_up < 12

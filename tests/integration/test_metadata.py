@@ -85,8 +85,12 @@ class Batch:
         builder = KCacheMetadataBuilder.__new__(KCacheMetadataBuilder)
         return builder.build(0, self.common)
 
-    def attend(self) -> dict[Request, torch.Tensor]:
-        """The output of each request, through a layer and a fresh cache."""
+    def attend(self, shares: bool = False) -> dict[Request, torch.Tensor]:
+        """The output of each request, through a layer and a fresh cache.
+
+        Args:
+            shares: The layer reads what another one has just written, and writes nothing.
+        """
         cache = CPUSplitCache(
             KCacheConfig.from_user({"top_n": 5, "sink_tokens": 8, "recent_tokens": 8}),
             SHAPE,
@@ -99,16 +103,17 @@ class Batch:
         before = torch.Generator().manual_seed(7)
         k_pages = torch.randn(shape, generator=before)
         cache.view(0, k_pages).v_pages.copy_(torch.randn(shape, generator=before))
+        query, key, value = self.inputs
+        kv = [tensor[:, : SHAPE.num_kv_heads].flatten(1) for tensor in (key, value)]
+        step, out = self.build(), torch.full_like(query.flatten(1), torch.nan)
         layer = KCacheImpl(4, 64, 0.125, 2)
         layer.bind(cache, 0)
-        query, key, value = self.inputs
-        out = torch.full_like(query.flatten(1), torch.nan)
-        kv_heads = SHAPE.num_kv_heads
-        step = self.build()
-        layer.forward(
-            None, query.flatten(1), key[:, :kv_heads].flatten(1), value[:, :kv_heads].flatten(1),
-            k_pages, step, out,
-        )  # fmt: skip
+        if shares:
+            layer.forward(None, -query.flatten(1), *kv, k_pages, step, torch.empty_like(out))
+            layer = KCacheImpl(4, 64, 0.125, 2, kv_sharing_target_layer_name="the other")
+            layer.bind(cache, 0)
+            kv = [torch.full_like(tensor, torch.nan) for tensor in kv]
+        layer.forward(None, query.flatten(1), *kv, k_pages, step, out)
         cache.close()
         spans = zip(self.starts[:-1].tolist(), self.starts[1:].tolist(), strict=True)
         return {
@@ -156,6 +161,14 @@ def test_every_request_has_its_output(
         torch.testing.assert_close(
             output, alone, rtol=0, atol=1e-5, msg=lambda text, of=request: f"{of}: {text}"
         )
+
+
+@pytest.mark.parametrize("order", ["abcABCPQ", "BaAcP"])
+def test_a_layer_that_shares_pages_writes_nothing(order: str) -> None:
+    batch = Batch(mixed(order))
+    own = batch.attend()
+    for request, output in batch.attend(shares=True).items():
+        assert torch.equal(output, own[request])
 
 
 def test_a_prompts_last_token_attends_exactly() -> None:

@@ -9,10 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.config import KCacheConfig, KCacheConfigError
 from vllm_kcache.integration import cpu_worker, worker
 from vllm_kcache.integration.settings import note_engines_on_host
+from vllm_kcache.memory import GPUMemory, StepLimits
 
 V_BYTES = K_BYTES = 1 << 20
 PAGE_TOKENS = 16
@@ -23,6 +26,9 @@ class Engine:
 
     def load_model(self) -> None:
         pass
+
+    def shutdown(self) -> None:
+        """Nothing that memory needs."""
 
     def determine_available_memory(self) -> int:
         return 1000 * K_BYTES
@@ -195,6 +201,34 @@ def test_on_a_cpu_too_small_a_group_is_named(small_group: SimpleNamespace) -> No
         CPURank().determine_available_memory()
 
 
+@pytest.mark.parametrize(
+    ("given", "remedy"),
+    [
+        (None, "kcache_config.hot_cache_gib, or raise --gpu-memory-utilization."),
+        (2**30, "Lower kcache_config.hot_cache_gib, or raise --kv-cache-memory-bytes."),
+    ],
+)
+@pytest.mark.parametrize("available", [2**30, 0, -(2**20)])
+def test_a_gpu_without_room_for_a_page(available: int, given: int | None, remedy: str) -> None:
+    """A hot cache that takes all there is, or nothing left at all: never a negative number."""
+    gpu_worker = importlib.import_module("vllm_kcache.integration.gpu_worker")
+    rank = Worker(hot_cache_gib=1.0)
+    shape = CacheShape(1, 2, 2, 64, 16, 8, torch.float16)
+    memory = GPUMemory(
+        shape, rank.kcache_config.selection(shape.block_tokens), StepLimits(4, 64, 1024)
+    )
+    rank.split_cache = SimpleNamespace(shape=shape, memory=memory, hot_slots=None)
+    rank.vllm_config.cache_config.kv_cache_memory_bytes = given
+    with pytest.raises(KCacheConfigError) as caught:
+        gpu_worker.KCacheGPUWorker._device_pages(rank, available, K_BYTES, V_BYTES)
+    assert str(caught.value).startswith(f"kcache: {available / 2**30:.2f} GiB of GPU memory")
+    assert str(caught.value).endswith(remedy)
+    assert rank.split_cache.hot_slots is None
+    pages = gpu_worker.KCacheGPUWorker._device_pages(rank, 2**31, K_BYTES, V_BYTES)
+    assert 0 < pages < 2**30 // K_BYTES
+    assert rank.split_cache.hot_slots == memory.hot_slots(2**31, 1.0)
+
+
 def test_pages_have_the_block_size_that_the_executor_sets_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -222,3 +256,13 @@ def test_pages_have_the_block_size_that_the_executor_sets_later(
     rank.vllm_config.parallel_config.data_parallel_index = 0
     rank.load_model()
     assert made == [128]
+
+
+def test_the_pool_ends_with_the_worker() -> None:
+    """One that failed before its model was loaded has none."""
+    rank, closed = Worker(), []
+    rank.split_cache.close = lambda: closed.append(True)
+    rank.shutdown()
+    assert closed == [True]
+    del rank.split_cache
+    rank.shutdown()

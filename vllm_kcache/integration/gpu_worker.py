@@ -72,11 +72,16 @@ class KCacheGPUWorker(SplitCacheWorker, Worker):
         memory, setting = self.split_cache.memory, self.kcache_config.hot_cache_gib
         pages, slots = memory.plan(available, page_bytes, host_pages, setting)
         if pages < 1:
+            # A size that is given is taken as it is, whatever a step needs.
+            remedy = (
+                "Lower --max-num-batched-tokens, --max-num-seqs or kcache_config.hot_cache_gib, or "
+                "raise --gpu-memory-utilization."
+                if self.vllm_config.cache_config.kv_cache_memory_bytes is None
+                else "Lower kcache_config.hot_cache_gib, or raise --kv-cache-memory-bytes."
+            )
             raise KCacheConfigError(
                 f"kcache: {available / GIB:.2f} GiB of GPU memory are left for K pages and the hot "
-                f"cache ({slots} rows of {self.split_cache.shape.row.bytes} bytes). Lower "
-                "--max-num-batched-tokens, --max-num-seqs or kcache_config.hot_cache_gib, or raise "
-                "--gpu-memory-utilization."
+                f"cache ({slots} rows of {self.split_cache.shape.row.bytes} bytes). {remedy}"
             )
         self.split_cache.hot_slots = slots
         return pages

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which layout a decode step gets. Without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vllm_kcache.cache.formats import CacheShape
+from vllm_kcache.kernels.decode import plan_followers
+from vllm_kcache.kernels.workspace import Followers
+
+LLAMA = CacheShape(32, 32, 8, 128, 16, 8, torch.bfloat16)
+WIDE = CacheShape(32, 16, 8, 256, 16, 4, torch.bfloat16)
+
+
+@pytest.mark.parametrize("shape", [LLAMA, WIDE], ids=["heads of 128", "heads of 256"])
+@pytest.mark.parametrize("tokens", [32 << 10, 64 << 10, (64 << 10) + 1, 128 << 10, 1 << 20])
+def test_a_large_batch_is_followed_at_any_length(shape: CacheShape, tokens: int) -> None:
+    """A graph is captured for max_model_len: the longest there may be must not have another layout
+    than what was measured (D3)."""
+    followers = plan_followers(shape, 16, shape.max_blocks(tokens), 132)
+    assert followers == Followers(48, 32)
+
+
+def test_what_is_not_followed() -> None:
+    """Few lists, little K, a GPU of one multiprocessor; and half of a small one stays free."""
+    blocks = LLAMA.max_blocks(1 << 17)
+    assert plan_followers(LLAMA, 11, blocks, 132) is None
+    assert plan_followers(LLAMA, 16, LLAMA.max_blocks(1024), 132) is None
+    assert plan_followers(LLAMA, 16, blocks, 1) is None
+    assert plan_followers(LLAMA, 16, blocks, 20) == Followers(10, 10)

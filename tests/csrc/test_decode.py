@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
         ("tests.kernels.checks", "cases equal the reference"),
         ("tests.kernels.simulation", "every step equals the reference"),
         ("tests.kernels.split_cache", "runs equal the CPU's"),
+        ("tests.kernels.attend_rows", "attend as defined"),
+        ("tests.kernels.code_steps", "checks are as defined"),
         ("tests.kernels.self_checking", "faults are found"),
         ("tests.kernels.test_replay", "equal the definition"),
     ],

@@ -86,6 +86,7 @@ def code_layer_of(
     view = LayerView(
         1, shape, selection, tail, coded.code_pages.to(device), rows, hot_cache=cache, k_stats=stats
     )
+    view = replace(view, packed=packed_view(view))
     return _with_batch(case, view, device)
 
 

@@ -220,7 +220,8 @@ def clipped_weights(
         dropped = (1 - kept).clamp_min(0)
     flat = weights.clamp(max=clip) if isinstance(clip, torch.Tensor) else weights.clamp_max(clip)
     weights = weights + dropped * flat / flat.sum(-1, keepdim=True).clamp_min(1e-30)
-    return weights / (kept + dropped)
+    # Nothing is selected of a padded row.
+    return weights / (kept + dropped).clamp_min(1e-30)
 
 
 def _tokens(blocks: torch.Tensor, seq_lens: torch.Tensor, v_block_tokens: int) -> torch.Tensor:

@@ -90,8 +90,9 @@ class CodedBatch:
             scales[..., 1::2] = -0.7
             k_pages = pages.unflatten(2, (PAGE_TOKENS, -1)).view(DTYPE)
             view = LayerView(
-                layer, shape, ANY_RULE, "renormalize", k_pages, host_rows, stats, cache
-            )
+                layer, shape, ANY_RULE, "renormalize", k_pages, host_rows, k_stats=stats,
+                hot_cache=cache,
+            )  # fmt: skip
             views.append(replace(view, packed=packed_view(view)))
         heads, lists = (p.num_requests, p.num_heads), (p.num_requests, p.num_kv_heads)
         columns = max_blocks or p.max_blocks

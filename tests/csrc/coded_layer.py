@@ -63,8 +63,8 @@ class CodedLayer:
         stats = KStats(coded.stats.mean.to(device), coded.stats.deviation.to(device))
         as_values = code_pages.unflatten(2, (size.page_tokens, -1)).view(row.dtype)
         view = LayerView(
-            1, shape, RULE, "clip", as_values, rows, stats,
-            HotCache.make(num_slots, 2, rows.shape[0], row.bytes, device),
+            1, shape, RULE, "clip", as_values, rows, k_stats=stats,
+            hot_cache=HotCache.make(num_slots, 2, rows.shape[0], row.bytes, device),
         )  # fmt: skip
         batch = DecodeBatch(
             case.query.to(device), case.block_table.to(device), case.seq_lens.to(device),

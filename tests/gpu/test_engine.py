@@ -64,3 +64,28 @@ def test_few_blocks_and_a_small_hot_cache(
     assert_same_text_or_tie(split, all_in_bfloat16[0])
     assert split["vllm_metrics"]["vllm:num_preemptions"] > 0
     assert split["kcache_metrics"]["direct_host_reads"] > 0
+
+
+CODES = {"k_bits": 4, "hot_cache_gib": 0.25}
+
+
+@pytest.mark.parametrize("host_dtype", ["model", "int8"])
+def test_text_equals_stock_with_codes(
+    host_dtype: str, tmp_path: Path, all_in_bfloat16: tuple[dict[str, Any], ...]
+) -> None:
+    """True K and V answer: with everything selected codes decide nothing."""
+    settings = {**GATE, **CODES, "host_dtype": host_dtype}
+    split = run_engine(tmp_path, WORK, kcache=settings, **HALF)
+    stock, _, triton = all_in_bfloat16
+    other = distance(triton, stock)
+    found = distance(split, stock)
+    print(host_dtype, found, "Triton attention:", other)
+    if host_dtype == "model":
+        assert_same_text_or_tie(split, stock)
+        assert found.rms <= 1.1 * other.rms, (found, other)
+
+
+def test_codes_in_float32(tmp_path: Path) -> None:
+    engine = {**GRAPHS, "dtype": "float32", "max_num_batched_tokens": 1024}
+    stock, split = run_both(tmp_path, batches(48, 16), {**GATE, **CODES}, **engine)
+    assert tokens_of(split) == tokens_of(stock)

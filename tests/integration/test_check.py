@@ -205,8 +205,8 @@ def test_codes_are_measured_at_start(
     folders: Callable[[str], str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = folders("llama")
-    for given, noted in (('{"k_bits": 4}', True), ('{"k_bits": 16}', False), ("{}", False)):
-        assert main(["check", folder, "--kcache-config", given]) == 0
+    for chosen, noted in (('{"k_bits": 4}', True), ('{"k_bits": 16}', False), ("{}", False)):
+        assert main(["check", folder, "--kcache-config", chosen]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert [line.split(":")[0] for line in lines[:-1]] == ["note"] * noted
         assert all(line.startswith("note: k_bits 4: ") for line in lines[:-1])

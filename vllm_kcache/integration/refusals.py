@@ -115,8 +115,6 @@ def _settings_that_do_not_fit(vllm_config: Any, config: KCacheConfig) -> Iterato
     except KCacheConfigError as error:
         yield str(error)
     is_cpu = vllm_config.device_config.device_type == "cpu"
-    if not is_cpu and config.resolved_k_bits == 4:
-        yield f"kcache_config.k_bits={config.k_bits!r}: not yet on a GPU; leave it out, or set 16."
     if is_cpu and config.prefill not in ("auto", "torch"):
         yield (
             f"kcache_config.prefill={config.prefill!r}: needs a GPU; on the CPU use 'auto' or "

@@ -30,9 +30,11 @@ from vllm_kcache.types import Selected
 LOG2_E = tl.constexpr(1.4426950408889634)
 # With the tail "clip", probabilities are counted in units of 2^-15: no maximum scales them up, and
 # small ones would lose bits in float16, which holds 2^15. Of rows selected by estimates a weight
-# may be above 1, as often as the estimate was below the score: there the unit is 2^-11.
+# may be above 1, as often as the estimate was below the score: there the unit is 2^-7, which leaves
+# float16 room for a weight of 500.
 UNIT_BITS, ONE = tl.constexpr(15.0), tl.constexpr(float(1 << 15))
-ESTIMATED_UNIT_BITS, ESTIMATED_ONE = tl.constexpr(11.0), tl.constexpr(float(1 << 11))
+ESTIMATED_UNIT_BITS, ESTIMATED_ONE = tl.constexpr(7.0), tl.constexpr(float(1 << 7))
+_MOST_FLOAT16 = tl.constexpr(65504.0)
 # Where K of a selected token lies: in its page, in its row as the model's dtype, or as int8.
 K_IN_PAGE, K_IN_ROW, K_INT8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _MOST_PARTS = tl.constexpr(MAX_SPLITS)
@@ -112,7 +114,7 @@ def attend_share(
             sums = sums * rescale[:, None]
             largest = new_largest
         if KEYS == K_INT8:
-            weights = weights * v_scale.to(tl.float32)[None, :]
+            weights = tl.minimum(weights * v_scale.to(tl.float32)[None, :], _MOST_FLOAT16)
         sums += tl.dot(weights.to(V_DTYPE), v.to(V_DTYPE), input_precision=PRECISION)
     return largest, weight, sums
 
@@ -244,8 +246,9 @@ def attend_kernel(
     if CLIP:
         lse = tl.load(request_lse + request * NUM_HEADS + heads, mask=group_mask, other=0.0)
         shift = lse * LOG2_E - unit_bits
-        # Estimates may be below the scores: a weight has no bound but the dtype's.
-        most = one if KEYS == K_IN_PAGE else float("inf")
+        # Estimates may be below the scores: a weight has no bound but the dtype's, and a product
+        # with infinity would be NaN.
+        most: tl.constexpr = one if KEYS == K_IN_PAGE else _MOST_FLOAT16
         limit = tl.where(padded_row < side_rows, most, clip * one)
         if KEYS != K_IN_PAGE:
             dropped = tl.load(

@@ -131,7 +131,9 @@ class _Check:
         # Claiming samples the slots: with as many again, every row finds one.
         cache = HotCache.make(2 * rows, 1, rows, shape.row.bytes, device)
         pages, stats = self._empty_pages(generator)
-        view = LayerView(0, shape, selection, tail, pages, host_rows, hot_cache=cache, k_stats=stats)
+        view = LayerView(
+            0, shape, selection, tail, pages, host_rows, hot_cache=cache, k_stats=stats
+        )
         self.view = replace(view, packed=packed_view(view))
         self.workspace = DecodeWorkspace.make(shape, selection, len(pages_of), max_blocks, device)
         self.out = torch.empty_like(query, device=device)

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole decode steps with K codes on a GPU: the cases of tests/kernels/code_steps.py, more dtypes,
+requests of thousands of tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kernels.code_steps import RULES, SHAPES, check_step, check_write
+from tests.shapes import Shape
+from vllm_kcache.cache.formats import CacheShape
+from vllm_kcache.kernels.self_check import check_kernels
+from vllm_kcache.kernels.workspace import Followers
+from vllm_kcache.types import Selection
+
+pytestmark = pytest.mark.gpu
+
+LONG = Shape((9_001, 40, 5_003), 2, 4, 128, 16, 8)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("host_dtype", ["model", "int8"])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, LONG], ids=str)
+def test_steps(shape: Shape, rule: Selection, host_dtype: str) -> None:
+    check_step(shape, host_dtype, rule, 256, "cuda")
+    check_step(shape, host_dtype, rule, 3, "cuda", followers=Followers(3, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("host_dtype", ["model", "int8"])
+def test_steps_of_each_dtype(host_dtype: str, dtype: torch.dtype) -> None:
+    for rule in RULES[:2]:
+        check_step(SHAPES[2], host_dtype, rule, 64, "cuda", dtype=dtype)
+
+
+@pytest.mark.parametrize("host_dtype", ["model", "int8"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_written(shape: Shape, host_dtype: str) -> None:
+    check_write(shape, host_dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("host_dtype", ["model", "int8"])
+def test_the_check_at_start(host_dtype: str, dtype: torch.dtype) -> None:
+    for rule, tail in ((RULES[0], "renormalize"), (RULES[1], "clip")):
+        shape = CacheShape(1, 8, 2, 128, 16, 8, dtype, 4, host_dtype)
+        check_kernels(shape, rule, tail, "cuda")

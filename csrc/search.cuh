@@ -53,7 +53,7 @@ __device__ void ListSelection<R>::each_mass(const Visit& visit) {
 // coverage their mass in each query head (or the mean). Returns the number of sums.
 template <typename R>
 __device__ int ListSelection<R>::count_digits(int shift, unsigned long long prefix) {
-  SearchShared& search = shared_;
+  SearchShared<kSegment>& search = shared_;
   const int masses = view_.coverage < 0.0f ? 0 : view_.combine_max ? view_.group : 1;
   for (int i = threadIdx.x; i < (1 + masses) * kBins; i += kThreads) {
     search.histogram[i / kBins][i % kBins] = 0;
@@ -76,7 +76,7 @@ __device__ int ListSelection<R>::count_digits(int shift, unsigned long long pref
 
 template <typename R>
 __device__ void ListSelection<R>::find_threshold() {
-  SearchShared& search = shared_;
+  SearchShared<kSegment>& search = shared_;
   const int cap = view_.top_n < 0 ? num_blocks_ : min(view_.top_n, num_blocks_);
   const bool covers = view_.coverage >= 0.0f, by_mass = view_.mass_threshold >= 0.0f;
   // Above it or at it, ties included; rank 0 is below everything.

@@ -17,7 +17,6 @@ namespace kcache {
 
 constexpr int kThreads = 512, kWarps = kThreads / 32;
 static_assert(kMaxGroup <= kWarps, "a warp adds up a query head");
-constexpr int kSegment = 4096, kSegmentWords = kSegment / 32;
 // Scores that a thread loads before it uses the first: a list is bound by the latency of these
 // loads. More take more registers than a thread may have.
 constexpr int kInFlight = 8;
@@ -28,15 +27,18 @@ constexpr int kBins = 256, kMaxSums = 1 + kMaxGroup;
 
 // A V block, from the first of its segment.
 using NearBlock = uint16_t;
-static_assert(kSegment <= 1 << 16);
 
 // Kernel specialisations: one kernel with all rules would be several times larger. `kTogether`:
 // most query heads whose scores of a block a thread holds in registers at once. `kSearches`: the
-// rule does not name its threshold.
+// rule does not name its threshold. `kSegment`: V blocks of a segment. Each costs a list the latency
+// of a pass and of a look-up, so it is as large as 48 KiB of shared memory allow, and a search has
+// its masses and histogram there, too.
 template <int kTogether_, bool kSearches_>
 struct Rule {
   static constexpr int kTogether = kTogether_;
   static constexpr bool kSearches = kSearches_;
+  static constexpr int kSegment = kSearches ? 4096 : 16384;
+  static_assert(kSegment <= 1 << 16, "a NearBlock counts to there");
 };
 
 // Call `launch` with the rule that its kernel is to be compiled for.
@@ -51,6 +53,7 @@ cudaError_t with_rule(const LayerView& view, const Launch& launch) {
   return launch(Rule<16, false>{});
 }
 
+template <int kSegment>
 struct SearchShared {
   float masses[kSegment];               // of a list of one segment
   unsigned histogram[kMaxSums][kBins];  // blocks, then masses of each sum
@@ -61,11 +64,12 @@ struct SearchShared {
 struct NoSearchShared {};
 
 template <typename R>
-struct SelectShared : std::conditional_t<R::kSearches, SearchShared, NoSearchShared> {
+struct SelectShared
+    : std::conditional_t<R::kSearches, SearchShared<R::kSegment>, NoSearchShared> {
   float shift[kMaxGroup];  // log2 of the sum of exp over the request, each query head
   float covered[kMaxGroup][kWarps];
-  unsigned kept_words[kSegmentWords];  // a bit of each block of the segment
-  NearBlock kept[kSegment];
+  unsigned kept_words[R::kSegment / 32];  // a bit of each block of the segment
+  NearBlock kept[R::kSegment];
 };
 
 // V blocks of a request.
@@ -82,7 +86,7 @@ __device__ inline void pad(int* lists, int count, int columns) {
 
 template <typename R>
 class ListSelection {
-  static constexpr int kTogether = R::kTogether;
+  static constexpr int kTogether = R::kTogether, kSegment = R::kSegment;
   static constexpr int kAhead = kTogether < kInFlight ? kInFlight / kTogether : 1;
   // Otherwise the sums would not stay in registers.
   static constexpr bool kAddsWhileMarking = !R::kSearches && kTogether <= 8;

@@ -71,10 +71,10 @@ def test_lists_of_a_step(rule: Selection, followers: int) -> None:
 
 
 @pytest.mark.parametrize("group", [1, 3, 4, 8, 12, 16])
-@pytest.mark.parametrize("num_slots", [0, 3, 1 << 14])
+@pytest.mark.parametrize("num_slots", [0, 3, 1 << 17])
 def test_lists_of_several_segments(group: int, num_slots: int) -> None:
     """Some rows, or all, are read straight from the host."""
-    batch = Batch.make(Sizes((9000, 4096, 4097, 1), 1, group, 1, 32), DEFAULT, num_slots)
+    batch = Batch.make(Sizes((33_000, 16_384, 16_385, 1), 1, group, 1, 32), DEFAULT, num_slots)
     run(batch, 3)
     assert batch.cache.read_counters().lists == 4
 

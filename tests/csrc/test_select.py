@@ -15,7 +15,8 @@ from vllm_kcache.types import Selection
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
-SEGMENT = 4096
+# V blocks of a segment, where the rule names its threshold and where it searches (csrc/select.cuh).
+NAMED, SEARCHED = 16384, 4096
 LONG_RULES = (
     DEFAULT,
     Selection(500, None, 1, 32, "sum"),
@@ -50,10 +51,12 @@ def test_odd_lengths(rule: Selection, group: int, tokens: int) -> None:
     run(Batch.make(Sizes(lengths, 2, group, tokens, 13, spare=5), rule))
 
 
-@pytest.mark.parametrize("blocks", [SEGMENT - 1, SEGMENT, SEGMENT + 1, 2 * SEGMENT + 77])
+@pytest.mark.parametrize(("segments", "more"), [(1, -1), (1, 0), (1, 1), (2, 77)])
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_segments(rule: Selection, blocks: int) -> None:
+def test_segments(rule: Selection, segments: int, more: int) -> None:
     """Lists that end in the first segment, with it, just after it, and in the third."""
+    is_named = rule.combine == "max" and rule.top_n is None and rule.coverage is None
+    blocks = segments * (NAMED if is_named else SEARCHED) + more
     sizes = Sizes((blocks * 8 - 3,), 1, 2, 8, 31)
     run(Batch.make(sizes, rule))
     batch = Batch.make(sizes, rule, kind="ties")
@@ -64,7 +67,7 @@ def test_segments(rule: Selection, blocks: int) -> None:
 @pytest.mark.parametrize("kind", ["random", "equal", "ties", "one has all", "tiny"])
 @pytest.mark.parametrize("rule", LONG_RULES, ids=str)
 def test_long_requests(rule: Selection, kind: str) -> None:
-    """Ten segments; one bin of ranks with few blocks, and with all of them."""
+    """Three or ten segments; one bin of ranks with few blocks, and with all of them."""
     batch = Batch.make(Sizes((40_000, 5_000), 1, 4, 1, 128), rule, kind=kind)
     run(batch)
     if kind == "equal" and rule.top_n is not None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from enum import Flag
 
 import torch
 
@@ -15,7 +14,7 @@ from vllm_kcache.cache.hot_cache import HotCache
 from vllm_kcache.cache.layer_view import LayerView
 from vllm_kcache.config import KCacheConfig, KCacheConfigError
 from vllm_kcache.kernels.decode import decode_step, plan_followers
-from vllm_kcache.kernels.rows import RowParts, write_rows
+from vllm_kcache.kernels.rows import write_rows
 from vllm_kcache.kernels.select import packed_view
 from vllm_kcache.kernels.transfer import ContextPiece, PrefillTransfer, plan_pieces
 from vllm_kcache.kernels.workspace import DecodeBatch, DecodeWorkspace
@@ -202,9 +201,7 @@ class GPUSplitCache(SplitCache):
         key, value = inputs.key[:tokens], inputs.value[:tokens]
         coded = self.shape.row.has_keys
         store: Callable[..., None] = write_rows if coded else write_kv
-        all_but_host: Flag = WriteParts.K | WriteParts.V_SLOT
-        if coded:
-            all_but_host = RowParts.CODES | RowParts.ROW_SLOT
+        all_but_host = WriteParts.K | WriteParts.ROW_SLOT
         if (tokens - decodes) * self.shape.token_bytes * (1 + coded) <= SMALL_V_BYTES:
             store(
                 view, key, value, slots, allocate_tokens=decodes,

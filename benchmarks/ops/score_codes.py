@@ -27,7 +27,7 @@ from benchmarks.ops.common import (
 from vllm_kcache.cache.formats import SCALE_BYTES, CacheShape
 from vllm_kcache.cache.hot_cache import HotCache
 from vllm_kcache.cache.layer_view import LayerView
-from vllm_kcache.kernels import score_codes
+from vllm_kcache.kernels import score_codes, score_plan
 from vllm_kcache.kernels.select import Lists, packed_view
 from vllm_kcache.kernels.workspace import DecodeBatch
 from vllm_kcache.types import KStats, Selected
@@ -96,7 +96,7 @@ class CodedBatch:
             views.append(replace(view, packed=packed_view(view)))
         heads, lists = (p.num_requests, p.num_heads), (p.num_requests, p.num_kv_heads)
         columns = max_blocks or p.max_blocks
-        chunks = score_codes.num_chunks(shape, columns)
+        chunks = score_plan.num_chunks(shape, columns)
         batch = DecodeBatch(
             torch.randn((*heads, p.head_size), dtype=DTYPE, device="cuda"),
             torch.randperm(p.num_pages, device="cuda").int().view(p.num_requests, -1),
@@ -113,7 +113,7 @@ class CodedBatch:
             Lists(
                 batch.seq_lens, batch.block_table,
                 torch.empty((*heads, columns), device="cuda"),
-                torch.empty((*heads, chunks), device="cuda"), score_codes.chunk_blocks(shape),
+                torch.empty((*heads, chunks), device="cuda"), score_plan.chunk_blocks(shape),
                 nothing, empty, torch.zeros(lists, dtype=torch.int32, device="cuda").flatten(),
             ),
             torch.empty((*heads, p.head_size), device="cuda"),

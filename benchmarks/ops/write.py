@@ -61,7 +61,7 @@ def main() -> None:
         timing = time_write(problem, view, problem.num_requests, False, WriteParts.ALL)
         report.add(f"{problem.name}, decode step", timing)
         tokens = min(CHUNK_TOKENS, problem.context)
-        rest = WriteParts.K | WriteParts.V_SLOT
+        rest = WriteParts.K | WriteParts.ROW_SLOT
         timing = time_write(problem, view, tokens, True, rest)
         report.add(f"{problem.name}, chunk of {tokens}, K and slots", timing)
         timing = time_write(problem, view, tokens, True, WriteParts.ALL)

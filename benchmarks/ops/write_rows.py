@@ -20,7 +20,8 @@ from benchmarks.ops.common import (
 from benchmarks.ops.score_codes import CodedBatch, coded_shape
 from benchmarks.ops.write import CHUNK_TOKENS, random_slots
 from vllm_kcache.cache import HostPool
-from vllm_kcache.kernels.rows import LINK_BLOCKS, RowParts, gather_rows, write_rows
+from vllm_kcache.kernels.rows import LINK_BLOCKS, gather_rows, write_rows
+from vllm_kcache.kernels.write import WriteParts
 
 PROBLEMS = (
     Problem("llama-3-8b 26x32K", 26, 32768, 8, 4),
@@ -32,7 +33,7 @@ def measure_writes(report: Report, batch: CodedBatch, outward: float) -> None:
     p, view = batch.problem, batch.views[0]
     key = torch.randn((CHUNK_TOKENS, p.num_kv_heads, p.head_size), dtype=DTYPE, device="cuda")
 
-    def call(slots: torch.Tensor, parts: RowParts, blocks: int, allocate_tokens: int) -> None:
+    def call(slots: torch.Tensor, parts: WriteParts, blocks: int, allocate_tokens: int) -> None:
         tokens = key[: len(slots)]
         write_rows(
             view, tokens, tokens, slots, parts=parts, most_thread_blocks=blocks,
@@ -41,15 +42,15 @@ def measure_writes(report: Report, batch: CodedBatch, outward: float) -> None:
 
     some = [random_slots(p, p.num_requests, False) for _ in range(4)]
     timing = time_calls(
-        [lambda slots=slots: call(slots, RowParts.ALL, 0, p.num_requests) for slots in some]
+        [lambda slots=slots: call(slots, WriteParts.ALL, 0, p.num_requests) for slots in some]
     )
     report.add(f"{p.name}, decode step", timing)
     chunk = random_slots(p, CHUNK_TOKENS, True)
-    resident = RowParts.CODES | RowParts.ROW_SLOT
+    resident = WriteParts.K | WriteParts.ROW_SLOT
     name = f"{p.name}, chunk of {CHUNK_TOKENS}"
     report.add(f"{name}, codes and slots", time_calls([lambda: call(chunk, resident, 0, 0)]))
     for words, blocks in (("rows", 0), ("rows, few thread blocks", LINK_BLOCKS)):
-        timing = time_calls([lambda blocks=blocks: call(chunk, RowParts.ROW_HOST, blocks, 0)])
+        timing = time_calls([lambda blocks=blocks: call(chunk, WriteParts.ROW_HOST, blocks, 0)])
         rate = row_bytes(p, CHUNK_TOKENS) / timing.p50 * 1e3
         report.add(f"{name}, {words}", timing, rate / 1e9, share_of_link_copy=rate / outward)
 

@@ -14,8 +14,9 @@ from tests.reference.coded import Coded, slots_of
 from tests.shapes import Shape, build_case
 from vllm_kcache.cache.hot_cache import EPOCH
 from vllm_kcache.kernels import score_codes
-from vllm_kcache.kernels.rows import RowParts, gather_rows, write_rows
+from vllm_kcache.kernels.rows import gather_rows, write_rows
 from vllm_kcache.kernels.select import packed_view, select_and_fetch
+from vllm_kcache.kernels.write import WriteParts
 from vllm_kcache.reference import codes
 from vllm_kcache.reference.select import select_blocks
 
@@ -115,17 +116,17 @@ def _used(layer: CodedLayer, rows: torch.Tensor) -> torch.Tensor:
 def check_parts(host_dtype: str, device: str = "cpu") -> None:
     """Each part alone."""
     coded = Coded.of(build_case(WRITTEN[4], torch.float16), host_dtype)
-    for part in (RowParts.CODES, RowParts.ROW_HOST, RowParts.ROW_SLOT):
+    for part in (WriteParts.K, WriteParts.ROW_HOST, WriteParts.ROW_SLOT):
         layer = CodedLayer.of(coded, device, pages=False)
         write_rows(layer.view, *_inputs(layer), parts=part, allocate_tokens=1 << 20)
         pages = layer.view.code_pages.cpu()
         rows = _used(layer, layer.view.host_rows)
         wrote_rows = torch.equal(rows, _used(layer, coded.host_rows))
-        assert torch.equal(pages, coded.code_pages) == (part == RowParts.CODES)
-        assert wrote_rows == (part == RowParts.ROW_HOST)
-        assert bool((pages == 0xFF).all()) == (part != RowParts.CODES)
-        assert bool((rows == 0xFF).all()) == (part != RowParts.ROW_HOST)
-        assert bool((layer.cache.table >= 0).any()) == (part == RowParts.ROW_SLOT)
+        assert torch.equal(pages, coded.code_pages) == (part == WriteParts.K)
+        assert wrote_rows == (part == WriteParts.ROW_HOST)
+        assert bool((pages == 0xFF).all()) == (part != WriteParts.K)
+        assert bool((rows == 0xFF).all()) == (part != WriteParts.ROW_HOST)
+        assert bool((layer.cache.table >= 0).any()) == (part == WriteParts.ROW_SLOT)
 
 
 def check_slots(host_dtype: str, device: str = "cpu") -> None:

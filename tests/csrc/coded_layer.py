@@ -16,7 +16,7 @@ from tests.shapes import Case
 from vllm_kcache.cache.formats import SCALE_BYTES, CacheShape, code_bytes
 from vllm_kcache.cache.hot_cache import SCORED, HotCache
 from vllm_kcache.cache.layer_view import LayerView
-from vllm_kcache.kernels import score_codes
+from vllm_kcache.kernels import score_codes, score_plan
 from vllm_kcache.kernels.rows import gather_rows
 from vllm_kcache.kernels.select import Lists, packed_view
 from vllm_kcache.kernels.workspace import DecodeBatch
@@ -85,7 +85,7 @@ class CodedLayer:
         """Buffers with some columns of scores to spare."""
         shape, requests = self.view.shape, self.batch.num_requests
         heads, width = (requests, shape.num_query_heads), self.batch.max_blocks + spare
-        chunks = score_codes.num_chunks(shape, width)
+        chunks = score_plan.num_chunks(shape, width)
 
         def floats(*size: int) -> torch.Tensor:
             return torch.full(size, torch.nan, device=self.device)
@@ -97,7 +97,7 @@ class CodedLayer:
         )  # fmt: skip
         return Lists(
             self.batch.seq_lens, self.batch.block_table, floats(*heads, width),
-            floats(*heads, chunks), score_codes.chunk_blocks(shape), selected,
+            floats(*heads, chunks), score_plan.chunk_blocks(shape), selected,
             integers(*per_list, width).to(self.device),
             torch.zeros(per_list, dtype=torch.int32, device=self.device).flatten(),
         )  # fmt: skip
@@ -127,37 +127,19 @@ class CodedLayer:
         is_block = torch.isfinite(expected)
         assert torch.equal(torch.isfinite(found), is_block), "a block that is none, or none of one"
         relative, absolute = TOLERANCES[torch.float32]
-        slack = absolute + relative * expected.abs() + self._most_rounding(queries)[..., None]
+        slack = absolute + relative * expected.abs() + most_rounding(self.coded, queries)[..., None]
         assert bool(((found - expected).abs() <= slack)[is_block].all())
         self._check_chunks(lists, found)
-        chunks = -(-tokens // score_codes.CHUNK_TOKENS)
+        chunks = -(-tokens // score_plan.CODE_CHUNK_TOKENS)
         counts = chunks.clamp_max(parts).repeat_interleave(shape.num_kv_heads)
         assert torch.equal(lists.signals.cpu().long(), counts)
         assert int(self.cache.state[SCORED]) - scored_before == int((counts > 0).sum())
         return lists
 
-    def _most_rounding(self, queries: torch.Tensor) -> torch.Tensor:
-        """[B, Hq] how far a score can be off, since q' is rounded to 15 bits."""
-        case, pages = self.coded.case, self.coded.code_pages
-        size = case.shape
-        past = size.page_tokens * (code_bytes(size.head_size) - SCALE_BYTES)
-        by_token = pages[..., :past].unflatten(-1, (size.page_tokens, -1))
-        sums = codes.unpack(by_token, size.head_size).double().sum(-1)
-        scales = pages[..., past:].contiguous().view(torch.float16)[..., ::2].double()
-        weights = (sums * scales).transpose(1, 2)
-        steps = queries.abs().amax(-1) / QUERY_STEPS
-        most = torch.zeros_like(steps)
-        for request, tokens in enumerate(size.seq_lens):
-            if tokens:
-                ids = case.block_table[request, : -(-tokens // size.page_tokens)].long()
-                heaviest = weights[ids].flatten(0, 1)[:tokens].amax(0)
-                most[request] = heaviest.repeat_interleave(size.group_size)
-        return case.scale * steps / 2 * most
-
     def _check_chunks(self, lists: Lists, block_lse: torch.Tensor) -> None:
         found = lists.chunk_lse.cpu()
         for request, tokens in enumerate(self.coded.case.shape.seq_lens):
-            chunks = -(-tokens // score_codes.CHUNK_TOKENS)
+            chunks = -(-tokens // score_plan.CODE_CHUNK_TOKENS)
             assert bool(found[request, :, chunks:].isnan().all())
             for chunk in range(chunks):
                 first = chunk * lists.chunk_blocks
@@ -197,3 +179,22 @@ class CodedLayer:
 def flat_kv(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V of all tokens of a case, one request after the other: [n, Hkv, D] each."""
     return torch.cat(case.keys), torch.cat(case.values)
+
+
+def most_rounding(coded: Coded, queries: torch.Tensor) -> torch.Tensor:
+    """[B, Hq] how far a score can be off, since q' is rounded to 15 bits."""
+    case, pages = coded.case, coded.code_pages
+    size = case.shape
+    past = size.page_tokens * (code_bytes(size.head_size) - SCALE_BYTES)
+    by_token = pages[..., :past].unflatten(-1, (size.page_tokens, -1))
+    sums = codes.unpack(by_token, size.head_size).double().sum(-1)
+    scales = pages[..., past:].contiguous().view(torch.float16)[..., ::2].double()
+    weights = (sums * scales).transpose(1, 2)
+    steps = queries.abs().amax(-1) / QUERY_STEPS
+    most = torch.zeros_like(steps)
+    for request, tokens in enumerate(size.seq_lens):
+        if tokens:
+            ids = case.block_table[request, : -(-tokens // size.page_tokens)].long()
+            heaviest = weights[ids].flatten(0, 1)[:tokens].amax(0)
+            most[request] = heaviest.repeat_interleave(size.group_size)
+    return case.scale * steps / 2 * most

@@ -263,7 +263,7 @@ def test_reused_pages_never_serve_stale_v(update: bool, followers: Followers | N
     case.k_pages.nan_to_num_()
     case.v_pool.nan_to_num_()
     layer = a_layer(case, Selection(6, None, 1, 8, "sum"), 48)
-    parts = WriteParts.ALL if update else WriteParts.K | WriteParts.V_HOST
+    parts = WriteParts.ALL if update else WriteParts.K | WriteParts.ROW_HOST
     stale = 0
     for round_number in range(60):
         slots = torch.randperm(num_slots, device="cuda")[: 1 + round_number % 23]

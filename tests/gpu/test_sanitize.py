@@ -100,8 +100,8 @@ def test_writes_and_steps() -> None:
     k_pages, v_pool = case.k_pages.clone(), case.v_pool.clone()
     for step in range(2):
         for slots, parts, claims in (
-            (prompt, WriteParts.K | WriteParts.V_SLOT, 0),
-            (prompt, WriteParts.V_HOST, 0),
+            (prompt, WriteParts.K | WriteParts.ROW_SLOT, 0),
+            (prompt, WriteParts.ROW_HOST, 0),
             (newest, WriteParts.ALL, len(newest)),
         ):
             size = (len(slots), 2, SHAPE.num_kv_heads, SHAPE.head_size)

@@ -216,7 +216,7 @@ def check_prefill_copies(shape: Shape, device: str = "cpu") -> None:
 
 def check_write_keeps_copies_fresh() -> None:
     """A copy in the hot cache follows every write, and is stale when the update is taken out."""
-    for parts in (write.WriteParts.ALL, write.WriteParts.K | write.WriteParts.V_HOST):
+    for parts in (write.WriteParts.ALL, write.WriteParts.K | write.WriteParts.ROW_HOST):
         case = build_case(SHAPES[0])
         shape = case.shape
         layer = layer_of(case, SELECTIONS[0])
@@ -230,7 +230,7 @@ def check_write_keeps_copies_fresh() -> None:
         fresh = layer.with_cache(HotCache.make(64, 2, table, layer.view.shape.row.bytes, "cpu"))
         expected = torch.empty_like(case.query)
         decode_step(fresh.view, fresh.workspace, fresh.batch, expected)
-        assert torch.equal(out, expected) == (write.WriteParts.V_SLOT in parts), parts
+        assert torch.equal(out, expected) == (write.WriteParts.ROW_SLOT in parts), parts
 
 
 def check_failed_launch(device: str = "cpu") -> None:

@@ -99,7 +99,7 @@ def launch_all(shape: Shape, dtype: torch.dtype, dependent: bool) -> None:
         layer = layer_of(case, selection, tail, num_slots)
         view, batch, workspace = layer.view, layer.batch, layer.workspace
         write_kv(view, key, key, slot, allocate_tokens=1, dependent=dependent)
-        write_kv(view, key, key, slot, parts=WriteParts.K | WriteParts.V_SLOT)
+        write_kv(view, key, key, slot, parts=WriteParts.K | WriteParts.ROW_SLOT)
         lists = workspace.views(view, batch)
         for after_write, signal in itertools.product({False, dependent}, (False, True)):
             score_blocks(

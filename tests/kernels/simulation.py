@@ -108,8 +108,8 @@ class Simulation:
         for layer in range(LAYERS):
             key, value, places = self.tokens(slots)
             # As in a prefill: K and slots with the computation, V to the host on its own.
-            self.write(key, value, places, layer, WriteParts.K | WriteParts.V_SLOT, 0)
-            self.write(key, value, places, layer, WriteParts.V_HOST, 0)
+            self.write(key, value, places, layer, WriteParts.K | WriteParts.ROW_SLOT, 0)
+            self.write(key, value, places, layer, WriteParts.ROW_HOST, 0)
 
     def finish(self) -> None:
         """Pages that no other request holds are free, and are taken again soon."""
@@ -185,7 +185,7 @@ class Simulation:
         allocate_tokens: int,
     ) -> None:
         if not self.write_update:
-            parts &= ~WriteParts.V_SLOT
+            parts &= ~WriteParts.ROW_SLOT
         write_kv(self.views[layer], key, value, slots, parts=parts, allocate_tokens=allocate_tokens)
 
 

@@ -7,22 +7,10 @@ nothing and wait for nothing.
 
 from __future__ import annotations
 
-from enum import Flag
-
 import torch
 
 from vllm_kcache.cache.layer_view import LayerView
-
-
-class RowParts(Flag):
-    """What a call stores. A prefill may store ROW_HOST on a copy stream of its own, and the rest on
-    the stream that computes."""
-
-    CODES = 1
-    ROW_HOST = 2
-    ROW_SLOT = 4
-    ALL = 7
-
+from vllm_kcache.kernels.write import WriteParts
 
 # Enough thread blocks to fill PCIe 5 x16, few enough to leave the GPU to others.
 LINK_BLOCKS = 32
@@ -34,7 +22,7 @@ def write_rows(
     value: torch.Tensor,
     slot_mapping: torch.Tensor,
     *,
-    parts: RowParts = RowParts.ALL,
+    parts: WriteParts = WriteParts.ALL,
     allocate_tokens: int = 0,
     most_thread_blocks: int = 0,
     dependent: bool = False,
@@ -47,7 +35,7 @@ def write_rows(
         key, value: [Tk, Hkv, D] model dtype, GPU. May be strided over tokens; every head begins at
             a multiple of 16 bytes.
         slot_mapping: [Tk] int64, GPU. -1 marks padding. No slot occurs twice.
-        parts: what to store. ROW_SLOT does nothing where the hot cache is off.
+        parts: what to store: K is the codes. ROW_SLOT does nothing where the hot cache is off.
         allocate_tokens: as for `write.write_kv`.
         most_thread_blocks: of the launch, `LINK_BLOCKS` on a copy stream; 0: as many as there is
             work for.

@@ -7,25 +7,15 @@ import torch
 
 from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.cache.layer_view import LayerView
+from vllm_kcache.kernels.score_plan import num_chunks
 from vllm_kcache.kernels.select import Lists
 from vllm_kcache.kernels.workspace import DecodeBatch
 
-# The same in csrc/: warps of a thread block, and tokens that a warp leaves one sum of.
+# Warps of a thread block, as in csrc/score_codes.cu.
 WARPS = 4
-CHUNK_TOKENS = 256
 
 # Thread blocks of a launch, as in score_plan.py: each has WARPS times the warps of a program there.
 _BLOCKS_OF_LIST, _LEAST_BLOCKS, _MOST_BLOCKS = 8, 1024, 8192
-
-
-def chunk_blocks(shape: CacheShape) -> int:
-    """V blocks of a chunk."""
-    return CHUNK_TOKENS // shape.block_tokens
-
-
-def num_chunks(shape: CacheShape, max_blocks: int) -> int:
-    """C: chunks of a request of so many V blocks."""
-    return -(-max_blocks // chunk_blocks(shape))
 
 
 def splits_of(shape: CacheShape, num_requests: int, max_blocks: int) -> int:
@@ -54,7 +44,7 @@ def score_codes(
         view: Of k_bits 4, with `packed`.
         batch: Its query may be strided over requests.
         lists: `block_lse` and `chunk_lse` are written; with `signal`, `signals`, too. Its
-            `chunk_blocks` is that of this module.
+            `chunk_blocks` is that of `score_plan`.
         transformed: [B, Hq, D] float32, GPU. Written: q' of each request that has tokens.
         bias: [B, Hq] float32, GPU. Written: scale * (q . mean) of the same.
         signal, dependent, after_write: as for `score.score_blocks`.

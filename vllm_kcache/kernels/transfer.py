@@ -22,7 +22,8 @@ from vllm_kcache.kernels.context import (
     patch_context,
     store_value,
 )
-from vllm_kcache.kernels.rows import LINK_BLOCKS, RowParts, gather_rows, write_rows
+from vllm_kcache.kernels.rows import LINK_BLOCKS, gather_rows, write_rows
+from vllm_kcache.kernels.write import WriteParts
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ class PrefillTransfer:
         with torch.cuda.stream(self._out):
             if view.shape.row.has_keys:
                 write_rows(
-                    view, staged[1], staged[0], slot_mapping, parts=RowParts.ROW_HOST,
+                    view, staged[1], staged[0], slot_mapping, parts=WriteParts.ROW_HOST,
                     most_thread_blocks=LINK_BLOCKS,
                 )  # fmt: skip
             else:

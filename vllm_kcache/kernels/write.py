@@ -22,12 +22,12 @@ _EPOCH = tl.constexpr(EPOCH)
 
 
 class WriteParts(Flag):
-    """What a call stores. A prefill may store V_HOST on a copy stream of its own, and the rest on
+    """What a call stores. A prefill may store ROW_HOST on a copy stream of its own, and the rest on
     the stream that computes."""
 
     K = 1
-    V_HOST = 2
-    V_SLOT = 4
+    ROW_HOST = 2
+    ROW_SLOT = 4
     ALL = 7
 
 
@@ -127,7 +127,7 @@ def write_kv(
                 f"{name}: has strides {list(tensor.stride())}; the last two must be "
                 f"[{shape.head_size}, 1]"
             )
-    stores_slot = cache is not None and cache.num_slots > 0 and WriteParts.V_SLOT in parts
+    stores_slot = cache is not None and cache.num_slots > 0 and WriteParts.ROW_SLOT in parts
     unused = slot_mapping  # in place of pointers that are not followed
     write_kernel[(num_tokens, shape.num_kv_heads)](
         key,
@@ -151,7 +151,7 @@ def write_kv(
         HEAD_PADDED=triton.next_power_of_2(shape.head_size),
         BLOCK_TOKENS=shape.block_tokens,
         STORE_K=WriteParts.K in parts,
-        STORE_V_HOST=WriteParts.V_HOST in parts,
+        STORE_V_HOST=WriteParts.ROW_HOST in parts,
         STORE_V_SLOT=stores_slot,
         DEPENDENT=dependent,
         launch_pdl=dependent,

@@ -52,7 +52,7 @@ fi
 
 if [ -n "$rest" ]; then
   OUT=$out PYTHON=$python LIMIT=240 \
-    tools/test_gpu.sh tests/gpu/test_{kernels,lists,decode,hot_cache,sanitize}.py || failed=1
+    tools/test_gpu.sh tests/gpu/test_{kernels,lists,decode,codes,code_steps,hot_cache,sanitize}.py || failed=1
 fi
 
 if [ -n "$sanitize" ]; then
@@ -83,13 +83,13 @@ if [ -z "$rest" ]; then
   exit $failed
 fi
 
-for bench in score select fetch attend overlap write; do
+for bench in score score_codes select fetch attend overlap write write_rows; do
   flags=
-  case $bench in score | attend) flags=$sweep ;; esac
+  case $bench in score | score_codes | attend) flags=$sweep ;; esac
   # shellcheck disable=SC2086
   step "bench_$bench" 150 "$python" -m "benchmarks.ops.$bench" --results "$out" $flags
 done
-for bench in score select fetch attend overlap write; do
+for bench in score score_codes select fetch attend overlap write write_rows; do
   grep -v -i warning "$out/bench_$bench.log" | tail -n 70
 done
 exit $failed

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from vllm_kcache.cache.formats import RowFormat
 from vllm_kcache.cache.host_memory import HostMemoryError, host_budget_bytes
 from vllm_kcache.config import KCacheConfig, KCacheConfigError
 from vllm_kcache.integration import args, refusals
@@ -159,7 +160,8 @@ def override_problems(
 
 
 def _page_sizes(vllm_config: Any, config: KCacheConfig) -> tuple[int, int]:
-    """V blocks and bytes of V of one page, over the split layers of the rank that has the most."""
+    """V blocks of one page and the bytes of their rows, over the split layers of the rank that has
+    the most."""
     from vllm.distributed.utils import get_pp_indices
 
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
@@ -171,7 +173,9 @@ def _page_sizes(vllm_config: Any, config: KCacheConfig) -> tuple[int, int]:
     )
     tokens = config.resolved_v_block_tokens(head_size, model.dtype.itemsize, page_tokens)
     rows = split * model.get_num_kv_heads(parallel) * page_tokens // tokens
-    return rows, rows * tokens * head_size * model.dtype.itemsize
+    host_dtype = config.resolved_host_dtype(model.dtype)
+    row = RowFormat(tokens, head_size, model.dtype, config.resolved_k_bits, host_dtype)
+    return rows, rows * row.bytes
 
 
 def _one_line(error: Exception) -> str:

@@ -30,9 +30,9 @@ using NearBlock = uint16_t;
 
 // Kernel specialisations: one kernel with all rules would be several times larger. `kTogether`:
 // most query heads whose scores of a block a thread holds in registers at once. `kSearches`: the
-// rule does not name its threshold. `kSegment`: V blocks of a segment. Each costs a list the latency
-// of a pass and of a look-up, so it is as large as 48 KiB of shared memory allow, and a search has
-// its masses and histogram there, too.
+// rule does not name its threshold. `kSegment`: V blocks of a segment. Each costs a list the
+// latency of a pass and of a look-up, so it is as large as 48 KiB of shared memory allow, and a
+// search has its masses and histogram there, too.
 template <int kTogether_, bool kSearches_>
 struct Rule {
   static constexpr int kTogether = kTogether_;
@@ -64,8 +64,7 @@ struct SearchShared {
 struct NoSearchShared {};
 
 template <typename R>
-struct SelectShared
-    : std::conditional_t<R::kSearches, SearchShared<R::kSegment>, NoSearchShared> {
+struct SelectShared : std::conditional_t<R::kSearches, SearchShared<R::kSegment>, NoSearchShared> {
   float shift[kMaxGroup];  // log2 of the sum of exp over the request, each query head
   float covered[kMaxGroup][kWarps];
   unsigned kept_words[R::kSegment / 32];  // a bit of each block of the segment

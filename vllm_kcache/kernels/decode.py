@@ -78,12 +78,13 @@ def decode_step(
     assert view.packed is not None
     dependent = workspace.dependent
     lists = workspace.views(view, batch)
-    selected_by = workspace.selected_by(view, batch, lists)
     try:
         score = _score_of(view, batch, workspace, lists)
         if followers is None:
             score(dependent=dependent, after_write=after_write)
+            selected_by = workspace.selected_by(view, batch, lists)
         else:
+            selected_by = workspace.selected_by(view, batch, lists)
             with _second_stream(workspace) as beside:
                 # First scoring, then what waits for it, should they run one after the other.
                 splits = score(signal=True, dependent=dependent, after_write=after_write)

@@ -195,7 +195,8 @@ class DecodeWorkspace:
         """What is selected by: the scores that scoring writes.
 
         Benchmarks override this to select by recorded scores, with random K in the pages. It is
-        called before scoring is launched.
+        called behind scoring, whose results are then as near as those of real scores; with
+        followers before it, since they do not wait for another kernel.
         """
         return lists
 

@@ -12,7 +12,7 @@ import torch
 
 from tests.conftest import assert_close
 from vllm_kcache.cli import main
-from vllm_kcache.config import KCacheConfig, KCacheConfigError
+from vllm_kcache.config import KCacheConfigError
 from vllm_kcache.integration import calibration
 from vllm_kcache.types import KStats
 
@@ -159,17 +159,3 @@ def test_check_says_that_k_is_measured(
         lines = capsys.readouterr().out.splitlines()
         assert lines[-1] == f"{folder}: nothing would be refused"
         assert [line.split(":")[:2] for line in lines[:-1]] == [["note", " k_bits 4"]] * noted
-
-
-@pytest.mark.usefixtures("quick_vllm")
-def test_codes_are_refused_on_a_gpu(folders: Callable[[str], str]) -> None:
-    from vllm.engine.arg_utils import EngineArgs
-
-    from vllm_kcache.integration import refusals
-
-    config = EngineArgs(model=folders("llama"), skip_tokenizer_init=True).create_engine_config()
-    config.device_config.device_type = "cuda"
-    for bits in (16, "auto"):
-        refusals.check(config, KCacheConfig(k_bits=bits))
-    with pytest.raises(KCacheConfigError, match=r"kcache_config\.k_bits=4: not yet on a GPU"):
-        refusals.check(config, KCacheConfig(k_bits=4))

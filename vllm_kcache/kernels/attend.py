@@ -34,7 +34,6 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 # float16 room for a weight of 500.
 UNIT_BITS, ONE = tl.constexpr(15.0), tl.constexpr(float(1 << 15))
 ESTIMATED_UNIT_BITS, ESTIMATED_ONE = tl.constexpr(7.0), tl.constexpr(float(1 << 7))
-_MOST_FLOAT16 = tl.constexpr(65504.0)
 # Where K of a selected token lies: in its page, in its row as the model's dtype, or as int8.
 K_IN_PAGE, K_IN_ROW, K_INT8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _MOST_PARTS = tl.constexpr(MAX_SPLITS)
@@ -114,7 +113,8 @@ def attend_share(
             sums = sums * rescale[:, None]
             largest = new_largest
         if KEYS == K_INT8:
-            weights = tl.minimum(weights * v_scale.to(tl.float32)[None, :], _MOST_FLOAT16)
+            # Not the weights: times a small scale they would leave what float16 holds.
+            v = v.to(tl.float32) * v_scale.to(tl.float32)[:, None]
         sums += tl.dot(weights.to(V_DTYPE), v.to(V_DTYPE), input_precision=PRECISION)
     return largest, weight, sums
 
@@ -248,7 +248,8 @@ def attend_kernel(
         shift = lse * LOG2_E - unit_bits
         # Estimates may be below the scores: a weight has no bound but the dtype's, and a product
         # with infinity would be NaN.
-        most: tl.constexpr = one if KEYS == K_IN_PAGE else _MOST_FLOAT16
+        bound: tl.constexpr = 65504.0 if tl.float16 == V_DTYPE else 1e30
+        most: tl.constexpr = one if KEYS == K_IN_PAGE else bound
         limit = tl.where(padded_row < side_rows, most, clip * one)
         if KEYS != K_IN_PAGE:
             dropped = tl.load(

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import torch
@@ -15,7 +16,7 @@ from tests.conftest import assert_close
 from tests.kernels.layers import code_layer_of
 from tests.reference.coded import Coded
 from tests.reference.test_fetch import some_blocks
-from tests.shapes import Shape, build_case
+from tests.shapes import Case, Shape, build_case
 from vllm_kcache.kernels.attend import attend_blocks
 from vllm_kcache.kernels.attend_plan import AttendConfig
 from vllm_kcache.reference.attend import attend_rows
@@ -44,10 +45,15 @@ def dropped_by(block_lse: torch.Tensor, lse: torch.Tensor, chosen: Selected) -> 
 
 def check(
     shape: Shape, host_dtype: str, rule: Selection, splits: int, device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> None:  # fmt: skip
-    """Half of the rows in slots in random order, the others read straight from the host."""
-    case = build_case(shape, dtype)
+    case: Case | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Half of the rows in slots in random order, the others read straight from the host.
+
+    Returns:
+        The output, and what it should be.
+    """
+    if case is None:
+        case = build_case(shape, torch.float32)
     coded = Coded.of(case, host_dtype)
     tokens, chosen = shape.v_block_tokens, some_blocks(shape)
     block_lse = score_codes(
@@ -85,14 +91,31 @@ def check(
         layer.view, layer.batch, selected, rows.to(device), layer.workspace, out,
         config=AttendConfig(max(1, 16 // tokens), splits, 4, 2),
     )  # fmt: skip
-    assert_close(out.cpu(), expected)
+    return out.cpu(), expected
+
+
+def check_small_values(device: str = "cpu") -> None:
+    """A token has nine tenths of the mass and no V; the many others have little V, which float16
+    must not lose."""
+    shape, tokens = Shape((1000,), 1, 4, 64, 16, 8), 1000
+    case = build_case(shape, torch.float16)
+    keys = torch.zeros_like(case.keys[0])
+    heavy = int(some_blocks(shape).blocks[0, 0, 0]) * shape.v_block_tokens
+    keys[heavy] = math.log(9 * tokens) / (64 * case.scale)
+    values = torch.rand_like(case.values[0]) * 0.005 + 0.005
+    values[heavy] = 0.0
+    case = replace(case, query=torch.ones_like(case.query), keys=(keys,), values=(values,))
+    out, expected = check(shape, "int8", EVERY, 1, device, case)
+    assert float(expected.min()) > 0
+    assert float((out - expected).abs().max()) < 0.03 * float(expected.max())
 
 
 def main() -> None:
     """Every combination; any difference raises."""
     cases = list(itertools.product(SHAPES, ("model", "int8"), (EVERY, CLIPPED), (1, 3)))
     for case in cases:
-        check(*case)
+        assert_close(*check(*case))
+    check_small_values()
     print(f"{len(cases)} lists of rows attend as defined")
 
 

@@ -58,11 +58,11 @@ def calibrate(
         KCacheConfigError: The model cannot be run this way; the message says what to change.
     """
     begin = time.monotonic()
-    tokens = _tokens(vllm_config.model_config)
     layers = get_layers_from_vllm_config(vllm_config, Attention)
     limits = vllm_config.model_config.max_model_len, vllm_config.scheduler_config
     piece_tokens = min(CALIBRATION_TOKENS, limits[0], limits[1].max_num_batched_tokens)
     try:
+        tokens = _tokens(vllm_config.model_config)
         with _recording(layers) as recorders:
             for piece in tokens.split(piece_tokens):
                 _run(runner, vllm_config, piece.to(device))

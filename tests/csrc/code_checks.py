@@ -10,7 +10,7 @@ import torch
 
 from tests.conftest import assert_close
 from tests.csrc.coded_layer import RULE, CodedLayer, flat_kv
-from tests.reference.coded import Coded, slots_of
+from tests.reference.coded import SHAPES, Coded, slots_of
 from tests.shapes import Shape, build_case
 from vllm_kcache.cache.hot_cache import EPOCH
 from vllm_kcache.kernels import score_codes
@@ -36,16 +36,6 @@ SCORED = (
     Shape((77, 300), 2, 2, 256, 16, 8),
     Shape((270,), 1, 6, 256, 32, 32),
     Shape((65,), 1, 16, 256, 16, 8),
-    Shape((0, 0), 2, 2, 64, 16, 8),
-    Shape((), 2, 2, 64, 16, 8),
-)
-WRITTEN = (
-    Shape((17, 1, 48), 2, 1, 64, 16, 16),
-    Shape((33, 0, 20), 3, 3, 64, 32, 8),
-    Shape((65, 31, 7), 2, 2, 80, 32, 1),
-    Shape((50, 64), 1, 4, 96, 32, 32),
-    Shape((70, 5), 2, 8, 128, 16, 8),
-    Shape((21, 5), 2, 4, 256, 16, 4),
     Shape((0, 0), 2, 2, 64, 16, 8),
     Shape((), 2, 2, 64, 16, 8),
 )
@@ -115,7 +105,7 @@ def _used(layer: CodedLayer, rows: torch.Tensor) -> torch.Tensor:
 
 def check_parts(host_dtype: str, device: str = "cpu") -> None:
     """Each part alone."""
-    coded = Coded.of(build_case(WRITTEN[4], torch.float16), host_dtype)
+    coded = Coded.of(build_case(SHAPES[4], torch.float16), host_dtype)
     for part in (WriteParts.K, WriteParts.ROW_HOST, WriteParts.ROW_SLOT):
         layer = CodedLayer.of(coded, device, pages=False)
         write_rows(layer.view, *_inputs(layer), parts=part, allocate_tokens=1 << 20)
@@ -132,7 +122,7 @@ def check_parts(host_dtype: str, device: str = "cpu") -> None:
 def check_slots(host_dtype: str, device: str = "cpu") -> None:
     """Token by token, as a decode writes: a slot for each row that begins, and every later token in
     it; none for tokens that may not take one; what is resident is written in any case."""
-    coded = Coded.of(build_case(WRITTEN[1], torch.bfloat16), host_dtype)
+    coded = Coded.of(build_case(SHAPES[1], torch.bfloat16), host_dtype)
     for allocated, num_slots in ((1, 64), (0, 64), (1, 0)):
         layer = CodedLayer.of(coded, device, num_slots, pages=False)
         key, value, slots = _inputs(layer)

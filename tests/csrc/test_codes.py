@@ -8,7 +8,7 @@ import torch
 
 from tests.csrc import code_checks as checks
 from tests.csrc.coded_layer import CodedLayer
-from tests.reference.coded import Coded
+from tests.reference.coded import SHAPES, Coded
 from tests.shapes import Shape, build_case
 
 pytestmark = pytest.mark.usefixtures("emulated")
@@ -26,7 +26,7 @@ def test_scores_of_each_dtype(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("host_dtype", checks.HOST_DTYPES)
-@pytest.mark.parametrize("shape", checks.WRITTEN, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_writes_are_those_of_the_definition(shape: Shape, host_dtype: str) -> None:
     checks.check_write(shape, torch.bfloat16, host_dtype)
 
@@ -34,12 +34,12 @@ def test_writes_are_those_of_the_definition(shape: Shape, host_dtype: str) -> No
 @pytest.mark.parametrize("host_dtype", checks.HOST_DTYPES)
 @pytest.mark.parametrize("dtype", checks.DTYPES, ids=str)
 def test_writes_of_each_dtype(dtype: torch.dtype, host_dtype: str) -> None:
-    checks.check_write(checks.WRITTEN[1], dtype, host_dtype)
+    checks.check_write(SHAPES[1], dtype, host_dtype)
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0, 1e30])
 def test_writes_of_extremes(value: float) -> None:
-    checks.check_write(checks.WRITTEN[1], torch.float32, "int8", value)
+    checks.check_write(SHAPES[1], torch.float32, "int8", value)
 
 
 @pytest.mark.parametrize("host_dtype", checks.HOST_DTYPES)
@@ -54,7 +54,7 @@ def test_slots(host_dtype: str) -> None:
 
 @pytest.mark.parametrize("host_dtype", checks.HOST_DTYPES)
 @pytest.mark.parametrize("dtype", checks.DTYPES, ids=str)
-@pytest.mark.parametrize("shape", checks.WRITTEN, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gathers(shape: Shape, dtype: torch.dtype, host_dtype: str) -> None:
     checks.check_gather(shape, dtype, host_dtype)
 
@@ -64,5 +64,5 @@ def test_a_step_of_codes() -> None:
 
 
 def test_views_and_calls_are_checked() -> None:
-    layer = CodedLayer.of(Coded.of(build_case(checks.WRITTEN[0]), "model"))
+    layer = CodedLayer.of(Coded.of(build_case(SHAPES[0]), "model"))
     checks.check_errors(layer)

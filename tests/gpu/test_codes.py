@@ -9,7 +9,7 @@ import torch
 
 from tests.csrc import code_checks as checks
 from tests.csrc.coded_layer import CodedLayer
-from tests.reference.coded import Coded, slots_of
+from tests.reference.coded import SHAPES, Coded, slots_of
 from tests.shapes import Shape, build_case
 from vllm_kcache.kernels.rows import write_rows
 from vllm_kcache.kernels.score_codes import score_codes
@@ -34,7 +34,7 @@ def test_scores_of_each_dtype(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("host_dtype", checks.HOST_DTYPES)
 @pytest.mark.parametrize("dtype", checks.DTYPES, ids=str)
-@pytest.mark.parametrize("shape", checks.WRITTEN, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_writes_are_those_of_the_definition(
     shape: Shape, dtype: torch.dtype, host_dtype: str
 ) -> None:
@@ -43,7 +43,7 @@ def test_writes_are_those_of_the_definition(
 
 @pytest.mark.parametrize("value", [0.0, 3.0, 1e30])
 def test_writes_of_extremes(value: float) -> None:
-    checks.check_write(checks.WRITTEN[1], torch.float32, "int8", value, "cuda")
+    checks.check_write(SHAPES[1], torch.float32, "int8", value, "cuda")
 
 
 @pytest.mark.parametrize("host_dtype", checks.HOST_DTYPES)
@@ -58,7 +58,7 @@ def test_slots(host_dtype: str) -> None:
 
 @pytest.mark.parametrize("host_dtype", checks.HOST_DTYPES)
 @pytest.mark.parametrize("dtype", checks.DTYPES, ids=str)
-@pytest.mark.parametrize("shape", checks.WRITTEN, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gathers(shape: Shape, dtype: torch.dtype, host_dtype: str) -> None:
     checks.check_gather(shape, dtype, host_dtype, "cuda")
 
@@ -68,7 +68,7 @@ def test_a_step_of_codes() -> None:
 
 
 def test_views_and_calls_are_checked() -> None:
-    coded = Coded.of(build_case(checks.WRITTEN[0]), "model")
+    coded = Coded.of(build_case(SHAPES[0]), "model")
     checks.check_errors(CodedLayer.of(coded, "cuda"))
 
 

@@ -72,6 +72,22 @@ class Runs:
         return outcome["stdout"][-3000:] + outcome["stderr"][-6000:]
 
 
+def in_forks(folder: Path, calls: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
+    """Outcome of each call, in a fork of one process that has imported vLLM (forked.py)."""
+    source, target = folder / "calls.json", folder / "outcomes.json"
+    source.write_text(json.dumps({"imports": ["vllm.entrypoints.llm"], "calls": calls}))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.integration.forked", str(source), str(target)],
+        cwd=ROOT,
+        env={**ENVIRONMENT, **os.environ},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return json.loads(target.read_text())
+
+
 def run_engines(tmp_path: Path, specs: dict[str, dict[str, Any]]) -> Runs:
     """Run engines by name, each on the CPU in a fork of one process that has imported vLLM.
 
@@ -87,23 +103,14 @@ def run_engines(tmp_path: Path, specs: dict[str, dict[str, Any]]) -> Runs:
         for name, key in keys.items()
         if (known := stock_results.read(key)) is not None
     }
-    source, target = tmp_path / "engines.json", tmp_path / "engines.out.json"
-    calls = {
-        name: ["tests.integration.generate:run", spec]
-        for name, spec in specs.items()
-        if name not in outcomes
-    }
-    source.write_text(json.dumps({"imports": ["vllm.entrypoints.llm"], "calls": calls}))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.integration.forked", str(source), str(target)],
-        cwd=ROOT,
-        env={**ENVIRONMENT, **os.environ},
-        capture_output=True,
-        text=True,
-        check=False,
+    outcomes |= in_forks(
+        tmp_path,
+        {
+            name: ["tests.integration.generate:run", spec]
+            for name, spec in specs.items()
+            if name not in outcomes
+        },
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    outcomes |= json.loads(target.read_text())
     for name, key in keys.items():
         if outcomes[name]["code"] == 0:
             stock_results.write(key, outcomes[name]["result"])

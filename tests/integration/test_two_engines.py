@@ -3,18 +3,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.integration.engines import ROOT
-from tests.integration.generate import ENVIRONMENT
+from tests.integration.engines import in_forks
 from tests.integration.tiny_models import write_llama
 
 TOKENS = 24
@@ -55,18 +49,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         for (name, spec), own in zip(specs.items(), texts, strict=True)
     }
     calls["together"] = [work, list(specs.values()), texts, TOKENS]
-    source, target = folder / "calls.json", folder / "outcomes.json"
-    source.write_text(json.dumps({"imports": ["vllm.entrypoints.llm"], "calls": calls}))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.integration.forked", str(source), str(target)],
-        cwd=ROOT,
-        env={**ENVIRONMENT, **os.environ},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    found = json.loads(Path(target).read_text())
+    found = in_forks(folder, calls)
     for name, outcome in found.items():
         assert outcome["code"] == 0, name + outcome["stdout"][-3000:] + outcome["stderr"][-6000:]
     return {name: outcome["result"] for name, outcome in found.items()}

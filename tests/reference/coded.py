@@ -8,13 +8,25 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tests.shapes import Case
+from tests.shapes import Case, Shape
 from vllm_kcache.cache.formats import RowFormat
 from vllm_kcache.reference.write import write_codes_and_rows
 from vllm_kcache.types import KStats
 
 # As float16 it is NaN, as int8 -1, as codes 15.
 POISON = 0xFF
+# Partial last pages and blocks, length 1, a padded row, an empty batch; MHA and GQA; all sizes of
+# a head.
+SHAPES = (
+    Shape((17, 1, 48), 2, 1, 64, 16, 16),
+    Shape((33, 0, 20), 3, 3, 64, 32, 8),
+    Shape((65, 31, 7), 2, 2, 80, 32, 1),
+    Shape((50, 64), 1, 4, 96, 32, 32),
+    Shape((70, 5), 2, 8, 128, 16, 8),
+    Shape((21, 5), 2, 4, 256, 16, 4),
+    Shape((0, 0), 2, 2, 64, 16, 8),
+    Shape((), 2, 2, 64, 16, 8),
+)
 
 
 def hadamard(head_size: int) -> torch.Tensor:

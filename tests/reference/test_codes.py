@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.conftest import TOLERANCES, assert_close
-from tests.reference.coded import Coded, hadamard, slots_of, some_stats
+from tests.reference.coded import SHAPES, Coded, hadamard, slots_of, some_stats
 from tests.reference.test_fetch import some_blocks
 from tests.reference.test_full import assert_chunks, chunk_lengths
 from tests.shapes import Shape, build_case
@@ -24,18 +24,6 @@ from vllm_kcache.types import Fetched, KStats, Selected, Selection
 HEAD_SIZES = [64, 80, 96, 128, 256]
 HOST_DTYPES = ["model", "int8"]
 CLIP = 0.01
-# Partial last pages and blocks, length 1, a padded row, an empty batch; MHA and GQA; all sizes of
-# a head.
-SHAPES = (
-    Shape((17, 1, 48), 2, 1, 64, 16, 16),
-    Shape((33, 0, 20), 3, 3, 64, 32, 8),
-    Shape((65, 31, 7), 2, 2, 80, 32, 1),
-    Shape((50, 64), 1, 4, 96, 32, 32),
-    Shape((70, 5), 2, 8, 128, 16, 8),
-    Shape((21, 5), 2, 4, 256, 16, 4),
-    Shape((0, 0), 2, 2, 64, 16, 8),
-    Shape((), 2, 2, 64, 16, 8),
-)
 
 
 @pytest.mark.parametrize("head_size", HEAD_SIZES)

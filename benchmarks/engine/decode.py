@@ -9,9 +9,10 @@
 Each engine runs in a process of its own on the same GPU at the same --gpu-memory-utilization, with
 dummy weights, and decodes as many requests as fit, or as many as asked; the cache is filled with
 random values (DecodeBenchConnector; the host pool likewise) instead of prefilled. An engine starts
-once, for the longest context, and runs all contexts and numbers of requests. Step time is the
-difference of two runs of different length, and the split cache's figures are those of the steps
-timed. One row per engine, context and number of requests is appended to
+once, for the longest context, and runs all contexts and numbers of requests. Step time is the mean
+of a run's steps without its first ones (up to d250226 the difference of two runs of different
+length, which took in part of what the prompts cost), and the split cache's figures are those of the
+steps timed. One row per engine, context and number of requests is appended to
 benchmarks/results/decode.jsonl as soon as it is there.
 
 --mode fixed: scores of dummy weights. They attend flatly and at random, so selections do not repeat
@@ -36,7 +37,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine.decode_engine import SHORT_STEPS
+from benchmarks.engine.decode_engine import SHORT_STEPS, SPARE_TOKENS
 from benchmarks.rows import RESULTS, ROOT, append, command
 
 ENVIRONMENT = {
@@ -101,7 +102,11 @@ class Table:
         """One row of one run."""
         append(self.path, row)
         (run,) = row["runs"]
-        name = f"{row['engine']}-{row['kv_cache_dtype']}".removesuffix("-auto")
+        config = row["kcache_config"] or {}
+        variant = {"auto": config.get("k_bits", "")}.get(
+            row["kv_cache_dtype"], row["kv_cache_dtype"]
+        )
+        name = f"{row['engine']}-{variant}".removesuffix("-")
         first = self.baseline.setdefault(
             (row["context"], row["requests_asked"]), run["tokens_per_second"]
         )
@@ -141,11 +146,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--coverage", type=float, help=f"in replay {REPLAY_COVERAGE} unless given")
     parser.add_argument("--mass-threshold", type=float, help="in place of a coverage")
     parser.add_argument("--hot-cache-gib", type=gib, help='a number or "auto"')
+    parser.add_argument("--host-memory-gib", type=gib, help='a number or "auto"')
+    parser.add_argument("--host-dtype", choices=["model", "int8"], help="of rows, with k_bits 4")
     parser.add_argument("--utilization", type=float, default=0.9)
     parser.add_argument("--requests", type=int, nargs="+", default=[0, 1], help="0: all that fit")
     parser.add_argument("--max-requests", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--engines", nargs="+", default=["stock", "kcache"])
+    parser.add_argument(
+        "--engines",
+        nargs="+",
+        default=["stock", "kcache"],
+        help="stock, stock-fp8, kcache (k_bits as by default), kcache-16, kcache-4",
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="time each kernel in some more steps, into the row"
+    )
     parser.add_argument("--label", default="", help="noted in the row")
     parser.add_argument(
         "--results", type=Path, default=RESULTS / "decode.jsonl", help="file of rows"
@@ -159,10 +174,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("needs a model: a folder with a config.json")
     if parsed.output <= SHORT_STEPS:
         parser.error(f"--output {parsed.output}: must be above {SHORT_STEPS}")
-    longest = max(parsed.context) + parsed.output
+    longest = max(parsed.context) + parsed.output + SPARE_TOKENS
     if parsed.max_model_len is not None and parsed.max_model_len < longest:
         parser.error(f"--max-model-len {parsed.max_model_len}: must be at least {longest}")
     return parsed
+
+
+def engine_options(engine: str, settings: dict[str, Any], host_dtype: str | None) -> dict[str, Any]:
+    """What an engine's name on the command line says: "stock-fp8" is a dtype, "kcache-4" k_bits."""
+    name, _, variant = engine.partition("-")
+    config = {key: value for key, value in settings.items() if value is not None}
+    if name == "kcache" and variant:
+        config["k_bits"] = int(variant)
+    if config.get("k_bits") == 4 and host_dtype is not None:
+        config["host_dtype"] = host_dtype
+    dtype = variant if name == "stock" and variant else "auto"
+    return {"engine": name, "kv_cache_dtype": dtype, "kcache_config": config}
 
 
 def main() -> None:
@@ -176,6 +203,7 @@ def main() -> None:
         "coverage": coverage,
         "mass_threshold": arguments.mass_threshold,
         "hot_cache_gib": arguments.hot_cache_gib,
+        "host_memory_gib": arguments.host_memory_gib,
     }
     options = {
         "model": str(Path(arguments.model).resolve()),
@@ -187,15 +215,13 @@ def main() -> None:
         "requests": arguments.requests,
         "max_requests": arguments.max_requests,
         "repeats": arguments.repeats,
+        "profile": arguments.profile,
         "label": arguments.label,
         "command": command(),
-        "kcache_config": {key: value for key, value in settings.items() if value is not None},
     }
     table = Table(arguments.results)
     for engine in arguments.engines:
-        name, _, kv_cache_dtype = engine.partition("-")
-        chosen = {**options, "engine": name, "kv_cache_dtype": kv_cache_dtype or "auto"}
-        run_in_process(chosen, table)
+        run_in_process({**options, **engine_options(engine, settings, arguments.host_dtype)}, table)
     print(f"step time p50: {'; '.join(table.said)}", flush=True)
 
 

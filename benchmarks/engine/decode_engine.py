@@ -16,12 +16,17 @@ from typing import Any
 
 from benchmarks.rows import origin
 from vllm_kcache.integration.counters import SCALARS
+from vllm_kcache.reference.codes import code_parts
 
 # Sizes of batches that are captured; a batch between two of them is padded to the larger.
 CAPTURE_SIZES = (
-    1, 2, 4, 7, 8, 13, 14, 16, 20, 24, 26, 27, 28, 32, 40, 48, 56, 64, 80, 96, 128
+    1, 2, 4, 7, 8, 13, 14, 16, 20, 24, 26, 27, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192,
+    224, 256
 )  # fmt: skip
 SHORT_STEPS = 8
+# More than the tokens that a request makes before the steps are counted and after the last.
+SPARE_TOKENS = 12
+PROFILED_STEPS, PROFILED_KERNELS = 4, 24
 # Of `vllm_kcache.metrics`: what steps add up, that is all but the size of the pool.
 FIGURES = tuple(name for name in SCALARS if not name.startswith("host_pool_"))
 
@@ -34,7 +39,7 @@ def measure(options: dict[str, Any]) -> None:
     Args:
         options: model, contexts, max_model_len (None: of the longest context), output, engine
             ("stock" or "kcache"), kv_cache_dtype, kcache_config, mode, utilization, requests (0:
-            all that fit), max_requests, repeats, label, command.
+            all that fit), max_requests, repeats, profile, label, command.
     """
     import torch
 
@@ -47,7 +52,7 @@ def measure(options: dict[str, Any]) -> None:
     llm = _start_engine(options)
     start_seconds = time.monotonic() - started
     if split:
-        llm.collective_rpc(_fill_host_pool, args=(0.5,))
+        llm.collective_rpc(_fill_cache)
     cache = llm.llm_engine.vllm_config.cache_config
     common = {
         **origin("torch", "vllm"),
@@ -65,7 +70,7 @@ def measure(options: dict[str, Any]) -> None:
         "start_seconds": round(start_seconds, 1),
     }
     for context in options["contexts"]:
-        pages = -(-(context + options["output"]) // cache.block_size)
+        pages = -(-(context + options["output"] + SPARE_TOKENS) // cache.block_size)
         fits = (cache.num_gpu_blocks - 1) // pages  # one block is vLLM's null block
         most = min(fits, options["max_requests"])
         for asked, count in _counts(options["requests"], most).items():
@@ -146,16 +151,32 @@ def _install_replay(shortest_context: int, combine: str) -> Any:
     return replay
 
 
-def _fill_host_pool(worker: Any, std: float) -> None:
-    """Overwrite V of all pages with normally distributed values, and forget all copies."""
+def _fill_cache(worker: Any) -> None:
+    """Overwrite the rows of all pages, and with K codes the pages, with random values; forget all
+    copies. In place of what the connector wrote, which is meant for pages of K and V."""
     import torch
 
     cache = worker.split_cache
-    sample = (torch.randn(1 << 26) * std).to(cache.shape.dtype)
+    row = cache.shape.row
+    sample = torch.empty(1 << 15, row.bytes, dtype=torch.uint8)
+    for part in (row.keys, row.values)[not row.has_keys :]:
+        values = part(sample)
+        if row.host_dtype == "int8":
+            values.random_(-127, 128)
+        else:
+            values.normal_(0, 0.5)
+    if row.host_dtype == "int8":
+        for scales in row.scales(sample):
+            scales.fill_(0.5 / 127)
     for index in range(cache.pool.num_layers):
-        values = cache.pool.layer(index).view(cache.shape.dtype).flatten()
-        for part in values.split(sample.numel()):
-            part.copy_(sample[: part.numel()])
+        for rows in cache.pool.layer(index).split(len(sample)):
+            rows.copy_(sample[: len(rows)])
+    if row.has_keys:
+        for pages in worker.model_runner.kv_caches:
+            codes, scales = code_parts(pages.view(torch.uint8).flatten(2), cache.shape.head_size)
+            codes.random_(0, 256)
+            scales.view(torch.float16)[..., 0] = 1 / 3
+            scales.view(torch.float16)[..., 1] = -2.5
     cache.invalidate()
 
 
@@ -181,35 +202,36 @@ def _figures(llm: Any) -> dict[str, float]:
 
 
 def _time_steps(llm: Any, options: dict[str, Any], context: int, count: int) -> dict[str, Any]:
-    """Step time of `count` requests: (long run - short run) / (difference in steps).
+    """Step time of `count` requests: the mean of the steps of a run but its first ones.
 
-    The figures of the split cache are taken in the same way, and so belong to the same steps.
+    Steps are timed where the engine takes them, so that neither the prompts nor the first steps,
+    which bring rows to the hot cache, are part of them. The split cache's figures are of the same
+    steps.
     """
-    from vllm import SamplingParams
+    import torch
 
     generator = random.Random(0)
-    prompts = [
-        {"prompt_token_ids": generator.choices(range(3, 31000), k=context)} for _ in range(count)
-    ]
-
-    def run(tokens: int) -> dict[str, float]:
-        sampling = SamplingParams(
-            max_tokens=tokens, ignore_eos=True, detokenize=False, temperature=0
-        )
-        before = _figures(llm)
-        begin = time.perf_counter()
-        llm.generate(prompts, sampling, use_tqdm=False)
-        seconds = time.perf_counter() - begin
-        after = _figures(llm)
-        return {"seconds": seconds, **{name: after[name] - before[name] for name in FIGURES}}
-
-    run(SHORT_STEPS)
+    prompts = [generator.choices(range(3, 31000), k=context) for _ in range(count)]
     steps = options["output"] - SHORT_STEPS
-    step_ms, sums = [], dict.fromkeys(FIGURES, 0.0)
+    step_ms, sums, kernel_ms = [], dict.fromkeys(FIGURES, 0.0), {}
     for _ in range(options["repeats"]):
-        long, short = run(options["output"]), run(SHORT_STEPS)
-        step_ms.append((long["seconds"] - short["seconds"]) / steps * 1e3)
-        sums = {name: sums[name] + long[name] - short[name] for name in FIGURES}
+        names = _begin(llm, prompts, options["output"])
+        for _ in range(SHORT_STEPS):
+            llm.llm_engine.step()
+        before = _figures(llm)
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(steps):
+            llm.llm_engine.step()
+        torch.cuda.synchronize()
+        step_ms.append((time.perf_counter() - begin) / steps * 1e3)
+        after = _figures(llm)
+        if options["profile"]:
+            kernel_ms = _profile(llm)
+        sums = {name: sums[name] + after[name] - before[name] for name in FIGURES}
+        llm.llm_engine.abort_request(names, internal=True)
+        while llm.llm_engine.has_unfinished_requests():
+            llm.llm_engine.step()
     middle = statistics.median(step_ms)
     result: dict[str, Any] = {
         "requests": count,
@@ -217,6 +239,8 @@ def _time_steps(llm: Any, options: dict[str, Any], context: int, count: int) -> 
         "step_ms_all": [round(value, 3) for value in sorted(step_ms)],
         "tokens_per_second": round(count / middle * 1e3, 1),
     }
+    if options["profile"]:
+        result["kernel_ms"] = kernel_ms
     if options["engine"] == "kcache":
         looked_up = sums["hot_cache_hits"] + sums["hot_cache_misses"] + sums["direct_host_reads"]
         blocks = sums["selected_blocks"] / max(1, sums["selected_lists"])
@@ -225,6 +249,41 @@ def _time_steps(llm: Any, options: dict[str, Any], context: int, count: int) -> 
         result["mean_selected_tokens"] = round(blocks * tokens, 1)
         result["kcache_metrics"] = sums
     return result
+
+
+def _profile(llm: Any) -> dict[str, float]:
+    """Milliseconds a step of each kernel, the longest first, over some more steps."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(PROFILED_STEPS):
+            llm.llm_engine.step()
+        torch.cuda.synchronize()
+    found = {
+        event.key: event.device_time_total / 1e3 / PROFILED_STEPS
+        for event in profiled.key_averages()
+    }
+    longest = sorted(found.items(), key=lambda item: -item[1])[:PROFILED_KERNELS]
+    return {name[:100]: round(time, 4) for name, time in longest}
+
+
+def _begin(llm: Any, prompts: list[list[int]], output: int) -> list[str]:
+    """Add requests, and step until each has made a token. Returns their names in the engine."""
+    from vllm import SamplingParams
+
+    # Some steps are on their way when the last one is timed: no request may end before.
+    sampling = SamplingParams(
+        max_tokens=output + SPARE_TOKENS, ignore_eos=True, detokenize=False, temperature=0
+    )
+    names = [
+        llm.llm_engine.add_request(str(number), {"prompt_token_ids": prompt}, sampling)
+        for number, prompt in enumerate(prompts)
+    ]
+    begun: set[str] = set()
+    while len(begun) < len(names):
+        begun.update(output.request_id for output in llm.llm_engine.step())
+    return names
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def write_codes(pages: torch.Tensor, head_size: int, page_ids: torch.Tensor,
         transformed: [n, Hkv, D]. k'.
     """
     codes, scale, zero = encode(transformed)
-    code_part, scale_part = _parts(pages, head_size)
+    code_part, scale_part = code_parts(pages, head_size)
     code_part[page_ids, :, offsets] = pack(codes)
     scale_part[page_ids, :, offsets] = torch.stack((scale, zero), -1).view(torch.uint8)
 
@@ -134,13 +134,13 @@ def read_codes(pages: torch.Tensor, head_size: int) -> torch.Tensor:
     Args:
         pages: [..., S * (Dp / 2 + 4)] uint8.
     """
-    code_part, scale_part = _parts(pages, head_size)
+    code_part, scale_part = code_parts(pages, head_size)
     # A copy, so that the bytes of a float16 lie where one may.
     scales = scale_part.contiguous().view(torch.float16)
     return decode(unpack(code_part, head_size), scales[..., 0], scales[..., 1])
 
 
-def _parts(pages: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def code_parts(pages: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The codes of pages, [..., S, Dp / 2] uint8, and scale and zero, [..., S, 4] uint8."""
     page_tokens = pages.shape[-1] // code_bytes(head_size)
     past_codes = page_tokens * (code_bytes(head_size) - SCALE_BYTES)

@@ -286,7 +286,11 @@ async def run_load(options: argparse.Namespace, sizes: Sizes, expected: list[Any
 
     arguments = AsyncEngineArgs(
         model=options.model, dtype="float32", seed=0, kv_backend="kcache",
-        kcache_config={"top_n": "all", "hot_cache_gib": options.hot_cache_gib},
+        # Rows of the model's dtype: with those of int8 everything selected is not stock's answer.
+        kcache_config={
+            "top_n": "all", "hot_cache_gib": options.hot_cache_gib, "k_bits": options.k_bits,
+            "host_dtype": "model",
+        },
         num_gpu_blocks_override=options.blocks or sizes.blocks, worker_extension_cls=PROBE,
         **sizes.engine,
     )  # fmt: skip
@@ -361,6 +365,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=0.5)
     parser.add_argument("--blocks", type=int, help="of the split cache")
     parser.add_argument("--hot-cache-gib", type=float, default=0.002)
+    parser.add_argument("--k-bits", type=int, choices=(4, 16), default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--expected", type=Path, help="keeps stock's texts between runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON line")

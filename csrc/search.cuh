@@ -28,7 +28,7 @@ __device__ unsigned long long ListSelection<R>::rank(float mass, int block) cons
   return (static_cast<unsigned long long>(key) << kBlockBits) | ((1 << kBlockBits) - 1 - block);
 }
 
-// Masses of all blocks, each seen by the same thread in every call.
+// Masses of all blocks.
 template <typename R>
 template <typename Visit>
 __device__ void ListSelection<R>::each_mass(const Visit& visit) {
@@ -38,12 +38,13 @@ __device__ void ListSelection<R>::each_mass(const Visit& visit) {
     }
     return;
   }
-  for (int start = threadIdx.x; start < num_blocks_; start += kThreads * kAhead) {
-    float logs[kAhead][kTogether];
-    load_logs<kThreads>(logs, start);
+  constexpr int kStride = kThreads * kWide;
+  for (int start = threadIdx.x * kWide; start < num_blocks_; start += kStride * kAhead) {
+    float logs[kBlocks][kTogether];
+    load_logs<kStride>(logs, start);
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const int block = start + i * kThreads;
+    for (int i = 0; i < kBlocks; ++i) {
+      const int block = start + i / kWide * kStride + i % kWide;
       if (block < num_blocks_) visit(block, combined(logs[i]));
     }
   }
@@ -53,7 +54,7 @@ __device__ void ListSelection<R>::each_mass(const Visit& visit) {
 // coverage their mass in each query head (or the mean). Returns the number of sums.
 template <typename R>
 __device__ int ListSelection<R>::count_digits(int shift, unsigned long long prefix) {
-  SearchShared<kSegment>& search = shared_;
+  SearchShared& search = shared_;
   const int masses = view_.coverage < 0.0f ? 0 : view_.combine_max ? view_.group : 1;
   for (int i = threadIdx.x; i < (1 + masses) * kBins; i += kThreads) {
     search.histogram[i / kBins][i % kBins] = 0;
@@ -76,7 +77,7 @@ __device__ int ListSelection<R>::count_digits(int shift, unsigned long long pref
 
 template <typename R>
 __device__ void ListSelection<R>::find_threshold() {
-  SearchShared<kSegment>& search = shared_;
+  SearchShared& search = shared_;
   const int cap = view_.top_n < 0 ? num_blocks_ : min(view_.top_n, num_blocks_);
   const bool covers = view_.coverage >= 0.0f, by_mass = view_.mass_threshold >= 0.0f;
   // Above it or at it, ties included; rank 0 is below everything.
@@ -91,10 +92,10 @@ __device__ void ListSelection<R>::find_threshold() {
   __syncthreads();
   int heavy = 0;
   each_mass([&](int block, float mass) {
-    if (num_blocks_ <= kSegment) search.masses[block] = mass;
+    if (num_blocks_ <= kMasses) search.masses[block] = mass;
     heavy += rank(mass, block) >= heaviest_enough;
   });
-  cached_ = num_blocks_ <= kSegment;
+  cached_ = num_blocks_ <= kMasses;
   if (by_mass) {
     heavy = warp_sum(heavy);
     if (lane_ == 0) atomicAdd(&search.heavy, heavy);

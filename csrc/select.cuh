@@ -17,28 +17,30 @@ namespace kcache {
 
 constexpr int kThreads = 512, kWarps = kThreads / 32;
 static_assert(kMaxGroup <= kWarps, "a warp adds up a query head");
-// Scores that a thread loads before it uses the first: a list is bound by the latency of these
-// loads. More take more registers than a thread may have.
-constexpr int kInFlight = 8;
+// Scores that a thread has in registers at once: a list is bound by the latency of its loads. More
+// take more registers than a thread may have.
+constexpr int kInFlight = 16;
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 // Digits of a rank, and its values. Sums of masses are integers of 2^-30: the same in any
 // order, and off by half of that for each block at most.
 constexpr int kBins = 256, kMaxSums = 1 + kMaxGroup;
 
+// V blocks of a segment. Of each there is one bit in shared memory and no more: a list must fit
+// beside the thread blocks of the kernel before it, or it begins only when those have ended.
+constexpr int kSegment = 16384;
 // A V block, from the first of its segment.
 using NearBlock = uint16_t;
+static_assert(kSegment <= 1 << 16, "a NearBlock counts to there");
+// V blocks whose masses a search keeps: more are computed again in each of its passes.
+constexpr int kMasses = 4608;
 
 // Kernel specialisations: one kernel with all rules would be several times larger. `kTogether`:
 // most query heads whose scores of a block a thread holds in registers at once. `kSearches`: the
-// rule does not name its threshold. `kSegment`: V blocks of a segment. Each costs a list the
-// latency of a pass and of a look-up, so it is as large as 48 KiB of shared memory allow, and a
-// search has its masses and histogram there, too.
+// rule does not name its threshold.
 template <int kTogether_, bool kSearches_>
 struct Rule {
   static constexpr int kTogether = kTogether_;
   static constexpr bool kSearches = kSearches_;
-  static constexpr int kSegment = kSearches ? 4096 : 16384;
-  static_assert(kSegment <= 1 << 16, "a NearBlock counts to there");
 };
 
 // Call `launch` with the rule that its kernel is to be compiled for.
@@ -53,9 +55,8 @@ cudaError_t with_rule(const LayerView& view, const Launch& launch) {
   return launch(Rule<16, false>{});
 }
 
-template <int kSegment>
 struct SearchShared {
-  float masses[kSegment];               // of a list of one segment
+  float masses[kMasses];                // of a list of so few blocks
   unsigned histogram[kMaxSums][kBins];  // blocks, then masses of each sum
   unsigned above[kMaxSums];             // the same over the blocks ranked above the digits found
   unsigned totals[kMaxSums];
@@ -64,11 +65,11 @@ struct SearchShared {
 struct NoSearchShared {};
 
 template <typename R>
-struct SelectShared : std::conditional_t<R::kSearches, SearchShared<R::kSegment>, NoSearchShared> {
+struct SelectShared : std::conditional_t<R::kSearches, SearchShared, NoSearchShared> {
   float shift[kMaxGroup];  // log2 of the sum of exp over the request, each query head
   float covered[kMaxGroup][kWarps];
-  unsigned kept_words[R::kSegment / 32];  // a bit of each block of the segment
-  NearBlock kept[R::kSegment];
+  unsigned kept_words[kSegment / 32];  // a bit of each block of the segment
+  NearBlock kept[kThreads];            // a part of those whose bits are set
 };
 
 // V blocks of a request.
@@ -85,8 +86,10 @@ __device__ inline void pad(int* lists, int count, int columns) {
 
 template <typename R>
 class ListSelection {
-  static constexpr int kTogether = R::kTogether, kSegment = R::kSegment;
-  static constexpr int kAhead = kTogether < kInFlight ? kInFlight / kTogether : 1;
+  static constexpr int kTogether = R::kTogether;
+  // Blocks side by side that a thread loads at once, and how many times that.
+  static constexpr int kWide = kTogether <= 4 ? 4 : 1;
+  static constexpr int kAhead = kInFlight / (kTogether * kWide), kBlocks = kAhead * kWide;
   // Otherwise the sums would not stay in registers.
   static constexpr bool kAddsWhileMarking = !R::kSearches && kTogether <= 8;
   static constexpr int kSums = kAddsWhileMarking ? kWarps : 1;
@@ -103,11 +106,12 @@ class ListSelection {
         warp_(threadIdx.x >> 5) {
     const int num_tokens = step.seq_lens[list / view.num_kv_heads];
     first_recent_ = max(num_tokens - view.recent_tokens, 0) / view.block_tokens;
+    vectors_ = step.max_blocks % 4 == 0;
   }
 
-  // Write the list, and call take(kept, count, first_block, first_column) for its part in each
-  // segment that has any: `kept` counts from first_block, and is there until all threads have come
-  // back. Returns its length.
+  // Write the list, and call take(kept, count, first_block, first_column) for each part of it, of
+  // kThreads blocks at most: `kept` counts from first_block, and is there until all threads have
+  // come back. Returns its length.
   template <typename Take>
   __device__ int run(const Take& take) {
     int count = 0;
@@ -117,13 +121,20 @@ class ListSelection {
       for (int first = 0; first < num_blocks_; first += kSegment) {
         mark(first);
         __syncthreads();
-        const int in_segment = write(first, count);
-        __syncthreads();
-        if constexpr (!kAddsWhileMarking) cover(first, in_segment);
-        if (in_segment > 0) take(shared_.kept, in_segment, first, count);
+        int place = 0;
+        const int in_segment = count_kept(first, step_.columns - count, place);
+        for (int part = 0; part < in_segment; part += kThreads) {
+          const int in_part = min(in_segment - part, kThreads);
+          write(first, count, part, in_part, place);
+          __syncthreads();
+          if constexpr (!kAddsWhileMarking) cover(first, in_part, count + part > 0);
+          take(shared_.kept, in_part, first, count + part);
+          __syncthreads();
+        }
         count += in_segment;
+        // The words of a segment that keeps nothing are read until here, too.
+        if (first + kSegment < num_blocks_) __syncthreads();
       }
-      if constexpr (!kAddsWhileMarking) __syncthreads();
     }
     if (warp_ == kWarps - 1) finish(count);
     __syncthreads();
@@ -172,26 +183,43 @@ class ListSelection {
     return step_.block_lse + static_cast<int64_t>(list_) * view_.group * step_.max_blocks;
   }
 
-  // Base-2 logarithms of the masses of some blocks in each query head, from `start` in strides;
-  // -infinity for what does not exist. A shift comes from rounded products, so where one block has
-  // all of the mass, that may be some 1e-7 times the score off 1.
+  // Base-2 logarithms of the masses of some blocks in each query head, kWide side by side from
+  // `start` in strides; -infinity for what does not exist. A shift comes from rounded products, so
+  // where one block has all of the mass, that may be some 1e-7 times the score off 1.
   template <int kStride>
-  __device__ void load_logs(float (&logs)[kAhead][kTogether], int start) const {
-    unsigned row = static_cast<unsigned>(start);
+  __device__ void load_logs(float (&logs)[kBlocks][kTogether], int start) const {
+    const float* row = scores() + start;
 #pragma unroll
     for (int h = 0; h < kTogether; ++h, row += step_.max_blocks) {
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
-        const bool exists = h < view_.group && start + i * kStride < num_blocks_;
-        logs[i][h] = exists ? __ldcg(scores() + (row + i * kStride)) : -INFINITY;
+        const int exist = h < view_.group ? num_blocks_ - start - i * kStride : 0;
+        load_wide(logs, i * kWide, h, row + i * kStride, exist);
       }
     }
 #pragma unroll
     for (int h = 0; h < kTogether; ++h) {
       const float shift = shared_.shift[h];
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) logs[i][h] = fmaf(logs[i][h], kLog2E, -shift);
+      for (int i = 0; i < kBlocks; ++i) logs[i][h] = fmaf(logs[i][h], kLog2E, -shift);
     }
+  }
+
+  // Scores of kWide blocks of which `exist`, with one load where they lie on a vector.
+  __device__ void load_wide(float (&logs)[kBlocks][kTogether], int to, int head, const float* from,
+                            int exist) const {
+    if constexpr (kWide == 4) {
+      if (exist >= kWide && vectors_) {
+        const float4 four = __ldcg(reinterpret_cast<const float4*>(from));
+        logs[to][head] = four.x;
+        logs[to + 1][head] = four.y;
+        logs[to + 2][head] = four.z;
+        logs[to + 3][head] = four.w;
+        return;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kWide; ++j) logs[to + j][head] = j < exist ? __ldcg(from + j) : -INFINITY;
   }
 
   // Mass of a block for the whole group. The largest is that of the largest logarithm: one power a
@@ -230,61 +258,73 @@ class ListSelection {
   __device__ void each_mass(const Visit& visit);
   __device__ int count_digits(int shift, unsigned long long prefix);
 
-  // A warp has a contiguous share of a segment's words, 32 blocks each.
+  // A warp has a contiguous share of a segment's words, 32 blocks each: kWide of them at a time.
   struct Share {
     int words, begin, end;
   };
   __device__ Share share(int first_block) const {
-    const int words = (min(num_blocks_ - first_block, kSegment) + 31) / 32;
-    const int each = (words + kWarps - 1) / kWarps, begin = min(warp_ * each, words);
-    return {words, begin, min(begin + each, words)};
+    constexpr int kUnit = 32 * kWide;
+    const int units = (min(num_blocks_ - first_block, kSegment) + kUnit - 1) / kUnit;
+    const int each = (units + kWarps - 1) / kWarps, begin = min(warp_ * each, units);
+    return {units * kWide, begin * kWide, min(begin + each, units) * kWide};
   }
 
   // Set the bits of the blocks of a segment that are kept, and add their masses.
   __device__ void mark(int first_block) {
     const Share own = share(first_block);
     float covered[kTogether] = {};
-    for (int start = own.begin; start < own.end; start += kAhead) {
-      float logs[kAhead][kTogether];
-      load_logs<32>(logs, first_block + start * 32 + lane_);
+    for (int start = own.begin; start < own.end; start += kBlocks) {
+      float logs[kBlocks][kTogether];
+      const int first = first_block + start * 32 + lane_ * kWide;
+      load_logs<32 * kWide>(logs, first);
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
-        if (start + i >= own.end) break;
-        const int block = first_block + (start + i) * 32 + lane_;
-        const bool keep = block < num_blocks_ && keeps(combined(logs[i]), block);
-        if (kAddsWhileMarking && keep) {
+        if (start + i * kWide >= own.end) break;
+        // A lane's kWide bits to their place in a word, and those of 32 / kWide lanes to the word.
+        unsigned kept = 0;
 #pragma unroll
-          for (int h = 0; h < kTogether; ++h) covered[h] += fast_exp2(logs[i][h]);
+        for (int j = 0; j < kWide; ++j) {
+          const int block = first + i * 32 * kWide + j;
+          const bool keep = block < num_blocks_ && keeps(combined(logs[i * kWide + j]), block);
+          if (kAddsWhileMarking && keep) {
+#pragma unroll
+            for (int h = 0; h < kTogether; ++h) covered[h] += fast_exp2(logs[i * kWide + j][h]);
+          }
+          kept |= static_cast<unsigned>(keep) << j;
         }
-        const unsigned kept = __ballot_sync(kAllLanes, keep);
-        if (lane_ == 0) shared_.kept_words[start + i] = kept;
+        constexpr int kLanes = 32 / kWide;
+        kept <<= lane_ % kLanes * kWide;
+#pragma unroll
+        for (int other = 1; other < kLanes; other *= 2) {
+          kept |= __shfl_xor_sync(kAllLanes, kept, other);
+        }
+        if (lane_ % kLanes == 0) shared_.kept_words[start + i * kWide + lane_ / kLanes] = kept;
       }
     }
     if constexpr (kAddsWhileMarking) {
 #pragma unroll
-      for (int h = 0; h < kTogether; ++h) add_covered(first_block, h, warp_, covered[h]);
+      for (int h = 0; h < kTogether; ++h) add_covered(h, warp_, covered[h], first_block > 0);
     }
   }
 
   // Add to what the list covers of a query head, in one of the places where its sum is kept.
-  __device__ void add_covered(int first_block, int head, int place, float mass) {
+  __device__ void add_covered(int head, int place, float mass, bool began) {
     mass = warp_sum(mass);
     if (lane_ != 0) return;
-    shared_.covered[head][place] = mass + (first_block > 0 ? shared_.covered[head][place] : 0.0f);
+    shared_.covered[head][place] = mass + (began ? shared_.covered[head][place] : 0.0f);
   }
 
-  // The same from the list: a warp a query head.
-  __device__ void cover(int first_block, int count) {
+  // The same from a part of the list: a warp a query head.
+  __device__ void cover(int first_block, int count, bool began) {
     float mass = 0.0f;
     for (int i = lane_; warp_ < view_.group && i < count; i += 32) {
       mass += head_mass(warp_, first_block + shared_.kept[i]);
     }
-    add_covered(first_block, warp_, 0, mass);
+    add_covered(warp_, 0, mass, began);
   }
 
-  // Write the blocks whose bits are set, in ascending order: to memory, and nearer, for the look-up
-  // that follows. Returns how many there are.
-  __device__ int write(int first_block, int first_column) {
+  // Bits that are set in a segment, `room` at most; in `place` those before this warp's share.
+  __device__ int count_kept(int first_block, int room, int& place) const {
     const Share own = share(first_block);
     int before = 0, total = 0;
     for (int i = lane_; i < own.words; i += 32) {
@@ -292,19 +332,25 @@ class ListSelection {
       total += count;
       before += i < own.begin ? count : 0;
     }
-    const int room = step_.columns - first_column;
-    int place = warp_sum(before);
-    int* out = step_.blocks + static_cast<int64_t>(list_) * step_.columns + first_column;
+    place = warp_sum(before);
+    return min(warp_sum(total), room);
+  }
+
+  // Write a part of the blocks whose bits are set, in ascending order: to memory, and nearer, for
+  // the look-up that follows.
+  __device__ void write(int first_block, int first_column, int part, int in_part, int place) {
+    const Share own = share(first_block);
+    int* out = step_.blocks + static_cast<int64_t>(list_) * step_.columns + first_column + part;
+    place -= part;
     for (int i = own.begin; i < own.end; ++i) {
       const unsigned kept = shared_.kept_words[i];
       const int column = place + __popc(kept & ((1u << lane_) - 1)), near = i * 32 + lane_;
-      if (((kept >> lane_) & 1) && column < room) {
+      if (((kept >> lane_) & 1) && column >= 0 && column < in_part) {
         shared_.kept[column] = static_cast<NearBlock>(near);
         out[column] = first_block + near;
       }
       place += __popc(kept);
     }
-    return min(warp_sum(total), room);
   }
 
   // By one warp: the list's length and covered mass. An empty row has all of its mass.
@@ -338,6 +384,7 @@ class ListSelection {
   const int list_, num_blocks_;
   const int lane_, warp_;
   int first_recent_;
+  bool vectors_;                      // every row of scores begins where a vector may
   unsigned long long threshold_ = 0;  // rank of the last block kept
   bool cached_ = false;               // the masses lie in shared memory
 };

@@ -173,6 +173,10 @@ template <typename T>
 T __ldcg(const T* pointer) {
   return *static_cast<const volatile T*>(pointer);
 }
+inline float4 __ldcg(const float4* pointer) {
+  const float* from = &pointer->x;
+  return {__ldcg(from), __ldcg(from + 1), __ldcg(from + 2), __ldcg(from + 3)};
+}
 template <typename T>
 T __ldg(const T* pointer) {
   return *pointer;

@@ -54,7 +54,7 @@ class GPUMemory:
     @property
     def max_blocks(self) -> int:
         """P of the longest request."""
-        return self.shape.max_blocks(self.limits.max_model_len)
+        return self.shape.score_columns(self.limits.max_model_len)
 
     @property
     def group_requests(self) -> int:

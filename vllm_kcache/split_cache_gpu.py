@@ -218,7 +218,7 @@ class GPUSplitCache(SplitCache):
         self, view: LayerView, inputs: LayerInputs, step: Step, out: torch.Tensor, written: bool
     ) -> None:
         """Score, select, fetch, attend, for a group of requests at a time."""
-        max_blocks = min(self.memory.max_blocks, self.shape.max_blocks(step.max_seq_len))
+        max_blocks = min(self.memory.max_blocks, self.shape.score_columns(step.max_seq_len))
         group = self.workspace.max_requests
         for first in range(0, step.num_decodes, group):
             rows = slice(first, min(first + group, step.num_decodes))

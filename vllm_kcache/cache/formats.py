@@ -172,3 +172,8 @@ class CacheShape:
     def max_blocks(self, tokens: int) -> int:
         """P: V blocks of a request of so many tokens."""
         return -(-tokens // self.block_tokens)
+
+    def score_columns(self, tokens: int) -> int:
+        """P of scores on a GPU: selection loads four at once where each row begins at a multiple
+        of that."""
+        return -(-self.max_blocks(tokens) // 4) * 4

@@ -120,7 +120,7 @@ class _Check:
         # Newest token of each request; -1 for the padded row.
         self.newest = torch.tensor(newest)
         query = SHARPNESS * random(len(pages_of), shape.num_query_heads, shape.head_size)
-        max_blocks = shape.max_blocks(max(pages_of) * tokens)
+        max_blocks = shape.score_columns(max(pages_of) * tokens)
         self.batch = DecodeBatch(query, table, lengths, shape.head_size**-0.5, max_blocks)
         self.batch_there = DecodeBatch(
             query.to(device), table.to(device), lengths.to(device), self.batch.scale, max_blocks

@@ -38,6 +38,7 @@ from benchmarks.replay.record import LARGEST_CODE, OCTAVE_CODES, Recording
 from vllm_kcache import split_cache_gpu
 from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.cache.layer_view import LayerView
+from vllm_kcache.kernels.dependent import gdc_wait
 from vllm_kcache.kernels.score_plan import chunk_blocks, num_chunks
 from vllm_kcache.kernels.select import Lists
 from vllm_kcache.kernels.workspace import DecodeBatch, DecodeWorkspace
@@ -84,8 +85,10 @@ def replay_kernel(
     codes, trace_lengths, seq_lens, block_table, block_lse, chunk_lse, table_stride, max_blocks,
     max_chunks, layer, num_layers, num_texts, num_traces, trace_group, num_steps, trace_blocks,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNK_BLOCKS: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNK_BLOCKS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    if DEPENDENT:
+        gdc_wait()
     head = tl.program_id(1)
     request = tl.program_id(2).to(tl.int64)
     num_tokens = tl.load(seq_lens + request)
@@ -176,7 +179,7 @@ class Replay:
                     )
                 )
                 played = replace(lists, block_lse=block_lse, chunk_lse=chunk_lse)
-                play(view, batch, played)
+                play(view, batch, played, self.dependent)
                 return played
 
         return Workspace
@@ -193,12 +196,12 @@ class Replay:
         """
         split_cache_gpu.DecodeWorkspace = self.Workspace  # type: ignore[misc]
 
-    def _play(self, view: LayerView, batch: DecodeBatch, lists: Lists) -> None:
+    def _play(self, view: LayerView, batch: DecodeBatch, lists: Lists, dependent: bool) -> None:
         """Write what a step selects by, on the current stream."""
         self._launched[batch.num_requests] = view.shape, batch.max_blocks
         self.launch(
             view.shape, view.index, lists.seq_lens, lists.block_table, lists.block_lse,
-            lists.chunk_lse,
+            lists.chunk_lse, dependent,
         )  # fmt: skip
 
     def launch(
@@ -209,6 +212,7 @@ class Replay:
         block_table: torch.Tensor,
         block_lse: torch.Tensor,
         chunk_lse: torch.Tensor,
+        dependent: bool = False,
     ) -> None:
         """The kernel.
 
@@ -221,6 +225,8 @@ class Replay:
             block_lse: [B, Hq, P] float32, beside it, contiguous. Written up to the length of each
                 request.
             chunk_lse: [B, Hq, C] float32, beside it, contiguous. Written: the sums of chunks.
+            dependent: launch it as kernels/dependent.py says, so that it does not break the chain
+                of a step that is played.
         Raises:
             ValueError: V blocks of another size than those that were recorded.
 
@@ -239,7 +245,8 @@ class Replay:
             block_table.stride(0), max_blocks, chunk_lse.shape[2], layer, shape.num_layers,
             num_texts, layers * heads // group, group, num_steps, trace_blocks,
             NUM_KV_HEADS=shape.num_kv_heads, GROUP=shape.group, BLOCK_TOKENS=shape.block_tokens,
-            CHUNK=_CHUNK, CHUNK_BLOCKS=chunk_blocks(shape),
+            CHUNK=_CHUNK, CHUNK_BLOCKS=chunk_blocks(shape), DEPENDENT=dependent,
+            launch_pdl=dependent,
         )  # fmt: skip
 
     def cost_ms(self, num_requests: int, tokens: int) -> float:

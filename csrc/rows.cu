@@ -15,7 +15,7 @@ constexpr int kWarps = 8;
 // Tokens of a row that a warp takes at once, where it has as many.
 constexpr int kPieceTokens = 8;
 // Beyond so many warps, a warp looks for pieces among more tokens than one.
-constexpr int kManyWarps = 4096;
+constexpr int kManyWarps = 2048;
 constexpr float kLevels = 15.0f, kInt8Most = 127.0f;
 // The least normal float16, and the largest: vllm_kcache/reference/codes.py.
 constexpr float kLeastScale = 6.103515625e-5f, kMostHalf = 65504.0f;
@@ -196,6 +196,7 @@ template <int kParts>
 __device__ inline void write_run(const LayerView& view, const WriteRows& write,
                                  Piece<kParts>& piece, int64_t token, int64_t place, int count,
                                  int head) {
+  constexpr int kAhead = 2;  // loads of K and of V in flight
   const int lane = static_cast<int>(threadIdx.x & 31);
   const int64_t page = place / view.page_tokens, in_layer = page * view.num_kv_heads + head;
   const int offset = static_cast<int>(place - page * view.page_tokens);
@@ -210,7 +211,6 @@ __device__ inline void write_run(const LayerView& view, const WriteRows& write,
   }
   const bool has_row = targets[0] != nullptr || targets[1] != nullptr;
   if (has_row && !view.int8_rows) {
-    constexpr int kAhead = 4;
     const RowParts parts(view);
     const int each = parts.head_bytes / 16, total = count * each;
     for (int first = lane; first < total; first += 32 * kAhead) {
@@ -241,7 +241,6 @@ __device__ inline void write_run(const LayerView& view, const WriteRows& write,
   }
   const bool stores_int8 = has_row && view.int8_rows;
   if (!(write.parts & kCodes) && !stores_int8) return;
-  constexpr int kAhead = 2;
   const int begin = in_row % kPieceTokens;  // in the piece
   float mean[kParts][4], deviation[kParts][4];
   load_floats(mean, view.mean + head * view.head_size, view.head_size);

@@ -24,6 +24,14 @@ __device__ inline unsigned half_scale(float scale) {
   return float_to_half(fminf(fmaxf(scale, kLeastScale), kMostHalf));
 }
 
+// x / y to the nearest, as the definition divides, with 1 / y at hand: that of many x is made once,
+// and no quotient has a branch. Of what is finite and not tiny.
+__device__ inline float divide(float x, float y, float inverse) {
+  float quotient = x * inverse;
+  quotient = fmaf(fmaf(-quotient, y, x), inverse, quotient);
+  return fmaf(fmaf(-quotient, y, x), inverse, quotient);
+}
+
 // Where the parts of a row lie.
 struct RowParts {
   int head_bytes, values, key_scales, value_scales;
@@ -51,8 +59,8 @@ struct alignas(16) Piece {
 
   // Calls visit(i, vector, row offset) with each vector of a lane, its i-th.
   template <typename Visit>
-  __device__ static void for_each(const LayerView& view, const char* row, int first,
-                                  const Visit& visit) {
+  __device__ static void visit_vectors(const LayerView& view, const char* row, int first,
+                                       const Visit& visit) {
     const RowParts parts(view);
     const int lane = static_cast<int>(threadIdx.x & 31), tokens = piece_tokens(view);
     const int values = tokens * view.head_size / 16, scales = 2 * values;
@@ -92,17 +100,17 @@ struct alignas(16) Piece {
   // The piece of a row that begins with token `first`.
   __device__ void load(const LayerView& view, const char* row, int first) {
     uint4 ahead[kOfLane];
-    for_each(view, row, first, [&](int i, int, int at) {
+    visit_vectors(view, row, first, [&](int i, int, int at) {
       ahead[i] = __ldcs(reinterpret_cast<const uint4*>(row + at));
     });
-    for_each(view, row, first, [&](int i, int vector, int) { vectors[vector] = ahead[i]; });
+    visit_vectors(view, row, first, [&](int i, int vector, int) { vectors[vector] = ahead[i]; });
   }
 
   // Its tokens from `begin` on, to the row.
   __device__ void store(const LayerView& view, char* row, int first, int begin, int count) {
     const bool all = count == piece_tokens(view);
     const int values = piece_tokens(view) * view.head_size / 16, each = view.head_size / 16;
-    for_each(view, row, first, [&](int, int vector, int at) {
+    visit_vectors(view, row, first, [&](int, int vector, int at) {
       const int in_part = vector < values ? vector : vector - values;
       if (all || (in_part >= begin * each && in_part < (begin + count) * each)) {
         *reinterpret_cast<uint4*>(row + at) = vectors[vector];
@@ -136,6 +144,7 @@ __device__ inline void write_code(const LayerView& view, const float (&x)[kParts
   const unsigned zero_bits = float_to_half(fminf(fmaxf(least, -kMostHalf), kMostHalf));
   const unsigned scale_bits = half_scale((most - least) / kLevels);
   const float zero = halves_to_floats(zero_bits).x, scale = halves_to_floats(scale_bits).x;
+  const float inverse = 1.0f / scale;
   unsigned* codes = reinterpret_cast<unsigned*>(head) + offset * words;
 #pragma unroll
   for (int part = 0; part < kParts; ++part) {
@@ -143,7 +152,7 @@ __device__ inline void write_code(const LayerView& view, const float (&x)[kParts
     if (first_value(part, view.head_size) >= 0) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float step = rintf((x[part][i] - zero) / scale);
+        const float step = rintf(divide(x[part][i] - zero, scale, inverse));
         own |= static_cast<unsigned>(fminf(fmaxf(step, 0.0f), kLevels)) << (8 * i);
       }
     }
@@ -165,7 +174,7 @@ __device__ inline void quantise_int8(const LayerView& view, const float (&x)[kPa
   float most = 0.0f;
   for_each(x, [&](int part, int i) { most = fmaxf(most, fabsf(x[part][i])); });
   const unsigned bits = half_scale(warp_max(most) / kInt8Most);
-  const float scale = halves_to_floats(bits).x;
+  const float scale = halves_to_floats(bits).x, inverse = 1.0f / scale;
 #pragma unroll
   for (int part = 0; part < kParts; ++part) {
     const int first = first_value(part, view.head_size);
@@ -173,7 +182,8 @@ __device__ inline void quantise_int8(const LayerView& view, const float (&x)[kPa
     unsigned word = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float value = fminf(fmaxf(rintf(x[part][i] / scale), -kInt8Most), kInt8Most);
+      const float value =
+          fminf(fmaxf(rintf(divide(x[part][i], scale, inverse)), -kInt8Most), kInt8Most);
       word |= (static_cast<unsigned>(static_cast<int>(value)) & 255u) << (8 * i);
     }
     piece.words(view, token, is_value)[first / 4] = word;
@@ -196,7 +206,7 @@ template <int kParts>
 __device__ inline void write_run(const LayerView& view, const WriteRows& write,
                                  Piece<kParts>& piece, int64_t token, int64_t place, int count,
                                  int head) {
-  constexpr int kAhead = 2;  // loads of K and of V in flight
+  constexpr int kAhead = 2 / kParts;  // tokens, or vectors, of K and of V in flight
   const int lane = static_cast<int>(threadIdx.x & 31);
   const int64_t page = place / view.page_tokens, in_layer = page * view.num_kv_heads + head;
   const int offset = static_cast<int>(place - page * view.page_tokens);
@@ -242,9 +252,10 @@ __device__ inline void write_run(const LayerView& view, const WriteRows& write,
   const bool stores_int8 = has_row && view.int8_rows;
   if (!(write.parts & kCodes) && !stores_int8) return;
   const int begin = in_row % kPieceTokens;  // in the piece
-  float mean[kParts][4], deviation[kParts][4];
+  float mean[kParts][4], deviation[kParts][4], inverse[kParts][4];
   load_floats(mean, view.mean + head * view.head_size, view.head_size);
   load_floats(deviation, view.deviation + head * view.head_size, view.head_size);
+  for_each(inverse, [&](int part, int i) { inverse[part][i] = 1.0f / deviation[part][i]; });
 #pragma unroll 1
   for (int first = 0; first < count; first += kAhead) {
     float keys[kAhead][kParts][4], values[kAhead][kParts][4];
@@ -262,7 +273,8 @@ __device__ inline void write_run(const LayerView& view, const WriteRows& write,
       for (int part = 0; part < kParts; ++part) {
         if (first_value(part, view.head_size) < 0) continue;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) x[part][j] = (x[part][j] - mean[part][j]) / deviation[part][j];
+        for (int j = 0; j < 4; ++j)
+          x[part][j] = divide(x[part][j] - mean[part][j], deviation[part][j], inverse[part][j]);
       }
       rotate(x, view.head_size, view.rotation);
       if (write.parts & kCodes) {

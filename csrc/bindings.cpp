@@ -348,8 +348,10 @@ void score_codes(Tensor layer, Tensor query, Tensor seq_lens, Tensor block_table
                          pointer<float>(bias),
                          static_cast<float>(scale),
                          static_cast<int>(splits),
+                         static_cast<int>(block_table.size(1)),
                          dependent && after_write};
-  if (num_lists == 0) return;
+  // Without a column nobody has tokens.
+  if (num_lists == 0 || block_table.size(1) == 0) return;
   const DeviceGuard guard(query.get_device_index());
   STD_CUDA_CHECK(launch_score_codes(view, step, score, dependent, current_stream(query)));
 }

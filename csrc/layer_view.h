@@ -110,7 +110,8 @@ struct ScoreCodes {
   float* transformed;  // [B, Hq, D] q'
   float* bias;         // [B, Hq] scale * (q . mean)
   float scale;
-  int splits;  // thread blocks that share a list
+  int splits;         // thread blocks that share a list
+  int table_columns;  // of the block table
   bool after_write;
 };
 

@@ -11,13 +11,25 @@
 namespace kcache {
 namespace {
 
-constexpr int kWriteWarps = 4, kGatherWarps = 8;
+constexpr int kWarps = 8;
+// Tokens of a row that a warp takes at once, where it has as many.
+constexpr int kPieceTokens = 8;
+// Beyond so many warps, a warp looks for pieces among more tokens than one.
+constexpr int kManyWarps = 2048;
 constexpr float kLevels = 15.0f, kInt8Most = 127.0f;
 // The least normal float16, and the largest: vllm_kcache/reference/codes.py.
 constexpr float kLeastScale = 6.103515625e-5f, kMostHalf = 65504.0f;
 
 __device__ inline unsigned half_scale(float scale) {
   return float_to_half(fminf(fmaxf(scale, kLeastScale), kMostHalf));
+}
+
+// x / y to the nearest, as the definition divides, with 1 / y at hand: that of many x is made once,
+// and no quotient has a branch. Of what is finite and not tiny.
+__device__ inline float divide(float x, float y, float inverse) {
+  float quotient = x * inverse;
+  quotient = fmaf(fmaf(-quotient, y, x), inverse, quotient);
+  return fmaf(fmaf(-quotient, y, x), inverse, quotient);
 }
 
 // Where the parts of a row lie.
@@ -29,6 +41,87 @@ struct RowParts {
         values(view.block_tokens * head_bytes),
         key_scales(2 * values),
         value_scales(2 * values + 2 * view.block_tokens) {}
+};
+
+__host__ __device__ inline int piece_tokens(const LayerView& view) {
+  return view.block_tokens < kPieceTokens ? view.block_tokens : kPieceTokens;
+}
+
+// A piece of an int8 row on its way between the host and a warp's registers: k', V and the scales
+// of both. Over the link it goes 16 bytes a lane, from one multiple of 128 bytes to the next where
+// it is a whole row; the values of one token, a word a lane, would be many small transfers.
+template <int kParts>
+struct alignas(16) Piece {
+  static constexpr int kVectors = 2 * kPieceTokens * (128 * kParts + 2) / 16;
+  // Of a lane; up to seven before the first multiple of 128 bytes belong to nobody.
+  static constexpr int kOfLane = (kVectors + 7 + 31) / 32;
+  uint4 vectors[kVectors];
+
+  // Calls visit(i, vector, row offset) with each vector of a lane, its i-th.
+  template <typename Visit>
+  __device__ static void visit_vectors(const LayerView& view, const char* row, int first,
+                                       const Visit& visit) {
+    const RowParts parts(view);
+    const int lane = static_cast<int>(threadIdx.x & 31), tokens = piece_tokens(view);
+    const int values = tokens * view.head_size / 16, scales = 2 * values;
+    const bool whole = tokens == view.block_tokens;
+    const int total = whole ? view.row_bytes / 16 : scales + 2;
+    const int begin = lane - static_cast<int>(reinterpret_cast<uintptr_t>(row) / 16 % 8);
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+      const int vector = begin + 32 * i;
+      if (vector < 0 || vector >= total) continue;
+      int at = 16 * vector;
+      if (!whole) {
+        if (vector < values) {
+          at += first * view.head_size;
+        } else if (vector < scales) {
+          at += parts.values + first * view.head_size - 16 * values;
+        } else {
+          at = (vector == scales ? parts.key_scales : parts.value_scales) + 2 * first;
+        }
+      }
+      visit(i, vector, at);
+    }
+  }
+
+  // The words of `token`'s k' (V with `is_value`) and its scale.
+  __device__ unsigned* words(const LayerView& view, int token, bool is_value) {
+    const int tokens = piece_tokens(view);
+    return reinterpret_cast<unsigned*>(vectors) +
+           (is_value ? tokens + token : token) * view.head_size / 4;
+  }
+  __device__ uint16_t& scale(const LayerView& view, int token, bool is_value) {
+    const int tokens = piece_tokens(view);
+    return reinterpret_cast<uint16_t*>(
+        words(view, 2 * tokens, false))[is_value ? tokens + token : token];
+  }
+
+  // The piece of a row that begins with token `first`.
+  __device__ void load(const LayerView& view, const char* row, int first) {
+    uint4 ahead[kOfLane];
+    visit_vectors(view, row, first, [&](int i, int, int at) {
+      ahead[i] = __ldcs(reinterpret_cast<const uint4*>(row + at));
+    });
+    visit_vectors(view, row, first, [&](int i, int vector, int) { vectors[vector] = ahead[i]; });
+  }
+
+  // Its tokens from `begin` on, to the row.
+  __device__ void store(const LayerView& view, char* row, int first, int begin, int count) {
+    const bool all = count == piece_tokens(view);
+    const int values = piece_tokens(view) * view.head_size / 16, each = view.head_size / 16;
+    visit_vectors(view, row, first, [&](int, int vector, int at) {
+      const int in_part = vector < values ? vector : vector - values;
+      if (all || (in_part >= begin * each && in_part < (begin + count) * each)) {
+        *reinterpret_cast<uint4*>(row + at) = vectors[vector];
+      }
+    });
+    const int lane = static_cast<int>(threadIdx.x & 31), token = begin + lane;
+    if (all || lane >= count) return;
+    const RowParts parts(view);
+    reinterpret_cast<uint16_t*>(row + parts.key_scales)[first + token] = scale(view, token, false);
+    reinterpret_cast<uint16_t*>(row + parts.value_scales)[first + token] = scale(view, token, true);
+  }
 };
 
 // A token's code: 4 bits a value, then scale and zero of all.
@@ -51,6 +144,7 @@ __device__ inline void write_code(const LayerView& view, const float (&x)[kParts
   const unsigned zero_bits = float_to_half(fminf(fmaxf(least, -kMostHalf), kMostHalf));
   const unsigned scale_bits = half_scale((most - least) / kLevels);
   const float zero = halves_to_floats(zero_bits).x, scale = halves_to_floats(scale_bits).x;
+  const float inverse = 1.0f / scale;
   unsigned* codes = reinterpret_cast<unsigned*>(head) + offset * words;
 #pragma unroll
   for (int part = 0; part < kParts; ++part) {
@@ -58,7 +152,7 @@ __device__ inline void write_code(const LayerView& view, const float (&x)[kParts
     if (first_value(part, view.head_size) >= 0) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float step = rintf((x[part][i] - zero) / scale);
+        const float step = rintf(divide(x[part][i] - zero, scale, inverse));
         own |= static_cast<unsigned>(fminf(fmaxf(step, 0.0f), kLevels)) << (8 * i);
       }
     }
@@ -73,37 +167,28 @@ __device__ inline void write_code(const LayerView& view, const float (&x)[kParts
   }
 }
 
-// Four values of each part as int8, and the bits of their scale.
+// A token's k' or V as int8, in its place of a piece.
 template <int kParts>
-__device__ inline unsigned quantise_int8(const float (&x)[kParts][4], unsigned (&words)[kParts]) {
+__device__ inline void quantise_int8(const LayerView& view, const float (&x)[kParts][4],
+                                     Piece<kParts>& piece, int token, bool is_value) {
   float most = 0.0f;
   for_each(x, [&](int part, int i) { most = fmaxf(most, fabsf(x[part][i])); });
   const unsigned bits = half_scale(warp_max(most) / kInt8Most);
-  const float scale = halves_to_floats(bits).x;
-#pragma unroll
-  for (int part = 0; part < kParts; ++part) {
-    words[part] = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float value = fminf(fmaxf(rintf(x[part][i] / scale), -kInt8Most), kInt8Most);
-      words[part] |= (static_cast<unsigned>(static_cast<int>(value)) & 255u) << (8 * i);
-    }
-  }
-  return bits;
-}
-
-template <int kParts>
-__device__ inline void store_int8(const LayerView& view, const unsigned (&words)[kParts],
-                                  unsigned scale, char* row, int values, int scales, int token) {
+  const float scale = halves_to_floats(bits).x, inverse = 1.0f / scale;
 #pragma unroll
   for (int part = 0; part < kParts; ++part) {
     const int first = first_value(part, view.head_size);
     if (first < 0) continue;
-    *reinterpret_cast<unsigned*>(row + values + token * view.head_size + first) = words[part];
+    unsigned word = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float value =
+          fminf(fmaxf(rintf(divide(x[part][i], scale, inverse)), -kInt8Most), kInt8Most);
+      word |= (static_cast<unsigned>(static_cast<int>(value)) & 255u) << (8 * i);
+    }
+    piece.words(view, token, is_value)[first / 4] = word;
   }
-  if ((threadIdx.x & 31) == 0) {
-    reinterpret_cast<uint16_t*>(row + scales)[token] = static_cast<uint16_t>(scale);
-  }
+  if ((threadIdx.x & 31) == 0) piece.scale(view, token, is_value) = static_cast<uint16_t>(bits);
 }
 
 // The slot that holds a row, taken for it where it is to be; -1 without. In every lane.
@@ -116,12 +201,13 @@ __device__ inline int slot_of(const LayerView& view, int64_t owner, bool allocat
   return __shfl_sync(kAllLanes, found >= 0 ? found : claimed, 0);
 }
 
+// `count` tokens that follow each other in a piece of a row; the first goes to slot `place`.
 template <int kParts>
-__device__ inline void write_token(const LayerView& view, const WriteRows& write, int64_t token,
-                                   int head) {
-  const int64_t place = write.slot_mapping[token];
-  if (place < 0) return;
-  const int lane = threadIdx.x & 31;
+__device__ inline void write_run(const LayerView& view, const WriteRows& write,
+                                 Piece<kParts>& piece, int64_t token, int64_t place, int count,
+                                 int head) {
+  constexpr int kAhead = 2 / kParts;  // tokens, or vectors, of K and of V in flight
+  const int lane = static_cast<int>(threadIdx.x & 31);
   const int64_t page = place / view.page_tokens, in_layer = page * view.num_kv_heads + head;
   const int offset = static_cast<int>(place - page * view.page_tokens);
   const int64_t row = in_layer * view.blocks_per_page + offset / view.block_tokens;
@@ -134,157 +220,197 @@ __device__ inline void write_token(const LayerView& view, const WriteRows& write
     if (slot >= 0) targets[1] = view.slots + static_cast<int64_t>(slot) * view.row_bytes;
   }
   const bool has_row = targets[0] != nullptr || targets[1] != nullptr;
-  const RowParts parts(view);
   if (has_row && !view.int8_rows) {
-    const auto* key =
-        reinterpret_cast<const uint4*>(head_of(write.key, view.head_size, token, head));
-    const auto* value =
-        reinterpret_cast<const uint4*>(head_of(write.value, view.head_size, token, head));
-    for (int i = lane; i < parts.head_bytes / 16; i += 32) {
-      const uint4 own_key = key[i], own_value = value[i];
+    const RowParts parts(view);
+    const int each = parts.head_bytes / 16, total = count * each;
+    for (int first = lane; first < total; first += 32 * kAhead) {
+      uint4 keys[kAhead], values[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int vector = first + 32 * i, of_run = vector / each;
+        if (vector >= total) continue;
+        const auto load = [&](const Heads& heads) {
+          const char* from = head_of(heads, view.head_size, token + of_run, head);
+          return reinterpret_cast<const uint4*>(from)[vector - of_run * each];
+        };
+        keys[i] = load(write.key);
+        values[i] = load(write.value);
+      }
       for (char* target : targets) {
         if (target == nullptr) continue;
-        char* to = target + in_row * parts.head_bytes;
-        reinterpret_cast<uint4*>(to)[i] = own_key;
-        reinterpret_cast<uint4*>(to + parts.values)[i] = own_value;
+        uint4* to = reinterpret_cast<uint4*>(target + in_row * parts.head_bytes);
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+          const int vector = first + 32 * i;
+          if (vector >= total) continue;
+          to[vector] = keys[i];
+          to[vector + parts.values / 16] = values[i];
+        }
       }
     }
   }
-  if (!(write.parts & kCodes) && !(has_row && view.int8_rows)) return;
-  float x[kParts][4], mean[kParts][4], deviation[kParts][4];
-  load_head(x, write.key, view.head_size, token, head);
+  const bool stores_int8 = has_row && view.int8_rows;
+  if (!(write.parts & kCodes) && !stores_int8) return;
+  const int begin = in_row % kPieceTokens;  // in the piece
+  float mean[kParts][4], deviation[kParts][4], inverse[kParts][4];
   load_floats(mean, view.mean + head * view.head_size, view.head_size);
   load_floats(deviation, view.deviation + head * view.head_size, view.head_size);
+  for_each(inverse, [&](int part, int i) { inverse[part][i] = 1.0f / deviation[part][i]; });
+#pragma unroll 1
+  for (int first = 0; first < count; first += kAhead) {
+    float keys[kAhead][kParts][4], values[kAhead][kParts][4];
 #pragma unroll
-  for (int part = 0; part < kParts; ++part) {
-    if (first_value(part, view.head_size) < 0) continue;
+    for (int i = 0; i < kAhead; ++i) {
+      if (first + i >= count) continue;
+      load_head(keys[i], write.key, view.head_size, token + first + i, head);
+      if (stores_int8) load_head(values[i], write.value, view.head_size, token + first + i, head);
+    }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) x[part][i] = (x[part][i] - mean[part][i]) / deviation[part][i];
+    for (int i = 0; i < kAhead; ++i) {
+      if (first + i >= count) continue;
+      float (&x)[kParts][4] = keys[i];
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        if (first_value(part, view.head_size) < 0) continue;
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          x[part][j] = divide(x[part][j] - mean[part][j], deviation[part][j], inverse[part][j]);
+      }
+      rotate(x, view.head_size, view.rotation);
+      if (write.parts & kCodes) {
+        const int64_t head_bytes =
+            static_cast<int64_t>(view.page_tokens) * ((view.head_size + 31) / 32 * 16 + 4);
+        write_code(view, x, view.codes + page * view.code_page_bytes + head * head_bytes,
+                   offset + first + i);
+      }
+      if (!stores_int8) continue;
+      quantise_int8(view, x, piece, begin + first + i, false);
+      quantise_int8(view, values[i], piece, begin + first + i, true);
+    }
   }
-  rotate(x, view.head_size, view.rotation);
-  if (write.parts & kCodes) {
-    const int64_t head_bytes =
-        static_cast<int64_t>(view.page_tokens) * ((view.head_size + 31) / 32 * 16 + 4);
-    write_code(view, x, view.codes + page * view.code_page_bytes + head * head_bytes, offset);
-  }
-  if (!has_row || !view.int8_rows) return;
-  float value[kParts][4];
-  load_head(value, write.value, view.head_size, token, head);
-  unsigned keys[kParts], values[kParts];
-  const unsigned key_scale = quantise_int8(x, keys), value_scale = quantise_int8(value, values);
+  if (!stores_int8) return;
+  __syncwarp();
   for (char* target : targets) {
-    if (target == nullptr) continue;
-    store_int8(view, keys, key_scale, target, 0, parts.key_scales, in_row);
-    store_int8(view, values, value_scale, target, parts.values, parts.value_scales, in_row);
+    if (target != nullptr) piece.store(view, target, in_row - begin, begin, count);
   }
+  __syncwarp();  // the next run's piece comes after
 }
 
-// A warp stores one token of one KV head.
+// A warp stores the runs of one KV head that begin among `window` tokens, kPieceTokens at most.
 template <int kParts>
-__global__ void __launch_bounds__(32 * kWriteWarps)
-    write_kernel(const __grid_constant__ LayerView view, const __grid_constant__ WriteRows write) {
+__global__ void __launch_bounds__(32 * kWarps)
+    write_kernel(const __grid_constant__ LayerView view, const __grid_constant__ WriteRows write,
+                 int window) {
+  __shared__ Piece<kParts> pieces[kWarps];
   // In this order: what begins now may take it that all launches before this one have ended.
   wait_for_launch_before();
   let_next_launch_begin();
-  const int64_t items = write.num_tokens * view.num_kv_heads;
-  const int64_t warps = static_cast<int64_t>(gridDim.x) * kWriteWarps;
-  for (int64_t item = blockIdx.x * kWriteWarps + threadIdx.x / 32; item < items; item += warps) {
-    write_token<kParts>(view, write, item / view.num_kv_heads,
-                        static_cast<int>(item % view.num_kv_heads));
+  const int lane = static_cast<int>(threadIdx.x & 31), warp = static_cast<int>(threadIdx.x / 32);
+  const int64_t items = (write.num_tokens + window - 1) / window * view.num_kv_heads;
+  const int64_t warps = static_cast<int64_t>(gridDim.x) * kWarps;
+  for (int64_t item = blockIdx.x * kWarps + warp; item < items; item += warps) {
+    // A lane looks at one token, from the one before the window to the end of the last run.
+    const int64_t before = item / view.num_kv_heads * window - 1, token = before + lane;
+    const bool exists = token >= 0 && token < write.num_tokens;
+    const int64_t place = exists ? write.slot_mapping[token] : -1;
+    const bool goes_on =
+        place == __shfl_up_sync(kAllLanes, place, 1) + 1 && (place & (piece_tokens(view) - 1)) != 0;
+    const unsigned going_on = __ballot_sync(kAllLanes, place >= 0 && goes_on);
+    unsigned begins = __ballot_sync(kAllLanes, place >= 0 && !goes_on) & ((2u << window) - 2);
+    for (; begins != 0; begins &= begins - 1) {
+      const int first = __ffs(static_cast<int>(begins)) - 1;
+      const int count = __ffs(static_cast<int>(~(going_on >> (first + 1))));
+      write_run(view, write, pieces[warp], before + first, __shfl_sync(kAllLanes, place, first),
+                count, static_cast<int>(item % view.num_kv_heads));
+    }
   }
 }
 
-// Heads of some tokens of a row as they are. `row`: of keys or values.
-__device__ inline void copy_heads(const char* from, const Heads& to, const LayerView& view,
-                                  int64_t row, int head, int tokens) {
+// K and V of some tokens of a row, from `first` on, as they are.
+__device__ inline void copy_heads(const LayerView& view, const GatherRows& gather, const char* row,
+                                  int first, int64_t out_row, int head, int tokens) {
   constexpr int kAhead = 4;
-  const int lane = threadIdx.x & 31, each = view.head_size * view.value_bytes / 16;
-  const int total = tokens * each;
-  for (int first = lane; first < total; first += 32 * kAhead) {
-    uint4 vectors[kAhead];
+  const RowParts parts(view);
+  const int each = parts.head_bytes / 16, total = tokens * each;
+  const uint4* from = reinterpret_cast<const uint4*>(row + first * parts.head_bytes);
+  for (int begin = threadIdx.x & 31; begin < total; begin += 32 * kAhead) {
+    uint4 keys[kAhead], values[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      const int vector = first + 32 * i;
-      if (vector < total) vectors[i] = __ldcs(reinterpret_cast<const uint4*>(from) + vector);
+      const int vector = begin + 32 * i;
+      if (vector >= total) continue;
+      keys[i] = __ldcs(from + vector);
+      values[i] = __ldcs(from + vector + parts.values / 16);
     }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      const int vector = first + 32 * i;
+      const int vector = begin + 32 * i, token = vector / each;
       if (vector >= total) continue;
-      char* head_at = head_of(to, view.head_size, row + vector / each, head);
-      reinterpret_cast<uint4*>(head_at)[vector % each] = vectors[i];
+      const auto store = [&](const Heads& heads, const uint4& what) {
+        char* to = head_of(heads, view.head_size, out_row + token, head);
+        reinterpret_cast<uint4*>(to)[vector - token * each] = what;
+      };
+      store(gather.keys, keys[i]);
+      store(gather.values, values[i]);
     }
   }
-}
-
-template <int kParts>
-__device__ inline void dequantise(const unsigned (&words)[kParts], unsigned scale_bits,
-                                  float (&x)[kParts][4]) {
-  const float scale = halves_to_floats(scale_bits).x;
-  for_each(x, [&](int part, int i) {
-    x[part][i] = static_cast<float>(static_cast<int8_t>(words[part] >> (8 * i))) * scale;
-  });
 }
 
 // The same of int8 rows, as K and V.
 template <int kParts>
 __device__ inline void restore_heads(const LayerView& view, const GatherRows& gather,
-                                     const char* from, int64_t row, int head, int tokens) {
-  constexpr int kAhead = 4;
-  const RowParts parts(view);
+                                     Piece<kParts>& piece, const char* row, int first,
+                                     int64_t out_row, int head, int tokens) {
+  piece.load(view, row, first);
   float mean[kParts][4], deviation[kParts][4];
   load_floats(mean, view.mean + head * view.head_size, view.head_size);
   load_floats(deviation, view.deviation + head * view.head_size, view.head_size);
-  for (int first = 0; first < tokens; first += kAhead) {
-    unsigned keys[kAhead][kParts], values[kAhead][kParts];
-    unsigned key_scales[kAhead], value_scales[kAhead];
+  __syncwarp();
+  const auto dequantise = [&](float (&x)[kParts][4], int token, bool is_value) {
+    const float scale = halves_to_floats(piece.scale(view, token, is_value)).x;
+    const unsigned* words = piece.words(view, token, is_value);
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (first + i >= tokens) continue;
+    for (int part = 0; part < kParts; ++part) {
+      const int at = first_value(part, view.head_size);
+      const unsigned word = at < 0 ? 0 : words[at / 4];
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        keys[i][part] = values[i][part] = 0;
-        const int at = first_value(part, view.head_size);
-        if (at < 0) continue;
-        const char* word = from + (first + i) * parts.head_bytes + at;
-        keys[i][part] = __ldcs(reinterpret_cast<const unsigned*>(word));
-        values[i][part] = __ldcs(reinterpret_cast<const unsigned*>(word + parts.values));
+      for (int i = 0; i < 4; ++i) {
+        x[part][i] = static_cast<float>(static_cast<int8_t>(word >> (8 * i))) * scale;
       }
-      key_scales[i] = reinterpret_cast<const uint16_t*>(from + parts.key_scales)[first + i];
-      value_scales[i] = reinterpret_cast<const uint16_t*>(from + parts.value_scales)[first + i];
     }
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (first + i >= tokens) continue;
-      float x[kParts][4];
-      dequantise(keys[i], key_scales[i], x);
-      rotate(x, view.head_size, view.rotation);
-      for_each(x, [&](int part, int j) {
-        x[part][j] = x[part][j] * deviation[part][j] + mean[part][j];
-      });
-      store_head(x, gather.keys, view.head_size, row + first + i, head);
-      dequantise(values[i], value_scales[i], x);
-      store_head(x, gather.values, view.head_size, row + first + i, head);
-    }
+  };
+#pragma unroll 2
+  for (int token = 0; token < tokens; ++token) {
+    float x[kParts][4];
+    dequantise(x, token, false);
+    rotate(x, view.head_size, view.rotation);
+    for_each(
+        x, [&](int part, int i) { x[part][i] = x[part][i] * deviation[part][i] + mean[part][i]; });
+    store_head(x, gather.keys, view.head_size, out_row + token, head);
+    dequantise(x, token, true);
+    store_head(x, gather.values, view.head_size, out_row + token, head);
   }
+  __syncwarp();  // the next piece comes after
 }
 
-// A warp takes one row at a time.
+// A warp takes one piece of a row at a time.
 template <int kParts>
-__global__ void __launch_bounds__(32 * kGatherWarps)
+__global__ void __launch_bounds__(32 * kWarps)
     gather_kernel(const __grid_constant__ LayerView view,
                   const __grid_constant__ GatherRows gather) {
-  const int rows = (gather.max_length + view.block_tokens - 1) / view.block_tokens;
-  const int64_t total = static_cast<int64_t>(gather.num_requests) * rows * view.num_kv_heads;
-  const int64_t warps = static_cast<int64_t>(gridDim.x) * kGatherWarps;
-  for (int64_t item = blockIdx.x * kGatherWarps + threadIdx.x / 32; item < total; item += warps) {
+  __shared__ Piece<kParts> pieces[kWarps];
+  const int in_piece = piece_tokens(view), warp = static_cast<int>(threadIdx.x / 32);
+  const int each = (gather.max_length + in_piece - 1) / in_piece;
+  const int64_t total = static_cast<int64_t>(gather.num_requests) * each * view.num_kv_heads;
+  const int64_t warps = static_cast<int64_t>(gridDim.x) * kWarps;
+  for (int64_t item = blockIdx.x * kWarps + warp; item < total; item += warps) {
     const int head = static_cast<int>(item % view.num_kv_heads);
     const int64_t of_all = item / view.num_kv_heads;
-    const int request = static_cast<int>(of_all / rows);
-    const int first = static_cast<int>(of_all % rows) * view.block_tokens;
-    const int tokens = min(view.block_tokens, gather.lengths[request] - first);
+    const int request = static_cast<int>(of_all / each);
+    const int first = static_cast<int>(of_all % each) * in_piece;
+    const int tokens = min(in_piece, gather.lengths[request] - first);
     if (tokens <= 0) continue;
-    const int token = gather.starts[request] + first;
+    const int token = gather.starts[request] + first, in_row = token % view.block_tokens;
     const int page = gather.page_table[request * gather.table_stride + token / view.page_tokens];
     const int64_t row =
         (static_cast<int64_t>(page) * view.num_kv_heads + head) * view.blocks_per_page +
@@ -292,16 +418,15 @@ __global__ void __launch_bounds__(32 * kGatherWarps)
     const char* from = view.host_rows + row * view.row_bytes;
     const int64_t out_row = static_cast<int64_t>(gather.first_rows[request]) + first;
     if (view.int8_rows) {
-      restore_heads<kParts>(view, gather, from, out_row, head, tokens);
+      restore_heads(view, gather, pieces[warp], from, in_row, out_row, head, tokens);
     } else {
-      copy_heads(from, gather.keys, view, out_row, head, tokens);
-      copy_heads(from + RowParts(view).values, gather.values, view, out_row, head, tokens);
+      copy_heads(view, gather, from, in_row, out_row, head, tokens);
     }
   }
 }
 
-int blocks_for(int64_t items, int warps, int most) {
-  const int64_t needed = (items + warps - 1) / warps;
+int blocks_for(int64_t items, int most) {
+  const int64_t needed = (items + kWarps - 1) / kWarps;
   return static_cast<int>(std::min<int64_t>(needed, most > 0 ? most : 1 << 30));
 }
 
@@ -309,21 +434,26 @@ int blocks_for(int64_t items, int warps, int most) {
 
 cudaError_t launch_write_rows(const LayerView& view, const WriteRows& write, int most_blocks,
                               bool dependent, cudaStream_t stream) {
+  // Tokens of a decode step have a warp each, those of a prompt one for each of their rows.
+  const int64_t warps = most_blocks > 0 ? static_cast<int64_t>(most_blocks) * kWarps : kManyWarps;
+  const int window = static_cast<int>(
+      std::clamp<int64_t>(write.num_tokens * view.num_kv_heads / warps, 1, piece_tokens(view)));
+  const int64_t items = (write.num_tokens + window - 1) / window * view.num_kv_heads;
   const auto launch = [&](auto kernel) {
-    const int64_t items = write.num_tokens * view.num_kv_heads;
-    return launch_kernel(dependent, kernel, blocks_for(items, kWriteWarps, most_blocks),
-                         32 * kWriteWarps, stream, view, write);
+    return launch_kernel(dependent, kernel, blocks_for(items, most_blocks), 32 * kWarps, stream,
+                         view, write, window);
   };
   return parts_of(view.head_size) == 1 ? launch(write_kernel<1>) : launch(write_kernel<2>);
 }
 
 cudaError_t launch_gather_rows(const LayerView& view, const GatherRows& gather, int most_blocks,
                                cudaStream_t stream) {
+  const int in_piece = piece_tokens(view);
+  const int64_t pieces = (gather.max_length + in_piece - 1) / in_piece;
   const auto launch = [&](auto kernel) {
-    const int64_t rows = (gather.max_length + view.block_tokens - 1) / view.block_tokens;
-    const int64_t items = gather.num_requests * rows * view.num_kv_heads;
-    return launch_kernel(false, kernel, blocks_for(items, kGatherWarps, most_blocks),
-                         32 * kGatherWarps, stream, view, gather);
+    return launch_kernel(false, kernel,
+                         blocks_for(gather.num_requests * pieces * view.num_kv_heads, most_blocks),
+                         32 * kWarps, stream, view, gather);
   };
   return parts_of(view.head_size) == 1 ? launch(gather_kernel<1>) : launch(gather_kernel<2>);
 }

@@ -186,20 +186,31 @@ class ListScores {
         out_(const_cast<float*>(step.block_lse) +
              (static_cast<int64_t>(list) * view.group + quarter_) * step.max_blocks) {}
 
-  // What does not need the queries.
-  __device__ void begin(int worker) {
+  // What of a chunk does not need the length: the page of each lane's eight tokens. Past the length
+  // it is anything that the table holds.
+  __device__ static unsigned page_of(const LayerView& view, const Step& step,
+                                     const ScoreCodes& score, int list, int chunk) {
+    const unsigned token = static_cast<unsigned>(chunk) * kChunkTokens + first_token_of_lane();
+    const unsigned column = min(token / static_cast<unsigned>(view.page_tokens),
+                                static_cast<unsigned>(score.table_columns - 1));
+    const int64_t request = list / view.num_kv_heads;
+    return __ldg(step.block_table + request * step.table_stride + column);
+  }
+
+  // What does not need the queries. `page`: of the worker's first chunk.
+  __device__ void begin(int worker, unsigned page) {
     if (worker >= chunks_) return;
-    next_ = find(worker);
-    load(next_, 0);
+    here_ = place_of(worker, page);
+    load(0);
   }
 
   // Every n-th chunk.
-  __device__ void run(int worker, int workers) {
+  __device__ void run(const ScoreCodes& score, int worker, int workers) {
     if constexpr (Z::kTiles == 1) load_columns(0);
     for (int chunk = worker; chunk < chunks_; chunk += workers) {
-      const Place here = next_;
-      const bool more = chunk + workers < chunks_;
-      if (more) next_ = find(chunk + workers);
+      const int next = chunk + workers;
+      const bool more = next < chunks_;
+      const unsigned next_page = more ? page_of(view_, step_, score, list_, next) : 0;
       LogSum sums[Z::kTiles];
       const int first = chunk * kChunkTokens;
       const int runs = (min(kChunkTokens, num_tokens_ - first) + kRunTokens - 1) / kRunTokens;
@@ -209,7 +220,8 @@ class ListScores {
         multiply(scores);
         // The next run's are on their way while this one's are added up.
         const bool ends = run + 1 == runs;
-        if (!ends || more) load(ends ? next_ : here, ends ? 0 : run + 1);
+        if (ends && more) here_ = place_of(next, next_page);
+        if (!ends || more) load(ends ? 0 : run + 1);
         add_up(scores, first + run * kRunTokens + group_ * kOwnTokens, sums);
       }
 #pragma unroll
@@ -226,27 +238,26 @@ class ListScores {
   }
 
  private:
-  // A lane finds eight tokens of a chunk. Past the length they are the last ones: what is there is
-  // loaded, and not used.
-  __device__ Place find(int chunk) const {
-    const int lane = threadIdx.x & 31, last = (num_tokens_ - 1) / kOwnTokens * kOwnTokens;
-    const int token = min(chunk * kChunkTokens + lane * kOwnTokens, last);
-    const int64_t request = list_ / view_.num_kv_heads;
+  // Of a chunk, where a lane looks eight tokens up for all.
+  __device__ static unsigned first_token_of_lane() { return (threadIdx.x & 31) * kOwnTokens; }
+
+  // Past the length the first page is loaded, and not used.
+  __device__ Place place_of(int chunk, unsigned page) const {
+    const unsigned token = static_cast<unsigned>(chunk) * kChunkTokens + first_token_of_lane();
+    const unsigned page_tokens = view_.page_tokens, in_page = token % page_tokens;
+    const unsigned physical = token < static_cast<unsigned>(num_tokens_) ? page : 0;
     const unsigned head = list_ % view_.num_kv_heads;
-    const unsigned page_tokens = view_.page_tokens, page = token / page_tokens;
-    const unsigned in_page = token % page_tokens;
     const unsigned head_vectors = page_tokens * (16 * Z::kSteps + 4) / 16;
-    const unsigned physical = __ldg(step_.block_table + request * step_.table_stride + page);
     const unsigned begins =
         physical * static_cast<unsigned>(view_.code_page_bytes / 16) + head * head_vectors;
     return {begins + in_page * Z::kSteps, begins + page_tokens * Z::kSteps + in_page / 4};
   }
 
-  __device__ void load(Place chunk, int run) {
+  __device__ void load(int run) {
     const int lane = run * 8 + group_;
     run_.load(
         view_.codes,
-        {__shfl_sync(kAllLanes, chunk.codes, lane), __shfl_sync(kAllLanes, chunk.scales, lane)},
+        {__shfl_sync(kAllLanes, here_.codes, lane), __shfl_sync(kAllLanes, here_.scales, lane)},
         quarter_);
   }
 
@@ -356,7 +367,7 @@ class ListScores {
   const int list_, num_tokens_, chunks_;
   const int group_, quarter_;  // of the lane: which eight tokens, which quarter of their codes
   float* const out_;           // scores of the lane's query head of the first tile
-  Place next_{};               // of the next chunk, one a lane
+  Place here_{};               // of the chunk that is loaded, one a lane
   Run<Z::kSteps> run_;
   unsigned columns_[Z::kTiles == 1 ? Z::kSteps : Z::kTiles][2];
 };
@@ -374,6 +385,8 @@ __global__ void __launch_bounds__(kThreads, Z::kLeastBlocks)
   const int worker = split * kWarps + warp;
   const int num_tokens =
       max(min(step.seq_lens[list / view.num_kv_heads], step.max_blocks * view.block_tokens), 0);
+  // On its way while the length is.
+  const unsigned page = ListScores<Z>::page_of(view, step, score, list, worker);
   const int chunks = (num_tokens + kChunkTokens - 1) / kChunkTokens;
   if (score.after_write) {
     // Of what this reads, the launch before wrote only the code of the newest token, and of the one
@@ -387,13 +400,13 @@ __global__ void __launch_bounds__(kThreads, Z::kLeastBlocks)
   // A graph captured for longer requests has many such thread blocks: they should be short.
   if (split * kWarps >= chunks) return;
   ListScores<Z> scores(view, step, shared, list, num_tokens);
-  scores.begin(worker);
+  scores.begin(worker, page);
   for (int head = warp; head < Z::kHeads; head += kWarps) {
     prepare_head<Z>(view, score, shared, list, head, split == 0);
   }
   __syncthreads();
   if (worker >= chunks) return;
-  scores.run(worker, workers);
+  scores.run(score, worker, workers);
   if (step.lists == nullptr) return;
   // All lanes' stores come before the one lane's count.
   __syncwarp();

@@ -130,12 +130,17 @@ class CodedBatch:
 
 
 def sweep(batch: CodedBatch, peak: float) -> None:
-    p = batch.problem
-    usual = score_codes.splits_of(coded_shape(p), p.num_requests, p.max_blocks)
-    found = [(batch.time_score(splits).p50, splits) for splits in (1, 2, 4, 8, 16, 32, 64, 128)]
+    p, shape = batch.problem, coded_shape(batch.problem)
+    usual = score_codes.splits_of(shape, p.num_requests, p.max_blocks)
+    each = -(-score_plan.num_chunks(shape, p.max_blocks) // score_codes.WARPS)
+    tried = {-(-each // chunks) for chunks in (1, 2, 3, 4, 6, 8, 12, 16)} | {usual}
+    found = [(batch.time_score(splits).p50, splits) for splits in tried]
     print(f"\nscore codes sweep, {p.name} (default {usual} thread blocks a list)")
     for ms, splits in sorted(found):
-        print(f"  {ms * 1e3:8.1f} us  {code_bytes(p) / ms * 1e3 / peak:.3f}  {splits}")
+        print(
+            f"  {ms * 1e3:8.1f} us  {code_bytes(p) / ms * 1e3 / peak:.3f}  {splits}, "
+            f"of {each / splits:.2f} chunks a warp"
+        )
 
 
 def main() -> None:

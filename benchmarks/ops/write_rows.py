@@ -2,7 +2,8 @@
 """Write codes and int8 rows of a decode step and of a prompt chunk, and gather rows as K and V.
 `python -m benchmarks.ops.write_rows`.
 
-Bytes counted of a chunk and of a context: rows over the link.
+Bytes counted of a chunk and of a context: rows over the link. With --sweep also other numbers of
+thread blocks for what goes over it.
 """
 
 from __future__ import annotations
@@ -27,9 +28,13 @@ PROBLEMS = (
     Problem("llama-3-8b 26x32K", 26, 32768, 8, 4),
     Problem("llama-2-7b 14x16K", 14, 16384, 32, 1),
 )
+# Thread blocks of a launch that fills the link, with --sweep.
+SWEPT = (16, 24, 48, 64, 96)
 
 
-def measure_writes(report: Report, batch: CodedBatch, outward: float) -> None:
+def measure_writes(
+    report: Report, batch: CodedBatch, outward: float, sweep: tuple[int, ...]
+) -> None:
     p, view = batch.problem, batch.views[0]
     key = torch.randn((CHUNK_TOKENS, p.num_kv_heads, p.head_size), dtype=DTYPE, device="cuda")
 
@@ -49,27 +54,33 @@ def measure_writes(report: Report, batch: CodedBatch, outward: float) -> None:
     resident = WriteParts.K | WriteParts.ROW_SLOT
     name = f"{p.name}, chunk of {CHUNK_TOKENS}"
     report.add(f"{name}, codes and slots", time_calls([lambda: call(chunk, resident, 0, 0)]))
-    for words, blocks in (("rows", 0), ("rows, few thread blocks", LINK_BLOCKS)):
+    few = [(f"rows, {blocks} thread blocks", blocks) for blocks in sweep]
+    for words, blocks in (("rows", 0), ("rows, few thread blocks", LINK_BLOCKS), *few):
         timing = time_calls([lambda blocks=blocks: call(chunk, WriteParts.ROW_HOST, blocks, 0)])
         rate = row_bytes(p, CHUNK_TOKENS) / timing.p50 * 1e3
         report.add(f"{name}, {words}", timing, rate / 1e9, share_of_link_copy=rate / outward)
 
 
-def measure_gather(report: Report, batch: CodedBatch, inward: float) -> None:
+def measure_gather(
+    report: Report, batch: CodedBatch, inward: float, sweep: tuple[int, ...]
+) -> None:
     p, view = batch.problem, batch.views[0]
     zero = torch.zeros(1, dtype=torch.int32, device="cuda")
     length, table = torch.full_like(zero, p.context), batch.batch.block_table[:1]
     size = (p.context, p.num_kv_heads, p.head_size)
     keys, values = (torch.empty(size, dtype=DTYPE, device="cuda") for _ in range(2))
 
-    def call() -> None:
-        gather_rows(view, table, zero, length, zero, p.context, keys, values)
+    def call(blocks: int) -> None:
+        gather_rows(view, table, zero, length, zero, p.context, keys, values, blocks)
 
-    timing = time_calls([call])
-    rate = row_bytes(p, p.context) / timing.p50 * 1e3
-    report.add(
-        f"{p.name}, context of {p.context}", timing, rate / 1e9, share_of_link_copy=rate / inward
-    )
+    more = [(f", {blocks} thread blocks", blocks) for blocks in sweep]
+    for words, blocks in (("", LINK_BLOCKS), *more):
+        timing = time_calls([lambda blocks=blocks: call(blocks)])
+        rate = row_bytes(p, p.context) / timing.p50 * 1e3
+        report.add(
+            f"{p.name}, context of {p.context}{words}", timing, rate / 1e9,
+            share_of_link_copy=rate / inward,
+        )  # fmt: skip
 
 
 def row_bytes(problem: Problem, tokens: int) -> float:
@@ -79,7 +90,8 @@ def row_bytes(problem: Problem, tokens: int) -> float:
 
 
 def main() -> None:
-    options = arguments(__doc__)
+    options = arguments(__doc__, sweep=True)
+    sweep = SWEPT if options.sweep else ()
     inward, outward = link_bandwidths()
     report = Report("write_rows", options.results)
     for problem in PROBLEMS:
@@ -87,8 +99,8 @@ def main() -> None:
         rows = problem.num_pages * shape.rows_per_page
         pool = HostPool(1, rows, shape.row.bytes, pinned=True)
         batch = CodedBatch.make(problem, host_rows=pool.layer(0), num_slots=1 << 16)
-        measure_writes(report, batch, outward)
-        measure_gather(report, batch, inward)
+        measure_writes(report, batch, outward, sweep)
+        measure_gather(report, batch, inward, sweep)
         torch.cuda.synchronize()
         pool.close()
     report.finish()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -53,7 +54,9 @@ def check_scores(
     CodedLayer.of(coded, device).check_scores(splits, dependent)
 
 
-def _inputs(layer: CodedLayer, value: float | None = None) -> tuple[torch.Tensor, ...]:
+def _inputs(
+    layer: CodedLayer, value: float | None = None, order: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
     """Key and value strided over tokens as in one product of a layer, and slots with padding."""
     case = layer.coded.case
     if not case.keys:
@@ -67,10 +70,12 @@ def _inputs(layer: CodedLayer, value: float | None = None) -> tuple[torch.Tensor
         keys[..., 1] = -value
     together = torch.cat((keys, keys, values), 1)
     padding = together.new_full((1, *together.shape[1:]), torch.nan)
-    together = torch.cat((together[:3], padding, together[3:], padding)).to(layer.device)
+    together = torch.cat((together[:3], padding, together[3:], padding))
     slots = slots_of(case).long()
     slots = torch.cat((slots[:3], torch.tensor([-1]), slots[3:], torch.tensor([-1])))
-    heads = keys.shape[1]
+    if order is not None:
+        together, slots = together[order], slots[order]
+    together, heads = together.to(layer.device), keys.shape[1]
     return together[:, heads : 2 * heads], together[:, 2 * heads :], slots.to(layer.device)
 
 
@@ -86,9 +91,14 @@ def check_write(
             key[..., 1] = -value
         case = replace(case, keys=keys)
     coded = Coded.of(case, host_dtype, strided=shape.head_size == 80)
-    for most_thread_blocks in (0, 2):
+    in_order = torch.arange(sum(shape.seq_lens) + 2)
+    shuffled = torch.randperm(len(in_order), generator=torch.Generator().manual_seed(1))
+    # Whole rows, rows that begin elsewhere in a warp's window, and rows in parts.
+    orders = in_order, in_order.roll(5), shuffled
+    for most_thread_blocks, order in itertools.product((0, 2), orders):
         layer = CodedLayer.of(coded, device, pages=False)
-        write_rows(layer.view, *_inputs(layer, value), most_thread_blocks=most_thread_blocks)
+        inputs = _inputs(layer, value, order)
+        write_rows(layer.view, *inputs, most_thread_blocks=most_thread_blocks)
         assert torch.equal(layer.view.code_pages.cpu(), coded.code_pages)
         assert torch.equal(_used(layer, layer.view.host_rows), _used(layer, coded.host_rows))
         # Nothing was resident, and no slot was to be taken.

@@ -14,8 +14,11 @@ import pytest
 import torch
 
 from tests.conftest import assert_close
+from tests.csrc import code_checks
+from tests.kernels import code_steps
 from tests.kernels.checks import check_prefill_copies
 from tests.kernels.layers import Layer, layer_of
+from tests.reference import coded
 from tests.shapes import Case, Shape, build_case
 from vllm_kcache.kernels.decode import decode_step
 from vllm_kcache.kernels.workspace import Followers
@@ -29,6 +32,8 @@ DEVICE = "cuda"
 DTYPE = torch.bfloat16
 # Partial pages and blocks, a padded row, length 1, and lists long enough to be split.
 SHAPE = Shape((150, 1, 0, 37), 3, 2, 64, 16, 8)
+# The same with K codes, whose chunks are of 256 tokens.
+CODED = Shape((300, 1, 0, 37), 2, 4, 128, 16, 8)
 # A search with sums, one without, and the rule that needs no search.
 RULES = {
     "coverage": Selection(None, 0.8, 1, 8, "sum"),
@@ -119,3 +124,28 @@ def test_writes_and_steps() -> None:
 def test_prefill_copies() -> None:
     """Context gathered and patched, new V stored."""
     check_prefill_copies(SHAPE, DEVICE)
+
+
+@pytest.mark.parametrize("host_dtype", code_checks.HOST_DTYPES)
+def test_codes_and_rows(host_dtype: str) -> None:
+    """Rows whole and in parts, written, claimed, and gathered: each size of a head."""
+    for shape in coded.SHAPES:
+        code_checks.check_write(shape, DTYPE, host_dtype, device=DEVICE)
+        code_checks.check_gather(shape, DTYPE, host_dtype, DEVICE)
+    code_checks.check_slots(host_dtype, DEVICE)
+
+
+def test_scores_from_codes() -> None:
+    """Each size of the score kernel; thread blocks with several chunks, with one and with none."""
+    for shape in code_checks.SCORED:
+        code_checks.check_scores(shape, 2, device=DEVICE)
+
+
+@pytest.mark.parametrize("host_dtype", code_checks.HOST_DTYPES)
+def test_steps_with_codes(host_dtype: str) -> None:
+    """Scores from codes, select, fetch and attend from rows, alone and with followers."""
+    mass, dtype = code_steps.RULES[1], torch.float16
+    for num_slots in (256, 5, 0):
+        for followers in (None, Followers(4, 2)):
+            code_steps.check_step(CODED, host_dtype, mass, num_slots, DEVICE, followers, dtype)
+    code_steps.check_write(CODED, host_dtype, DEVICE)

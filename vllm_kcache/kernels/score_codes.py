@@ -14,16 +14,19 @@ from vllm_kcache.kernels.workspace import DecodeBatch
 # Warps of a thread block, as in csrc/score_codes.cu.
 WARPS = 4
 
-# Thread blocks of a launch, as in score_plan.py: each has WARPS times the warps of a program there.
-_BLOCKS_OF_LIST, _LEAST_BLOCKS, _MOST_BLOCKS = 8, 1024, 8192
+# Thread blocks of a launch. Where the GPU cannot hold all at once, a warp takes two chunks: one is
+# on its way while the other is added up. Many thread blocks end at different times and keep the GPU
+# full; but a graph captured for longer requests launches as many with nothing to do.
+_AT_ONCE, _BLOCKS_OF_LIST, _MOST_BLOCKS = 512, 16, 8192
 
 
 def splits_of(shape: CacheShape, num_requests: int, max_blocks: int) -> int:
     """Thread blocks that share a list."""
     each = max(1, -(-num_chunks(shape, max_blocks) // WARPS))
     lists = max(1, num_requests * shape.num_kv_heads)
-    blocks = min(max(_BLOCKS_OF_LIST * lists, _LEAST_BLOCKS), _MOST_BLOCKS)
-    return -(-each // -(-each * lists // blocks))
+    blocks = min(max(_BLOCKS_OF_LIST * lists, _AT_ONCE), _MOST_BLOCKS)
+    least = 2 if each * lists > _AT_ONCE else 1
+    return -(-each // max(least, -(-each * lists // blocks)))
 
 
 def score_codes(
@@ -42,7 +45,8 @@ def score_codes(
 
     Args:
         view: Of k_bits 4, with `packed`.
-        batch: Its query may be strided over requests.
+        batch: Its query may be strided over requests. All columns of its block table are read; what
+            they hold past a row's length does not matter.
         lists: `block_lse` and `chunk_lse` are written; with `signal`, `signals`, too. Its
             `chunk_blocks` is that of `score_plan`.
         transformed: [B, Hq, D] float32, GPU. Written: q' of each request that has tokens.

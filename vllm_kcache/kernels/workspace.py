@@ -28,7 +28,7 @@ class DecodeBatch:
 
     Attributes:
         query: [B, Hq, D] model dtype, GPU. May be strided over B.
-        block_table: [B, MB] int32, GPU. Columns past a row's length are never read.
+        block_table: [B, MB] int32, GPU. Columns past a row's length are not used.
         seq_lens: [B] int32, GPU. Tokens, the current one included; 0 marks a padded row.
         scale: factor on the scores.
         max_blocks: P, V blocks of the longest request there may be: part of a captured shape.

@@ -93,7 +93,7 @@ class KCacheCollector:
         estimates = HistogramMetricFamily(
             PREFIX + "estimate_error",
             "|estimate - refined| of the log-sum-exp of a selected V block, per query head, with "
-            "k_bits 4 (CPU).",
+            "k_bits 4; on a GPU of a sample.",
             labels=["engine"],
         )
         for index, array in values.items():

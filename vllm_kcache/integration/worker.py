@@ -62,6 +62,22 @@ class SplitCacheWorker:
         if shape.k_bits == 4:
             runner = self.model_runner  # type: ignore[attr-defined]
             self.split_cache.k_stats = calibrate(runner, self.vllm_config, names, self.device)
+            if self.vllm_config.load_config.load_format == "dummy":
+                logger.warning(
+                    "KCache: load_format 'dummy' with k_bits 4: K was measured of random weights. "
+                    "Do not put others in their place: start an engine with those, or set "
+                    "kcache_config.k_bits to 16."
+                )
+
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's, where nothing was measured of the weights that are there.
+
+        Raises:
+            KCacheConfigError: There are K codes.
+        """
+        if self.split_cache.shape.k_bits == 4:
+            refusals.refuse("reload_weights")
+        super().reload_weights(*args, **kwargs)  # type: ignore[misc]
 
     def _make_cache(self, shape: CacheShape) -> SplitCache:
         raise NotImplementedError

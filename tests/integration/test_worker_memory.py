@@ -93,7 +93,7 @@ def test_engines_of_one_server_share(available: SimpleNamespace) -> None:
 def test_more_blocks_than_the_budget_are_refused(available: SimpleNamespace) -> None:
     rank = Worker()
     rank.determine_available_memory()
-    with pytest.raises(KCacheConfigError, match="num_gpu_blocks_override=601: V of that many"):
+    with pytest.raises(KCacheConfigError, match="num_gpu_blocks_override=601: the rows of"):
         rank._check_host_memory(601)
 
 

@@ -84,7 +84,7 @@ class KCacheGPUWorker(SplitCacheWorker, Worker):
                 else "Lower kcache_config.hot_cache_gib, or raise --kv-cache-memory-bytes."
             )
             raise KCacheConfigError(
-                f"kcache: {available / GIB:.2f} GiB of GPU memory are left for K pages and the hot "
+                f"kcache: {available / GIB:.2f} GiB of GPU memory are left for pages and the hot "
                 f"cache ({slots} rows of {self.split_cache.shape.row.bytes} bytes). {remedy}"
             )
         self.split_cache.hot_slots = slots

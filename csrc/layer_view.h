@@ -15,7 +15,8 @@ constexpr int kHand = 0, kEpoch = 1, kScored = 2, kEnded = 3, kWanted = 4, kMiss
 // Words of HotCache.counters.
 constexpr int kLists = 0, kSelected = 1, kHits = 2, kMisses = 3, kDirect = 4;
 constexpr int kFirstDroppedBucket = 8, kDroppedBuckets = 16;
-constexpr int kCounterWords = kFirstDroppedBucket + kDroppedBuckets;
+constexpr int kFirstEstimateBucket = 24, kEstimateBuckets = 10;  // attention's (Triton)
+constexpr int kCounterWords = kFirstEstimateBucket + kEstimateBuckets;
 
 constexpr int kMaxGroup = 16;        // query heads of a KV head
 constexpr int kMaxBlocks = 1 << 20;  // V blocks of a request

@@ -256,7 +256,7 @@ def test_a_pool_is_placed_before_it_is_touched(real_nodes, lines, monkeypatch):
         assert seen == [("default", False), (f"prefer:{node}", False)]
         assert kernel_policy(address) == (f"prefer:{node}", True)
         assert set(numa.nodes_of(address, pool.bytes, 1000)) == {node}
-        assert lines()[-1] == ("INFO", f"NUMA: 100.0% of the host V pool lies on node {node}")
+        assert lines()[-1] == ("INFO", f"NUMA: 100.0% of the host pool lies on node {node}")
         assert not pool.layer(0).any()
         assert not pool.layer(1).any()
         pool.close()
@@ -339,7 +339,7 @@ def test_memory_that_lies_elsewhere_is_a_warning(monkeypatch, lines, there, leve
     numa.report(PAGE, 100 * PAGE, 1)
     ((found, line),) = lines()
     assert found == level
-    assert f"{there}.0% of the host V pool lies on node 1" in line
+    assert f"{there}.0% of the host pool lies on node 1" in line
 
 
 # Of fake_root's meminfo: free + page cache - shared memory + reclaimable.

@@ -23,12 +23,13 @@ def test_words_are_those_of_csrc() -> None:
     header = (SOURCE / "layer_view.h").read_text()
     constants = dict(re.findall(r"\b(k\w+) = (\d+)[,;]", header))
     state = ("HAND", "EPOCH", "SCORED", "ENDED", "WANTED", "MISSED", "EXISTING", "REST_UNTIL")
-    for name in (*state, "STATE_WORDS", "FIRST_DROPPED_BUCKET"):
+    for name in (*state, "STATE_WORDS", "FIRST_DROPPED_BUCKET", "FIRST_ESTIMATE_BUCKET"):
         ours = "k" + name.title().replace("_", "")
         assert int(constants[ours]) == getattr(hot_cache, name), ours
     for word, name in enumerate(hot_cache.COUNTER_NAMES):
         assert int(constants["k" + name.title()]) == word
     assert int(constants["kDroppedBuckets"]) == hot_cache.DROPPED_MASS_BUCKETS
+    assert int(constants["kEstimateBuckets"]) == len(hot_cache.ESTIMATE_ERROR_EDGES)
     assert f"kMaxBlocks = 1 << {MOST_BLOCKS.bit_length() - 1};" in header
 
 

@@ -7,9 +7,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.code_steps import RULES, SHAPES, check_step, check_write
+from tests.kernels.code_steps import (
+    ESTIMATE_CASES,
+    ESTIMATED,
+    RULES,
+    SHAPES,
+    check_estimate_errors,
+    check_how_often,
+    check_step,
+    check_write,
+)
 from tests.shapes import Shape
 from vllm_kcache.cache.formats import CacheShape
+from vllm_kcache.kernels import attend
 from vllm_kcache.kernels.self_check import check_kernels
 from vllm_kcache.kernels.workspace import Followers
 from vllm_kcache.types import Selection
@@ -47,3 +57,15 @@ def test_the_check_at_start(host_dtype: str, dtype: torch.dtype) -> None:
     for rule, tail in ((RULES[0], "renormalize"), (RULES[1], "clip")):
         shape = CacheShape(1, 8, 2, 128, 16, 8, dtype, 4, host_dtype)
         check_kernels(shape, rule, tail, "cuda")
+
+
+@pytest.mark.parametrize(("host_dtype", "rule"), ESTIMATE_CASES, ids=str)
+def test_errors_of_estimates(
+    host_dtype: str, rule: Selection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attend, "ESTIMATES_EVERY", 1)
+    check_estimate_errors(ESTIMATED, host_dtype, rule, "cuda")
+
+
+def test_how_often_estimates_are_looked_at() -> None:
+    check_how_often("cuda")

@@ -21,6 +21,7 @@ class Case:
         arguments: Engine arguments that switch the feature on.
         changed: Fields of the finished configuration to set, by dotted name.
         variables: Environment variables to set.
+        settings: The plugin's settings without which it is not refused.
     """
 
     entry: str
@@ -30,6 +31,7 @@ class Case:
     arguments: dict[str, Any] = field(default_factory=dict)
     changed: dict[str, Any] = field(default_factory=dict)
     variables: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 KV_DTYPE = "kv_cache_dtype={value}"
@@ -234,6 +236,11 @@ CASES = {
         "--enable-cumem-allocator out",
         changed={"model_config.enable_cumem_allocator": True},
     ),
+    "transfer of weights": Case(
+        "weight_transfer_config={value}",
+        "weight_transfer_config=nccl:", "Leave --weight-transfer-config out, or",
+        arguments={"weight_transfer_config": {"backend": "nccl"}}, settings={"k_bits": 4},
+    ),
     "HiSparse": Case(
         "HiSparse (hisparse_config={value})", "HiSparse (hisparse_config=HiSparseConfig(",
         "Leave hisparse_config out",
@@ -276,6 +283,10 @@ FREE: dict[str, tuple[str, dict[str, Any]]] = {
     "the filling connector of benchmarks": (
         "llama",
         {"kv_transfer_config": {"kv_connector": "DecodeBenchConnector", "kv_role": "kv_both"}},
+    ),
+    "transfer of weights, with K itself": (
+        "llama",
+        {"weight_transfer_config": {"backend": "nccl"}},
     ),
     "Transformers' model code": ("llama", {"model_impl": "transformers"}),
     "tensor parallel": ("llama", {"tensor_parallel_size": 2}),

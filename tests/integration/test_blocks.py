@@ -39,5 +39,5 @@ def test_host_memory_limits_the_blocks(runs: Runs) -> None:
 
 def test_override_beyond_the_host_is_refused(runs: Runs) -> None:
     assert runs.outcomes["overridden"]["code"] == 1
-    message = "num_gpu_blocks_override=2000: V of that many blocks"
+    message = "num_gpu_blocks_override=2000: the rows of that many blocks"
     assert message in runs.error_of("overridden")

@@ -49,9 +49,34 @@ def test_a_layer_attends_to_the_text_itself() -> None:
 
 def test_a_layer_that_shares_a_cache_attends_to_that() -> None:
     owner = recorder()
-    _, key, value, _ = run(owner, 20, 0)
-    query, _, _, result = run(recorder(owner), 20, 1)
-    assert_close(result, causal(query, key, value))
+    reader = recorder(owner)
+    for seed in (0, 2):
+        _, key, value, _ = run(owner, 20, seed)
+        query, _, _, result = run(reader, 20, seed + 1)
+        assert_close(result, causal(query, key, value))
+
+
+def test_nothing_of_a_pass_stays_but_what_another_layer_reads() -> None:
+    """K and V of all layers of a large model would take gigabytes."""
+    tokens, alone, owner = 999, recorder(), recorder()
+    layers = (alone, owner, recorder(owner))
+    for layer in layers:
+        run(layer, tokens, 0)
+    kept = {
+        layer: found
+        for layer in layers
+        if (found := [size for size in sizes_in(vars(layer)) if size >= tokens])
+    }
+    assert kept == {owner: [tokens * KV_HEADS * HEAD_SIZE] * 2}
+
+
+def sizes_in(found: Any) -> list[int]:
+    """Elements of the tensors in what an object holds."""
+    if isinstance(found, torch.Tensor):
+        return [found.numel()]
+    if isinstance(found, dict):
+        found = tuple(found.values())
+    return [size for each in found for size in sizes_in(each)] if isinstance(found, tuple) else []
 
 
 def test_mean_and_deviation_over_all_pieces() -> None:

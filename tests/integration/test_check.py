@@ -49,7 +49,7 @@ def test_everything_at_once(folders: Callable[[str], str]) -> None:
         "block_size=8",
         "kcache_config.dense_layers=2",
     ]
-    assert found[-1].startswith("the host V pool needs 1000000.00 GiB, but ")
+    assert found[-1].startswith("the host pool needs 1000000.00 GiB, but ")
     assert found[-1].endswith("or set kcache_config.host_memory_gib lower")
 
 
@@ -85,14 +85,19 @@ def test_flags_that_name_the_backend_are_taken(folders: Callable[[str], str]) ->
     assert [text.split(":")[0] for text in by_additional] == ["kcache_config.dense_layers=2"]
 
 
-def test_blocks_that_do_not_fit(folders: Callable[[str], str]) -> None:
-    """2 layers x 2 KV heads x 16 tokens x 64 values x 2 bytes: 8 KiB of V a block."""
-    flags = ("--block-size", "16", "--kcache-config", '{"host_memory_gib": 0.5}')
-    assert problems(folders("llama"), *flags, "--num-gpu-blocks-override", "65536") == []
-    (found,) = problems(folders("llama"), *flags, "--num-gpu-blocks-override", "65537")
+@pytest.mark.parametrize(("k_bits", "token_bytes"), [(16, 64 * 2), (4, 64 + 64 + 2 + 2)])
+def test_blocks_that_do_not_fit(
+    folders: Callable[[str], str], k_bits: int, token_bytes: int
+) -> None:
+    """2 layers x 2 KV heads x 16 tokens of V, or of K and V as int8 with their scales."""
+    settings = f'{{"host_memory_gib": 0.5, "k_bits": {k_bits}}}'
+    flags = ("--block-size", "16", "--kcache-config", settings, "--num-gpu-blocks-override")
+    most = 2**29 // (2 * 2 * 16 * token_bytes)
+    assert problems(folders("llama"), *flags, str(most)) == []
+    (found,) = problems(folders("llama"), *flags, str(most + 1))
     assert found == (
-        "num_gpu_blocks_override=65537: V of that many blocks needs 0.50 GiB of host memory, and "
-        "this rank may use 0.50 GiB. Lower --num-gpu-blocks-override or raise "
+        f"num_gpu_blocks_override={most + 1}: the rows of that many blocks need 0.50 GiB of host "
+        "memory, and this rank may use 0.50 GiB. Lower --num-gpu-blocks-override or raise "
         "kcache_config.host_memory_gib."
     )
 

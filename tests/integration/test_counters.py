@@ -12,14 +12,21 @@ import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from vllm_kcache.cache import HostMemoryError
-from vllm_kcache.cache.hot_cache import COUNTER_NAMES, COUNTER_WORDS, FIRST_DROPPED_BUCKET
-from vllm_kcache.integration import counters
+from vllm_kcache.cache.hot_cache import (
+    COUNTER_NAMES,
+    COUNTER_WORDS,
+    FIRST_DROPPED_BUCKET,
+    FIRST_ESTIMATE_BUCKET,
+)
+from vllm_kcache.integration import counters, gpu_worker
 from vllm_kcache.integration.counters import SCALARS, Counters
 
 ROW_BYTES = 2048
@@ -66,14 +73,20 @@ def test_how_far_estimates_are_off(folder: Path) -> None:
     assert not counters.dropped_mass(read).any()
 
 
-@pytest.mark.parametrize(("far", "warns"), [(499, False), (501, True)])
-def test_estimates_that_are_far_off_are_a_warning_once(
-    monkeypatch: pytest.MonkeyPatch, far: int, warns: bool
-) -> None:
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Warnings."""
     said: list[str] = []
     monkeypatch.setattr(
         counters.logger, "warning", lambda text, *values: said.append(text % values)
     )
+    return said
+
+
+@pytest.mark.parametrize(("far", "warns"), [(499, False), (501, True)])
+def test_estimates_that_are_far_off_are_a_warning_once(
+    said: list[str], far: int, warns: bool
+) -> None:
     figures = Counters()
     errors = torch.full((10_000,), 0.1)
     errors[:far] = 1.5
@@ -103,8 +116,28 @@ def test_what_a_gpu_writes(folder: Path) -> None:
     assert figures["direct_host_reads"] == by_name["direct"]
     assert figures["fetched_bytes"] == (by_name["misses"] + by_name["direct"]) * ROW_BYTES
     assert figures["eager_decode_steps"] == 2
-    first = 100 + FIRST_DROPPED_BUCKET
-    assert counters.dropped_mass(read).tolist() == list(range(first, 100 + COUNTER_WORDS))
+    first, after = 100 + FIRST_DROPPED_BUCKET, 100 + FIRST_ESTIMATE_BUCKET
+    assert counters.dropped_mass(read).tolist() == list(range(first, after))
+    assert counters.estimate_errors(read).tolist() == list(range(after, 100 + COUNTER_WORDS))
+
+
+def test_estimates_that_are_far_off_on_a_gpu_are_a_warning_once(said: list[str]) -> None:
+    """By what the GPU has written there until now; the worker looks at it every some steps."""
+    figures, gpu = Counters(), torch.zeros(COUNTER_WORDS, dtype=torch.int64)
+    cache = SimpleNamespace(hot_cache=SimpleNamespace(counters=gpu), eager_decode_steps=0)
+    worker: Any = SimpleNamespace(
+        split_cache=cache, counters=figures, _counter_words=figures.gpu_words(ROW_BYTES),
+        _published=0,
+    )  # fmt: skip
+    gpu[FIRST_ESTIMATE_BUCKET + 3], gpu[-1] = 9_000, 900
+    for _ in range(2 * gpu_worker.LOOK_EVERY):
+        gpu_worker.KCacheGPUWorker._publish_counters(worker)
+    assert not said  # too few yet
+    gpu[-1] = 1_000
+    for _ in range(2 * gpu_worker.LOOK_EVERY):
+        gpu_worker.KCacheGPUWorker._publish_counters(worker)
+    assert len(said) == 1
+    assert "for 10% of the selected blocks" in said[0]
 
 
 def test_a_sum_has_the_least_pool(folder: Path) -> None:
@@ -130,18 +163,14 @@ def test_closed_files_are_gone_and_the_figures_are_not(folder: Path) -> None:
 
 
 def test_a_page_that_is_not_locked_is_a_warning(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figures = Counters(counters.path_of("a", 0, 0))
 
     def refuse(owner: object, memory: torch.Tensor) -> None:
         raise HostMemoryError("the CUDA driver could not page-lock 4096 bytes")
 
-    said: list[str] = []
     monkeypatch.setattr(counters, "page_lock", refuse)
-    monkeypatch.setattr(
-        counters.logger, "warning", lambda text, *values: said.append(text % values)
-    )
     figures.lock(figures, figures.gpu_words(ROW_BYTES))
     assert len(said) == 1
     assert "could not page-lock 4096 bytes" in said[0]

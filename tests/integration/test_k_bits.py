@@ -78,13 +78,44 @@ def test_text_equals_stock(model: str, stock: dict[str, Any], tmp_path: Path) ->
     assert sum(count for bound, count in errors.items() if bound > 1) < blocks / 20
 
 
-def test_text_equals_stock_on_two_stages(
-    model: str, stock: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def check_figures(figures: dict[str, Any], layers: int, blocks: int) -> None:
+    """Lists, their blocks and the rows of the host are of the split layers of all ranks."""
+    assert figures["selected_lists"] > 0
+    assert figures["selected_lists"] % (layers * KV_HEADS) == 0
+    scored_again = sum(count for _, count in figures["estimate_error"])
+    assert scored_again == figures["selected_blocks"] * 2  # query heads of a KV head
+    token_bytes = 2 * HEAD_SIZE * 4
+    assert figures["host_pool_bytes"] == blocks * layers * KV_HEADS * 32 * token_bytes
+
+
+def test_text_equals_stock_beside_dense_layers(
+    model: str, stock: dict[str, Any], tmp_path: Path
 ) -> None:
+    """The first and the last keep K and V in vLLM's pages, of another size than those of codes."""
+    settings = {**CODES, "dense_layers": [0, LAYERS - 1]}
+    codes = run_engine(tmp_path, work()[:2], settings, model=model, **ENGINE)
+    assert tokens_of(codes) == tokens_of(stock)[:2]
+    check_figures(codes["kcache_metrics"], LAYERS - 2, codes["num_blocks"])
+
+
+@pytest.fixture
+def unbound_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM asks for a NUMA node for each rank, to bind its threads there."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+@pytest.mark.usefixtures("unbound_ranks")
+def test_text_equals_stock_on_two_ranks(model: str, stock: dict[str, Any], tmp_path: Path) -> None:
+    """Each rank measures its own heads, while all of them run the pass."""
+    codes = run_engine(tmp_path, work()[:1], CODES, model=model, tensor_parallel_size=2, **ENGINE)
+    assert tokens_of(codes) == tokens_of(stock)[:1]
+    check_figures(codes["kcache_metrics"], LAYERS, codes["num_blocks"])
+
+
+@pytest.mark.usefixtures("unbound_ranks")
+def test_text_equals_stock_on_two_stages(model: str, stock: dict[str, Any], tmp_path: Path) -> None:
     """Each stage measures its own layers, on what the one before sends it; and the model that
     serves is compiled, as vLLM on a CPU needs it for stages."""
-    # vLLM asks for a NUMA node for each rank, to bind its threads there.
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     codes = run_engine(
         tmp_path, work()[:2], CODES, model=model, pipeline_parallel_size=2,
         enforce_eager=False, **ENGINE,

@@ -51,13 +51,15 @@ def test_every_entry_has_a_case() -> None:
         assert len(names) == len(set(names))
     entries = {refusal.feature for refusal in REFUSALS if refusal.value is not None}
     assert entries == {case.entry for case in CASES.values()} | {SNAPSHOT}
-    # Those of test_what_the_plugin_sets_itself, and those of test_layer_refusals.py.
+    # Those of test_what_the_plugin_sets_itself; those of test_layer_refusals.py, and that of
+    # test_worker_memory.py.
     assert {r.name for r in REFUSALS if r.argument is not None} == {
         "attention_backend", "backend_per_kind", "worker_cls"
     }  # fmt: skip
     assert {r.name for r in REFUSALS if r.argument is None and r.value is None} == {
         "attention_type", "derived_backend", "not_causal", "output_quantisation",
         "kv_cache_groups", "layer_shapes", "v_head_size", "layer_query_heads", "shared_cache",
+        "reload_weights",
     }  # fmt: skip
 
 
@@ -88,8 +90,9 @@ def test_refused(name: str, folders: Callable[[str], str], monkeypatch: pytest.M
     vllm_config = changed(stock_config(folders(case.model), **case.arguments), case.changed)
     for variable, value in case.variables.items():
         monkeypatch.setenv(variable, value)
-    found = [text for text in messages(vllm_config) if text.startswith(PREFIX + case.expected)]
-    assert len(found) == 1, messages(vllm_config)
+    every = messages(vllm_config, **case.settings)
+    found = [text for text in every if text.startswith(PREFIX + case.expected)]
+    assert len(found) == 1, every
     assert case.remedy in found[0]
 
 
@@ -118,7 +121,9 @@ def test_refused_at_start(
     case = CASES[name]
     for variable, value in case.variables.items():
         monkeypatch.setenv(variable, value)
-    arguments = engine_args(folders(case.model), kv_backend="kcache", **case.arguments)
+    arguments = engine_args(
+        folders(case.model), kv_backend="kcache", kcache_config=case.settings, **case.arguments
+    )
     with pytest.raises(KCacheConfigError) as caught:
         arguments.create_engine_config()
     assert str(caught.value).startswith(PREFIX)

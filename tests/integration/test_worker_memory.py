@@ -27,6 +27,9 @@ class Engine:
     def load_model(self) -> None:
         pass
 
+    def reload_weights(self, *args: Any) -> None:
+        self.reloaded = args
+
     def shutdown(self) -> None:
         """Nothing that memory needs."""
 
@@ -90,7 +93,7 @@ def test_engines_of_one_server_share(available: SimpleNamespace) -> None:
 def test_more_blocks_than_the_budget_are_refused(available: SimpleNamespace) -> None:
     rank = Worker()
     rank.determine_available_memory()
-    with pytest.raises(KCacheConfigError, match="num_gpu_blocks_override=601: V of that many"):
+    with pytest.raises(KCacheConfigError, match="num_gpu_blocks_override=601: the rows of"):
         rank._check_host_memory(601)
 
 
@@ -232,11 +235,8 @@ def test_a_gpu_without_room_for_a_page(available: int, given: int | None, remedy
     assert rank.split_cache.hot_slots == 2**30 // memory.slot_bytes
 
 
-def test_pages_have_the_block_size_that_the_executor_sets_later(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """vLLM may leave the block size to the attention backend, after the model is loaded."""
-    rank = Worker()
+def load_one_layer(monkeypatch: pytest.MonkeyPatch, rank: Worker) -> list[int]:
+    """What `load_model` makes of a model of one layer: page tokens of each cache."""
     cache = rank.vllm_config.cache_config = SimpleNamespace(block_size=16)
     monkeypatch.setattr(
         worker.current_platform,
@@ -253,16 +253,56 @@ def test_pages_have_the_block_size_that_the_executor_sets_later(
         worker,
         "cache_shape_of",
         lambda config, settings, specs, names: SimpleNamespace(
-            page_tokens=specs["layer"].block_size, k_bits=16
+            page_tokens=specs["layer"].block_size, k_bits=settings.resolved_k_bits
         ),
     )
     monkeypatch.setattr(worker.counters, "Counters", lambda path: None)
     made: list[int] = []
-    monkeypatch.setattr(Worker, "_make_cache", lambda self, shape: made.append(shape.page_tokens))
+
+    def make(self: Worker, shape: Any) -> Any:
+        made.append(shape.page_tokens)
+        return SimpleNamespace(shape=shape, k_stats=[])
+
+    monkeypatch.setattr(Worker, "_make_cache", make)
     rank.rank = 0
     rank.vllm_config.parallel_config.data_parallel_index = 0
     rank.load_model()
-    assert made == [128]
+    return made
+
+
+def test_pages_have_the_block_size_that_the_executor_sets_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vLLM may leave the block size to the attention backend, after the model is loaded."""
+    assert load_one_layer(monkeypatch, Worker()) == [128]
+
+
+@pytest.mark.parametrize(
+    ("k_bits", "load_format", "warns"), [(4, "dummy", 1), (4, "auto", 0), (16, "dummy", 0)]
+)
+def test_k_of_random_weights_is_a_warning(
+    k_bits: int, load_format: str, warns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank, said = Worker(k_bits=k_bits), []
+    rank.model_runner = rank.device = None  # type: ignore[attr-defined, assignment]
+    rank.vllm_config.load_config = SimpleNamespace(load_format=load_format)
+    monkeypatch.setattr(worker, "calibrate", lambda *arguments: ["measured"])
+    monkeypatch.setattr(worker.logger, "warning", said.append)
+    load_one_layer(monkeypatch, rank)
+    assert rank.split_cache.k_stats == (["measured"] if k_bits == 4 else [])
+    assert len(said) == warns
+    if warns:
+        assert "load_format 'dummy' with k_bits 4: K was measured of random weights" in said[0]
+
+
+def test_other_weights_are_refused_where_k_was_measured() -> None:
+    rank = Worker()
+    rank.reload_weights("here")
+    assert rank.reloaded == ("here",)
+    rank.split_cache.shape.k_bits = 4  # type: ignore[misc]
+    with pytest.raises(KCacheConfigError, match="does not support reload_weights: with k_bits 4"):
+        rank.reload_weights("there")
+    assert rank.reloaded == ("here",)
 
 
 def test_the_pool_ends_with_the_worker() -> None:

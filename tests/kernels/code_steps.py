@@ -16,7 +16,9 @@ from tests.kernels.layers import code_layer_of
 from tests.reference.coded import Coded, slots_of
 from tests.shapes import Shape, build_case
 from vllm_kcache.cache.formats import CacheShape
-from vllm_kcache.cache.hot_cache import EPOCH
+from vllm_kcache.cache.hot_cache import EPOCH, ESTIMATE_ERROR_EDGES
+from vllm_kcache.kernels import attend
+from vllm_kcache.kernels.attend_plan import attend_config
 from vllm_kcache.kernels.decode import decode_step
 from vllm_kcache.kernels.rows import write_rows
 from vllm_kcache.kernels.self_check import check_kernels
@@ -40,6 +42,15 @@ RULES = (
     Selection(3, None, 1, 1, "sum"),
     Selection(None, 0.7, 0, 1, "max"),
 )
+# A list of several chunks, an empty one and one of a single chunk; with the last rule two rows for
+# each query head.
+ESTIMATED = Shape((300, 0, 33), 1, 3, 64, 16, 8)
+ESTIMATE_CASES = (
+    ("model", RULES[0]),
+    ("model", RULES[2]),
+    ("int8", Selection(None, None, 1, 8, "max", 0.002)),
+)
+ESTIMATES_EVERY = attend.ESTIMATES_EVERY
 
 
 def check_step(
@@ -124,6 +135,80 @@ def check_write(shape: Shape, host_dtype: str, device: str = "cpu") -> None:
     assert torch.allclose(out, before, rtol=2e-2, atol=2e-2), "rows or copies are not as before"
 
 
+def check_estimate_errors(
+    shape: Shape, host_dtype: str, rule: Selection, device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> None:  # fmt: skip
+    """Where every step looks at its estimates, it counts one chunk of one list by their errors; in
+    time each chunk of each list has its turn."""
+    coded = Coded.of(build_case(shape, dtype, sharpness=3.0), host_dtype)
+    case, tokens, group = coded.case, shape.v_block_tokens, shape.group_size
+    tail = "renormalize" if rule.clip is None else "clip"
+    layer = code_layer_of(coded, rule, tail, 64, device)
+    out = torch.empty_like(layer.batch.query)
+    decode_step(layer.view, layer.workspace, layer.batch, out)
+    lists = layer.workspace.views(layer.view, layer.batch)
+    estimates = lists.block_lse.cpu()
+    exists = torch.arange(shape.max_blocks) < -(-case.seq_lens[:, None] // tokens)
+    chosen = select_blocks(
+        estimates.masked_fill(~exists[:, None], -torch.inf), case.seq_lens, shape.num_kv_heads,
+        tokens, rule, estimated=True,
+    )  # fmt: skip
+    fetched = fetch_rows(
+        chosen, case.block_table, coded.host_rows, shape.num_kv_heads, shape.page_tokens // tokens
+    )
+    refined = torch.empty(*case.query.shape[:2], chosen.blocks.shape[2])
+    attend_rows(
+        case.query, coded.host_rows, coded.row, coded.stats, fetched, chosen, case.seq_lens,
+        case.scale, tail, clip=rule.clip, refined=refined,
+    )  # fmt: skip
+    # How many errors are at most each edge: roundings decide about those within `slack` of it.
+    slack = 1e-3 if host_dtype == "model" else 2e-2
+    edges = torch.tensor(ESTIMATE_ERROR_EDGES)[:, None]
+    step = attend_config(layer.view.shape, chosen.counts.numel(), lists.rows.shape[2]).chunk_blocks
+    expected = {}
+    for request, head in itertools.product(range(len(shape.seq_lens)), range(shape.num_kv_heads)):
+        count = int(chosen.counts[request, head])
+        for first in range(0, max(1, count), step):
+            part = slice(first, min(first + step, count))
+            heads = slice(head * group, (head + 1) * group)
+            blocks = chosen.blocks[request, head, part].long()
+            errors = estimates[request, heads][:, blocks] - refined[request, heads, part]
+            errors = errors.abs().flatten()
+            least, most = ((errors <= edges + off).sum(1) for off in (-slack, slack))
+            expected[request, head, first] = least, most
+    seen, before = set(), layer.cache.read_counters().estimate_errors
+    for _ in range(10 * len(expected)):
+        decode_step(layer.view, layer.workspace, layer.batch, out)
+        after = layer.cache.read_counters().estimate_errors
+        found = (torch.tensor(after) - torch.tensor(before)).cumsum(0)
+        these = {
+            key for key, (least, most) in expected.items()
+            if bool(((least <= found) & (found <= most)).all())
+        }  # fmt: skip
+        assert these, (found, expected)
+        seen |= these
+        before = after
+    assert seen == set(expected)
+
+
+def check_how_often(device: str = "cpu") -> None:
+    """Few steps look at their estimates, and not the same ones of a layer and of its neighbour."""
+    coded = Coded.of(build_case(Shape((9,), 1, 1, 64, 16, 8)), "model")
+    layer = code_layer_of(coded, RULES[0], "renormalize", 4, device)
+    out, looked = torch.empty_like(layer.batch.query), []
+    first = 500  # the numbers drawn before leave out more than usual
+    layer.cache.state[EPOCH] = first
+    for step in range(first, first + 2 * ESTIMATES_EVERY):
+        before = sum(layer.cache.read_counters().estimate_errors)
+        decode_step(layer.view, layer.workspace, layer.batch, out)
+        counted = sum(layer.cache.read_counters().estimate_errors) - before
+        assert counted in (0, 2)
+        looked += [step] if counted else []
+    assert 1 <= len(looked) <= 10
+    assert len({step % 8 for step in looked}) > 1
+
+
 def main() -> None:
     """Every combination; any difference raises."""
     cases = 0
@@ -135,6 +220,11 @@ def main() -> None:
         check_step(shape, host_dtype, RULES[1], 3, followers=Followers(3, 1))
         check_write(shape, host_dtype)
         cases += 3
+    check_how_often()
+    attend.ESTIMATES_EVERY = 1
+    for case in ESTIMATE_CASES:
+        check_estimate_errors(ESTIMATED, *case)
+        cases += 1
     layers = (
         (CacheShape(1, 3, 1, 64, 16, 8, torch.float32, 4, "model"), RULES[0], "renormalize"),
         (CacheShape(1, 4, 2, 128, 16, 8, torch.float16, 4, "int8"), RULES[1], "clip"),

@@ -23,7 +23,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import vllm_kcache.kernels
-from tests.kernels.layers import layer_of
+from tests.kernels.layers import Layer, code_layer_of, layer_of
+from tests.reference.coded import Coded
 from tests.shapes import Shape, build_case
 from vllm_kcache.kernels.attend import attend_blocks
 from vllm_kcache.kernels.attend_plan import attend_config
@@ -90,6 +91,17 @@ def compile_instead_of_running(capability: int) -> set[str]:
     return compiled
 
 
+def attend(layer: Layer, splits: int, dependent: bool) -> None:
+    """Attention over as many programs a list."""
+    view, batch, workspace = layer.view, layer.batch, layer.workspace
+    lists = workspace.views(view, batch)
+    usual = attend_config(view.shape, 2, lists.rows.shape[2])
+    attend_blocks(
+        view, batch, lists.selected, lists.rows, workspace, torch.empty_like(batch.query),
+        config=replace(usual, splits=splits), dependent=dependent,
+    )  # fmt: skip
+
+
 def launch_all(shape: Shape, dtype: torch.dtype, dependent: bool) -> None:
     """Every launch that a layer of this shape may make."""
     case = build_case(shape, dtype)
@@ -105,15 +117,11 @@ def launch_all(shape: Shape, dtype: torch.dtype, dependent: bool) -> None:
             score_blocks(
                 view, batch, lists, signal=signal, dependent=dependent, after_write=after_write
             )
-        columns = lists.rows.shape[2]
-        usual = attend_config(view.shape, 2, columns)
         # Whether lists are split is a compiled-in choice, apart from what the tail does.
         for splits in (1, 4) if tail == "clip" else (4,):
-            attend_blocks(
-                view, batch, lists.selected, lists.rows, workspace,
-                torch.empty_like(case.query), config=replace(usual, splits=splits),
-                dependent=dependent,
-            )  # fmt: skip
+            attend(layer, splits, dependent)
+    for host_dtype, (selection, tail) in zip(("model", "int8"), RULES, strict=True):
+        attend(code_layer_of(Coded.of(case, host_dtype), selection, tail, 64), 4, dependent)
     heads = shape.num_kv_heads
     context = torch.zeros(shape.seq_lens[0], heads, shape.head_size, dtype=dtype)
     one = (case.block_table, case.seq_lens * 0, case.seq_lens, case.seq_lens * 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where V lives: the host V pool, and the hot V cache in GPU memory."""
+"""Where rows lie: the host pool, and the hot cache in GPU memory."""
 
 from vllm_kcache.cache.host_memory import HostMemoryError, host_memory
 from vllm_kcache.cache.host_pool import HostPool

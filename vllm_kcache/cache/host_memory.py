@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 class HostMemoryError(RuntimeError):
-    """The host V pool cannot be had; the message names the limit and what to change."""
+    """The host pool cannot be had; the message names the limit and what to change."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def check_host_memory(needed_bytes: int, root: Path = Path("/")) -> None:
         return
     limit, remedy = memory.limit()
     raise HostMemoryError(
-        f"the host V pool needs {needed_bytes / 2**30:.2f} GiB, but {limit}: {remedy}, "
+        f"the host pool needs {needed_bytes / 2**30:.2f} GiB, but {limit}: {remedy}, "
         "or set kcache_config.host_memory_gib lower"
     )
 

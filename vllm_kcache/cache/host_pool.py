@@ -107,7 +107,7 @@ class HostPool:
     def layer(self, index: int) -> torch.Tensor:
         """One layer: [num_rows, row_bytes] uint8, host. The GPU sees it there when `pinned`."""
         if not self._layers:
-            raise RuntimeError("the host V pool is closed")
+            raise RuntimeError("the host pool is closed")
         return self._layers[index]
 
     def close(self) -> None:
@@ -152,7 +152,7 @@ class HostPool:
                     last = now
                     done = (i + 1) * self._layer_stride
                     logger.info(
-                        "host V pool: %.1f of %.1f GiB page-locked in %.1f s (%.1f GB/s)",
+                        "host pool: %.1f of %.1f GiB page-locked in %.1f s (%.1f GB/s)",
                         done / 2**30,
                         self.bytes / 2**30,
                         now - start,
@@ -165,7 +165,7 @@ class HostPool:
         limit = memlock_limit_bytes()
         if limit is not None and limit < self.bytes:
             logger.warning(
-                "RLIMIT_MEMLOCK is %d bytes, the host V pool %d: the driver may refuse to lock it",
+                "RLIMIT_MEMLOCK is %d bytes, the host pool %d: the driver may refuse to lock it",
                 limit,
                 self.bytes,
             )

@@ -20,8 +20,11 @@ STATE_WORDS = 8
 COUNTER_NAMES = ("lists", "selected", "hits", "misses", "direct")
 DROPPED_MASS_BUCKETS = 16
 FIRST_DROPPED_BUCKET = 8
-COUNTER_WORDS = FIRST_DROPPED_BUCKET + DROPPED_MASS_BUCKETS
 DROPPED_MASS_EDGES = tuple(10 ** (-4 + 4 * i / 15) for i in range(DROPPED_MASS_BUCKETS))
+FIRST_ESTIMATE_BUCKET = FIRST_DROPPED_BUCKET + DROPPED_MASS_BUCKETS
+# Of |estimate - refined|, of the log-sum-exp of a block's scores.
+ESTIMATE_ERROR_EDGES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, float("inf"))
+COUNTER_WORDS = FIRST_ESTIMATE_BUCKET + len(ESTIMATE_ERROR_EDGES)
 
 EMPTY_SLOT = -1  # `slot_word` of a slot that holds nothing
 
@@ -37,6 +40,8 @@ class CacheCounters:
             from the host because no slot could be had.
         dropped_mass: lists by dropped mass; entry i counts those at most `DROPPED_MASS_EDGES[i]`
             and above the edge before.
+        estimate_errors: selected blocks and query heads of the lists that attention looks at, by
+            the error of their estimate; entries as above, of `ESTIMATE_ERROR_EDGES`.
     """
 
     lists: int
@@ -45,6 +50,7 @@ class CacheCounters:
     misses: int
     direct: int
     dropped_mass: tuple[int, ...]
+    estimate_errors: tuple[int, ...]
 
 
 @dataclass
@@ -150,4 +156,8 @@ class HotCache:
         if reset:
             self.counters.zero_()
         sums = dict(zip(COUNTER_NAMES, words[: len(COUNTER_NAMES)], strict=True))
-        return CacheCounters(**sums, dropped_mass=tuple(words[FIRST_DROPPED_BUCKET:]))
+        return CacheCounters(
+            **sums,
+            dropped_mass=tuple(words[FIRST_DROPPED_BUCKET:FIRST_ESTIMATE_BUCKET]),
+            estimate_errors=tuple(words[FIRST_ESTIMATE_BUCKET:]),
+        )

@@ -64,7 +64,7 @@ def gpu_node(device: int | None = None, root: Path = _ROOT) -> int | None:
     if node < 0 or node not in _node_list(root, "has_cpu"):
         logger.warning(
             "NUMA: the node of GPU %s is not known (/sys/bus/pci/devices/%s/numa_node): the host "
-            "V pool may lie on any of the nodes %s; numactl --membind before the command decides",
+            "pool may lie on any of the nodes %s; numactl --membind before the command decides",
             address,
             address,
             _listing(nodes),
@@ -96,7 +96,7 @@ def check_node_memory(needed_bytes: int, root: Path = _ROOT) -> None:
     left = sum(_available_bytes(root, node) for node in bound)
     if needed_bytes > left:
         raise HostMemoryError(
-            f"the host V pool needs {needed_bytes / 2**30:.2f} GiB, but this process is bound to "
+            f"the host pool needs {needed_bytes / 2**30:.2f} GiB, but this process is bound to "
             f"NUMA node {_listing(bound)}, which has {left / 2**30:.2f} GiB available: bind it to "
             "more nodes (numactl --membind, --numa-bind, cpuset.mems), or set "
             "kcache_config.host_memory_gib lower"
@@ -160,17 +160,17 @@ def report(address: int, length: int, node: int) -> None:
         nodes = nodes_of(address, length, _SAMPLES)
     except OSError as error:
         logger.info(
-            "NUMA: where the host V pool lies cannot be read here (%s); numastat -p %d tells",
+            "NUMA: where the host pool lies cannot be read here (%s); numastat -p %d tells",
             error.strerror,
             os.getpid(),
         )
         return
     share = nodes.count(node) / len(nodes)
     if share >= _GOOD_SHARE:
-        logger.info("NUMA: %.1f%% of the host V pool lies on node %d", 100 * share, node)
+        logger.info("NUMA: %.1f%% of the host pool lies on node %d", 100 * share, node)
     else:
         logger.warning(
-            "NUMA: only %.1f%% of the host V pool lies on node %d, the GPU's; the rest is read "
+            "NUMA: only %.1f%% of the host pool lies on node %d, the GPU's; the rest is read "
             "over the link between the sockets, which is slower. That node is full, or this "
             "process is bound to another",
             100 * share,

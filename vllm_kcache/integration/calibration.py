@@ -144,7 +144,7 @@ def _run(runner: Any, vllm_config: Any, tokens: torch.Tensor) -> None:
 
 @contextlib.contextmanager
 def _recording(layers: dict[str, Any]) -> Iterator[dict[str, _Recorder]]:
-    """Every layer attends to the tokens of the pass alone, and remembers its K."""
+    """Every layer attends to the tokens of the pass alone, and adds up its K."""
     impls = {name: layer.impl for name, layer in layers.items()}
     recorders: dict[str, _Recorder] = {}
     for name, layer in layers.items():
@@ -170,10 +170,14 @@ class _Recorder:
         self._heads = impl.num_heads, impl.num_kv_heads
         self._scale = impl.scale
         self._source = source
+        # Whether K and V of a pass are kept, for layers that read them. Of all layers they would
+        # take gigabytes.
+        self._is_read = False
+        self._kv: tuple[torch.Tensor, torch.Tensor] | None = None
+        if source is not None:
+            source._is_read = True
         self._count = 0
         self._sum = self._squares = torch.zeros(())
-        # Of the last pass, for layers that share them.
-        self._kv: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(
         self,
@@ -190,11 +194,13 @@ class _Recorder:
         """As vLLM's; there is no cache and no metadata yet."""
         tokens, (heads, kv_heads) = query.shape[0], self._heads
         if self._source is None:
-            self._kv = key.view(tokens, kv_heads, -1), value.view(tokens, kv_heads, -1)
-            self._add(self._kv[0])
-        shared = (self._source or self)._kv
-        assert shared is not None
-        keys, values = shared
+            keys, values = (x.view(tokens, kv_heads, -1) for x in (key, value))
+            self._add(keys)
+            if self._is_read:
+                self._kv = keys, values
+        else:
+            assert self._source._kv is not None
+            keys, values = self._source._kv
         result = torch.nn.functional.scaled_dot_product_attention(
             query.view(tokens, heads, -1).transpose(0, 1)[None],
             keys.transpose(0, 1)[None],

@@ -128,26 +128,26 @@ def _host_memory(vllm_config: Any, config: KCacheConfig) -> Iterator[str]:
     blocks = vllm_config.cache_config.num_gpu_blocks_override
     if blocks is not None:
         with contextlib.suppress(KCacheConfigError):  # among the refusals already
-            rows, v_bytes = _page_sizes(vllm_config, config)
+            rows, row_bytes = _page_sizes(vllm_config, config)
             on_gpu = vllm_config.device_config.device_type != "cpu"
-            yield from override_problems(blocks, v_bytes, budget, rows if on_gpu else None)
+            yield from override_problems(blocks, row_bytes, budget, rows if on_gpu else None)
 
 
 def override_problems(
-    blocks: int, v_bytes: int, budget: int, table_rows: int | None
+    blocks: int, row_bytes: int, budget: int, table_rows: int | None
 ) -> Iterator[str]:
     """What a worker refuses of --num-gpu-blocks-override, as messages.
 
     Args:
         blocks: Its value.
-        v_bytes: Host memory of V of one page.
+        row_bytes: Host memory of the rows of one page.
         budget: Host memory that a rank may use.
-        table_rows: V blocks of one page, over the layers of a rank; None without a hot V cache.
+        table_rows: V blocks of one page, over the layers of a rank; None without a hot cache.
     """
-    if blocks * v_bytes > budget:
+    if blocks * row_bytes > budget:
         yield (
-            f"num_gpu_blocks_override={blocks}: V of that many blocks needs "
-            f"{blocks * v_bytes / GIB:.2f} GiB of host memory, and this rank may use "
+            f"num_gpu_blocks_override={blocks}: the rows of that many blocks need "
+            f"{blocks * row_bytes / GIB:.2f} GiB of host memory, and this rank may use "
             f"{budget / GIB:.2f} GiB. Lower --num-gpu-blocks-override or raise "
             "kcache_config.host_memory_gib."
         )

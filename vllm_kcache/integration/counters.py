@@ -31,13 +31,15 @@ from vllm_kcache.cache.hot_cache import (
     COUNTER_NAMES,
     COUNTER_WORDS,
     DROPPED_MASS_EDGES,
+    ESTIMATE_ERROR_EDGES,
     FIRST_DROPPED_BUCKET,
+    FIRST_ESTIMATE_BUCKET,
 )
 
 logger = init_logger(__name__)
 
-# Upper bounds of the dropped mass, the same on CPU and GPU.
-DROPPED_BOUNDS = DROPPED_MASS_EDGES
+# Upper bounds of the dropped mass and of |estimate - refined|, the same on CPU and GPU.
+DROPPED_BOUNDS, ESTIMATE_BOUNDS = DROPPED_MASS_EDGES, ESTIMATE_ERROR_EDGES
 
 SCALARS = (
     "host_pool_blocks",
@@ -52,8 +54,6 @@ SCALARS = (
     "selected_blocks",
 )
 _DROPPED_AT = len(SCALARS)
-# Upper bounds of |estimate - refined|, of the log-sum-exp of a block's scores.
-ESTIMATE_BOUNDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, float("inf"))
 _ESTIMATES_AT = _DROPPED_AT + len(DROPPED_BOUNDS)
 NUM_VALUES = _ESTIMATES_AT + len(ESTIMATE_BOUNDS)
 # Codes that are so far off for so many blocks, of at least so many, are worth a warning: a block is
@@ -189,7 +189,8 @@ class Counters:
         dropped_mass(self._values)[:] += np.bincount(buckets, minlength=len(DROPPED_BOUNDS))
 
     def add_estimate_errors(self, errors: torch.Tensor) -> None:
-        """Count how far estimates from K codes were from the truth, and warn where they are far.
+        """Count on the CPU how far estimates from K codes were from the truth, and warn where they
+        are far.
 
         Args:
             errors: [n] float32, host. |estimate - refined| of selected blocks and query heads.
@@ -199,9 +200,16 @@ class Counters:
         # What is no number sorts behind infinity.
         buckets = buckets.clip(max=len(ESTIMATE_BOUNDS) - 1)
         found += np.bincount(buckets, minlength=len(ESTIMATE_BOUNDS))
+        self.warn_of_estimates()
+
+    def warn_of_estimates(self) -> None:
+        """Say once where estimates from K codes are far off, by what was counted until now."""
+        if self._has_warned:
+            return
+        found = estimate_errors(self.read())
         blocks, far = found.sum(), found[ESTIMATE_BOUNDS.index(ESTIMATE_FAR) + 1 :].sum()
         is_far = blocks >= ESTIMATE_LEAST_BLOCKS and far > ESTIMATE_FAR_SHARE * blocks
-        if is_far and not self._has_warned:
+        if is_far:
             self._has_warned = True
             logger.warning(
                 "KCache: for %.0f%% of the selected blocks the estimate from 4-bit K codes is off "
@@ -228,7 +236,8 @@ def _read(data: bytes) -> np.ndarray:
         }
         for name, value in counted.items():
             values[SCALARS.index(name)] = value
-        dropped_mass(values)[:] = words[FIRST_DROPPED_BUCKET:]
+        dropped_mass(values)[:] = words[FIRST_DROPPED_BUCKET:FIRST_ESTIMATE_BUCKET]
+        estimate_errors(values)[:] = words[FIRST_ESTIMATE_BUCKET:]
     return values[:NUM_VALUES]
 
 

@@ -24,6 +24,6 @@ class KCacheCPUWorker(SplitCacheWorker, CPUWorker):
             each += self.split_cache.shape.host_page_bytes
         return min(available // each, host_pages)
 
-    def _host_bytes_per_page(self, page_bytes: int, v_bytes: int) -> int:
-        # "auto" is a share of all that is left, and K pages will be in the same memory.
-        return page_bytes + v_bytes if self.kcache_config.host_memory_gib == "auto" else v_bytes
+    def _host_bytes_per_page(self, page_bytes: int, row_bytes: int) -> int:
+        # "auto" is a share of all that is left, and pages will be in the same memory.
+        return page_bytes + row_bytes if self.kcache_config.host_memory_gib == "auto" else row_bytes

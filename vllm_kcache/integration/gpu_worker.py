@@ -21,11 +21,15 @@ from vllm_kcache.split_cache_gpu import GPUSplitCache
 
 logger = init_logger(__name__)
 
+# Steps from one look at the figures to the next, for what is worth a warning.
+LOOK_EVERY = 256
+
 
 class KCacheGPUWorker(SplitCacheWorker, Worker):
     """vLLM's GPU worker with the split cache."""
 
     split_cache: GPUSplitCache
+    _published = 0
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         extension.load()
@@ -80,7 +84,7 @@ class KCacheGPUWorker(SplitCacheWorker, Worker):
                 else "Lower kcache_config.hot_cache_gib, or raise --kv-cache-memory-bytes."
             )
             raise KCacheConfigError(
-                f"kcache: {available / GIB:.2f} GiB of GPU memory are left for K pages and the hot "
+                f"kcache: {available / GIB:.2f} GiB of GPU memory are left for pages and the hot "
                 f"cache ({slots} rows of {self.split_cache.shape.row.bytes} bytes). {remedy}"
             )
         self.split_cache.hot_slots = slots
@@ -125,6 +129,10 @@ class KCacheGPUWorker(SplitCacheWorker, Worker):
         cache = self.split_cache
         if cache.hot_cache is not None:
             self._counter_words.copy_(cache.hot_cache.counters, non_blocking=True)
+        self._published += 1
+        if self._published % LOOK_EVERY == 0:
+            # By what the steps before have left there.
+            self.counters.warn_of_estimates()
         self.counters["eager_decode_steps"] = cache.eager_decode_steps
 
     def kcache_counters(self) -> list[float]:

@@ -25,11 +25,11 @@ from vllm_kcache.integration.settings import settings_of
 
 PREFIX = "vllm_kcache_"
 _COUNTERS = {
-    "fetched_bytes": "Bytes of V read from host memory by decode steps.",
+    "fetched_bytes": "Bytes of V, with k_bits 4 of K and V, that decode steps read from the host.",
     "decode_layer_steps": "Layers of decode steps through the selection (CPU; graphs count none).",
     "eager_decode_steps": "Decode steps on a GPU that ran outside the CUDA graphs.",
-    "hot_cache_hits": "Selected V blocks found in the hot V cache.",
-    "hot_cache_misses": "Selected V blocks fetched into the hot V cache.",
+    "hot_cache_hits": "Selected V blocks found in the hot cache.",
+    "hot_cache_misses": "Selected V blocks fetched into the hot cache.",
     "direct_host_reads": "Selected V blocks read from host memory by attention itself.",
 }
 
@@ -93,7 +93,7 @@ class KCacheCollector:
         estimates = HistogramMetricFamily(
             PREFIX + "estimate_error",
             "|estimate - refined| of the log-sum-exp of a selected V block, per query head, with "
-            "k_bits 4 (CPU).",
+            "k_bits 4; on a GPU of a sample.",
             labels=["engine"],
         )
         for index, array in values.items():
@@ -118,7 +118,7 @@ class KCacheCollector:
     def _host_pool(self, values: dict[int, np.ndarray]) -> Metric:
         family = GaugeMetricFamily(
             PREFIX + "host_pool_blocks",
-            "Blocks of the host V pool: total, and in use by requests or the prefix cache's users.",
+            "Blocks of the host pool: total, and in use by requests or the prefix cache's users.",
             labels=["engine", "state"],
         )
         for index, array in values.items():

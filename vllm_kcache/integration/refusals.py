@@ -28,6 +28,7 @@ class Refusal:
         remedy: What the user changes.
         value: Takes vLLM's configuration; returns the offending value, or None when off.
         argument: The same of vLLM's engine arguments: what the plugin itself must set.
+        codes_only: Refused with K codes in the pages only.
 
     An entry without either is found later, in a layer or in what the model asks of the cache.
     """
@@ -38,6 +39,7 @@ class Refusal:
     remedy: str
     value: Callable[[Any], Any] | None = None
     argument: Callable[[Any], Any] | None = None
+    codes_only: bool = False
 
     def message(self, value: Any) -> str:
         """The error text for a value that was found."""
@@ -76,6 +78,8 @@ def check(vllm_config: Any, config: KCacheConfig) -> None:
 def found(vllm_config: Any, config: KCacheConfig) -> Iterator[str]:
     """All refusals of a configuration, as messages (what `vllm-kcache check` lists)."""
     for refusal in REFUSALS:
+        if refusal.codes_only and config.resolved_k_bits == 16:
+            continue
         value = None if refusal.value is None else refusal.value(vllm_config)
         if value is not None:
             yield refusal.message(value)
@@ -123,6 +127,7 @@ def _settings_that_do_not_fit(vllm_config: Any, config: KCacheConfig) -> Iterato
 
 
 _STOCK = "Serve this model with vLLM's own backend."
+_OLD_CONSTANTS = "with k_bits 4 codes are made by what was measured of the weights at start"
 
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
@@ -371,6 +376,21 @@ REFUSALS: tuple[Refusal, ...] = (
         "Leave --enable-sleep-mode and --enable-cumem-allocator out, and stop the server when its "
         "memory is needed.",
         value=features.sleep_mode,
+    ),
+    Refusal(
+        "weight_transfer",
+        "weight_transfer_config={value}",
+        _OLD_CONSTANTS,
+        "Leave --weight-transfer-config out, or set kcache_config.k_bits to 16.",
+        value=lambda c: getattr(c.weight_transfer_config, "backend", None),
+        codes_only=True,
+    ),
+    Refusal(
+        "reload_weights",
+        "reload_weights",
+        _OLD_CONSTANTS,
+        "Start another engine with the new weights, or set kcache_config.k_bits to 16.",
+        codes_only=True,
     ),
     Refusal(
         "attention_type",

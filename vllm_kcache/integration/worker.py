@@ -37,7 +37,7 @@ class SplitCacheWorker:
     rank: int
     split_cache: SplitCache
     counters: counters.Counters
-    # Host bytes for V as they were before any rank of this machine took its share.
+    # Host bytes for rows as they were before any rank of this machine took its share.
     _first_host_budget: int | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -62,18 +62,34 @@ class SplitCacheWorker:
         if shape.k_bits == 4:
             runner = self.model_runner  # type: ignore[attr-defined]
             self.split_cache.k_stats = calibrate(runner, self.vllm_config, names, self.device)
+            if self.vllm_config.load_config.load_format == "dummy":
+                logger.warning(
+                    "KCache: load_format 'dummy' with k_bits 4: K was measured of random weights. "
+                    "Do not put others in their place: start an engine with those, or set "
+                    "kcache_config.k_bits to 16."
+                )
+
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's, where nothing was measured of the weights that are there.
+
+        Raises:
+            KCacheConfigError: There are K codes.
+        """
+        if self.split_cache.shape.k_bits == 4:
+            refusals.refuse("reload_weights")
+        super().reload_weights(*args, **kwargs)  # type: ignore[misc]
 
     def _make_cache(self, shape: CacheShape) -> SplitCache:
         raise NotImplementedError
 
     def determine_available_memory(self) -> int:
-        """Bytes for K pages: what vLLM finds, or less where the host cannot hold that much V."""
+        """Bytes for pages: what vLLM finds, or less where the host cannot hold as many rows."""
         available = super().determine_available_memory()  # type: ignore[misc]
         specs = self.get_kv_cache_spec()  # type: ignore[attr-defined]
         page_bytes = sum(spec.page_size_bytes for spec in specs.values())
-        v_bytes = self.split_cache.shape.host_page_bytes
+        row_bytes = self.split_cache.shape.host_page_bytes
         budget = self._first_host_budget = self._host_budget()
-        host_bytes_per_page = self._host_bytes_per_page(page_bytes, v_bytes)
+        host_bytes_per_page = self._host_bytes_per_page(page_bytes, row_bytes)
         host_pages = budget // host_bytes_per_page
         self._check_one_request(host_pages, host_bytes_per_page)
         pages = self._device_pages(available, page_bytes, host_pages)
@@ -106,14 +122,14 @@ class SplitCacheWorker:
         return min(available // page_bytes, host_pages)
 
     def _host_budget(self) -> int:
-        """Host bytes that this rank may pin for V."""
+        """Host bytes that this rank may pin for rows."""
         ranks = self.vllm_config.parallel_config.local_world_size
         engines = engines_on_host(self.vllm_config)
         return host_budget_bytes(self.kcache_config.host_memory_gib, ranks, engines)
 
-    def _host_bytes_per_page(self, page_bytes: int, v_bytes: int) -> int:
+    def _host_bytes_per_page(self, page_bytes: int, row_bytes: int) -> int:
         """What one page takes of that budget."""
-        return v_bytes
+        return row_bytes
 
     def _check_one_request(self, pages_host: int, host_bytes_per_page: int) -> None:
         """Refuse a host pool that cannot hold one request of max_model_len.
@@ -156,7 +172,7 @@ class SplitCacheWorker:
             budget = self._host_budget()
         if needed > budget:
             raise KCacheConfigError(
-                f"num_gpu_blocks_override={num_blocks}: V of that many blocks needs "
+                f"num_gpu_blocks_override={num_blocks}: the rows of that many blocks need "
                 f"{needed / GIB:.2f} GiB of host memory, and this rank may use "
                 f"{budget / GIB:.2f} GiB. Lower --num-gpu-blocks-override or raise "
                 "kcache_config.host_memory_gib."

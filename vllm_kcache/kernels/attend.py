@@ -19,11 +19,11 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_kcache.cache.hot_cache import EPOCH
+from vllm_kcache.cache.hot_cache import EPOCH, ESTIMATE_ERROR_EDGES, FIRST_ESTIMATE_BUCKET
 from vllm_kcache.cache.layer_view import LayerView
 from vllm_kcache.kernels.attend_plan import MAX_SPLITS, AttendConfig, attend_config
 from vllm_kcache.kernels.dependent import gdc_wait
-from vllm_kcache.kernels.score import check_query_strides, is_first_program
+from vllm_kcache.kernels.score import check_query_strides, is_first_program, lse_by_block
 from vllm_kcache.kernels.workspace import DecodeBatch, DecodeWorkspace
 from vllm_kcache.types import Selected
 
@@ -38,11 +38,86 @@ ESTIMATED_UNIT_BITS, ESTIMATED_ONE = tl.constexpr(7.0), tl.constexpr(float(1 << 
 K_IN_PAGE, K_IN_ROW, K_INT8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _MOST_PARTS = tl.constexpr(MAX_SPLITS)
 _EPOCH = tl.constexpr(EPOCH)
+# Of so many launches one looks at how far estimates are off: every few steps of a model, and as
+# often in each of its layers.
+ESTIMATES_EVERY = 64
+_FIRST_ESTIMATE_BUCKET = tl.constexpr(FIRST_ESTIMATE_BUCKET)
+_ESTIMATE_BUCKETS = tl.constexpr(len(ESTIMATE_ERROR_EDGES))
+_ESTIMATE_EDGES = tl.constexpr(ESTIMATE_ERROR_EDGES)
 _TRITON_DTYPES = {
     torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16
 }  # fmt: skip
 # Parts whose loads are in flight at once while they are added up.
 _AHEAD = tl.constexpr(4)
+
+
+@triton.jit
+def load_query(
+    query, query_bias, request, heads, group_mask, query_stride, NUM_HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr, KEYS: tl.constexpr, V_DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Query [G, D] of some heads of a request in the form that rows are scored with, and what its
+    score adds to each [G]."""
+    in_head = tl.arange(0, HEAD_PADDED)
+    mask = group_mask[:, None] & (in_head < HEAD_SIZE)[None, :]
+    values = heads[:, None] * HEAD_SIZE + in_head[None, :]
+    q = tl.load(query + request * query_stride + values, mask=mask, other=0.0)
+    bias = tl.zeros(heads.shape, tl.float32)
+    if KEYS == K_INT8:
+        # Ten bits of k' are exact in float16, and of q' more than in bfloat16.
+        q = q.to(tl.float32 if tl.float32 == V_DTYPE else tl.float16)
+        bias = tl.load(query_bias + request * NUM_HEADS + heads, mask=group_mask, other=0.0)
+    return q, bias
+
+
+@triton.jit
+def read_chunk(
+    q, bias, k_pages, row_values, row_scales, rows, blocks, table_row, start, count, num_tokens,
+    head_base, scale, host_distance, page_stride, HEAD_SIZE: tl.constexpr,
+    HEAD_PADDED: tl.constexpr, PAGE_TOKENS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    CHUNK_BLOCKS: tl.constexpr, ROW_VALUES: tl.constexpr, VALUES_OF_16_BYTES: tl.constexpr,
+    PRECISION: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Columns of a list from `start`: scores [G, tokens], base 2, -inf where there is no token;
+    V [tokens, D] as its row has it, and V's scales [tokens], of rows of int8 only."""
+    in_head = tl.arange(0, HEAD_PADDED)
+    in_chunk = tl.arange(0, CHUNK_BLOCKS * BLOCK_TOKENS)
+    in_block = in_chunk % BLOCK_TOKENS
+    part_values: tl.constexpr = BLOCK_TOKENS * HEAD_SIZE
+    column = start + in_chunk // BLOCK_TOKENS
+    listed = column < count
+    block = tl.load(blocks + column, mask=listed, other=0)
+    row = tl.load(rows + column, mask=listed, other=0)
+    token = block * BLOCK_TOKENS + in_block
+    exists = listed & (token < num_tokens)
+    mask = exists[:, None]
+    if HEAD_SIZE != HEAD_PADDED:
+        mask = mask & (in_head < HEAD_SIZE)[None, :]
+    # One base pointer and a distance reach both memories. Both are aligned to 16 bytes, which the
+    # compiler must know to load as much at once.
+    here = row.to(tl.int64) * ROW_VALUES
+    # Triton passes small distances as int32: widen before multiplying.
+    host = host_distance.to(tl.int64) * VALUES_OF_16_BYTES
+    host += (-2 - row).to(tl.int64) * ROW_VALUES
+    row_offset = tl.multiple_of(tl.where(row >= 0, here, host), VALUES_OF_16_BYTES)
+    offset = row_offset + in_block * HEAD_SIZE
+    if KEYS == K_IN_PAGE:
+        page = tl.load(table_row + token // PAGE_TOKENS, mask=exists, other=0).to(tl.int64)
+        k_offset = page * page_stride + head_base + (token % PAGE_TOKENS) * HEAD_SIZE
+        k = tl.load(k_pages + k_offset[:, None] + in_head[None, :], mask=mask, other=0.0)
+    else:
+        k = tl.load(row_values + offset[:, None] + in_head[None, :], mask=mask, other=0)
+        offset += part_values
+    v = tl.load(row_values + offset[:, None] + in_head[None, :], mask=mask, other=0)
+    scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * (scale * LOG2_E)
+    v_scale = tl.zeros(in_chunk.shape, tl.float16)
+    if KEYS == K_INT8:
+        # Scales are float16, two bytes each where a value has one.
+        at = row_offset // 2 + part_values + in_block
+        k_scale = tl.load(row_scales + at, mask=exists, other=0.0).to(tl.float32)
+        v_scale = tl.load(row_scales + at + BLOCK_TOKENS, mask=exists, other=0.0)
+        scores = scores * k_scale[None, :] + (bias * LOG2_E)[:, None]
+    return tl.where(exists[None, :], scores, float("-inf")), v, v_scale
 
 
 @triton.jit
@@ -60,47 +135,16 @@ def attend_share(
     weighted with V [G, D]. With CLIP the weights are min(exp2(score - shift), limit) instead, both
     [G], and the largest score is 0.
     """
-    in_head = tl.arange(0, HEAD_PADDED)
-    in_chunk = tl.arange(0, CHUNK_BLOCKS * BLOCK_TOKENS)
-    in_block = in_chunk % BLOCK_TOKENS
-    part_values: tl.constexpr = BLOCK_TOKENS * HEAD_SIZE
     largest = tl.full((GROUP_PADDED,), 0.0 if CLIP else float("-inf"), tl.float32)
     weight = tl.zeros((GROUP_PADDED,), tl.float32)
     sums = tl.zeros((GROUP_PADDED, HEAD_PADDED), tl.float32)
     for start in range(first, count, step):
-        column = start + in_chunk // BLOCK_TOKENS
-        listed = column < count
-        block = tl.load(blocks + column, mask=listed, other=0)
-        row = tl.load(rows + column, mask=listed, other=0)
-        token = block * BLOCK_TOKENS + in_block
-        exists = listed & (token < num_tokens)
-        mask = exists[:, None]
-        if HEAD_SIZE != HEAD_PADDED:
-            mask = mask & (in_head < HEAD_SIZE)[None, :]
-        # One base pointer and a distance reach both memories. Both are aligned to 16 bytes, which
-        # the compiler must know to load as much at once.
-        here = row.to(tl.int64) * ROW_VALUES
-        # Triton passes small distances as int32: widen before multiplying.
-        host = host_distance.to(tl.int64) * VALUES_OF_16_BYTES
-        host += (-2 - row).to(tl.int64) * ROW_VALUES
-        row_offset = tl.multiple_of(tl.where(row >= 0, here, host), VALUES_OF_16_BYTES)
-        offset = row_offset + in_block * HEAD_SIZE
-        if KEYS == K_IN_PAGE:
-            page = tl.load(table_row + token // PAGE_TOKENS, mask=exists, other=0).to(tl.int64)
-            k_offset = page * page_stride + head_base + (token % PAGE_TOKENS) * HEAD_SIZE
-            k = tl.load(k_pages + k_offset[:, None] + in_head[None, :], mask=mask, other=0.0)
-        else:
-            k = tl.load(row_values + offset[:, None] + in_head[None, :], mask=mask, other=0)
-            offset += part_values
-        v = tl.load(row_values + offset[:, None] + in_head[None, :], mask=mask, other=0)
-        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * (scale * LOG2_E)
-        if KEYS == K_INT8:
-            # Scales are float16, two bytes each where a value has one.
-            at = row_offset // 2 + part_values + in_block
-            k_scale = tl.load(row_scales + at, mask=exists, other=0.0).to(tl.float32)
-            v_scale = tl.load(row_scales + at + BLOCK_TOKENS, mask=exists, other=0.0)
-            scores = scores * k_scale[None, :] + (bias * LOG2_E)[:, None]
-        scores = tl.where(exists[None, :], scores, float("-inf"))
+        scores, v, v_scale = read_chunk(
+            q, bias, k_pages, row_values, row_scales, rows, blocks, table_row, start, count,
+            num_tokens, head_base, scale, host_distance, page_stride, HEAD_SIZE, HEAD_PADDED,
+            PAGE_TOKENS, BLOCK_TOKENS, CHUNK_BLOCKS, ROW_VALUES, VALUES_OF_16_BYTES, PRECISION,
+            KEYS,
+        )  # fmt: skip
         if CLIP:
             weights = tl.minimum(tl.exp2(scores - shift[:, None]), limit[:, None])
             weight += tl.sum(weights, 1)
@@ -197,24 +241,84 @@ def share_out(
     return tl.sum(sums * factors[:, :, None], 0)
 
 
+@triton.jit
+def count_estimate_errors(
+    counters, block_lse, epoch, query, query_bias, k_pages, row_values, row_scales, rows, blocks,
+    counts, block_table, seq_lens, scale, host_distance, query_stride, page_stride, table_stride,
+    columns, max_blocks, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, CHUNK_BLOCKS: tl.constexpr,
+    ROW_VALUES: tl.constexpr, VALUES_OF_16_BYTES: tl.constexpr, V_DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr, KEYS: tl.constexpr, EVERY: tl.constexpr,
+):  # fmt: skip
+    """In one epoch of EVERY, drawn at random: how far the estimates are off of a chunk, drawn too.
+
+    For one program of a launch. What it takes (some microseconds, of rows that the launch has just
+    read) is too little to show when it is so seldom, and the other programs do nothing for it.
+    """
+    drawn, of_lists, of_chunks, _rest = tl.randint4x(0, epoch)
+    if tl.umulhi(drawn, EVERY) == 0:
+        num_lists = tl.num_programs(1) * tl.num_programs(2)
+        list_id = tl.umulhi(of_lists, num_lists.to(tl.uint32)).to(tl.int64)
+        request, head = list_id // NUM_KV_HEADS, list_id % NUM_KV_HEADS
+        count = tl.load(counts + list_id)
+        chunks = tl.cdiv(count, CHUNK_BLOCKS).to(tl.uint32)
+        start = tl.umulhi(of_chunks, chunks).to(tl.int32) * CHUNK_BLOCKS
+        in_group = tl.arange(0, GROUP_PADDED)
+        group_mask = in_group < GROUP
+        heads = head * GROUP + in_group
+        q, bias = load_query(
+            query, query_bias, request, heads, group_mask, query_stride, NUM_HEADS, HEAD_SIZE,
+            HEAD_PADDED, KEYS, V_DTYPE,
+        )  # fmt: skip
+        list_blocks = blocks + list_id * columns
+        scores, _v, _v_scale = read_chunk(
+            q, bias, k_pages, row_values, row_scales, rows + list_id * columns, list_blocks,
+            block_table + request * table_stride, start, count, tl.load(seq_lens + request),
+            head * (PAGE_TOKENS * HEAD_SIZE), scale, host_distance, page_stride, HEAD_SIZE,
+            HEAD_PADDED, PAGE_TOKENS, BLOCK_TOKENS, CHUNK_BLOCKS, ROW_VALUES, VALUES_OF_16_BYTES,
+            PRECISION, KEYS,
+        )  # fmt: skip
+        refined = lse_by_block(scores, BLOCK_TOKENS)
+        column = start + tl.arange(0, CHUNK_BLOCKS)
+        listed = column < count
+        block = tl.load(list_blocks + column, mask=listed, other=0)
+        counted = group_mask[:, None] & listed[None, :]
+        places = (request * NUM_HEADS + heads)[:, None] * max_blocks + block[None, :]
+        error = tl.abs(tl.load(block_lse + places, mask=counted, other=0.0) - refined)
+        bucket = tl.zeros(error.shape, tl.int32)
+        for edge in tl.static_range(_ESTIMATE_BUCKETS - 1):
+            # What is no number is below no edge.
+            bucket += tl.where(error <= _ESTIMATE_EDGES[edge], 0, 1)
+        ones = tl.full(error.shape, 1, tl.int64)
+        tl.atomic_add(counters + _FIRST_ESTIMATE_BUCKET + bucket, ones, mask=counted, sem="relaxed")
+
+
 # Batch sizes differ in these numbers only, and share one compiled kernel.
-@triton.jit(do_not_specialize=["columns", "host_distance"])
+@triton.jit(do_not_specialize=["columns", "max_blocks", "host_distance"])
 def attend_kernel(
     query, query_bias, k_pages, row_values, row_scales, rows, blocks, counts, block_table,
-    seq_lens, request_lse, request_dropped, state, partial_sums, partial_weights, arrivals, out,
-    scale, clip, host_distance, query_stride, page_stride, table_stride, out_stride, columns,
+    seq_lens, block_lse, request_lse, request_dropped, state, counters, partial_sums,
+    partial_weights, arrivals, out, scale, clip, host_distance, query_stride, page_stride,
+    table_stride, out_stride, columns, max_blocks,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     GROUP_PADDED: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
     PAGE_TOKENS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, CHUNK_BLOCKS: tl.constexpr,
     ROW_VALUES: tl.constexpr, VALUES_OF_16_BYTES: tl.constexpr, SPLIT: tl.constexpr,
     CLIP: tl.constexpr, KEYS: tl.constexpr, V_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    EVERY: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     if DEPENDENT:
         gdc_wait()
+    epoch = 0
     if is_first_program():
-        # The step's epoch ends here: this is its last launch, and it does not look at the epoch.
-        tl.store(state + _EPOCH, tl.load(state + _EPOCH) + 1)
+        # The step's epoch ends here: this is its last launch, and no other program of it looks at
+        # the epoch.
+        epoch = tl.load(state + _EPOCH)
+        if KEYS != K_IN_PAGE:
+            # Every thread has it before one changes it.
+            tl.debug_barrier()
+        tl.store(state + _EPOCH, epoch + 1)
     split, splits = tl.program_id(0), tl.num_programs(0)
     head = tl.program_id(1)
     request = tl.program_id(2).to(tl.int64)
@@ -230,14 +334,10 @@ def attend_kernel(
     in_head = tl.arange(0, HEAD_PADDED)
     group_mask = in_group < GROUP
     heads = head * GROUP + in_group
-    values_mask = group_mask[:, None] & (in_head < HEAD_SIZE)[None, :]
-    values = heads[:, None] * HEAD_SIZE + in_head[None, :]
-    q = tl.load(query + request * query_stride + values, mask=values_mask, other=0.0)
-    bias = tl.zeros((GROUP_PADDED,), tl.float32)
-    if KEYS == K_INT8:
-        # Ten bits of k' are exact in float16, and of q' more than in bfloat16.
-        q = q.to(tl.float32 if tl.float32 == V_DTYPE else tl.float16)
-        bias = tl.load(query_bias + request * NUM_HEADS + heads, mask=group_mask, other=0.0)
+    q, bias = load_query(
+        query, query_bias, request, heads, group_mask, query_stride, NUM_HEADS, HEAD_SIZE,
+        HEAD_PADDED, KEYS, V_DTYPE,
+    )  # fmt: skip
     shift = tl.zeros((GROUP_PADDED,), tl.float32)
     limit = tl.zeros((GROUP_PADDED,), tl.float32)
     dropped = tl.zeros((GROUP_PADDED,), tl.float32)
@@ -295,6 +395,14 @@ def attend_kernel(
             result.to(out.dtype.element_ty),
             mask=(in_side < GROUP)[:, None] & (in_head < HEAD_SIZE)[None, :],
         )
+    if KEYS != K_IN_PAGE and is_first_program():
+        count_estimate_errors(
+            counters, block_lse, epoch, query, query_bias, k_pages, row_values,
+            row_scales, rows, blocks, counts, block_table, seq_lens, scale, host_distance,
+            query_stride, page_stride, table_stride, columns, max_blocks, NUM_HEADS, NUM_KV_HEADS,
+            GROUP, GROUP_PADDED, HEAD_SIZE, HEAD_PADDED, PAGE_TOKENS, BLOCK_TOKENS, CHUNK_BLOCKS,
+            ROW_VALUES, VALUES_OF_16_BYTES, V_DTYPE, PRECISION, KEYS, EVERY,
+        )  # fmt: skip
 
 
 def attend_blocks(
@@ -317,7 +425,8 @@ def attend_blocks(
             "clip" only.
         rows: [B, Hkv, N] int32, GPU. Where each selected row lies (`types.Fetched`); 0 and above is
             a slot of the hot cache.
-        workspace: `sums`, `weights` and `arrivals` are used; with rows of int8 also the query as
+        workspace: `sums`, `weights` and `arrivals` are used; with K in the rows also the estimates,
+            `block_lse`, whose errors it counts now and then; and with rows of int8 the query as
             scoring left it, `code_query` and `code_bias`.
         out: [B, Hq, D] model dtype, GPU. Written and returned; 0 for a padded row.
         config: launch shape, chosen by `attend_config` unless given.
@@ -353,12 +462,12 @@ def attend_blocks(
         raise ValueError("host rows and hot slots: must be aligned to 16 bytes")
     attend_kernel[(config.splits, shape.num_kv_heads, batch.num_requests)](
         query, bias, view.k_pages, base.view(row.value_dtype), base.view(torch.float16), rows,
-        selected.blocks, selected.counts, batch.block_table, batch.seq_lens,
+        selected.blocks, selected.counts, batch.block_table, batch.seq_lens, workspace.block_lse,
         workspace.lse if selected.lse is None else selected.lse,
-        workspace.lse if dropped is None else dropped, cache.state, workspace.sums,
-        workspace.weights, workspace.arrivals, out, batch.scale, 1.0 if clip is None else clip,
-        distance // 16, query.stride(0), view.k_pages.stride(0), batch.block_table.stride(0),
-        out.stride(0), columns,
+        workspace.lse if dropped is None else dropped, cache.state, cache.counters,
+        workspace.sums, workspace.weights, workspace.arrivals, out, batch.scale,
+        1.0 if clip is None else clip, distance // 16, query.stride(0), view.k_pages.stride(0),
+        batch.block_table.stride(0), out.stride(0), columns, batch.max_blocks,
         NUM_HEADS=shape.num_query_heads, NUM_KV_HEADS=shape.num_kv_heads, GROUP=shape.group,
         GROUP_PADDED=max(16, triton.next_power_of_2(rows_of_list)),
         HEAD_SIZE=shape.head_size, HEAD_PADDED=triton.next_power_of_2(shape.head_size),
@@ -367,7 +476,7 @@ def attend_blocks(
         VALUES_OF_16_BYTES=16 // row.value_dtype.itemsize, SPLIT=config.splits > 1,
         CLIP=clip is not None, KEYS=keys.value, V_DTYPE=_TRITON_DTYPES[shape.dtype],
         PRECISION="ieee" if shape.dtype == torch.float32 else "tf32",
-        DEPENDENT=dependent, launch_pdl=dependent,
+        EVERY=ESTIMATES_EVERY, DEPENDENT=dependent, launch_pdl=dependent,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out

@@ -22,7 +22,7 @@ from vllm_kcache.planner.cost import (
     split_step,
     stock_step,
 )
-from vllm_kcache.planner.memory import GIB, Engine, cache_shape, fit_stock
+from vllm_kcache.planner.memory import GIB, Engine, cache_shape, fit_stock, gpu_memory
 from vllm_kcache.planner.plan import Load, Plan, Setup, make_plan, ratio_at
 from vllm_kcache.planner.selection import (
     HIT_RATES,
@@ -63,8 +63,9 @@ H200_FP8_ROWS = [
     (32768, 54, 45.8), (122880, 1, 8.02), (122880, 14, 50.4),
 ]  # fmt: skip
 H200_SPLIT_ROWS = [
-    (4096, 1, 0.97, 5.61), (4096, 16, 0.97, 7.65), (4096, 64, 0.97, 13.6), (32768, 1, 0.99, 6.26),
-    (32768, 50, 0.96, 37.8), (122880, 13, 0.96, 34.4),
+    (4096, 1, 0.97, 5.61), (4096, 16, 0.97, 7.65), (4096, 64, 0.97, 13.6), (4096, 144, 0.83, 30.3),
+    (4096, 192, 0.67, 51.2), (32768, 1, 0.99, 6.26), (32768, 50, 0.96, 37.8),
+    (122880, 13, 0.96, 34.4),
 ]  # fmt: skip
 
 
@@ -115,7 +116,7 @@ def test_split_rows_of_an_h200(
     context: int, requests: int, hit_rate: float, measured_ms: float
 ) -> None:
     setup = dataclasses.replace(
-        setup_of(context=context, max_num_seqs=64, config={}), hardware=H200
+        setup_of(context=context, max_num_seqs=192, config={}), hardware=H200
     )
     plan = make_plan(setup, Load(context, requests, hit_rate=hit_rate))
     assert plan.kcache_16.requests == requests
@@ -186,14 +187,15 @@ def measured_work(row: dict[str, Any], run: dict[str, Any], shape: Any) -> Split
     """The selection as the row counted it: of the run where it says so, of the engine otherwise."""
     config = KCacheConfig.from_user(row["kcache_config"])
     figures = run.get("kcache_metrics") or row["kcache_metrics"]
-    cache = cache_shape(shape, engine_of(row["context"]), config)
+    memory = gpu_memory(shape, engine_of(row["context"]), config)
     fetched = figures["hot_cache_misses"] + figures["direct_host_reads"]
     return SplitWork(
         selected_tokens=figures["selected_blocks"]
         / max(1, figures["selected_lists"])
-        * cache.block_tokens,
+        * memory.shape.block_tokens,
         hit_rate=figures["hot_cache_hits"] / max(1, figures["hot_cache_hits"] + fetched),
-        cache=cache,
+        cache=memory.shape,
+        group_requests=memory.group_requests,
     )
 
 
@@ -204,7 +206,7 @@ def work_of(selected_tokens: float, hit_rate: float = 0.0, **settings: Any) -> S
     """Of the Llama-3-8B shape."""
     config = KCacheConfig.from_user({"top_n": 16, **settings})
     cache = cache_shape(shape_of("llama-3-8b"), engine_of(32768), config)
-    return SplitWork(selected_tokens, hit_rate, cache)
+    return SplitWork(selected_tokens, hit_rate, cache, group_requests=64)
 
 
 def test_a_step_by_hand() -> None:
@@ -239,6 +241,19 @@ def test_a_step_over_codes_by_hand(host_dtype: str, row_bytes: int) -> None:
     assert (cost.weights, cost.fixed) == (exact.weights, exact.fixed)
 
 
+@pytest.mark.parametrize("k_bits", [16, 4])
+def test_more_requests_than_a_group_are_launched_again(k_bits: int) -> None:
+    step = (shape_of("llama-3-8b"), H100, engine_of(4096))
+    work = work_of(128, hit_rate=1.0, k_bits=k_bits)
+    one, two, three = (split_step(*step, n, 4096, work) for n in (64, 65, 129))
+    # Of these 34 us a layer codes count 8 with scoring.
+    assert one.launches + (k_bits == 4) * 32 * 8e-6 == pytest.approx(32 * 34e-6)
+    assert (two.launches, three.launches) == pytest.approx((2 * one.launches, 3 * one.launches))
+    read = 32 * 8 * 4096 * (68 if k_bits == 4 else 256) / 3.1e12
+    started = two.cache - one.cache - read
+    assert started == pytest.approx(32 * 8e-6 if k_bits == 4 else 0, abs=1e-9)
+
+
 def test_a_fetch_longer_than_scoring_is_waited_for() -> None:
     work = work_of(4096)
     cost = split_step(shape_of("llama-3-8b"), H100, engine_of(32768), 8, 32768, work)
@@ -249,7 +264,7 @@ def test_a_fetch_longer_than_scoring_is_waited_for() -> None:
 def test_dense_layers_cost_what_stock_layers_cost() -> None:
     step = (shape_of("llama-3-8b"), H100, engine_of(32768), 8, 32768)
     none_split = dataclasses.replace(work_of(128).cache, num_layers=0)
-    dense, stock = split_step(*step, SplitWork(128, 0, none_split)), stock_step(*step)
+    dense, stock = split_step(*step, SplitWork(128, 0, none_split, 64)), stock_step(*step)
     assert dense.seconds == pytest.approx(stock.seconds)
     assert dense.hbm_bytes == pytest.approx(stock.hbm_bytes)
     assert dense.pcie_bytes == 0

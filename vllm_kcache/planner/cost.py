@@ -6,6 +6,7 @@ Every constant says where it is from; how well they fit: docs/plan.md.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from vllm_kcache.cache.formats import CacheShape
@@ -100,11 +101,13 @@ class SplitWork:
         selected_tokens: Tokens a head that are attended, mean.
         hit_rate: Share of them that the hot cache holds, 0 to 1.
         cache: The split layers: what pages and rows hold.
+        group_requests: Requests that decode together; more of them decode one group after another.
     """
 
     selected_tokens: float
     hit_rate: float
     cache: CacheShape
+    group_requests: int
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,9 @@ def split_step(
     cache = work.cache
     lists = requests * cache.num_kv_heads
     score_bytes = lists * context * cache.k_token_bytes
-    score = cache.num_layers * score_seconds(cache, hardware, score_bytes)
+    groups = max(1, math.ceil(requests / work.group_requests))
+    launches = cache.num_layers * groups
+    score = launches * score_seconds(cache, hardware, score_bytes / groups)
     rows = cache.num_layers * lists * min(work.selected_tokens, context) / cache.block_tokens
     fetched_bytes = rows * cache.row.bytes * (1 - work.hit_rate)
     fetch = fetched_bytes / (hardware.pcie_bytes_per_s * interpolate(LINK_SHARE, cache.row.bytes))
@@ -202,7 +207,7 @@ def split_step(
         fixed=stock.fixed,
         fetch=noticed,
         attend=attended_bytes / (hardware.hbm_bytes_per_s * ATTEND_SHARE),
-        launches=cache.num_layers * launch,
+        launches=launches * launch,
         fetch_hidden=fetch - noticed,
         hbm_bytes=weight_bytes
         + (stock.hbm_bytes - weight_bytes) * dense_share
@@ -212,9 +217,9 @@ def split_step(
     )
 
 
-def score_seconds(cache: CacheShape, hardware: Hardware, layer_bytes: float) -> float:
-    """Scoring one layer: reading so many bytes of K, or of its codes."""
-    seconds = layer_bytes / hardware.hbm_bytes_per_s
+def score_seconds(cache: CacheShape, hardware: Hardware, score_bytes: float) -> float:
+    """One launch of scoring, which reads so many bytes of K, or of its codes."""
+    seconds = score_bytes / hardware.hbm_bytes_per_s
     if cache.k_bits == 16:
         return seconds
     return CODE_START_SECONDS + seconds / interpolate(CODE_SHARE, cache.group)

@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_kcache.config import KCacheConfig
 from vllm_kcache.planner.cost import Hardware, SplitWork, StepCost, split_step, stock_step
-from vllm_kcache.planner.memory import GIB, Engine, Fit, cache_shape, fit_split, fit_stock
+from vllm_kcache.planner.memory import GIB, Engine, Fit, fit_split, fit_stock, gpu_memory
 from vllm_kcache.planner.selection import HIT_RATES, interpolate, selected_tokens_of
 from vllm_kcache.planner.shape import ModelShape, PlanError
 
@@ -162,18 +162,18 @@ def make_plan(setup: Setup, load: Load) -> Plan:
 
 def split_work(setup: Setup, load: Load, fit: Fit, requests: float) -> SplitWork:
     """What the settings select, and what the hot cache holds of it."""
-    cache = cache_shape(setup.shape, setup.engine, setup.config)
-    tokens = cache.block_tokens
+    memory = gpu_memory(setup.shape, setup.engine, setup.config)
+    cache, tokens = memory.shape, memory.shape.block_tokens
     selected = load.selected_tokens
     if selected is None:
-        selected = selected_tokens_of(setup.config.selection(tokens), tokens, load.context)
+        selected = selected_tokens_of(memory.selection, tokens, load.context)
     selected = min(selected, load.context)
     hit_rate = load.hit_rate
     if hit_rate is None:
         lists = requests * cache.num_layers * cache.num_kv_heads
         wanted = lists * selected / tokens * cache.row.bytes
         hit_rate = interpolate(HIT_RATES, fit.hot_cache_bytes / wanted)
-    return SplitWork(selected, hit_rate, cache)
+    return SplitWork(selected, hit_rate, cache, memory.group_requests)
 
 
 def _check(setup: Setup, load: Load) -> None:

@@ -106,7 +106,7 @@ def test_groups_are_as_large_as_their_buffers_allow() -> None:
         (30, 30, {}, "host memory", "a larger kcache_config.host_memory_gib, lets"),
         (30, 30, {"k_bits": 4}, "host memory", "gib, or kcache_config.host_dtype int8, lets"),
         (30, 30, {"k_bits": 4, "host_dtype": "int8"}, "host memory", "host_memory_gib, lets"),
-        (30, 31, {}, "GPU memory", "is given), or kcache_config.k_bits 4 lets"),
+        (30, 31, {}, "GPU memory", "is given), or kcache_config.k_bits 4, lets"),
         (30, 31, {"k_bits": 4}, "GPU memory", "is given) lets"),
         (100, 100, {}, "max_num_seqs", "Only a larger --max-num-seqs"),
         (100, 101, {"k_bits": 4}, "max_num_seqs", "Only a larger --max-num-seqs"),

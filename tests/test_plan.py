@@ -15,6 +15,7 @@ import torch
 from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.config import KCacheConfig, KCacheConfigError
 from vllm_kcache.planner.cost import (
+    ATTEND_SHARE,
     HARDWARE,
     LINK_SHARE,
     SplitWork,
@@ -64,8 +65,7 @@ H200_FP8_ROWS = [
 ]  # fmt: skip
 H200_SPLIT_ROWS = [
     (4096, 1, 0.97, 5.61), (4096, 16, 0.97, 7.65), (4096, 64, 0.97, 13.6), (4096, 144, 0.83, 30.3),
-    (4096, 192, 0.67, 51.2), (32768, 1, 0.99, 6.26), (32768, 50, 0.96, 37.8),
-    (122880, 13, 0.96, 34.4),
+    (32768, 1, 0.99, 6.26), (32768, 50, 0.96, 37.8), (122880, 13, 0.96, 34.4),
 ]  # fmt: skip
 
 
@@ -145,6 +145,20 @@ def test_rows_of_scoring_codes(row: dict[str, Any]) -> None:
     assert seconds * 1e3 == pytest.approx(row["ms"]["p50"], rel=0.1)
 
 
+def test_rows_of_attention_over_ragged_lists() -> None:
+    """A step attends at the speed of the kernel by itself."""
+    lines = (RESULTS / "attend.jsonl").read_text().splitlines()
+    ragged = [
+        row["gb_per_s"]
+        for row in map(json.loads, lines)
+        if row["gpu"] == H200.name and re.match("llama-3-8b 26x32K,.* ragged", row["shape"])
+    ]
+    assert len(ragged) >= 2
+    assert ragged == pytest.approx(
+        [ATTEND_SHARE * H200.hbm_bytes_per_s / 1e9] * len(ragged), rel=0.1
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "context", "blocks", "requests"),
     [("llama-2-7b", 16384, 7276, 7), ("llama-3-8b", 32768, 27690, 13)],
@@ -217,10 +231,10 @@ def test_a_step_by_hand() -> None:
     assert cost.pcie_bytes == 26 * 128 * row * 32 / 2
     weights = 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336) * 2 + 128256 * 4096 * 2
     assert cost.hbm_bytes == weights + 32 * 26 * row * (32768 + 2 * 128)
-    # Scoring takes longer than the fetch, of which the step notices 30%.
+    # Scoring takes longer than the fetch, of which the step notices 20%.
     assert cost.cache == pytest.approx(32 * 26 * row * 32768 / 3.1e12)
     fetch = cost.pcie_bytes / 49.8e9
-    assert (cost.fetch, cost.fetch_hidden) == pytest.approx((0.3 * fetch, 0.7 * fetch))
+    assert (cost.fetch, cost.fetch_hidden) == pytest.approx((0.2 * fetch, 0.8 * fetch))
     named = (cost.weights, cost.cache, cost.fixed, cost.fetch, cost.attend, cost.launches)
     assert cost.seconds == pytest.approx(sum(named))
 
@@ -246,8 +260,8 @@ def test_more_requests_than_a_group_are_launched_again(k_bits: int) -> None:
     step = (shape_of("llama-3-8b"), H100, engine_of(4096))
     work = work_of(128, hit_rate=1.0, k_bits=k_bits)
     one, two, three = (split_step(*step, n, 4096, work) for n in (64, 65, 129))
-    # Of these 34 us a layer codes count 8 with scoring.
-    assert one.launches + (k_bits == 4) * 32 * 8e-6 == pytest.approx(32 * 34e-6)
+    # Of these 30 us a layer codes count 8 with scoring.
+    assert one.launches + (k_bits == 4) * 32 * 8e-6 == pytest.approx(32 * 30e-6)
     assert (two.launches, three.launches) == pytest.approx((2 * one.launches, 3 * one.launches))
     read = 32 * 8 * 4096 * (68 if k_bits == 4 else 256) / 3.1e12
     started = two.cache - one.cache - read

@@ -64,7 +64,7 @@ def what_limits(
             f"More host memory, or a larger kcache_config.host_memory_gib{also}, lets more "
             "requests in."
         )
-    also = ", or kcache_config.k_bits 4" if shape.k_bits == 16 else ""
+    also = ", or kcache_config.k_bits 4," if shape.k_bits == 16 else ""
     return f"{device} memory", (
         f"A larger --gpu-memory-utilization (or --kv-cache-memory-bytes, where that is given){also}"
         " lets more requests in."

@@ -29,6 +29,8 @@ class Hardware:
         layer_seconds: What a layer of a stock step takes beside reading: launches, norms, small
             kernels.
         fp8_share: Speed at which stock attention reads an fp8 cache, as a share of that of bf16.
+        split_layer_seconds: What a layer of the split cache adds to that: launches, selection,
+            kernels that start and end one after the other.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Hardware:
     source: str
     layer_seconds: float
     fp8_share: float
+    split_layer_seconds: float
 
 
 # Stock bf16 decode on an H100: 1 against 7 requests of 16K (Llama-2-7B shape) and 1 against 13 of
@@ -48,6 +51,8 @@ class Hardware:
 H100_READ_BYTES_PER_S = 3.10e12
 H100_LAYER_SECONDS = 1.88e-3 / 32
 H100_FP8_SHARE = 2.35 / 3.10
+# This and FETCH_NOTICED are fitted to the rows of benchmarks/results/decode.jsonl, of k_bits 16.
+H100_SPLIT_LAYER_SECONDS = 30e-6
 # As a share of the data sheet's 3.35 TB/s; a GPU that was not measured is taken to reach as much.
 HBM_SHARE = H100_READ_BYTES_PER_S / 3.35e12
 _SHEET = "data sheet; memory taken to reach the share that an H100 reaches"
@@ -55,25 +60,22 @@ _SHEET = "data sheet; memory taken to reach the share that an H100 reaches"
 HARDWARE = {
     "h100": Hardware(
         "NVIDIA H100 80GB HBM3", 79.1 * 2**30, H100_READ_BYTES_PER_S, 54.6e9, 600e12, "measured",
-        H100_LAYER_SECONDS, H100_FP8_SHARE,
+        H100_LAYER_SECONDS, H100_FP8_SHARE, H100_SPLIT_LAYER_SECONDS,
     ),
-    # Fitted to stock steps of 1 to 144 requests of 4K, 32K and 120K, 8B shape (docs/plan.md).
+    # Fitted to steps of 1 to 192 requests of 4K, 32K and 120K, 8B shape (docs/plan.md).
     "h200": Hardware(
-        "NVIDIA H200", 139.8 * 2**30, 3.95e12, 55.2e9, 600e12, "measured", 34e-6, 0.70
+        "NVIDIA H200", 139.8 * 2**30, 3.95e12, 55.2e9, 600e12, "measured", 34e-6, 0.70, 26e-6
     ),
     "a100": Hardware(
         "NVIDIA A100 80GB", 79.1 * 2**30, 2.04e12 * HBM_SHARE, 25e9, 240e12, _SHEET,
-        H100_LAYER_SECONDS, H100_FP8_SHARE,
+        H100_LAYER_SECONDS, H100_FP8_SHARE, H100_SPLIT_LAYER_SECONDS,
     ),
 }  # fmt: skip
 
-# What a layer of the split cache adds to a stock layer: launches, selection, kernels that start and
-# end one after the other. And the share of the fetch that a step notices although it runs beside
-# scoring. Both fitted to the rows of benchmarks/results/decode.jsonl, all of k_bits 16.
-SPLIT_LAYER_SECONDS = 34e-6
-FETCH_NOTICED = 0.3
+# The share of the fetch that a step notices although it runs beside scoring.
+FETCH_NOTICED = 0.2
 # Scoring from codes (benchmarks/results/score_codes.jsonl): a kernel's start, which of exact K is
-# in SPLIT_LAYER_SECONDS, and then the speed of other kernels that read; by the query heads of a KV
+# in split_layer_seconds, and then the speed of other kernels that read; by the query heads of a KV
 # head, less where the products count.
 CODE_START_SECONDS = 8e-6
 CODE_SHARE = ((4, 1.0), (8, 0.84))
@@ -89,8 +91,9 @@ LINK_SHARE = (
     (2048, 49.8 / 54.6),
     (4096, 50.3 / 54.6),
 )
-# Selected K and V lie in pieces of some 2 KiB all over the memory. Assumed; the term is small.
-ATTEND_SHARE = 0.6
+# Selected K and V lie in pieces of some 2 KiB all over the memory, and lists differ in length: on
+# an H200 ragged lists were read at 28% and 30% of a copy (benchmarks/results/attend.jsonl).
+ATTEND_SHARE = 0.3
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,7 @@ def split_step(
         attended_bytes += rows * cache.block_score_bytes
     dense_share = 1 - cache.num_layers / shape.num_layers
     weight_bytes = shape.weight_bytes_of_step(requests) / engine.tensor_parallel_size
-    launch = SPLIT_LAYER_SECONDS - (CODE_START_SECONDS if cache.k_bits == 4 else 0)
+    launch = hardware.split_layer_seconds - (CODE_START_SECONDS if cache.k_bits == 4 else 0)
     return StepCost(
         weights=stock.weights,
         cache=score + stock.cache * dense_share,

@@ -13,7 +13,13 @@ from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.cache.hot_cache import COUNTER_WORDS, STATE_WORDS, HotCache
 from vllm_kcache.config import KCacheConfig
 from vllm_kcache.kernels.workspace import DecodeWorkspace
-from vllm_kcache.memory import GROUP_REQUESTS, WORKSPACE_BYTES, GPUMemory, StepLimits
+from vllm_kcache.memory import (
+    GROUP_REQUESTS,
+    WORKSPACE_BYTES,
+    GPUMemory,
+    StepLimits,
+    what_limits,
+)
 
 SHAPES = (
     CacheShape(2, 8, 2, 64, 16, 8, torch.bfloat16),
@@ -65,7 +71,8 @@ def test_what_is_left_is_hot_cache() -> None:
     shape = SHAPES[0]
     memory = planned(shape, {}, StepLimits(7, 128, 1000))
     page = shape.host_page_bytes + memory.page_bytes
-    useful = 7 * -(-1000 // shape.page_tokens) + 1
+    useful = memory.limits.useful_pages(shape.page_tokens)
+    assert useful == 7 * 63 + 1
     rows = shape.num_layers * shape.rows_per_page
     for available, host_pages in ((10**6, 10**6), (10**6, 30), (10**9, 10**6), (0, 5), (-5, 5)):
         pages, slots = memory.plan(available, shape.host_page_bytes, host_pages, "auto")
@@ -91,3 +98,27 @@ def test_groups_are_as_large_as_their_buffers_allow() -> None:
             assert memory._workspace_bytes(memory.group_requests + 1) > WORKSPACE_BYTES
     few = replace(memory, limits=StepLimits(3, 8192, 4096))
     assert few.group_requests == 3
+
+
+@pytest.mark.parametrize(
+    ("pages", "host_pages", "changes", "limit", "remedy"),
+    [
+        (30, 30, {}, "host memory", "a larger kcache_config.host_memory_gib, lets"),
+        (30, 30, {"k_bits": 4}, "host memory", "gib, or kcache_config.host_dtype int8, lets"),
+        (30, 30, {"k_bits": 4, "host_dtype": "int8"}, "host memory", "host_memory_gib, lets"),
+        (30, 31, {}, "GPU memory", "is given), or kcache_config.k_bits 4, lets"),
+        (30, 31, {"k_bits": 4}, "GPU memory", "is given) lets"),
+        (100, 100, {}, "max_num_seqs", "Only a larger --max-num-seqs"),
+        (100, 101, {"k_bits": 4}, "max_num_seqs", "Only a larger --max-num-seqs"),
+    ],
+)
+def test_what_limits_names_what_is_left_to_change(
+    pages: int, host_pages: int, changes: dict, limit: str, remedy: str
+) -> None:
+    found, text = what_limits(pages, host_pages, 100, replace(SHAPES[0], **changes))
+    assert found == limit
+    assert remedy in text
+
+
+def test_pages_of_a_cpu_are_in_its_memory() -> None:
+    assert what_limits(30, 31, 100, SHAPES[0], "CPU")[0] == "CPU memory"

@@ -5,14 +5,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.config import KCacheConfig, KCacheConfigError
-from vllm_kcache.planner.cost import HARDWARE, LINK_SHARE, SplitWork, split_step, stock_step
-from vllm_kcache.planner.memory import GIB, Engine, fit_stock
+from vllm_kcache.planner.cost import (
+    ATTEND_SHARE,
+    HARDWARE,
+    LINK_SHARE,
+    SplitWork,
+    score_seconds,
+    split_step,
+    stock_step,
+)
+from vllm_kcache.planner.memory import GIB, Engine, cache_shape, fit_stock, gpu_memory
 from vllm_kcache.planner.plan import Load, Plan, Setup, make_plan, ratio_at
 from vllm_kcache.planner.selection import (
     HIT_RATES,
@@ -25,7 +36,7 @@ from vllm_kcache.planner.shape import PlanError, read_shape
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
-H100 = HARDWARE["h100"]
+H100, H200 = HARDWARE["h100"], HARDWARE["h200"]
 # What the planner promises for every measured row.
 WITHIN = 0.15
 
@@ -42,17 +53,29 @@ STOCK_ROWS = [
     ("llama-3-8b", 32768, 2, 1, 8.1),
     ("llama-3-8b", 32768, 1, 1, 7.6),
 ]
+# On one H200, vLLM 0.32.0, Llama-3-8B shape: context, requests, milliseconds of bf16 and of fp8;
+# and of kcache with k_bits 16, replay of the default selection, with its hit rate.
+H200_BF16_ROWS = [
+    (4096, 1, 5.16), (4096, 16, 7.07), (4096, 64, 13.6), (4096, 144, 25.1), (32768, 1, 6.09),
+    (32768, 27, 35.2), (122880, 1, 8.77), (122880, 7, 34.4),
+]  # fmt: skip
+H200_FP8_ROWS = [
+    (4096, 1, 5.25), (4096, 16, 6.79), (4096, 64, 11.9), (4096, 192, 23.8), (32768, 1, 5.98),
+    (32768, 54, 45.8), (122880, 1, 8.02), (122880, 14, 50.4),
+]  # fmt: skip
+H200_SPLIT_ROWS = [
+    (4096, 1, 0.97, 5.61), (4096, 16, 0.97, 7.65), (4096, 64, 0.97, 13.6), (4096, 144, 0.83, 30.3),
+    (32768, 1, 0.99, 6.26), (32768, 50, 0.96, 37.8), (122880, 13, 0.96, 34.4),
+]  # fmt: skip
 
 
 def shape_of(name: str) -> Any:
     return read_shape(str(ROOT / "benchmarks/shapes" / name))
 
 
-def engine_of(context: int, **changes: Any) -> Engine:
+def engine_of(context: int, max_num_seqs: int = 32, **changes: Any) -> Engine:
     """As the measured engines ran."""
-    return Engine(
-        max_model_len=context + 88, max_num_seqs=32, max_num_batched_tokens=16384, **changes
-    )
+    return Engine(context + 88, max_num_seqs, max_num_batched_tokens=16384, **changes)
 
 
 def setup_of(name: str = "llama-3-8b", context: int = 32768, **changes: Any) -> Setup:
@@ -75,6 +98,65 @@ def test_stock_rows(
     cost = stock_step(shape_of(name), H100, engine_of(context), requests, context, itemsize)
     # The constants were fitted to these rows: a change that loosens the fit should be noticed.
     assert cost.seconds * 1e3 == pytest.approx(measured_ms, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("itemsize", "context", "requests", "measured_ms", "within"),
+    [(2, *row, 0.03) for row in H200_BF16_ROWS] + [(1, *row, 0.1) for row in H200_FP8_ROWS],
+)
+def test_stock_rows_of_an_h200(
+    itemsize: int, context: int, requests: int, measured_ms: float, within: float
+) -> None:
+    step = (shape_of("llama-3-8b"), H200, engine_of(context), requests, context, itemsize)
+    assert stock_step(*step).seconds * 1e3 == pytest.approx(measured_ms, rel=within)
+
+
+@pytest.mark.parametrize(("context", "requests", "hit_rate", "measured_ms"), H200_SPLIT_ROWS)
+def test_split_rows_of_an_h200(
+    context: int, requests: int, hit_rate: float, measured_ms: float
+) -> None:
+    setup = dataclasses.replace(
+        setup_of(context=context, max_num_seqs=192, config={}), hardware=H200
+    )
+    plan = make_plan(setup, Load(context, requests, hit_rate=hit_rate))
+    assert plan.kcache_16.requests == requests
+    assert plan.kcache_16.step_ms == pytest.approx(measured_ms, rel=WITHIN)
+
+
+QUERY_AND_KV_HEADS = {"llama-3-8b": (32, 8), "llama-2-7b": (32, 32), "qwen-3-32b": (64, 8)}
+
+
+def score_rows() -> list[Any]:
+    """Scoring from codes alone, as measured; a graph for a longer request scores the same."""
+    lines = (RESULTS / "score_codes.jsonl").read_text().splitlines()
+    return [pytest.param(row, id=row["shape"]) for row in map(json.loads, lines)]
+
+
+@pytest.mark.parametrize("row", score_rows())
+def test_rows_of_scoring_codes(row: dict[str, Any]) -> None:
+    """The step scores codes as fast as the kernel did by itself."""
+    name, load = row["shape"].split(",")[0].split()
+    requests, length = (int(text) for text in load.removesuffix("K").split("x"))
+    heads, kv_heads = QUERY_AND_KV_HEADS[name]
+    cache = CacheShape(1, heads, kv_heads, 128, 16, 8, torch.bfloat16, k_bits=4)
+    read = requests * length * 1024 * kv_heads * cache.k_token_bytes
+    assert read / row["ms"]["p50"] / 1e6 == pytest.approx(row["gb_per_s"], rel=0.001)
+    seconds = score_seconds(cache, H200, read)
+    assert seconds * 1e3 == pytest.approx(row["ms"]["p50"], rel=0.1)
+
+
+def test_rows_of_attention_over_ragged_lists() -> None:
+    """A step attends at the speed of the kernel by itself."""
+    lines = (RESULTS / "attend.jsonl").read_text().splitlines()
+    ragged = [
+        row["gb_per_s"]
+        for row in map(json.loads, lines)
+        if row["gpu"] == H200.name and re.match("llama-3-8b 26x32K,.* ragged", row["shape"])
+    ]
+    assert len(ragged) >= 2
+    assert ragged == pytest.approx(
+        [ATTEND_SHARE * H200.hbm_bytes_per_s / 1e9] * len(ragged), rel=0.1
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,37 +201,75 @@ def measured_work(row: dict[str, Any], run: dict[str, Any], shape: Any) -> Split
     """The selection as the row counted it: of the run where it says so, of the engine otherwise."""
     config = KCacheConfig.from_user(row["kcache_config"])
     figures = run.get("kcache_metrics") or row["kcache_metrics"]
-    tokens = config.resolved_v_block_tokens(shape.head_size, shape.itemsize, 16)
+    memory = gpu_memory(shape, engine_of(row["context"]), config)
     fetched = figures["hot_cache_misses"] + figures["direct_host_reads"]
     return SplitWork(
-        selected_tokens=figures["selected_blocks"] / max(1, figures["selected_lists"]) * tokens,
+        selected_tokens=figures["selected_blocks"]
+        / max(1, figures["selected_lists"])
+        * memory.shape.block_tokens,
         hit_rate=figures["hot_cache_hits"] / max(1, figures["hot_cache_hits"] + fetched),
-        v_block_tokens=tokens,
-        dense_layers=len(config.resolved_dense_layers(shape.num_layers)),
+        cache=memory.shape,
+        group_requests=memory.group_requests,
     )
 
 
 # The model of a step.
 
 
+def work_of(selected_tokens: float, hit_rate: float = 0.0, **settings: Any) -> SplitWork:
+    """Of the Llama-3-8B shape."""
+    config = KCacheConfig.from_user({"top_n": 16, **settings})
+    cache = cache_shape(shape_of("llama-3-8b"), engine_of(32768), config)
+    return SplitWork(selected_tokens, hit_rate, cache, group_requests=64)
+
+
 def test_a_step_by_hand() -> None:
     """26 requests of 32768 tokens, 128 tokens a head, half of them resident."""
-    work = SplitWork(selected_tokens=128, hit_rate=0.5, v_block_tokens=8)
+    work = work_of(128, hit_rate=0.5)
     cost = split_step(shape_of("llama-3-8b"), H100, engine_of(32768), 26, 32768, work)
     row = 8 * 128 * 2
     assert cost.pcie_bytes == 26 * 128 * row * 32 / 2
     weights = 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336) * 2 + 128256 * 4096 * 2
     assert cost.hbm_bytes == weights + 32 * 26 * row * (32768 + 2 * 128)
-    # Scoring takes longer than the fetch, of which the step notices 30%.
+    # Scoring takes longer than the fetch, of which the step notices 20%.
     assert cost.cache == pytest.approx(32 * 26 * row * 32768 / 3.1e12)
     fetch = cost.pcie_bytes / 49.8e9
-    assert (cost.fetch, cost.fetch_hidden) == pytest.approx((0.3 * fetch, 0.7 * fetch))
+    assert (cost.fetch, cost.fetch_hidden) == pytest.approx((0.2 * fetch, 0.8 * fetch))
     named = (cost.weights, cost.cache, cost.fixed, cost.fetch, cost.attend, cost.launches)
     assert cost.seconds == pytest.approx(sum(named))
 
 
+@pytest.mark.parametrize(("host_dtype", "row_bytes"), [("int8", 2080), ("model", 4096)])
+def test_a_step_over_codes_by_hand(host_dtype: str, row_bytes: int) -> None:
+    """The same from codes of 68 bytes a token and head. Rows hold K and V: no page is attended."""
+    work = work_of(128, hit_rate=0.5, k_bits=4, host_dtype=host_dtype)
+    cost = split_step(shape_of("llama-3-8b"), H100, engine_of(32768), 26, 32768, work)
+    rows = 32 * 26 * 8 * 128 // 8
+    assert cost.pcie_bytes == rows * row_bytes / 2
+    exact = split_step(shape_of("llama-3-8b"), H100, engine_of(32768), 26, 32768, work_of(128))
+    pages = 32 * 26 * 8 * 32768
+    assert cost.hbm_bytes - exact.hbm_bytes == pages * (68 - 256) + rows * (row_bytes - 4096)
+    assert cost.cache == pytest.approx(32 * 8e-6 + pages * 68 / 3.1e12)
+    # The start of scoring is named apart, not added.
+    assert cost.launches == pytest.approx(exact.launches - 32 * 8e-6)
+    assert (cost.weights, cost.fixed) == (exact.weights, exact.fixed)
+
+
+@pytest.mark.parametrize("k_bits", [16, 4])
+def test_more_requests_than_a_group_are_launched_again(k_bits: int) -> None:
+    step = (shape_of("llama-3-8b"), H100, engine_of(4096))
+    work = work_of(128, hit_rate=1.0, k_bits=k_bits)
+    one, two, three = (split_step(*step, n, 4096, work) for n in (64, 65, 129))
+    # Of these 30 us a layer codes count 8 with scoring.
+    assert one.launches + (k_bits == 4) * 32 * 8e-6 == pytest.approx(32 * 30e-6)
+    assert (two.launches, three.launches) == pytest.approx((2 * one.launches, 3 * one.launches))
+    read = 32 * 8 * 4096 * (68 if k_bits == 4 else 256) / 3.1e12
+    started = two.cache - one.cache - read
+    assert started == pytest.approx(32 * 8e-6 if k_bits == 4 else 0, abs=1e-9)
+
+
 def test_a_fetch_longer_than_scoring_is_waited_for() -> None:
-    work = SplitWork(selected_tokens=4096, hit_rate=0, v_block_tokens=8)
+    work = work_of(4096)
     cost = split_step(shape_of("llama-3-8b"), H100, engine_of(32768), 8, 32768, work)
     assert cost.fetch_hidden == pytest.approx(cost.cache)
     assert cost.fetch + cost.cache == pytest.approx(cost.pcie_bytes / 49.8e9)
@@ -157,7 +277,8 @@ def test_a_fetch_longer_than_scoring_is_waited_for() -> None:
 
 def test_dense_layers_cost_what_stock_layers_cost() -> None:
     step = (shape_of("llama-3-8b"), H100, engine_of(32768), 8, 32768)
-    dense, stock = split_step(*step, SplitWork(128, 0, 8, 32)), stock_step(*step)
+    none_split = dataclasses.replace(work_of(128).cache, num_layers=0)
+    dense, stock = split_step(*step, SplitWork(128, 0, none_split, 64)), stock_step(*step)
     assert dense.seconds == pytest.approx(stock.seconds)
     assert dense.hbm_bytes == pytest.approx(stock.hbm_bytes)
     assert dense.pcie_bytes == 0
@@ -217,33 +338,90 @@ def test_selected_tokens(context: int, settings: dict[str, Any], tokens: float) 
     assert selected_tokens_of(selection, 8, context) == pytest.approx(tokens)
 
 
-# What fits. The sizes of the runtime's buffers: tests/integration/test_plan_sizes.py.
+# What fits. The sizes of the runtime's buffers: tests/test_memory.py.
 
 
 def test_host_memory_limits() -> None:
-    assert plan_of().kcache.fit.limited_by == "GPU memory"
-    tight = plan_of(host_gib=20)
-    assert tight.limited_by == tight.kcache.fit.limited_by == "host memory"
+    assert plan_of().kcache_16.fit.limited_by == "GPU memory"
+    tight = plan_of(host_gib=20).kcache_16
+    assert tight.limited_by == tight.fit.limited_by == "host memory"
     # V of a block of 16 tokens: 32 layers x 8 heads x 128 values x 2 bytes.
-    assert tight.kcache.fit.num_blocks == 20 * GIB // (16 * 32 * 8 * 128 * 2)
+    assert tight.fit.num_blocks == 20 * GIB // (16 * 32 * 8 * 128 * 2)
+
+
+def test_codes_and_rows_that_fit() -> None:
+    """With 109 GiB for rows the host decides; all that pages leave is hot cache."""
+    plan = plan_of(max_num_seqs=64)
+    codes = plan.kcache_4
+    # A page of 16 tokens, 32 layers and 8 heads: 68 bytes a token; two rows of 2080 bytes.
+    page, rows = 32 * 8 * 16 * 68, 32 * 8 * 2 * 2080
+    blocks = 109 * GIB // rows
+    assert codes.fit.num_blocks == blocks
+    assert (codes.fit.cache_bytes, codes.fit.host_bytes) == (blocks * page, blocks * rows)
+    left = plan.stock.fit.cache_bytes - codes.fit.cache_bytes - codes.fit.buffer_bytes
+    assert 0 <= left - codes.fit.hot_cache_bytes < 2088
+    assert codes.fits == (blocks - 1) // 2048 == 53
+    assert codes.fits_longest == pytest.approx((blocks - 1) / 2054)
+    assert codes.fits_short == pytest.approx((blocks - 1) / 256)
+    model = plan_of(max_num_seqs=64, config={"top_n": 16, "k_bits": 4, "host_dtype": "model"})
+    assert model.kcache_4.fit.num_blocks == 109 * GIB // (32 * 8 * 2 * 4096)
+    # The form that has no K in rows is not told apart by it.
+    assert model.kcache_16.fit == plan.kcache_16.fit
+
+
+def test_seven_times_the_tokens_where_the_host_allows() -> None:
+    """512 bytes of K and V against 68 of codes, of which the default hot cache takes a fifth."""
+    config = {"top_n": 16, "hot_cache_gib": 0}
+    plan = plan_of(Load(4096), context=131072, config=config, host_gib=4096)
+    more = plan.kcache_4.fit.num_blocks / plan.stock.fit.num_blocks
+    assert 7.2 < more < 512 / 68
+
+
+def test_what_would_let_more_in() -> None:
+    """Each form says its own limit; with the host memory that it names, that limit is gone."""
+    tight = plan_of(host_gib=50).kcache_4
+    (text,) = tight.remedies
+    found = re.search(r"limited by host memory\. .* (\d+) GiB would hold (\d+) of 32768", text)
+    assert found is not None
+    assert "kcache_config.host_memory_gib" in text
+    named, most = int(found[1]), int(found[2])
+    enough = plan_of(host_gib=named + 1).kcache_4
+    assert enough.fits == most > tight.fits
+    assert enough.fit.limited_by == "max_num_seqs"
+    assert text.endswith("then max_num_seqs is the limit.")
+    assert "Only a larger --max-num-seqs" in enough.remedies[0]
+    exact = plan_of(host_gib=named + 1).kcache_16.remedies
+    assert exact[0].startswith("Requests are limited by GPU memory. A larger --gpu-memory-utiliz")
+    assert "kcache_config.k_bits 4" in exact[0]
+
+
+def test_a_step_that_waits_for_the_link_says_so() -> None:
+    plan = plan_of(Load(32768, hit_rate=0.0, selected_tokens=4096))
+    for split in (plan.kcache_16, plan.kcache_4):
+        assert any("waits for rows from the host" in text for text in split.remedies)
+    assert plan.kcache_16.limited_by == "PCIe"
+    assert not any("waits" in text for text in plan_of().kcache_4.remedies)
 
 
 def test_split_cache_nearly_doubles_the_requests() -> None:
     plan = plan_of(Load(16384), config={"top_n": 16, "hot_cache_gib": 0.05})
-    assert 1.85 < plan.kcache.fit.num_blocks / plan.stock.fit.num_blocks < 2
+    assert 1.85 < plan.kcache_16.fit.num_blocks / plan.stock.fit.num_blocks < 2
 
 
 def test_dense_layers_take_pages_of_k_and_v() -> None:
     none, four = plan_of(), plan_of(config={"top_n": 16, "dense_layers": 4})
-    assert four.kcache.fit.num_blocks / none.kcache.fit.num_blocks == pytest.approx(
-        32 / 36, rel=0.01
-    )
+    blocks = four.kcache_16.fit.num_blocks / none.kcache_16.fit.num_blocks
+    assert blocks == pytest.approx(32 / 36, rel=0.01)
+    # With codes the pages of a dense layer are as large as before.
+    fit = four.kcache_4.fit
+    assert fit.cache_bytes == fit.num_blocks * 16 * 8 * (28 * 68 + 4 * 512)
 
 
 def test_tensor_parallel_shares_heads_and_weights() -> None:
     one, two = plan_of(Load(32768, 4)), plan_of(Load(32768, 4), tensor_parallel_size=2)
     assert two.stock.fit.num_blocks > 2 * one.stock.fit.num_blocks
-    assert two.kcache.cost.pcie_bytes == pytest.approx(one.kcache.cost.pcie_bytes / 2, rel=0.2)
+    half = one.kcache_16.cost.pcie_bytes / 2
+    assert two.kcache_16.cost.pcie_bytes == pytest.approx(half, rel=0.2)
 
 
 # The answer.
@@ -252,7 +430,8 @@ def test_tensor_parallel_shares_heads_and_weights() -> None:
 def test_break_even_is_where_the_ratio_passes_one() -> None:
     setup, load = setup_of(context=65536), Load(32768)
     plan = make_plan(setup, load)
-    stock, split, even = plan.stock.fit, plan.kcache.fit, plan.break_even_context
+    stock, split, even = plan.stock.fit, plan.kcache_16.fit, plan.kcache_16.break_even_context
+    assert plan.kcache_4.break_even_context < even
     assert even is not None
     assert ratio_at(setup, load, stock, split, even) > 1
     assert ratio_at(setup, load, stock, split, int(even / 1.06)) <= 1
@@ -266,16 +445,17 @@ def test_it_may_never_pay() -> None:
     setup = setup_of(config={"top_n": "all"})
     slow = dataclasses.replace(setup, hardware=dataclasses.replace(H100, pcie_bytes_per_s=1e9))
     plan = make_plan(slow, Load(32768, hit_rate=0.0))
-    assert plan.break_even_context is None
-    assert plan.speed_up(plan.stock) < 0.1
-    assert plan.limited_by == "PCIe"
+    for split in (plan.kcache_16, plan.kcache_4):
+        assert split.break_even_context is None
+        assert split.speed_up_over_stock < 0.1
+    assert plan.kcache_16.limited_by == "PCIe"
 
 
 def test_what_does_not_fit() -> None:
     small = dataclasses.replace(H100, gpu_memory_bytes=16 * GIB)
     with pytest.raises(PlanError, match=r"do not fit in 0\.90 x 16\.0 GiB"):
         make_plan(dataclasses.replace(setup_of(), hardware=small), Load(1024))
-    with pytest.raises(PlanError, match="kcache: not one request of 32768 tokens fits"):
+    with pytest.raises(PlanError, match="kcache 16: not one request of 32768 tokens fits"):
         plan_of(host_gib=1)
     with pytest.raises(PlanError, match="context=40000: must be 1 to max_model_len, which is 328"):
         plan_of(Load(40000))

@@ -21,7 +21,7 @@ from vllm_kcache.cache.host_memory import AUTO_SHARE, HostMemoryError, host_memo
 from vllm_kcache.config import KCacheConfig, KCacheConfigError
 from vllm_kcache.planner.cost import HARDWARE, Hardware
 from vllm_kcache.planner.memory import GIB, Engine
-from vllm_kcache.planner.plan import Load, Setup, make_plan
+from vllm_kcache.planner.plan import ENDLESS_BYTES, Load, Setup, make_plan
 from vllm_kcache.planner.report import GB, table
 from vllm_kcache.planner.shape import DTYPE_BYTES, MOST_WEIGHT_BITS, PlanError, read_shape
 
@@ -108,7 +108,7 @@ def _add_plan(commands: Any) -> None:
     load.add_argument(
         "--hit-rate",
         type=_between(float, 0, 1),
-        help="hit rate of the hot V cache, 0 to 1 (default: estimated)",
+        help="hit rate of the hot cache, 0 to 1 (default: estimated)",
     )
     machine = plan.add_argument_group("machine")
     machine.add_argument("--gpu", choices=HARDWARE, default="h100")
@@ -123,7 +123,7 @@ def _add_plan(commands: Any) -> None:
         "--host-memory",
         type=_POSITIVE,
         metavar="GIB",
-        help="host memory for V of all ranks (default: kcache_config.host_memory_gib, or "
+        help="host memory for rows of all ranks (default: kcache_config.host_memory_gib, or "
         f"{AUTO_SHARE:.0%}% of what this machine has available)",
     )
     engine = plan.add_argument_group("engine, as in vLLM")
@@ -175,10 +175,7 @@ def _settings(parsed: argparse.Namespace) -> KCacheConfig:
             settings["top_n"] = int(parsed.top_n)
     if parsed.coverage is not None:
         settings["coverage"] = parsed.coverage
-    config = KCacheConfig.from_user(settings)
-    if config.resolved_k_bits != 16:
-        raise PlanError(f"kcache_config.k_bits={config.k_bits!r}: not planned yet; only 16 is")
-    return config
+    return KCacheConfig.from_user(settings)
 
 
 def _hardware(parsed: argparse.Namespace) -> Hardware:
@@ -194,8 +191,7 @@ def _hardware(parsed: argparse.Namespace) -> Hardware:
 def _host_budget(parsed: argparse.Namespace, config: KCacheConfig) -> float:
     given = parsed.host_memory or config.host_memory_gib
     if given != "auto":
-        # More than any machine can address is enough.
-        return min(float(given) * GIB, 2.0**64)
+        return min(float(given) * GIB, ENDLESS_BYTES)
     try:
         return host_memory().available_bytes * AUTO_SHARE
     except OSError as error:

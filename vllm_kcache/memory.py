@@ -36,6 +36,40 @@ class StepLimits:
     max_tokens: int
     max_model_len: int
 
+    def useful_pages(self, page_tokens: int) -> int:
+        """Pages of the most requests of the greatest length, and one that vLLM keeps for itself."""
+        return self.max_requests * -(-self.max_model_len // page_tokens) + 1
+
+
+def what_limits(
+    pages: int, host_pages: int, useful_pages: int, shape: CacheShape, device: str = "GPU"
+) -> tuple[str, str]:
+    """What keeps the pages from being more, and a sentence on what would change that.
+
+    Args:
+        pages: As planned.
+        host_pages: Pages whose rows the host can hold.
+        useful_pages: Of `StepLimits`.
+        shape: Says which settings are left to change.
+        device: Whose memory the pages are in.
+    """
+    if pages >= useful_pages:
+        return "max_num_seqs", (
+            "That many requests of max_model_len fit. Only a larger --max-num-seqs lets more in."
+        )
+    if pages >= host_pages:
+        smaller = shape.k_bits == 4 and shape.host_dtype == "model"
+        also = ", or kcache_config.host_dtype int8" if smaller else ""
+        return "host memory", (
+            f"More host memory, or a larger kcache_config.host_memory_gib{also}, lets more "
+            "requests in."
+        )
+    also = ", or kcache_config.k_bits 4," if shape.k_bits == 16 else ""
+    return f"{device} memory", (
+        f"A larger --gpu-memory-utilization (or --kv-cache-memory-bytes, where that is given){also}"
+        " lets more requests in."
+    )
+
 
 @dataclass(frozen=True)
 class GPUMemory:
@@ -114,9 +148,7 @@ class GPUMemory:
             hot_cache_gib: The setting; 0 switches the cache off.
         """
         available = max(0, available_bytes)
-        limits, page_tokens = self.limits, self.shape.page_tokens
-        # One page vLLM keeps for itself.
-        useful = limits.max_requests * -(-limits.max_model_len // page_tokens) + 1
+        useful = self.limits.useful_pages(self.shape.page_tokens)
         most, page = min(host_pages, useful), k_page_bytes + self.page_bytes
         share = HOT_CACHE_SHARE[self.shape.k_bits]
         hot = available * share if hot_cache_gib == "auto" else float(hot_cache_gib) * 2**30

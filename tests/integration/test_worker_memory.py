@@ -40,7 +40,9 @@ class Engine:
 class Worker(worker.SplitCacheWorker, Engine):
     """One of two ranks of one machine."""
 
-    def __init__(self, engines: int = 1, max_model_len: int = 1024, **settings: Any) -> None:
+    def __init__(
+        self, engines: int = 1, max_model_len: int = 1024, max_num_seqs: int = 256, **settings: Any
+    ) -> None:
         self.kcache_config = KCacheConfig.from_user(settings)
         shape = SimpleNamespace(
             host_page_bytes=V_BYTES, page_tokens=PAGE_TOKENS, k_bits=16,
@@ -56,6 +58,10 @@ class Worker(worker.SplitCacheWorker, Engine):
             model_config=SimpleNamespace(
                 max_model_len=max_model_len, original_max_model_len=max_model_len
             ),
+            scheduler_config=SimpleNamespace(
+                max_num_seqs=max_num_seqs, max_num_batched_tokens=8192
+            ),
+            device_config=SimpleNamespace(device_type="cuda"),
         )
         note_engines_on_host(self.vllm_config)
         # As vLLM does in each engine of a model without experts.
@@ -88,6 +94,50 @@ def test_a_rank_that_pinned_first_takes_nothing_from_the_other(available: Simple
 
 def test_engines_of_one_server_share(available: SimpleNamespace) -> None:
     assert Worker(engines=3).determine_available_memory() == 200 * K_BYTES
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the worker logs."""
+    lines: list[str] = []
+    monkeypatch.setattr(worker.logger, "info", lambda text, *values: lines.append(text % values))
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("host_pages", "max_num_seqs", "limit"),
+    [
+        (
+            600,
+            256,
+            "host memory. More host memory, or a larger kcache_config.host_memory_gib, lets",
+        ),
+        (1200, 256, "GPU memory. A larger --gpu-memory-utilization (or --kv-cache-memory-bytes,"),
+        (1200, 9, "max_num_seqs. That many requests of max_model_len fit. Only a larger --max-num"),
+    ],
+)
+def test_the_log_says_what_fits_and_what_limits_it(
+    available: SimpleNamespace,
+    logged: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    host_pages: int,
+    max_num_seqs: int,
+    limit: str,
+) -> None:
+    """Of max_model_len, 64 pages, and of 4096 tokens, 256; vLLM keeps one page."""
+    available.bytes = 2 * host_pages * V_BYTES
+    useful = 64 * max_num_seqs + 1
+    # As a GPU plans pages (vllm_kcache/memory.py): no more than requests can use.
+    plain = Worker._device_pages
+    monkeypatch.setattr(
+        Worker, "_device_pages", lambda self, *sizes: min(plain(self, *sizes), useful)
+    )
+    pages = Worker(max_num_seqs=max_num_seqs).determine_available_memory() // K_BYTES
+    assert pages == min(1000, host_pages, useful)
+    fits, limited = logged
+    assert f"{pages} blocks. At once fit {(pages - 1) / 64:.1f} requests of max_model" in fits
+    assert f"{(pages - 1) / 256:.1f} of 4096 tokens" in fits
+    assert limited.startswith(f"KCache: requests are limited by {limit}")
 
 
 def test_more_blocks_than_the_budget_are_refused(available: SimpleNamespace) -> None:
@@ -194,6 +244,7 @@ def test_on_a_cpu_k_and_v_share_what_is_left(
     """vLLM offers K far more than the control group leaves for both."""
     small_group.bytes = 400 * K_BYTES
     rank = CPURank()
+    rank.vllm_config.device_config.device_type = "cpu"
     rank.vllm_config.cache_config.kv_cache_memory_bytes = explicit
     pages = rank.determine_available_memory() // K_BYTES
     assert pages == int(400 * K_BYTES * 0.85) // 2 // (K_BYTES + V_BYTES) == 85

@@ -19,6 +19,7 @@ from vllm_kcache.integration.backend import KCacheBackend
 from vllm_kcache.integration.calibration import calibrate
 from vllm_kcache.integration.layers import activate_backend, is_dense_layer
 from vllm_kcache.integration.settings import engines_on_host, settings_of
+from vllm_kcache.memory import StepLimits, what_limits
 from vllm_kcache.split_cache import SplitCache
 
 logger = init_logger(__name__)
@@ -97,8 +98,12 @@ class SplitCacheWorker:
         return pages * page_bytes
 
     def _log_plan(self, pages: int, page_bytes: int, host_pages: int) -> None:
-        """Say how many requests fit, and what would let more in."""
+        """Say how many requests fit, what bounds them, and what would let more in."""
         shape, model_len = self.split_cache.shape, self.vllm_config.model_config.max_model_len
+        scheduler = self.vllm_config.scheduler_config
+        limits = StepLimits(scheduler.max_num_seqs, scheduler.max_num_batched_tokens, model_len)
+        useful = limits.useful_pages(shape.page_tokens)
+        device = "CPU" if self.vllm_config.device_config.device_type == "cpu" else "GPU"
         logger.info(
             "KCache: %s %.2f GiB on the device, %s %.2f GiB on the host: %d blocks. At once fit "
             "%.1f requests of max_model_len=%d, %.1f of 4096 tokens.",
@@ -111,11 +116,8 @@ class SplitCacheWorker:
             model_len,
             (pages - 1) / -(-4096 // shape.page_tokens),
         )
-        if pages == host_pages:
-            logger.info(
-                "KCache: host memory is what limits the blocks. More host memory, or a larger "
-                "kcache_config.host_memory_gib, lets more requests in."
-            )
+        limit, remedy = what_limits(pages, host_pages, useful, shape, device)
+        logger.info("KCache: requests are limited by %s. %s", limit, remedy)
 
     def _device_pages(self, available: int, page_bytes: int, host_pages: int) -> int:
         """Blocks, and what goes with them in the device's memory."""

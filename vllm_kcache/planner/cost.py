@@ -6,8 +6,10 @@ Every constant says where it is from; how well they fit: docs/plan.md.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.planner.memory import Engine, kv_heads_of_rank
 from vllm_kcache.planner.selection import interpolate
 from vllm_kcache.planner.shape import ModelShape
@@ -24,6 +26,11 @@ class Hardware:
         pcie_bytes_per_s: Reached by a copy from pinned host memory.
         flops: Reached by matrix products of two-byte values.
         source: Where the figures are from.
+        layer_seconds: What a layer of a stock step takes beside reading: launches, norms, small
+            kernels.
+        fp8_share: Speed at which stock attention reads an fp8 cache, as a share of that of bf16.
+        split_layer_seconds: What a layer of the split cache adds to that: launches, selection,
+            kernels that start and end one after the other.
     """
 
     name: str
@@ -32,33 +39,46 @@ class Hardware:
     pcie_bytes_per_s: float
     flops: float
     source: str
+    layer_seconds: float
+    fp8_share: float
+    split_layer_seconds: float
 
 
 # Stock bf16 decode on an H100: 1 against 7 requests of 16K (Llama-2-7B shape) and 1 against 13 of
-# 32K (Llama-3-8B shape) differ by 51.5 GB in 16.6 ms and by 51.5 GB in 16.7 ms.
+# 32K (Llama-3-8B shape) differ by 51.5 GB in 16.6 ms and by 51.5 GB in 16.7 ms. What remains of
+# the steps is 1.88 ms for 32 layers. fp8: 14 against 1 requests of 16K took 23.4 ms for 55.8 GB
+# (2.39 TB/s), 26 against 1 of 32K 23.3 ms for 53.7 GB (2.30).
 H100_READ_BYTES_PER_S = 3.10e12
-# As a share of the data sheet's 3.35 TB/s; other GPUs are taken to reach as much of theirs.
+H100_LAYER_SECONDS = 1.88e-3 / 32
+H100_FP8_SHARE = 2.35 / 3.10
+# This and FETCH_NOTICED are fitted to the rows of benchmarks/results/decode.jsonl, of k_bits 16.
+H100_SPLIT_LAYER_SECONDS = 30e-6
+# As a share of the data sheet's 3.35 TB/s; a GPU that was not measured is taken to reach as much.
 HBM_SHARE = H100_READ_BYTES_PER_S / 3.35e12
 _SHEET = "data sheet; memory taken to reach the share that an H100 reaches"
 
 HARDWARE = {
     "h100": Hardware(
-        "NVIDIA H100 80GB HBM3", 79.1 * 2**30, H100_READ_BYTES_PER_S, 54.6e9, 600e12, "measured"
+        "NVIDIA H100 80GB HBM3", 79.1 * 2**30, H100_READ_BYTES_PER_S, 54.6e9, 600e12, "measured",
+        H100_LAYER_SECONDS, H100_FP8_SHARE, H100_SPLIT_LAYER_SECONDS,
     ),
-    "h200": Hardware("NVIDIA H200", 139.8 * 2**30, 4.8e12 * HBM_SHARE, 54.6e9, 600e12, _SHEET),
-    "a100": Hardware("NVIDIA A100 80GB", 79.1 * 2**30, 2.04e12 * HBM_SHARE, 25e9, 240e12, _SHEET),
-}
+    # Fitted to steps of 1 to 192 requests of 4K, 32K and 120K, 8B shape (docs/plan.md).
+    "h200": Hardware(
+        "NVIDIA H200", 139.8 * 2**30, 3.95e12, 55.2e9, 600e12, "measured", 34e-6, 0.70, 26e-6
+    ),
+    "a100": Hardware(
+        "NVIDIA A100 80GB", 79.1 * 2**30, 2.04e12 * HBM_SHARE, 25e9, 240e12, _SHEET,
+        H100_LAYER_SECONDS, H100_FP8_SHARE, H100_SPLIT_LAYER_SECONDS,
+    ),
+}  # fmt: skip
 
-# Stock attention over an fp8 cache reads at this share of the speed of bf16: 14 against 1 requests
-# of 16K took 23.4 ms for 55.8 GB (2.39 TB/s), 26 against 1 of 32K 23.3 ms for 53.7 GB (2.30).
-FP8_SHARE = 2.35 / 3.10
-# What remains of the measured stock steps: 1.88 ms for 32 layers. Launches, norms, small kernels.
-LAYER_SECONDS = 1.88e-3 / 32
-# What a layer of the split cache adds to that: launches, selection, kernels that start and end one
-# after the other. And the share of the fetch that a step notices although it runs beside scoring.
-# Both fitted to the rows of benchmarks/results/decode.jsonl.
-SPLIT_LAYER_SECONDS = 34e-6
-FETCH_NOTICED = 0.3
+# The share of the fetch that a step notices although it runs beside scoring.
+FETCH_NOTICED = 0.2
+# Scoring from codes (benchmarks/results/score_codes.jsonl): a kernel's start, which of exact K is
+# in split_layer_seconds, and then the speed of other kernels that read; by the query heads of a KV
+# head, less where the products count.
+CODE_START_SECONDS = 8e-6
+CODE_SHARE = ((4, 1.0), (8, 0.84))
 # Two all-reduces a layer on NVLink. Assumed.
 ALL_REDUCE_SECONDS = 15e-6
 # A kernel reading mapped host memory in random rows, as a share of a copy: bytes of a row, share.
@@ -71,8 +91,9 @@ LINK_SHARE = (
     (2048, 49.8 / 54.6),
     (4096, 50.3 / 54.6),
 )
-# Selected K and V lie in rows of 2 KiB all over the memory. Assumed; the term is small.
-ATTEND_SHARE = 0.6
+# Selected K and V lie in pieces of some 2 KiB all over the memory, and lists differ in length: on
+# an H200 ragged lists were read at 28% and 30% of a copy (benchmarks/results/attend.jsonl).
+ATTEND_SHARE = 0.3
 
 
 @dataclass(frozen=True)
@@ -81,15 +102,15 @@ class SplitWork:
 
     Attributes:
         selected_tokens: Tokens a head that are attended, mean.
-        hit_rate: Share of them that the hot V cache holds, 0 to 1.
-        v_block_tokens: T.
-        dense_layers: Layers that keep K and V on the GPU.
+        hit_rate: Share of them that the hot cache holds, 0 to 1.
+        cache: The split layers: what pages and rows hold.
+        group_requests: Requests that decode together; more of them decode one group after another.
     """
 
     selected_tokens: float
     hit_rate: float
-    v_block_tokens: int
-    dense_layers: int = 0
+    cache: CacheShape
+    group_requests: int
 
 
 @dataclass(frozen=True)
@@ -98,9 +119,9 @@ class StepCost:
 
     Attributes:
         weights: Reading the weights, or computing with them.
-        cache: Stock attention over K and V; of a split layer, scoring all K.
+        cache: Stock attention over K and V; of a split layer, scoring all K or its codes.
         fixed: What a stock step spends beside reading.
-        fetch: What the fetch of V from the host adds to the step.
+        fetch: What the fetch of rows from the host adds to the step.
         attend: Attention over the selected tokens.
         launches: What the split adds whatever the batch: launches and selection.
         fetch_hidden: The rest of the fetch, beside scoring; not in the sum.
@@ -146,8 +167,9 @@ def stock_step(
     reduces = 2 * ALL_REDUCE_SECONDS if ranks > 1 else 0.0
     return StepCost(
         weights=max(weight_bytes / hardware.hbm_bytes_per_s, computed) / ranks,
-        cache=cache_bytes / (hardware.hbm_bytes_per_s * (FP8_SHARE if itemsize == 1 else 1.0)),
-        fixed=shape.num_layers * (LAYER_SECONDS + reduces),
+        cache=cache_bytes
+        / (hardware.hbm_bytes_per_s * (hardware.fp8_share if itemsize == 1 else 1.0)),
+        fixed=shape.num_layers * (hardware.layer_seconds + reduces),
         hbm_bytes=weight_bytes / ranks + cache_bytes,
     )
 
@@ -162,32 +184,45 @@ def split_step(
 ) -> StepCost:
     """A decode step of the split cache; arguments as for `stock_step`.
 
-    A layer scores all K while V of the lists already scored is fetched; it takes the longer of the
-    two, then attends.
+    A layer scores all K, or its codes, while rows of the lists already scored are fetched; it takes
+    the longer of the two, then attends: to K in its pages and V in rows, or to rows alone.
     """
     stock = stock_step(shape, hardware, engine, requests, context)
-    row = kv_heads_of_rank(shape, engine) * shape.head_size * shape.itemsize
-    layers = shape.num_layers - work.dense_layers
-    dense_share = work.dense_layers / shape.num_layers
-    k_bytes = layers * requests * context * row
-    selected_bytes = layers * requests * min(work.selected_tokens, context) * row
-    fetched_bytes = selected_bytes * (1 - work.hit_rate)
-    row_bytes = work.v_block_tokens * shape.head_size * shape.itemsize
-    link = hardware.pcie_bytes_per_s * interpolate(LINK_SHARE, row_bytes)
-    score, fetch = k_bytes / hardware.hbm_bytes_per_s, fetched_bytes / link
+    cache = work.cache
+    lists = requests * cache.num_kv_heads
+    score_bytes = lists * context * cache.k_token_bytes
+    groups = max(1, math.ceil(requests / work.group_requests))
+    launches = cache.num_layers * groups
+    score = launches * score_seconds(cache, hardware, score_bytes / groups)
+    rows = cache.num_layers * lists * min(work.selected_tokens, context) / cache.block_tokens
+    fetched_bytes = rows * cache.row.bytes * (1 - work.hit_rate)
+    fetch = fetched_bytes / (hardware.pcie_bytes_per_s * interpolate(LINK_SHARE, cache.row.bytes))
     noticed = max(FETCH_NOTICED * fetch, fetch - score)
-    stock_cache_bytes = 2 * requests * context * row * work.dense_layers
+    attended_bytes = rows * cache.row.bytes
+    if not cache.row.has_keys:
+        attended_bytes += rows * cache.block_score_bytes
+    dense_share = 1 - cache.num_layers / shape.num_layers
+    weight_bytes = shape.weight_bytes_of_step(requests) / engine.tensor_parallel_size
+    launch = hardware.split_layer_seconds - (CODE_START_SECONDS if cache.k_bits == 4 else 0)
     return StepCost(
         weights=stock.weights,
         cache=score + stock.cache * dense_share,
         fixed=stock.fixed,
         fetch=noticed,
-        attend=2 * selected_bytes / (hardware.hbm_bytes_per_s * ATTEND_SHARE),
-        launches=layers * SPLIT_LAYER_SECONDS,
+        attend=attended_bytes / (hardware.hbm_bytes_per_s * ATTEND_SHARE),
+        launches=launches * launch,
         fetch_hidden=fetch - noticed,
-        hbm_bytes=shape.weight_bytes_of_step(requests) / engine.tensor_parallel_size
-        + stock_cache_bytes
-        + k_bytes
-        + 2 * selected_bytes,
+        hbm_bytes=weight_bytes
+        + (stock.hbm_bytes - weight_bytes) * dense_share
+        + cache.num_layers * score_bytes
+        + attended_bytes,
         pcie_bytes=fetched_bytes,
     )
+
+
+def score_seconds(cache: CacheShape, hardware: Hardware, score_bytes: float) -> float:
+    """One launch of scoring, which reads so many bytes of K, or of its codes."""
+    seconds = score_bytes / hardware.hbm_bytes_per_s
+    if cache.k_bits == 16:
+        return seconds
+    return CODE_START_SECONDS + seconds / interpolate(CODE_SHARE, cache.group)

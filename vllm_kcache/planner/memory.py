@@ -13,7 +13,7 @@ import torch
 
 from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.config import KCacheConfig
-from vllm_kcache.memory import GPUMemory, StepLimits
+from vllm_kcache.memory import GPUMemory, StepLimits, what_limits
 from vllm_kcache.planner.shape import ModelShape, PlanError
 
 GIB = 2**30
@@ -51,15 +51,17 @@ class Fit:
 
     Attributes:
         num_blocks: Pages.
-        limited_by: "GPU memory" or "host memory".
+        limited_by: "GPU memory", "host memory" or "max_num_seqs".
+        remedy: What would let more requests in.
         cache_bytes: GPU memory for pages.
-        host_bytes: Host memory for V.
-        hot_cache_bytes: GPU memory of the hot V cache.
+        host_bytes: Host memory for rows.
+        hot_cache_bytes: GPU memory of the hot cache.
         buffer_bytes: GPU memory of the split cache's other buffers.
     """
 
     num_blocks: int
     limited_by: str
+    remedy: str
     cache_bytes: int
     host_bytes: int = 0
     hot_cache_bytes: int = 0
@@ -88,6 +90,8 @@ def cache_shape(shape: ModelShape, engine: Engine, config: KCacheConfig) -> Cach
             shape.head_size, shape.itemsize, engine.block_size
         ),
         dtype=_DTYPES[shape.itemsize],
+        k_bits=config.resolved_k_bits,
+        host_dtype=config.resolved_host_dtype(_DTYPES[shape.itemsize]),
     )
 
 
@@ -99,9 +103,10 @@ def gpu_memory(shape: ModelShape, engine: Engine, config: KCacheConfig) -> GPUMe
 
 
 def k_page_bytes(shape: ModelShape, engine: Engine, config: KCacheConfig) -> int:
-    """GPU memory of one page of K, and of V of dense layers."""
-    dense = len(config.resolved_dense_layers(shape.num_layers))
-    return (shape.num_layers + dense) * _layer_page_bytes(shape, engine)
+    """GPU memory of one page: K or its codes, and K and V of dense layers."""
+    cache = cache_shape(shape, engine, config)
+    split = cache.num_layers * cache.num_kv_heads * cache.page_tokens * cache.k_token_bytes
+    return split + 2 * (shape.num_layers - cache.num_layers) * _layer_page_bytes(shape, engine)
 
 
 def _layer_page_bytes(shape: ModelShape, engine: Engine) -> int:
@@ -149,7 +154,12 @@ def fit_stock(
     available = cache_bytes_gpu(shape, engine, gpu_memory_bytes)
     values = _layer_page_bytes(shape, engine) // shape.itemsize
     page = 2 * shape.num_layers * values * (kv_itemsize or shape.itemsize)
-    return Fit(available // page, "GPU memory", available)
+    return Fit(
+        available // page,
+        "GPU memory",
+        "A larger --gpu-memory-utilization lets more requests in.",
+        available,
+    )
 
 
 def fit_split(
@@ -159,22 +169,25 @@ def fit_split(
     host_budget_bytes: float,
     config: KCacheConfig,
 ) -> Fit:
-    """Blocks of the split cache: the least of what K needs on the GPU and V on the host.
+    """Blocks of the split cache: as many as pages on the GPU, rows on the host and requests allow.
 
     Args:
-        host_budget_bytes: Host memory for V of all ranks together.
+        host_budget_bytes: Host memory for rows of all ranks together.
     """
     memory = gpu_memory(shape, engine, config)
     buffers = memory.fixed_bytes
     left = max(0, cache_bytes_gpu(shape, engine, gpu_memory_bytes) - buffers)
-    page, v_page = k_page_bytes(shape, engine, config), memory.shape.host_page_bytes
-    on_host = int(host_budget_bytes / engine.tensor_parallel_size) // v_page
+    page, rows = k_page_bytes(shape, engine, config), memory.shape.host_page_bytes
+    on_host = int(host_budget_bytes / engine.tensor_parallel_size) // rows
     blocks, slots = memory.plan(left, page, on_host, config.hot_cache_gib)
+    useful = memory.limits.useful_pages(memory.shape.page_tokens)
+    limited_by, remedy = what_limits(blocks, on_host, useful, memory.shape)
     return Fit(
         num_blocks=blocks,
-        limited_by="host memory" if blocks == on_host else "GPU memory",
+        limited_by=limited_by,
+        remedy=remedy,
         cache_bytes=blocks * page,
-        host_bytes=blocks * v_page,
+        host_bytes=blocks * rows,
         hot_cache_bytes=slots * memory.slot_bytes,
         buffer_bytes=buffers + blocks * memory.page_bytes,
     )

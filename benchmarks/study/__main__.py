@@ -10,8 +10,8 @@
 
 runs each rule (fields of `rules.Rule`, or of `rules.Stock`) on every passage of every context; with
 no rule, those of `rules.compared`. A row for each rule and context goes to
-results/selection_study.jsonl, and the table of the file's rows of this commit is printed at the
-end; --table prints it alone. Method and findings: docs/selection.md.
+results/selection_study.jsonl, and the table of the file's last commit is printed at the end;
+--table prints it alone. Method and findings: docs/selection.md.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def main() -> None:
     options = parser.parse_args()
     if not options.table:
         measure(options)
-    print(table([row for row in load(options.results) if row["commit"] == commit()]))
+    print(table(load(options.results)))
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -158,7 +158,7 @@ def measure(options: argparse.Namespace) -> None:
     rules = options.rules or compared()
     for context in options.contexts:
         print(f"{options.model.name}, {context} tokens", flush=True)
-        names = options.passages or (LONG_PASSAGES if context >= LONG_CONTEXT else list(PASSAGES))
+        names = options.passages or list(LONG_PASSAGES if context >= LONG_CONTEXT else PASSAGES)
         found = Study(model, context).run(rules, names)
         for rule, passages in zip(rules, found, strict=True):
             append(options.results, common | row_of(rule, context, passages))

@@ -15,12 +15,16 @@ def table(rows: list[Row]) -> str:
     head. The last row counts of those that say the same thing twice.
 
     The last column says at how many of the columns a rule was measured in, its KL is at most
-    `MOST_KL` and below that of the fp8 cache there.
+    `MOST_KL` and below that of the fp8 cache there. Only rows of the last one's commit count.
     """
     rows = [row for row in rows if "model" in row]  # others are of the first study
+    if not rows:
+        return "no rows"
+    last = rows[-1]["commit"]
+    rows = [row for row in rows if row["commit"] == last]
     columns = sorted({_column(row) for row in rows}, key=lambda column: (column[0], column[1]))
     found = {(_rule(row), _column(row)): row for row in rows}
-    models = {column[0]: "" for column in columns}
+    models = ", ".join(dict.fromkeys(column[0] for column in columns))
     lines = [
         ["rule", *(f"{model} {context}" for model, context, _ in columns), "holds"],
         ["---"] * (len(columns) + 2),
@@ -38,7 +42,7 @@ def table(rows: list[Row]) -> str:
     head = "KL in nats a token (tokens a head)"
     devices = "; ".join(dict.fromkeys(row["device"] for row in rows))
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{head}; {', '.join(models)}; {devices}\n\n{body}"
+    return f"{head}; {models}; {devices}; commit {last}\n\n{body}"
 
 
 def _column(row: Row) -> tuple[str, int, int]:

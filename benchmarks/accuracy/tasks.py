@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import rows
-from benchmarks.accuracy.settings import parse_settings
+from benchmarks.accuracy.settings import is_stock, parse_settings
 from benchmarks.rows import RESULTS, ROOT, Rows, key_of
 from vllm_kcache.config import KCacheConfig
 
@@ -55,7 +55,7 @@ def model_arguments(
     Args:
         model: folder or name.
         more: further arguments of `vllm.LLM` or of the harness's model.
-        setting: `kcache_config`; None is stock.
+        setting: see settings.py; None is stock.
 
     Raises:
         ValueError: `more` names what is chosen here.
@@ -64,7 +64,9 @@ def model_arguments(
     if own:
         raise ValueError(f"--model-args names {', '.join(sorted(own))}, which this command sets")
     arguments = {"pretrained": model, "enforce_eager": False, **more}
-    if setting is not None:
+    if setting is not None and is_stock(setting):
+        arguments |= setting
+    elif setting is not None:
         KCacheConfig.from_user(setting)
         arguments |= {"kv_backend": "kcache", "kcache_config": setting}
     return arguments
@@ -251,14 +253,15 @@ def run(options: argparse.Namespace, command: str) -> list[dict[str, Any]]:
     for setting, model_args in zip(engines, arguments, strict=True):
         result = run_engine({**spec, "model_args": model_args})
         stock = stock or result
+        of_stock = setting is not None and is_stock(setting)
         row = {
             "kind": "lm_eval",
             **rows.environment(command),
             "model": Path(options.model).name,
             "asked": options.tasks,
             **{name: spec[name] for name in ("length", "limit", "num_fewshot", "chat")},
-            "model_args": options.model_args,
-            "kcache": setting,
+            "model_args": {**options.model_args, **(setting if of_stock else {})},
+            "kcache": None if of_stock else setting,
             "tasks": paired(result["samples"], stock["samples"]),
         }
         row["key"] = key_of(row)
@@ -270,7 +273,9 @@ def run(options: argparse.Namespace, command: str) -> list[dict[str, Any]]:
 
 def describe(row: dict[str, Any]) -> str:
     """A few lines for people."""
-    lines = ["stock" if row["kcache"] is None else json.dumps(row["kcache"])]
+    dtype = row["model_args"].get("kv_cache_dtype")
+    stock = f"stock, {dtype} cache" if dtype else "stock"
+    lines = [stock if row["kcache"] is None else json.dumps(row["kcache"])]
     for task, figures in row["tasks"].items():
         for name, metric in figures["metrics"].items():
             lines.append(

@@ -14,7 +14,8 @@ engine goes to benchmarks/results/lm_eval.jsonl.
 
 The data are the harness's affair: its cache, or the network where HF_HUB_OFFLINE=0 allows it;
 --include-path names a folder with further tasks. Six of RULER's tasks are made on the spot and need
-no data: `offline_ruler` stands for them.
+no data: `offline_ruler` stands for them. So does `extraction`, of harness/: records of a long text
+as JSON.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from benchmarks.rows import RESULTS, ROOT, Rows, key_of
 from vllm_kcache.config import KCacheConfig
 
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+OWN_TASKS = Path(__file__).parent / "harness"
 # Those whose needles lie in essays, and the questions on texts, need data of the network.
 OFFLINE_RULER = [
     "niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe",
@@ -89,7 +91,8 @@ def evaluate(spec: dict[str, Any]) -> dict[str, Any]:
 
     # What RULER makes its documents by.
     metadata = {"pretrained": spec["model_args"]["pretrained"], "max_seq_lengths": [spec["length"]]}
-    manager = TaskManager(include_path=spec["include_path"], metadata=metadata)
+    folders = [str(OWN_TASKS), *([spec["include_path"]] if spec["include_path"] else [])]
+    manager = TaskManager(include_path=folders, metadata=metadata)
     groups = {"offline_ruler": OFFLINE_RULER} if "offline_ruler" in spec["tasks"] else {}
     tasks = [leaf for name in spec["tasks"] for leaf in groups.get(name, [name])]
     # RULER's documents are drawn as they are loaded, here and once more below, and some from a

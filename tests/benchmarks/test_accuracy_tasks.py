@@ -44,7 +44,7 @@ class Harness:
         monkeypatch.setitem(sys.modules, "lm_eval", package)
         monkeypatch.setitem(sys.modules, "lm_eval.tasks", tasks)
 
-    def manager(self, include_path: str | None, metadata: dict[str, Any]) -> Any:
+    def manager(self, include_path: list[str], metadata: dict[str, Any]) -> Any:
         self.metadata = metadata
         kinds = {"good": "generate_until", "better": "generate_until", "likely": "loglikelihood"}
         known = {name: SimpleNamespace(OUTPUT_TYPE=kind) for name, kind in kinds.items()}

@@ -22,7 +22,7 @@ OFFLINE = HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 SHAPES = benchmarks/shapes
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model serve test test-all test-gpu bench-gpu lint format figures docs wheel clean
+.PHONY: help setup model gemma serve test test-all test-gpu bench-gpu lint format figures docs wheel clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -31,7 +31,10 @@ setup: ## Make .venv: vLLM for this machine (GPU or CPU), the tools, this projec
 	@$(PYTHON) tools/setup_env.py --venv $(VENV) --flavor $(FLAVOR)
 
 model: setup ## Get SmolLM2-135M-Instruct into models/
-	@$(BIN)/python tools/get_model.py --folder models/SmolLM2-135M-Instruct
+	@$(BIN)/python tools/get_model.py smollm2
+
+gemma: setup ## Get Gemma 3 270M, under Gemma's terms of use, for benchmarks/study
+	@$(BIN)/python tools/get_model.py gemma
 
 serve: model ## Serve the model with --kv-backend kcache (PORT=, MODEL=, ARGS=)
 	@exec $(BIN)/python tools/serve.py $(MODEL) --port $(PORT) -- $(ARGS)

@@ -4,7 +4,8 @@
     python -m benchmarks.accuracy.engine SPEC.json
 
 The specification, made by `sweep.py`: `engine`, arguments of `vllm.LLM`; `kcache`, the settings
-that the split cache starts with, or null for stock; `v_block_tokens`; `work`, a folder for what
+that the split cache starts with, or null for stock; `is_reference`, whether this is the stock
+engine whose logits the others are compared with; `v_block_tokens`; `work`, a folder for what
 stock leaves; `results`, the file that rows are added to; `passages`, the file of the texts; and
 `jobs`, a list of {"length", "settings": [{"kcache", "row"}]}. A row is written when it is known.
 
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.accuracy.score import FIELDS, selection_figures, summarise
+from benchmarks.accuracy.table import stock_name
 from benchmarks.accuracy.texts import load_passages
 from benchmarks.rows import Row, Rows
 
@@ -47,7 +49,7 @@ class Measured:
         setting: what `reconfigure` sets; None for stock.
         file: [steps, passages, fields] float64, NaN until a figure is known.
         counted: figures of the split cache before and after each group.
-        logprobs: of stock, by passage: what vLLM itself reports.
+        logprobs: of the reference, by passage: what vLLM itself reports.
         cached: prompt tokens that each request found in the prefix cache.
     """
 
@@ -80,6 +82,7 @@ class EngineRun:
         self.passages = load_passages(Path(spec["passages"]))
         self.v_block_tokens = spec["v_block_tokens"]
         self.is_stock = spec["kcache"] is None
+        self.is_reference = spec["is_reference"]
         split = {} if self.is_stock else {"kv_backend": "kcache", "kcache_config": spec["kcache"]}
         self.llm = LLM(
             **spec["engine"],
@@ -163,7 +166,7 @@ class EngineRun:
             (said,) = output.outputs
             if list(said.token_ids) != self.passages[item].forced:
                 raise RuntimeError("a token was not forced: the figures would mean nothing")
-            if self.is_stock:
+            if self.is_reference:
                 steps = zip(said.logprobs, said.token_ids, strict=True)
                 measured.logprobs[item] = [step[token].logprob for step, token in steps]
 
@@ -181,12 +184,12 @@ class EngineRun:
                     "tokens": passage.forced,
                     "stock_logits": str(stock_logits_path(self.work, length)),
                     "positions": str(file),
-                    "save": self.is_stock,
+                    "save": self.is_reference,
                 }
             },
         }
-        # What vLLM itself reports, to hold ours against: stock only, it costs time.
-        return {**options, "logprobs": 0} if self.is_stock else options
+        # What vLLM itself reports, to hold ours against: once, it costs time.
+        return {**options, "logprobs": 0} if self.is_reference else options
 
     def finish(self, length: int, measured: Measured) -> None:
         """Summarise a setting and write its row."""
@@ -199,11 +202,11 @@ class EngineRun:
         page_tokens = self.llm.llm_engine.vllm_config.cache_config.block_size
         if row["cached_tokens"] < length - 2 * page_tokens:
             print(f"note: only {row['cached_tokens']} of {length} tokens came from the cache")
-        if self.is_stock:
+        if self.is_reference:
             theirs = np.array([measured.logprobs[item] for item in range(len(self.passages))]).T
             ours = positions[:, :, FIELDS.index("logprob")]
             row["logprob_difference"] = float(np.abs(ours - theirs).max())
-        else:
+        elif not self.is_stock:
             row |= selection_figures(measured.counted, self.v_block_tokens)
         if row["key"] not in self.rows:  # stock may run again only for its logits
             self.rows.add(row)
@@ -219,7 +222,7 @@ def describe(row: Row) -> str:
         f"{row['length']:6d} {row['perplexity']:8.4f} ({row['perplexity_change']:+8.3%} "
         f"±{row['perplexity_change_error']:.3%}) KL {row['kl']:.6f} ±{row['kl_error']:.6f} "
         f"top-1 {row['top1_agreement']:.4f} {selected} {row['seconds']:6.1f} s  "
-        f"{'stock' if row['kcache'] is None else setting}"
+        f"{stock_name(row) if row['kcache'] is None else setting}"
     )
 
 

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which settings the sweep compares, and which of them can share an engine."""
+"""Which settings are compared, and which of them can share an engine.
+
+A setting is a `kcache_config`. One that has `kv_cache_dtype` is stock vLLM with arguments of
+`vllm.LLM`, such as a cache in fp8, compared with plain stock as all others are.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +31,24 @@ class EngineSettings:
     """Settings that share an engine: it is started once and reconfigured for each.
 
     Attributes:
-        start: what only a new engine can change.
-        settings: what `reconfigure` changes, in order.
+        start: what only a new engine can change; None for stock.
+        settings: what `reconfigure` changes, in order; one that is empty for stock.
+        arguments: of `vllm.LLM`, for stock.
     """
 
-    start: dict[str, Any]
+    start: dict[str, Any] | None
     settings: list[dict[str, Any]] = field(default_factory=list)
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What is printed of it."""
+        return json.dumps(self.arguments if self.start is None else self.start)
+
+
+def is_stock(setting: dict[str, Any]) -> bool:
+    """The setting is of stock vLLM, not of the split cache."""
+    return "kv_cache_dtype" in setting
 
 
 def parse_settings(given: list[str] | None) -> list[dict[str, Any]] | None:
@@ -59,7 +75,7 @@ def by_engine(settings: list[dict[str, Any]], v_block_tokens: int) -> list[Engin
     """The engines for these settings, in order; equal starts share one.
 
     Args:
-        settings: as `kcache_config`.
+        settings: see the module.
         v_block_tokens: V block of those that name none.
 
     Raises:
@@ -69,6 +85,10 @@ def by_engine(settings: list[dict[str, Any]], v_block_tokens: int) -> list[Engin
 
     engines: list[EngineSettings] = []
     for setting in settings:
+        if is_stock(setting):
+            if not any(engine.arguments == setting for engine in engines):
+                engines.append(EngineSettings(None, [{}], setting))
+            continue
         start = {"v_block_tokens": v_block_tokens, "dense_layers": 0}
         start |= {key: value for key, value in setting.items() if key not in RECONFIGURABLE}
         rest = {key: value for key, value in setting.items() if key in RECONFIGURABLE}

@@ -13,11 +13,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import rows
 from benchmarks.accuracy.engine import stock_logits_path
 from benchmarks.accuracy.settings import EngineSettings, by_engine, default_settings
 from benchmarks.accuracy.texts import hash_of, make_passages, save_passages
 from benchmarks.rows import ROOT, Row, Rows, key_of
+from vllm_kcache.cache.formats import RowFormat
 from vllm_kcache.cache.host_memory import host_budget_bytes
 from vllm_kcache.config import KCacheConfig
 
@@ -102,29 +105,39 @@ class Sweep:
         size = KCacheConfig().resolved_v_block_tokens(self.head_size(), 2, self.page_tokens)
         return by_engine(self.options.settings or default_settings(size), size)
 
-    def row(self, length: int, setting: dict[str, Any] | None) -> Row:
-        """What is known of a row before it is measured."""
+    def row(self, length: int, setting: dict[str, Any] | None, arguments: dict[str, Any]) -> Row:
+        """What is known of a row before it is measured.
+
+        Args:
+            length: of the context.
+            setting: of the split cache; None for stock.
+            arguments: of `vllm.LLM`, beside those of every engine.
+        """
         in_full = (
             None if setting is None else KCacheConfig.from_user(setting).model_dump(mode="json")
         )
-        key = key_of({**self.common, "length": length, "kcache": in_full})
+        common = {**self.common, "engine": {**self.common["engine"], **arguments}}
+        key = key_of({**common, "length": length, "kcache": in_full})
         now = rows.environment(self.command)
-        return {"key": key, **self.common, **now, "length": length, "kcache": setting}
+        return {"key": key, **common, **now, "length": length, "kcache": setting}
 
     def jobs(self, engine: EngineSettings | None) -> list[dict[str, Any]]:
-        """Lengths and settings of an engine that are still to measure; None is stock."""
+        """Lengths and settings of an engine that are still to measure; None is plain stock, whose
+        logits the others are compared with."""
+        start = None if engine is None else engine.start
+        arguments = {} if engine is None else engine.arguments
         jobs = []
         for length in self.lengths:
             settings: list[dict[str, Any]] = []
             for setting in [None] if engine is None else engine.settings:
-                full = None if engine is None else {**engine.start, **(setting or {})}
-                row = self.row(length, full)
+                full = None if start is None else {**start, **(setting or {})}
+                row = self.row(length, full, arguments)
                 is_there = row["key"] in self.rows
                 if engine is None:
                     # What stock left is larger than what goes into the rows.
                     is_there = is_there and self._done(length).exists()
                 if not is_there and row["key"] not in [s["row"]["key"] for s in settings]:
-                    settings.append({"kcache": setting, "row": row})
+                    settings.append({"kcache": None if start is None else setting, "row": row})
             if settings:
                 jobs.append({"length": length, "settings": settings})
         return jobs
@@ -137,7 +150,7 @@ class Sweep:
         """Stock first, then one engine after the other."""
         todo = [(engine, jobs) for engine in self.engines() if (jobs := self.jobs(engine))]
         count = sum(len(job["settings"]) for _, jobs in todo for job in jobs)
-        print(f"{count} rows to measure on {len(todo)} engines of the split cache", flush=True)
+        print(f"{count} rows to measure on {len(todo)} engines beside stock", flush=True)
         if not todo:
             return
         self.work.mkdir(parents=True, exist_ok=True)
@@ -150,7 +163,7 @@ class Sweep:
             for job in stock:
                 self._done(job["length"]).touch()
         for engine, jobs in todo:
-            self._run_engine(json.dumps(engine.start), engine, jobs)
+            self._run_engine(engine.name, engine, jobs)
         if not self.options.keep_work:
             shutil.rmtree(self.work)
 
@@ -167,10 +180,12 @@ class Sweep:
     def _run_engine(
         self, name: str, engine: EngineSettings | None, jobs: list[dict[str, Any]]
     ) -> None:
+        start = None if engine is None else engine.start
         spec = {
-            "engine": self.engine,
-            "kcache": None if engine is None else self._start_settings(engine),
-            "v_block_tokens": None if engine is None else engine.start["v_block_tokens"],
+            "engine": {**self.engine, **(engine.arguments if engine else {})},
+            "is_reference": engine is None,
+            "kcache": None if start is None else self._start_settings(start),
+            "v_block_tokens": None if start is None else start["v_block_tokens"],
             "work": str(self.work),
             "results": str(self.options.results.resolve()),
             "passages": str(self.work / "passages.json"),
@@ -178,23 +193,26 @@ class Sweep:
         }
         run_engine(name, spec, self.work, self.gpu, self.options.cpu_cache_gib)
 
-    def _start_settings(self, engine: EngineSettings) -> dict[str, Any]:
-        start = dict(engine.start)
+    def _start_settings(self, start: dict[str, Any]) -> dict[str, Any]:
+        settings = dict(start)
         if self.gpu:
-            start.update(self._gpu_memory())
+            settings.update(self._gpu_memory(start))
         if self.options.hot_cache_gib is not None:
-            start["hot_cache_gib"] = self.options.hot_cache_gib
-        return start
+            settings["hot_cache_gib"] = self.options.hot_cache_gib
+        return settings
 
-    def _gpu_memory(self) -> dict[str, Any]:
+    def _gpu_memory(self, start: dict[str, Any]) -> dict[str, Any]:
         """Room for just the contexts: pinning what the GPU could fill would take half a minute.
 
         What is resident changes the speed of a run and nothing else.
         """
-        config = self.config
+        config, split = self.config, KCacheConfig.from_user(start)
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        itemsize = 4 if self.engine["dtype"] == "float32" else 2
-        per_token = config.num_hidden_layers * kv_heads * self.head_size() * itemsize
+        dtype = torch.float32 if self.engine["dtype"] == "float32" else torch.bfloat16
+        tokens = start["v_block_tokens"]
+        host_dtype = split.resolved_host_dtype(dtype)
+        row = RowFormat(tokens, self.head_size(), dtype, split.resolved_k_bits, host_dtype)
+        per_token = config.num_hidden_layers * kv_heads * row.bytes / tokens
         each = self.lengths[-1] + self.options.forced + 2 * self.page_tokens
         needed = len(self.passages) * each * per_token
         settings: dict[str, Any] = {}

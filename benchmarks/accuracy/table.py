@@ -33,8 +33,15 @@ def load_rows(path: Path) -> list[Row]:
 def _identity(row: Row) -> str:
     """What a row is about, whatever the code and the versions were."""
     names = ("model", "device", "texts", "items", "forced", "length", "kcache")
-    about = {name: row.get(name) for name in names} | {"dtype": row["engine"]["dtype"]}
+    engine = {name: row["engine"].get(name) for name in ("dtype", "kv_cache_dtype")}
+    about = {name: row.get(name) for name in names} | engine
     return json.dumps(about, sort_keys=True)
+
+
+def stock_name(row: Row) -> str:
+    """What a row of stock is called."""
+    dtype = row["engine"].get("kv_cache_dtype")
+    return f"stock, {dtype} cache" if dtype else "stock"
 
 
 def selection_name(setting: Row | None) -> str:
@@ -71,16 +78,16 @@ def tables(rows: list[Row]) -> str:
     return "\n".join(parts)
 
 
-def _with_stock(group: list[Row]) -> Iterable[tuple[str, Row | None, list[Row]]]:
-    """Heading, stock's row over the same texts and the others, by length, V block, dense layers."""
+def _with_stock(group: list[Row]) -> Iterable[tuple[str, list[Row], list[Row]]]:
+    """Heading, rows of stock over the same texts, and others by length, V block, dense layers."""
     for (length, _), of_length in grouped(group, "length", "texts").items():
-        stock = next((row for row in of_length if row["kcache"] is None), None)
+        of_stock = sorted((row for row in of_length if row["kcache"] is None), key=stock_name)
         others = [row for row in of_length if row["kcache"] is not None]
         for (tokens, layers), rows in grouped(others, *_START).items():
             heading = f"{length} tokens of context, V blocks of {tokens}"
             if layers:
                 heading += f", {layers} dense layer{'s' if layers != 1 else ''}"
-            yield heading, stock, rows
+            yield heading, of_stock, rows
 
 
 def _table(heading: str, columns: list[str], lines: list[list[str]]) -> str:
@@ -92,22 +99,24 @@ def _forced_tables(group: list[Row]) -> list[str]:
     columns = ["selection", "tokens a head", "perplexity", "change", "KL, nats", "KL, 99%",
                "same first token", "dropped mass"]  # fmt: skip
     parts = []
-    for heading, stock, rows in _with_stock(group):
+    for heading, of_stock, rows in _with_stock(group):
         lines = []
-        if stock is not None:
-            lines.append(["stock", "all", f"{stock['perplexity']:.4f}", *[""] * 5])
-        for row in rows:
-            low, high = row["dropped_mass"]
+        for row in [*of_stock, *rows]:
+            name = stock_name(row) if row["kcache"] is None else selection_name(row["kcache"])
+            if name == "stock":
+                lines.append([name, "all", f"{row['perplexity']:.4f}", *[""] * 5])
+                continue
+            is_split = row["kcache"] is not None
             lines.append(
                 [
-                    selection_name(row["kcache"]),
-                    f"{row['selected_tokens']:.0f}",
+                    name,
+                    f"{row['selected_tokens']:.0f}" if is_split else "all",
                     f"{row['perplexity']:.4f}",
                     _with_error(row, "perplexity_change", "+.2%", ".2%"),
                     f"{row['kl']:.5f} ± {_number(row['kl_error'], '.5f')}",
                     f"{row['kl_p99']:.4f}",
                     f"{row['top1_agreement']:.2%}",
-                    f"{low:.3f} to {high:.3f}",
+                    "{:.3f} to {:.3f}".format(*row["dropped_mass"]) if is_split else "",
                 ]
             )
         parts.append(_table(heading, columns, lines))

@@ -14,7 +14,8 @@ engine goes to benchmarks/results/lm_eval.jsonl.
 
 The data are the harness's affair: its cache, or the network where HF_HUB_OFFLINE=0 allows it;
 --include-path names a folder with further tasks. Six of RULER's tasks are made on the spot and need
-no data: `offline_ruler` stands for them.
+no data: `offline_ruler` stands for them. So does `extraction`, of harness/: records of a long text
+as JSON.
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks import rows
-from benchmarks.accuracy.settings import parse_settings
+from benchmarks.accuracy.settings import is_stock, parse_settings
 from benchmarks.rows import RESULTS, ROOT, Rows, key_of
 from vllm_kcache.config import KCacheConfig
 
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+OWN_TASKS = Path(__file__).parent / "harness"
 # Those whose needles lie in essays, and the questions on texts, need data of the network.
 OFFLINE_RULER = [
     "niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe",
@@ -55,7 +57,7 @@ def model_arguments(
     Args:
         model: folder or name.
         more: further arguments of `vllm.LLM` or of the harness's model.
-        setting: `kcache_config`; None is stock.
+        setting: see settings.py; None is stock.
 
     Raises:
         ValueError: `more` names what is chosen here.
@@ -64,7 +66,9 @@ def model_arguments(
     if own:
         raise ValueError(f"--model-args names {', '.join(sorted(own))}, which this command sets")
     arguments = {"pretrained": model, "enforce_eager": False, **more}
-    if setting is not None:
+    if setting is not None and is_stock(setting):
+        arguments |= setting
+    elif setting is not None:
         KCacheConfig.from_user(setting)
         arguments |= {"kv_backend": "kcache", "kcache_config": setting}
     return arguments
@@ -87,7 +91,8 @@ def evaluate(spec: dict[str, Any]) -> dict[str, Any]:
 
     # What RULER makes its documents by.
     metadata = {"pretrained": spec["model_args"]["pretrained"], "max_seq_lengths": [spec["length"]]}
-    manager = TaskManager(include_path=spec["include_path"], metadata=metadata)
+    folders = [str(OWN_TASKS), *([spec["include_path"]] if spec["include_path"] else [])]
+    manager = TaskManager(include_path=folders, metadata=metadata)
     groups = {"offline_ruler": OFFLINE_RULER} if "offline_ruler" in spec["tasks"] else {}
     tasks = [leaf for name in spec["tasks"] for leaf in groups.get(name, [name])]
     # RULER's documents are drawn as they are loaded, here and once more below, and some from a
@@ -251,14 +256,15 @@ def run(options: argparse.Namespace, command: str) -> list[dict[str, Any]]:
     for setting, model_args in zip(engines, arguments, strict=True):
         result = run_engine({**spec, "model_args": model_args})
         stock = stock or result
+        of_stock = setting is not None and is_stock(setting)
         row = {
             "kind": "lm_eval",
             **rows.environment(command),
             "model": Path(options.model).name,
             "asked": options.tasks,
             **{name: spec[name] for name in ("length", "limit", "num_fewshot", "chat")},
-            "model_args": options.model_args,
-            "kcache": setting,
+            "model_args": {**options.model_args, **(setting if of_stock else {})},
+            "kcache": None if of_stock else setting,
             "tasks": paired(result["samples"], stock["samples"]),
         }
         row["key"] = key_of(row)
@@ -270,7 +276,9 @@ def run(options: argparse.Namespace, command: str) -> list[dict[str, Any]]:
 
 def describe(row: dict[str, Any]) -> str:
     """A few lines for people."""
-    lines = ["stock" if row["kcache"] is None else json.dumps(row["kcache"])]
+    dtype = row["model_args"].get("kv_cache_dtype")
+    stock = f"stock, {dtype} cache" if dtype else "stock"
+    lines = [stock if row["kcache"] is None else json.dumps(row["kcache"])]
     for task, figures in row["tasks"].items():
         for name, metric in figures["metrics"].items():
             lines.append(

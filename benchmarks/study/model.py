@@ -1,24 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Llama model whose last positions attend through a rule, for the study of rules.
+"""A model of transformers whose last positions attend through a rule, for the study of rules.
 
 The tokens before the last positions run once, exactly, and leave their K and V. The last positions
 then run as one batch per rule: what a rule gets wrong in one layer, the next layers see.
+
+Rules are for layers of full attention. Layers that see only a window stay exact.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.accuracy.texts import read_text
+from vllm_kcache.types import KStats
 
 PREFIX_CHUNK = 512
 # Name: file, and where in it the passage starts (share of the file's characters).
@@ -32,9 +37,14 @@ PASSAGES = {
     "python-b": ("stdlib.py.txt.gz", 0.45),
     "python-c": ("stdlib.py.txt.gz", 0.80),
 }
-# (layer, query [Hkv, G, Q, D], k [Hkv, T, D], v [Hkv, T, D]) -> [Hkv, G, Q, D]. Query i stands at
-# position T - Q + i and may see the keys up to its own.
+# As in vllm_kcache/integration/calibration.py, which needs vLLM; a test holds the two together.
+CALIBRATION_TOKENS = 2048
+LEAST_DEVIATION = 1 / 128
+# (layer, query [Hkv, G, Q, D] with the scale of the scores in it, k [Hkv, T, D], v [Hkv, T, D]) ->
+# [Hkv, G, Q, D]. Query i stands at position T - Q + i and may see the keys up to its own.
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# What a cache keeps of K or V, [Hkv, T, D] to the same.
+Store = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -44,12 +54,15 @@ class Prefix:
     Attributes:
         name: passage.
         tokens: [T + 1] int64. The last `num_positions` tokens but one attend by rule.
-        keys, values: for each layer [Hkv, T - num_positions, D] float32; keys after rotation.
+        num_positions: Q.
+        keys, values: for each layer [Hkv, T - Q, D] float32, keys after rotation; of layers with a
+            window the last tokens only.
         digest: hash of the tokens.
     """
 
     name: str
     tokens: torch.Tensor
+    num_positions: int
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
     digest: str
@@ -58,24 +71,81 @@ class Prefix:
     def context(self) -> int:
         return len(self.tokens) - 1
 
-    @property
-    def num_positions(self) -> int:
-        return self.context - self.keys[0].shape[1]
+
+@dataclass
+class Pass:
+    """How every layer attends while some tokens run through the model.
+
+    Attributes:
+        keys, values: of the tokens before, by layer.
+        attend: in layers of full attention.
+        store: what the cache keeps, of all layers' K and V.
+        keep: K and V of these tokens are appended to `keys` and `values`.
+    """
+
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    attend: Attend
+    store: Store | None = None
+    keep: bool = False
+
+    def __call__(
+        self, layer: int, query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None
+    ) -> torch.Tensor:
+        """As `Attend`, of the new tokens' K and V; a query sees `window` tokens, its own too."""
+        k = torch.cat((self.keys[layer], k), dim=1)
+        v = torch.cat((self.values[layer], v), dim=1)
+        if self.keep:
+            # The next token still sees all but one of a window.
+            kept = slice(0 if window is None else max(0, k.shape[1] - window + 1), None)
+            self.keys[layer], self.values[layer] = k[:, kept], v[:, kept]
+        if self.store is not None:
+            k, v = self.store(k), self.store(v)
+        if window is not None:
+            return attend_exactly(layer, query, k, v, window)
+        return self.attend(layer, query, k, v)
+
+
+def _attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None,
+    *, scaling: float, through: Pass, sliding_window: int | None = None, **rest: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """Attention as transformers calls it, of one request; hands the call on to `through`."""
+    grouped = (query[0] * scaling).unflatten(0, (key.shape[1], -1))
+    out = through(module.layer_idx, grouped, key[0], value[0], sliding_window)
+    return out.flatten(0, 1).transpose(0, 1)[None], None
+
+
+IMPLEMENTATION = "kcache_study"
+ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _attention)
 
 
 class StudyModel:
-    """SmolLM2 or another Llama in float32 on the CPU, one request."""
+    """A model in float32, one request.
 
-    def __init__(self, path: Path) -> None:
-        # A passage is tokenised whole and then cut: no warning about its length.
-        self.tokenizer = AutoTokenizer.from_pretrained(path, model_max_length=1 << 30)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        self.model.requires_grad_(False)
+    Args:
+        model: of transformers, for causal language modelling.
+        tokenizer: its own.
+        device: where it runs.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, device: str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.tokenizer = tokenizer
+        self.model = model.float().eval().requires_grad_(False).to(self.device)
+        self.model.set_attn_implementation(IMPLEMENTATION)
         config = self.model.config
         self.num_layers: int = config.num_hidden_layers
         self.num_kv_heads: int = config.num_key_value_heads
-        self.group: int = config.num_attention_heads // config.num_key_value_heads
         self.head_size: int = config.head_dim
+
+    @classmethod
+    def load(cls, path: Path, device: str = "cpu") -> StudyModel:
+        """SmolLM2, Gemma 3 or another, of a Hugging Face folder."""
+        # A passage is tokenised whole and then cut: no warning about its length.
+        tokenizer = AutoTokenizer.from_pretrained(path, model_max_length=1 << 30)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        return cls(model, tokenizer, device)
 
     def read_passage(self, name: str, num_tokens: int) -> torch.Tensor:
         """[num_tokens] int64: tokens of a passage of benchmarks/data/."""
@@ -87,70 +157,76 @@ class StudyModel:
             raise ValueError(f"passage {name} has {len(tokens)} tokens, not {num_tokens}")
         return torch.tensor(tokens)
 
-    def make_prefix(self, name: str, context: int, num_positions: int) -> Prefix:
-        """Run all but the last positions exactly."""
-        tokens = self.read_passage(name, context + 1)
+    def make_prefix(self, name: str, tokens: torch.Tensor, num_positions: int) -> Prefix:
+        """Run all but the last positions of [T + 1] tokens exactly."""
         digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:12]
-        empty = torch.empty(self.num_kv_heads, 0, self.head_size)
-        keys, values = [empty] * self.num_layers, [empty] * self.num_layers
-        end = context - num_positions
-        for start in range(0, end, PREFIX_CHUNK):
-            chunk = tokens[start : min(start + PREFIX_CHUNK, end)]
-            self.run(chunk, keys, values, attend_exactly, keep=True)
-        return Prefix(name, tokens, keys, values, digest)
+        keys, values = self._nothing(), self._nothing()
+        through = Pass(keys, values, attend_exactly, keep=True)
+        end = len(tokens) - 1 - num_positions
+        for number, chunk in enumerate(tokens[:end].to(self.device).split(PREFIX_CHUNK)):
+            self._run(self.model.base_model, chunk, through, number * PREFIX_CHUNK)
+        return Prefix(name, tokens, num_positions, keys, values, digest)
 
-    def logits(self, prefix: Prefix, attend: Attend) -> torch.Tensor:
-        """[Q, vocabulary] of the last positions, each attending by `attend` in every layer."""
-        tokens = prefix.tokens[prefix.context - prefix.num_positions : prefix.context]
-        hidden = self.run(tokens, prefix.keys, prefix.values, attend)
-        return self.model.lm_head(self.model.model.norm(hidden))[0]
+    def logits(self, prefix: Prefix, attend: Attend, store: Store | None = None) -> torch.Tensor:
+        """[Q, vocabulary] of the last positions, each attending by `attend` in every layer of full
+        attention, to what `store` makes of K and V."""
+        first = prefix.context - prefix.num_positions
+        tokens = prefix.tokens[first : prefix.context].to(self.device)
+        through = Pass(list(prefix.keys), list(prefix.values), attend, store)
+        return self._run(self.model, tokens, through, first).logits[0]
 
-    def run(
-        self,
-        tokens: torch.Tensor,
-        keys: list[torch.Tensor],
-        values: list[torch.Tensor],
-        attend: Attend,
-        keep: bool = False,
-    ) -> torch.Tensor:
-        """[1, Q, hidden] after the last layer; with `keep`, K and V are appended to the lists."""
-        body = self.model.model
-        hidden = body.embed_tokens(tokens[None])
-        past = keys[0].shape[1]
-        rotation = body.rotary_emb(hidden, torch.arange(past, past + len(tokens))[None])
-        for number, layer in enumerate(body.layers):
-            normed = layer.input_layernorm(hidden)
-            q, k, v = (
-                projection(normed).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
-                for projection in (
-                    layer.self_attn.q_proj,
-                    layer.self_attn.k_proj,
-                    layer.self_attn.v_proj,
-                )
-            )
-            q, k = apply_rotary_pos_emb(q, k, *rotation)
-            all_k = torch.cat((keys[number], k[0]), dim=1)
-            all_v = torch.cat((values[number], v[0]), dim=1)
-            if keep:
-                keys[number], values[number] = all_k, all_v
-            grouped = q[0].unflatten(0, (self.num_kv_heads, self.group))
-            out = attend(number, grouped, all_k, all_v)
-            out = out.flatten(0, 1).transpose(0, 1).flatten(1)[None]
-            hidden = hidden + layer.self_attn.o_proj(out)
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        return hidden
+    @functools.cached_property
+    def k_stats(self) -> list[KStats]:
+        """Mean and deviation of K of each layer over the text that the package measures K by.
+
+        Of a layer with a window they are of the text's end, and no code needs them.
+        """
+        text = resources.files("vllm_kcache").joinpath("integration/calibration.txt")
+        ids = self.tokenizer.encode(text.read_text(encoding="utf-8"))
+        repeats = -(-CALIBRATION_TOKENS // len(ids))
+        tokens = torch.tensor((ids * repeats)[:CALIBRATION_TOKENS], device=self.device)
+        keys = self._nothing()
+        through = Pass(keys, self._nothing(), attend_exactly, keep=True)
+        self._run(self.model.base_model, tokens, through, 0)
+        return [stats_of(key) for key in keys]
+
+    def _nothing(self) -> list[torch.Tensor]:
+        """K or V of no tokens, by layer."""
+        empty = torch.empty(self.num_kv_heads, 0, self.head_size, device=self.device)
+        return [empty] * self.num_layers
+
+    def _run(self, model: Any, tokens: torch.Tensor, through: Pass, first: int) -> Any:
+        """What the model, or its body, returns for [Q] tokens, at position `first` and on."""
+        positions = torch.arange(first, first + len(tokens), device=self.device)
+        return model(tokens[None], position_ids=positions[None], use_cache=False, through=through)
+
+
+def stats_of(key: torch.Tensor) -> KStats:
+    """Mean and deviation over the tokens of [Hkv, T, D]."""
+    exact = key.double()
+    mean, variance = exact.mean(1), exact.var(1, correction=0)
+    width = variance.mean(-1, keepdim=True).sqrt()
+    # A head that stands still altogether has no width: then 1 is as good as any.
+    width = torch.where(width > 0, width, 1 / LEAST_DEVIATION)
+    deviation = torch.maximum(variance.sqrt(), width * LEAST_DEVIATION)
+    return KStats(mean.float(), deviation.float())
 
 
 def attend_exactly(
-    layer: int, query: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    layer: int, query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None
 ) -> torch.Tensor:
-    """Full causal attention."""
-    num_queries, length = query.shape[2], k.shape[1]
-    seen = causal_mask(num_queries, length)
-    return functional.scaled_dot_product_attention(query, k[:, None], v[:, None], attn_mask=seen)
+    """Full causal attention, or to the last `window` tokens."""
+    seen = causal_mask(query.shape[2], k.shape[1], query.device)
+    if window is not None:
+        seen = seen & ~causal_mask(query.shape[2], k.shape[1], query.device, behind=window)
+    return functional.scaled_dot_product_attention(
+        query, k[:, None], v[:, None], attn_mask=seen, scale=1.0
+    )
 
 
-def causal_mask(num_queries: int, length: int) -> torch.Tensor:
-    """[Q, T] bool: True where the query may see the key."""
-    positions = torch.arange(length - num_queries, length)
-    return torch.arange(length) <= positions[:, None]
+def causal_mask(
+    num_queries: int, length: int, device: torch.device, behind: int = 0
+) -> torch.Tensor:
+    """[Q, T] bool: True where the key is at least `behind` tokens before the query."""
+    positions = torch.arange(length - num_queries, length, device=device) - behind
+    return torch.arange(length, device=device) <= positions[:, None]

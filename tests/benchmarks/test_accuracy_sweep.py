@@ -96,6 +96,16 @@ def test_settings_share_an_engine() -> None:
         by_engine([{"top_m": 8}], 16)
 
 
+def test_stock_settings_have_engines_of_their_own() -> None:
+    fp8 = {"kv_cache_dtype": "fp8"}
+    engines = by_engine([{"coverage": 0.9}, fp8, {"k_bits": 4}, dict(fp8)], 8)
+    assert [(engine.start, engine.settings, engine.arguments) for engine in engines] == [
+        ({"v_block_tokens": 8, "dense_layers": 0}, [{"coverage": 0.9}], {}),
+        (None, [{}], fp8),
+        ({"v_block_tokens": 8, "dense_layers": 0, "k_bits": 4}, [{}], {}),
+    ]
+
+
 MODEL_CONFIG = {
     "model_type": "llama",
     "hidden_size": 128,
@@ -115,6 +125,8 @@ def sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     started: list[tuple[str, list[tuple[int, int]]]] = []
 
     def run_engine(name: str, spec: dict[str, Any], *rest: Any) -> None:
+        assert spec["is_reference"] == (name == "stock")
+        assert (spec["kcache"] is None) == (name == "stock" or "kv_cache_dtype" in spec["engine"])
         jobs = [(job["length"], len(job["settings"])) for job in spec["jobs"]]
         started.append((name, jobs))
         for job in spec["jobs"]:
@@ -154,6 +166,42 @@ def test_stock_is_not_run_again_while_its_logits_are_there(sweeps: Any) -> None:
     one = json.dumps({"v_block_tokens": 8, "dense_layers": 0})
     assert sweeps(*kept, '[{"coverage": 0.9}]') == [("stock", [(300, 1)]), (one, [(300, 1)])]
     assert sweeps(*kept, '[{"coverage": 0.8}]') == [(one, [(300, 1)])]
+
+
+def test_an_fp8_cache_is_stock_beside_stock(sweeps: Any, tmp_path: Path) -> None:
+    settings = ["--lengths", "300", "--settings", '[{"kv_cache_dtype": "fp8"}, {"k_bits": 4}]']
+    four = json.dumps({"v_block_tokens": 8, "dense_layers": 0, "k_bits": 4})
+    jobs = [(300, 1)]
+    assert sweeps(*settings) == [
+        ("stock", jobs), ('{"kv_cache_dtype": "fp8"}', jobs), (four, jobs)
+    ]  # fmt: skip
+    assert sweeps(*settings) == []
+    found = [(row["engine"].get("kv_cache_dtype"), row["kcache"]) for row in rows.load(
+        tmp_path / "rows.jsonl")]  # fmt: skip
+    assert found == [(None, None), ("fp8", None), (None, json.loads(four))]
+
+
+@pytest.mark.parametrize(
+    ("setting", "bytes_a_token"),
+    [
+        ({}, 4 * 64),  # V
+        ({"k_bits": 4}, 2 * 4 * 64),  # K and V
+        ({"k_bits": 4, "host_dtype": "int8"}, 2 * (64 + 2)),
+    ],
+)
+def test_memory_is_that_of_rows(
+    sweeps: Any, tmp_path: Path, setting: dict[str, Any], bytes_a_token: int
+) -> None:
+    """One request of one layer of one KV head and a page too many on both sides, in float32."""
+    (tmp_path / "model/config.json").write_text(
+        json.dumps({**MODEL_CONFIG, "num_key_value_heads": 1, "num_hidden_layers": 1})
+    )
+    options = accuracy.parse(["sweep", str(tmp_path / "model"), "--items", "1", "--forced", "20",
+                              "--lengths", "300", "--block-size", "16"])  # fmt: skip
+    sweep = sweep_module.Sweep(options, "")
+    memory = sweep._gpu_memory({"v_block_tokens": 8, **setting})
+    assert memory["hot_cache_gib"] * 2**30 == pytest.approx(1.1 * 352 * bytes_a_token)
+    assert memory["host_memory_gib"] * 2**30 == pytest.approx(1.2 * 352 * bytes_a_token)
 
 
 def test_bad_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,7 +44,7 @@ class Harness:
         monkeypatch.setitem(sys.modules, "lm_eval", package)
         monkeypatch.setitem(sys.modules, "lm_eval.tasks", tasks)
 
-    def manager(self, include_path: str | None, metadata: dict[str, Any]) -> Any:
+    def manager(self, include_path: list[str], metadata: dict[str, Any]) -> Any:
         self.metadata = metadata
         kinds = {"good": "generate_until", "better": "generate_until", "likely": "loglikelihood"}
         known = {name: SimpleNamespace(OUTPUT_TYPE=kind) for name, kind in kinds.items()}
@@ -107,6 +107,19 @@ def test_stock_and_settings_are_paired(harness: Harness, tmp_path: Path) -> None
     # Differences 0, -1, 0, 0: variance 1/4, of four items.
     assert error == pytest.approx(math.sqrt(0.25 / 4))
     assert stock["tasks"]["good"]["metrics"]["exact_match,none"]["difference"] == 0
+
+
+def test_an_fp8_cache_is_paired_with_stock(
+    harness: Harness, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "rows.jsonl"
+    command = ["some/model", "--tasks", "good", "--settings", '{"kv_cache_dtype": "fp8"}']
+    adapter.main([*command, "--model-args", '{"seed": 1}', "--results", str(results)])
+    first, second = (call["model_args"] for call in harness.calls)
+    assert second == {**first, "kv_cache_dtype": "fp8"}
+    _, row = [json.loads(line) for line in results.read_text().splitlines()]
+    assert (row["kcache"], row["model_args"]) == (None, {"seed": 1, "kv_cache_dtype": "fp8"})
+    assert "\nstock, fp8 cache\n" in capsys.readouterr().out
 
 
 def test_tasks_of_ruler(harness: Harness, tmp_path: Path) -> None:

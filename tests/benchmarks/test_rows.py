@@ -138,3 +138,32 @@ def test_tables_of_forced_text() -> None:
     assert "| coverage .9 | 300 | 10.1000 | +1.00% ± 0.20% | 0.01230 ± - |" in first
     assert "| +0.00% ± 0.20% | 0.00000 ± 0.00100 |" in first
     assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {9}
+
+
+def test_an_fp8_cache_stands_beside_stock() -> None:
+    """In every table, with its own figures; it is not what the others are compared with."""
+    fp8 = forced_row(None, kl=0.0169, perplexity=10.2)
+    fp8["engine"]["kv_cache_dtype"] = "fp8"
+    del fp8["selected_tokens"], fp8["dropped_mass"]
+    codes = forced_row({"k_bits": 4, "host_dtype": "int8"}, kl=0.0012)
+    text = tables([fp8, codes, forced_row(None)])
+    lines = [line for line in text.splitlines() if line.startswith("|")][2:]
+    assert lines == [
+        "| stock | all | 10.0000 |  |  |  |  |  |",
+        (
+            "| stock, fp8 cache | all | 10.2000 | +1.00% ± 0.20% | 0.01690 ± 0.00100 | 0.1000 | "
+            "98.00% |  |"
+        ),
+        (
+            "| default, k_bits 4, host_dtype int8 | 400 | 10.1000 | +1.00% ± 0.20% | "
+            "0.00120 ± 0.00100 | 0.1000 | 98.00% | 0.010 to 0.020 |"
+        ),
+    ]
+
+
+def test_rows_of_stock_with_two_caches_are_both_kept(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    fp8 = forced_row(None)
+    fp8["engine"]["kv_cache_dtype"] = "fp8"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (forced_row(None), fp8)))
+    assert len(load_rows(path)) == 2

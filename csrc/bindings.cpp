@@ -320,8 +320,8 @@ LayerView unpack_codes(const Tensor& layer) {
 }
 
 void score_codes(Tensor layer, Tensor query, Tensor seq_lens, Tensor block_table, Tensor block_lse,
-                 Tensor chunk_lse, Tensor transformed, Tensor bias, std::optional<Tensor> lists,
-                 double scale, int64_t splits, bool dependent, bool after_write) {
+                 Tensor chunk_lse, Tensor transformed, Tensor bias, double scale, int64_t splits,
+                 bool dependent, bool after_write) {
   const LayerView view = unpack_codes(layer);
   const int64_t num_requests = query.size(0), num_heads = view.num_kv_heads * view.group;
   Step step{};
@@ -342,7 +342,6 @@ void score_codes(Tensor layer, Tensor query, Tensor seq_lens, Tensor block_table
   STD_TORCH_CHECK(num_lists * splits < 1ll << 31, "splits=", splits, ": too many for ", num_lists,
                   " lists");
   step.num_lists = static_cast<int>(num_lists);
-  if (lists) use_signals(step, *lists, query);
   const ScoreCodes score{heads_of("query", query, view, num_requests, num_heads, query),
                          pointer<float>(transformed),
                          pointer<float>(bias),
@@ -438,7 +437,7 @@ STABLE_TORCH_LIBRARY(kcache, library) {
   library.def(
       "score_codes(Tensor layer, Tensor query, Tensor seq_lens, Tensor block_table, "
       "Tensor(a!) block_lse, Tensor(b!) chunk_lse, Tensor(c!) transformed, Tensor(d!) bias, "
-      "Tensor(e!)? lists, float scale, int splits, bool dependent, bool after_write) -> ()");
+      "float scale, int splits, bool dependent, bool after_write) -> ()");
   library.def(
       "write_rows(Tensor layer, Tensor key, Tensor value, Tensor slot_mapping, int parts, "
       "int allocate_tokens, int most_thread_blocks, bool dependent) -> ()");

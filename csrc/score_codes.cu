@@ -405,17 +405,7 @@ __global__ void __launch_bounds__(kThreads, Z::kLeastBlocks)
     prepare_head<Z>(view, score, shared, list, head, split == 0);
   }
   __syncthreads();
-  if (worker >= chunks) return;
-  scores.run(score, worker, workers);
-  if (step.lists == nullptr) return;
-  // All lanes' stores come before the one lane's count.
-  __syncwarp();
-  if ((threadIdx.x & 31) == 0) {
-    if (add_release(step.lists + list, 1) + 1 == min(workers, chunks)) {
-      // Followers that wait for a later list see that scoring goes on (csrc/follow.cu).
-      atomicAdd(view.state + kScored, 1);
-    }
-  }
+  if (worker < chunks) scores.run(score, worker, workers);
 }
 
 template <int kSteps>

@@ -49,7 +49,7 @@ def check_scores(
     device: str = "cpu",
     dependent: bool = False,
 ) -> None:
-    """Scores, sums of chunks, q' and signals; pages with a gap after each in some."""
+    """Scores, sums of chunks, and q'; pages with a gap after each in some."""
     coded = Coded.of(build_case(shape, dtype), "model", strided=shape.head_size == 80)
     CodedLayer.of(coded, device).check_scores(splits, dependent)
 

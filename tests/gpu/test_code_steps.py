@@ -21,7 +21,6 @@ from tests.shapes import Shape
 from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.kernels import attend
 from vllm_kcache.kernels.self_check import check_kernels
-from vllm_kcache.kernels.workspace import Followers
 from vllm_kcache.types import Selection
 
 pytestmark = pytest.mark.gpu
@@ -35,7 +34,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("shape", [*SHAPES, LONG], ids=str)
 def test_steps(shape: Shape, rule: Selection, host_dtype: str) -> None:
     check_step(shape, host_dtype, rule, 256, "cuda")
-    check_step(shape, host_dtype, rule, 3, "cuda", followers=Followers(3, 1))
+    check_step(shape, host_dtype, rule, 3, "cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -143,9 +143,8 @@ def test_scores_from_codes() -> None:
 
 @pytest.mark.parametrize("host_dtype", code_checks.HOST_DTYPES)
 def test_steps_with_codes(host_dtype: str) -> None:
-    """Scores from codes, select, fetch and attend from rows, alone and with followers."""
+    """Scores from codes, select, fetch and attend from rows."""
     mass, dtype = code_steps.RULES[1], torch.float16
     for num_slots in (256, 5, 0):
-        for followers in (None, Followers(4, 2)):
-            code_steps.check_step(CODED, host_dtype, mass, num_slots, DEVICE, followers, dtype)
+        code_steps.check_step(CODED, host_dtype, mass, num_slots, DEVICE, dtype)
     code_steps.check_write(CODED, host_dtype, DEVICE)

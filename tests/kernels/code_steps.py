@@ -22,7 +22,6 @@ from vllm_kcache.kernels.attend_plan import attend_config
 from vllm_kcache.kernels.decode import decode_step
 from vllm_kcache.kernels.rows import write_rows
 from vllm_kcache.kernels.self_check import check_kernels
-from vllm_kcache.kernels.workspace import Followers
 from vllm_kcache.reference.attend import attend_rows
 from vllm_kcache.reference.codes import read_codes, rotate, transform_query
 from vllm_kcache.reference.fetch import fetch_rows
@@ -55,7 +54,7 @@ ESTIMATES_EVERY = attend.ESTIMATES_EVERY
 
 def check_step(
     shape: Shape, host_dtype: str, rule: Selection, num_slots: int, device: str = "cpu",
-    followers: Followers | None = None, dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32,
 ) -> None:  # fmt: skip
     """Twice over one hot cache: misses first, hits after, the same answer."""
     case = build_case(shape, dtype, sharpness=3.0)
@@ -71,7 +70,7 @@ def check_step(
     layer = code_layer_of(coded, rule, tail, num_slots, device)
     for number in (1, 2):
         out = torch.full_like(layer.batch.query, torch.nan)
-        decode_step(layer.view, layer.workspace, layer.batch, out, followers=followers)
+        decode_step(layer.view, layer.workspace, layer.batch, out)
         lists = layer.workspace.views(layer.view, layer.batch)
         exists = block_lse.isfinite()
         ours = lists.block_lse.cpu()
@@ -217,7 +216,7 @@ def main() -> None:
             check_step(shape, host_dtype, rule, 256)
             cases += 1
         check_step(shape, host_dtype, RULES[1], 0)
-        check_step(shape, host_dtype, RULES[1], 3, followers=Followers(3, 1))
+        check_step(shape, host_dtype, RULES[1], 3)
         check_write(shape, host_dtype)
         cases += 3
     check_how_often()

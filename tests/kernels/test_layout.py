@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -29,4 +31,5 @@ def test_what_is_not_followed() -> None:
     assert plan_followers(LLAMA, 11, blocks, 132) is None
     assert plan_followers(LLAMA, 16, LLAMA.max_blocks(1024), 132) is None
     assert plan_followers(LLAMA, 16, blocks, 1) is None
+    assert plan_followers(replace(LLAMA, k_bits=4), 64, blocks, 132) is None
     assert plan_followers(LLAMA, 16, blocks, 20) == Followers(10, 10)

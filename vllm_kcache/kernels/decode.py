@@ -10,8 +10,7 @@ the overlap gains. The layout depends on shapes only, so all of it is captured.
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -42,6 +41,10 @@ def plan_followers(
         max_blocks: P, V blocks that the longest request may have.
         multiprocessors: of the GPU.
     """
+    if shape.k_bits == 4:
+        # Scores from codes are there so soon that nothing is gained: 53 x 32K took 18.8 ms with
+        # followers and 16.6 without (docs/benchmarks.md, K codes).
+        return None
     num_lists = num_requests * shape.num_kv_heads
     k_bytes = num_lists * max_blocks * shape.block_score_bytes
     # Half of the GPU stays free of followers: scoring must have a place to run.
@@ -68,7 +71,7 @@ def decode_step(
         out: [B, Hq, D] model dtype, GPU. Written and returned.
         after_write: the launch before this call on the stream is `write_kv`, `dependent` where the
             workspace is, of one token for each of these requests and nothing else.
-        followers: from `plan_followers`.
+        followers: from `plan_followers`; never with K codes.
 
     Graph-safe: no allocation, no host sync, grids that depend on shapes only. Uses the current
     stream, and a second one that is joined before the call returns.
@@ -79,15 +82,16 @@ def decode_step(
     dependent = workspace.dependent
     lists = workspace.views(view, batch)
     try:
-        score = _score_of(view, batch, workspace, lists)
         if followers is None:
-            score(dependent=dependent, after_write=after_write)
+            _score(view, batch, workspace, lists, after_write)
             selected_by = workspace.selected_by(view, batch, lists)
         else:
             selected_by = workspace.selected_by(view, batch, lists)
             with _second_stream(workspace) as beside:
                 # First scoring, then what waits for it, should they run one after the other.
-                splits = score(signal=True, dependent=dependent, after_write=after_write)
+                splits = score_blocks(
+                    view, batch, lists, signal=True, dependent=dependent, after_write=after_write
+                )
                 with beside:
                     follow_scores(view.packed, selected_by, splits, followers.most, followers.least)
         select_and_fetch(view.packed, selected_by, dependent)
@@ -99,16 +103,18 @@ def decode_step(
     return out
 
 
-def _score_of(
-    view: LayerView, batch: DecodeBatch, workspace: DecodeWorkspace, lists: Lists
-) -> Callable[..., int]:
-    """The kernel that scores these pages: of K, or of codes. Its keywords are those of both."""
+def _score(
+    view: LayerView, batch: DecodeBatch, workspace: DecodeWorkspace, lists: Lists, after_write: bool
+) -> None:
+    """By what the pages hold: K, or codes."""
+    dependent = workspace.dependent
     if view.shape.k_bits == 16:
-        return functools.partial(score_blocks, view, batch, lists)
+        score_blocks(view, batch, lists, dependent=dependent, after_write=after_write)
+        return
     heads = batch.query.shape[:2]
     query = workspace.code_query[: batch.query.numel()].view(batch.query.shape)
     bias = workspace.code_bias[: heads.numel()].view(heads)
-    return functools.partial(score_codes, view, batch, lists, query, bias)
+    score_codes(view, batch, lists, query, bias, dependent=dependent, after_write=after_write)
 
 
 @contextlib.contextmanager

@@ -36,25 +36,21 @@ def score_codes(
     transformed: torch.Tensor,
     bias: torch.Tensor,
     *,
-    signal: bool = False,
     dependent: bool = False,
     after_write: bool = False,
     splits: int | None = None,
-) -> int:
+) -> None:
     """Write the estimated log-sum-exp of each V block and of each chunk; nothing past the lengths.
 
     Args:
         view: Of k_bits 4, with `packed`.
         batch: Its query may be strided over requests. All columns of its block table are read; what
             they hold past a row's length does not matter.
-        lists: `block_lse` and `chunk_lse` are written; with `signal`, `signals`, too. Its
-            `chunk_blocks` is that of `score_plan`.
+        lists: `block_lse` and `chunk_lse` are written. Its `chunk_blocks` is that of `score_plan`.
         transformed: [B, Hq, D] float32, GPU. Written: q' of each request that has tokens.
         bias: [B, Hq] float32, GPU. Written: scale * (q . mean) of the same.
-        signal, dependent, after_write: as for `score.score_blocks`.
+        dependent, after_write: as for `score.score_blocks`.
         splits: thread blocks of a list, chosen by `splits_of` unless given.
-    Returns:
-        Parts of each list, as `follow_scores` takes them.
     Raises:
         RuntimeError: a tensor does not fit the view.
     """
@@ -69,10 +65,8 @@ def score_codes(
         lists.chunk_lse,
         transformed,
         bias,
-        lists.signals if signal else None,
         batch.scale,
         splits,
         dependent,
         after_write,
     )
-    return splits * WARPS

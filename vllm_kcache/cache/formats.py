@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -66,7 +67,7 @@ class RowFormat:
         """Of the elements of K and V in a row."""
         return torch.int8 if self.host_dtype == "int8" else self.dtype
 
-    @property
+    @functools.cached_property
     def bytes(self) -> int:
         """Bytes of a row; a multiple of 16 for every head size that is served."""
         scales = 2 * self.block_tokens * torch.float16.itemsize
@@ -140,7 +141,7 @@ class CacheShape:
             return self.block_tokens * self.head_size * self.dtype.itemsize
         return self.block_tokens * code_bytes(self.head_size)
 
-    @property
+    @functools.cached_property
     def row(self) -> RowFormat:
         """What a row of the host pool and of the hot cache holds."""
         return RowFormat(

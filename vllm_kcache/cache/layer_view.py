@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -39,26 +40,27 @@ class LayerView:
     packed: torch.Tensor | None = None
     k_stats: KStats | None = None
 
-    @property
+    # Each is made once: prompts ask for them at every layer, and a view of a tensor takes some us.
+    @functools.cached_property
     def code_pages(self) -> torch.Tensor:
         """The K pages as bytes: [M, Hkv, S * (Dp / 2 + 4)] uint8, GPU; the same memory. Of a page
         and head the codes of all tokens, [S, Dp / 2], then scale and zero, [S, 2] float16."""
         return self.k_pages.view(torch.uint8).flatten(2)
 
-    @property
+    @functools.cached_property
     def v_pages(self) -> torch.Tensor:
         """V of host rows without K as pages: [M, Hkv, S, D] model dtype, host; the same memory."""
         shape = self.shape
         pages = (-1, shape.num_kv_heads, shape.page_tokens, shape.head_size)
         return self.host_rows.view(shape.dtype).view(pages)
 
-    @property
+    @functools.cached_property
     def hot_values(self) -> torch.Tensor:
         """V of the hot slots: [R, T, D] model dtype, GPU."""
         assert self.hot_cache is not None
         return self.shape.row.values(self.hot_cache.slots)
 
-    @property
+    @functools.cached_property
     def first_owner(self) -> int:
         """Flat index into the hot cache's table of the layer's first row."""
         return 0 if self.hot_cache is None else self.index * self.hot_cache.rows_per_layer

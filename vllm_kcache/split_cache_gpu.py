@@ -25,6 +25,8 @@ from vllm_kcache.split_cache import Figures, LayerInputs, SplitCache, Step
 # V of so small a prefill (a layer's, bytes) is stored by the kernel that stores K: that takes the
 # link 20 us, and a copy behind the computation costs more than that to launch.
 SMALL_V_BYTES = 1 << 20
+# Where it is more.
+ALL_BUT_HOST = WriteParts.K | WriteParts.ROW_SLOT
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,6 @@ class GPUSplitCache(SplitCache):
         key, value = inputs.key[:tokens], inputs.value[:tokens]
         coded = self.shape.row.has_keys
         store: Callable[..., None] = write_rows if coded else write_kv
-        all_but_host = WriteParts.K | WriteParts.ROW_SLOT
         if (tokens - decodes) * self.shape.token_bytes * (1 + coded) <= SMALL_V_BYTES:
             store(
                 view, key, value, slots, allocate_tokens=decodes,
@@ -210,7 +211,7 @@ class GPUSplitCache(SplitCache):
             return not step.num_prefills
         if decodes:
             store(view, key[:decodes], value[:decodes], slots[:decodes], allocate_tokens=decodes)
-        store(view, key[decodes:], value[decodes:], slots[decodes:], parts=all_but_host)
+        store(view, key[decodes:], value[decodes:], slots[decodes:], parts=ALL_BUT_HOST)
         self.transfer.store(view, key[decodes:], value[decodes:], slots[decodes:])
         return False
 

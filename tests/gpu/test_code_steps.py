@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from tests.kernels.code_steps import (
     ESTIMATE_CASES,
@@ -20,6 +22,7 @@ from tests.kernels.code_steps import (
 from tests.shapes import Shape
 from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.kernels import attend
+from vllm_kcache.kernels.attend import widen
 from vllm_kcache.kernels.self_check import check_kernels
 from vllm_kcache.types import Selection
 
@@ -64,6 +67,21 @@ def test_errors_of_estimates(
 ) -> None:
     monkeypatch.setattr(attend, "ESTIMATES_EVERY", 1)
     check_estimate_errors(ESTIMATED, host_dtype, rule, "cuda")
+
+
+@triton.jit
+def widen_kernel(numbers, out, DTYPE: tl.constexpr):
+    place = tl.arange(0, 256)
+    tl.store(out + place, widen(tl.load(numbers + place), DTYPE))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_int8_widens_exactly(dtype: torch.dtype) -> None:
+    numbers = torch.arange(-128, 128, dtype=torch.int8, device="cuda")
+    out = torch.full((256,), torch.nan, dtype=dtype, device="cuda")
+    types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+    widen_kernel[(1,)](numbers, out, types[dtype])
+    assert torch.equal(out.double(), numbers.double())
 
 
 def test_how_often_estimates_are_looked_at() -> None:

@@ -114,6 +114,8 @@ def decodes_first(query_start_loc: torch.Tensor, prefilling: torch.Tensor) -> to
         [n] int64, host: the first n requests, each of one token, in their new order. None where the
         decodes are first already.
     """
+    if not bool(prefilling.any()):
+        return None
     single = query_start_loc.diff() == 1
     leading = int((~single).int().argmax()) if not bool(single.all()) else single.shape[0]
     early = prefilling[:leading]

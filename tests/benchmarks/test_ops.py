@@ -76,7 +76,10 @@ def main() -> None:
     torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
     for name in OPERATIONS:
         module = importlib.import_module(f"benchmarks.ops.{name}")
-        fewer = {"BLOCKS": (4, 8), "PLANS": getattr(module, "PLANS", ())[:2]}
+        fewer = {
+            "BLOCKS": (4, 8), "PLANS": getattr(module, "PLANS", ())[:2],
+            "CODED_PROBLEMS": (small,), "CODED_BLOCKS": 8,
+        }  # fmt: skip
         for constant, value in {**fewer, "Problem": lambda *_: small}.items():
             if hasattr(module, constant):
                 setattr(module, constant, value)

@@ -26,16 +26,6 @@ __device__ inline int load_acquire(const int* pointer) {
   return value;
 }
 
-// What this thread has written, and seen of others, comes before. Returns what was there.
-__device__ inline int add_release(int* pointer, int value) {
-  int before;
-  asm volatile("atom.add.release.gpu.global.s32 %0, [%1], %2;"
-               : "=r"(before)
-               : "l"(pointer), "r"(value)
-               : "memory");
-  return before;
-}
-
 __device__ inline long long now_ns() {
   long long time;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(time));

@@ -106,7 +106,7 @@ class ListSelection {
         warp_(threadIdx.x >> 5) {
     const int num_tokens = step.seq_lens[list / view.num_kv_heads];
     first_recent_ = max(num_tokens - view.recent_tokens, 0) / view.block_tokens;
-    vectors_ = step.max_blocks % 4 == 0;
+    vectors_ = step.max_blocks % 4 == 0 && reinterpret_cast<uintptr_t>(step.block_lse) % 16 == 0;
   }
 
   // Write the list, and call take(kept, count, first_block, first_column) for each part of it, of
@@ -127,7 +127,7 @@ class ListSelection {
           const int in_part = min(in_segment - part, kThreads);
           write(first, count, part, in_part, place);
           __syncthreads();
-          if constexpr (!kAddsWhileMarking) cover(first, in_part, count + part > 0);
+          if constexpr (!kAddsWhileMarking) cover(first, in_part);
           take(shared_.kept, in_part, first, count + part);
           __syncthreads();
         }
@@ -176,6 +176,8 @@ class ListSelection {
     } else if (head < kMaxGroup && lane_ == 0) {
       shared_.shift[head] = 0.0f;
     }
+    // Where no block is kept nothing is added.
+    if (!kAddsWhileMarking && head < kMaxGroup && lane_ == 0) shared_.covered[head][0] = 0.0f;
     __syncthreads();
   }
 
@@ -315,12 +317,12 @@ class ListSelection {
   }
 
   // The same from a part of the list: a warp a query head.
-  __device__ void cover(int first_block, int count, bool began) {
+  __device__ void cover(int first_block, int count) {
     float mass = 0.0f;
     for (int i = lane_; warp_ < view_.group && i < count; i += 32) {
       mass += head_mass(warp_, first_block + shared_.kept[i]);
     }
-    add_covered(warp_, 0, mass, began);
+    add_covered(warp_, 0, mass, true);
   }
 
   // Bits that are set in a segment, `room` at most; in `place` those before this warp's share.

@@ -64,7 +64,9 @@ def what_limits(
             f"More host memory, or a larger kcache_config.host_memory_gib{also}, lets more "
             "requests in."
         )
-    also = ", or kcache_config.k_bits 4," if shape.k_bits == 16 else ""
+    # Of a model in float32 rows of K and V take more than codes save.
+    smaller = shape.k_bits == 16 and shape.dtype.itemsize == 2
+    also = ", or kcache_config.k_bits 4," if smaller else ""
     return f"{device} memory", (
         f"A larger --gpu-memory-utilization (or --kv-cache-memory-bytes, where that is given){also}"
         " lets more requests in."

@@ -226,6 +226,9 @@ def _time_steps(llm: Any, options: dict[str, Any], context: int, count: int) -> 
             llm.llm_engine.step()
         torch.cuda.synchronize()
         step_ms.append((time.perf_counter() - begin) / steps * 1e3)
+        running = llm.llm_engine.get_num_unfinished_requests()
+        if running != count:
+            raise RuntimeError(f"{running} of {count} requests ran to the last step timed")
         after = _figures(llm)
         if options["profile"]:
             kernel_ms = _profile(llm)

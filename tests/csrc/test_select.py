@@ -15,8 +15,8 @@ from vllm_kcache.types import Selection
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
-# V blocks of a segment, where the rule names its threshold and where it searches (csrc/select.cuh).
-NAMED, SEARCHED = 16384, 4096
+# V blocks of a segment, and of a list whose masses a search keeps (csrc/select.cuh).
+SEGMENT, MASSES = 16384, 4608
 LONG_RULES = (
     DEFAULT,
     Selection(500, None, 1, 32, "sum"),
@@ -51,17 +51,20 @@ def test_odd_lengths(rule: Selection, group: int, tokens: int) -> None:
     run(Batch.make(Sizes(lengths, 2, group, tokens, 13, spare=5), rule))
 
 
-@pytest.mark.parametrize(("segments", "more"), [(1, -1), (1, 0), (1, 1), (2, 77)])
+@pytest.mark.parametrize(
+    "blocks", [MASSES, MASSES + 1, SEGMENT - 1, SEGMENT, SEGMENT + 1, 2 * SEGMENT + 77]
+)
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_segments(rule: Selection, segments: int, more: int) -> None:
-    """Lists that end in the first segment, with it, just after it, and in the third."""
-    is_named = rule.combine == "max" and rule.top_n is None and rule.coverage is None
-    blocks = segments * (NAMED if is_named else SEARCHED) + more
+def test_segments(rule: Selection, blocks: int) -> None:
+    """Lists that end in the first segment, with it, just after it, and in the third; the most whose
+    masses are kept, and one more."""
     sizes = Sizes((blocks * 8 - 3,), 1, 2, 8, 31)
     run(Batch.make(sizes, rule))
     batch = Batch.make(sizes, rule, kind="ties")
     run(batch)
-    batch.check_equal()
+    # Sums are integers of 2^-30: of many blocks a coverage may end one block sooner or later.
+    if rule.coverage is None or blocks <= 2 * MASSES:
+        batch.check_equal()
 
 
 @pytest.mark.parametrize("kind", ["random", "equal", "ties", "one has all", "tiny"])
@@ -75,6 +78,33 @@ def test_long_requests(rule: Selection, kind: str) -> None:
         count = int(batch.lists.selected.counts[0, 0])
         expected = [*range(count - 32), *range(40_000 - 32, 40_000)]
         assert batch.lists.selected.blocks[0, 0, :count].tolist() == expected
+
+
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_scores_may_begin_anywhere(rule: Selection, group: int) -> None:
+    """Rows of a multiple of four, in a tensor that does not begin where four are loaded at once."""
+    batch = Batch.make(Sizes((509, 512), 2, group, 8, 16), rule)
+    scores = batch.lists.block_lse
+    assert scores.shape[2] % 4 == 0
+    moved = torch.empty(scores.numel() + 1)[1:].view(scores.shape)
+    batch.lists = replace(batch.lists, block_lse=moved.copy_(scores))
+    run(batch)
+
+
+@pytest.mark.parametrize("group", [4, 16])
+def test_nothing_is_kept(group: int) -> None:
+    """Longer than its scores, a request has no recent block; nor has it what other lists cover."""
+    rule = Selection(None, None, 0, 1, "max", 0.5)
+    run(Batch.make(Sizes((64, 64), 2, group, 8, 16), rule, kind="one has all"))
+    batch = Batch.make(Sizes((800,), 1, group, 8, 16), rule, kind="equal")
+    lists = batch.lists
+    longer = lists.seq_lens + 8 * lists.block_lse.shape[2] + 4096
+    select_blocks(
+        batch.view, longer, lists.block_lse, lists.chunk_lse, lists.chunk_blocks, lists.selected
+    )
+    assert not lists.selected.counts.any()
+    assert not lists.selected.mass.any()
 
 
 @pytest.mark.parametrize("rule", [DEFAULT, Selection(300, None, 1, 32, "max")], ids=str)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 import torch
 
 from tests.conftest import TOLERANCES, assert_close
@@ -22,6 +23,7 @@ from vllm_kcache.kernels.attend_plan import attend_config
 from vllm_kcache.kernels.decode import decode_step
 from vllm_kcache.kernels.rows import write_rows
 from vllm_kcache.kernels.self_check import check_kernels
+from vllm_kcache.kernels.workspace import Followers
 from vllm_kcache.reference.attend import attend_rows
 from vllm_kcache.reference.codes import read_codes, rotate, transform_query
 from vllm_kcache.reference.fetch import fetch_rows
@@ -208,6 +210,14 @@ def check_how_often(device: str = "cpu") -> None:
     assert len({step % 8 for step in looked}) > 1
 
 
+def check_refused() -> None:
+    """Followers wait for what the kernel that scores codes does not say."""
+    layer = code_layer_of(Coded.of(build_case(SHAPES[0]), "model"), RULES[0], "renormalize", 64)
+    out = torch.empty_like(layer.batch.query)
+    with pytest.raises(ValueError, match="followers: scores from K codes have none"):
+        decode_step(layer.view, layer.workspace, layer.batch, out, followers=Followers(3, 1))
+
+
 def main() -> None:
     """Every combination; any difference raises."""
     cases = 0
@@ -220,6 +230,7 @@ def main() -> None:
         check_write(shape, host_dtype)
         cases += 3
     check_how_often()
+    check_refused()
     attend.ESTIMATES_EVERY = 1
     for case in ESTIMATE_CASES:
         check_estimate_errors(ESTIMATED, *case)

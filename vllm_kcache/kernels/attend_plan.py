@@ -19,8 +19,6 @@ MAX_SPLITS = 32
 # many tokens.
 _SMALL_CHUNK, _LARGE_CHUNK = 16384, 32768
 _SHORT_LIST = 256
-# With rows of int8, which take more registers: tokens at most, and warps.
-_INT8_TOKENS, _INT8_WARPS = 128, 4
 
 
 @dataclass(frozen=True)
@@ -48,13 +46,11 @@ def attend_config(shape: CacheShape, num_lists: int, columns: int) -> AttendConf
     row_bytes = padded(shape.head_size) * shape.dtype.itemsize
     long = columns * shape.block_tokens > _SHORT_LIST
     chunk_bytes = _LARGE_CHUNK if long else _SMALL_CHUNK
-    tokens = min(chunk_bytes // 256, chunk_bytes // row_bytes)
-    int8 = shape.host_dtype == "int8"
-    tokens = max(16, shape.block_tokens, min(tokens, _INT8_TOKENS) if int8 else tokens)
+    tokens = max(16, shape.block_tokens, min(chunk_bytes // 256, chunk_bytes // row_bytes))
     chunk_blocks = tokens // shape.block_tokens
     splits = max(LEAST_SPLITS if long else 1, -(-TARGET_PROGRAMS // max(1, num_lists)))
     splits = min(MAX_SPLITS, splits, -(-max(1, columns) // chunk_blocks))
     # Two stages of larger chunks do not fit GPUs with 99 KiB of shared memory, nor do those of rows
     # of 1 KiB (float32), whose query and sums take more.
     num_stages = 2 if tokens * row_bytes <= _LARGE_CHUNK and row_bytes <= 512 else 1
-    return AttendConfig(chunk_blocks, max(1, splits), _INT8_WARPS if int8 else 4, num_stages)
+    return AttendConfig(chunk_blocks, max(1, splits), 4, num_stages)

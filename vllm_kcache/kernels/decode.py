@@ -79,6 +79,8 @@ def decode_step(
     if batch.num_requests == 0:
         return out
     assert view.packed is not None
+    if followers is not None and view.shape.k_bits == 4:
+        raise ValueError("followers: scores from K codes have none (plan_followers)")
     dependent = workspace.dependent
     lists = workspace.views(view, batch)
     try:

@@ -18,10 +18,6 @@ inline int load_acquire(const int* pointer) {
   return __atomic_load_n(pointer, __ATOMIC_ACQUIRE);
 }
 
-inline int add_release(int* pointer, int value) {
-  return __atomic_fetch_add(pointer, value, __ATOMIC_RELEASE);
-}
-
 inline long long now_ns() {
   return emulator::now_ns();
 }

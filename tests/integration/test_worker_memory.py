@@ -47,6 +47,7 @@ class Worker(worker.SplitCacheWorker, Engine):
         shape = SimpleNamespace(
             host_page_bytes=V_BYTES, page_tokens=PAGE_TOKENS, k_bits=16,
             row=SimpleNamespace(has_keys=False),
+            dtype=torch.bfloat16,
         )  # fmt: skip
         self.split_cache = SimpleNamespace(shape=shape)  # type: ignore[assignment]
         parallel = SimpleNamespace(local_world_size=2, data_parallel_size_local=engines)

@@ -46,6 +46,7 @@ SELECTIONS = (
 THRESHOLDS = (
     Selection(None, None, 1, 1, "max", 0.08),
     Selection(3, None, 0, 1, "max", 0.08),
+    Selection(None, None, 1, 1, "max", 0.08, 20),
     Selection(None, None, 0, 9, "sum", 0.15),
     Selection(None, None, 1, 1, "sum", 1e-9),
 )

@@ -70,10 +70,10 @@ void use_codes(LayerView& view, const Tensor& codes, const Tensor& mean, const T
 Tensor layer_view(Tensor host_rows, Tensor slots, Tensor table, Tensor slot_word, Tensor state,
                   Tensor counters, int64_t layer, int64_t num_kv_heads, int64_t group,
                   int64_t page_tokens, int64_t block_tokens, int64_t top_n, double coverage,
-                  double mass_threshold, int64_t sink_blocks, int64_t recent_tokens,
-                  bool combine_max, std::optional<Tensor> codes, std::optional<Tensor> mean,
-                  std::optional<Tensor> deviation, int64_t head_size, int64_t value_bytes,
-                  bool int8_rows) {
+                  double mass_threshold, int64_t threshold_length, int64_t sink_blocks,
+                  int64_t recent_tokens, bool combine_max, std::optional<Tensor> codes,
+                  std::optional<Tensor> mean, std::optional<Tensor> deviation, int64_t head_size,
+                  int64_t value_bytes, bool int8_rows) {
   STD_TORCH_CHECK(num_kv_heads >= 1, "num_kv_heads=", num_kv_heads, ": must be at least 1");
   STD_TORCH_CHECK(group >= 1 && group <= kMaxGroup, "group=", group, ": must be 1 to ", kMaxGroup,
                   " query heads of a KV head");
@@ -124,6 +124,7 @@ Tensor layer_view(Tensor host_rows, Tensor slots, Tensor table, Tensor slot_word
   view.top_n = static_cast<int>(top_n);
   view.coverage = static_cast<float>(coverage);
   view.mass_threshold = static_cast<float>(mass_threshold);
+  view.threshold_length = static_cast<float>(threshold_length);
   view.sink_blocks = static_cast<int>(sink_blocks);
   view.recent_tokens = static_cast<int>(recent_tokens);
   view.combine_max = combine_max;
@@ -421,7 +422,8 @@ STABLE_TORCH_LIBRARY(kcache, library) {
   library.def(
       "layer_view(Tensor host_rows, Tensor slots, Tensor table, Tensor slot_word, Tensor state, "
       "Tensor counters, int layer, int num_kv_heads, int group, int page_tokens, "
-      "int block_tokens, int top_n, float coverage, float mass_threshold, int sink_blocks, "
+      "int block_tokens, int top_n, float coverage, float mass_threshold, int threshold_length, "
+      "int sink_blocks, "
       "int recent_tokens, bool combine_max, Tensor? codes=None, Tensor? mean=None, "
       "Tensor? deviation=None, int head_size=0, int value_bytes=0, bool int8_rows=False) -> "
       "Tensor");

@@ -40,6 +40,8 @@ struct LayerView {
   int top_n;             // -1: no cap
   float coverage;        // negative: none
   float mass_threshold;  // every block of at least this mass; negative: no such rule
+  // Tokens beyond which the threshold falls with the square root of the length; 0: at no length.
+  float threshold_length;
   int sink_blocks, recent_tokens;
   bool combine_max;
 

@@ -79,11 +79,10 @@ template <typename R>
 __device__ void ListSelection<R>::find_threshold() {
   SearchShared& search = shared_;
   const int cap = view_.top_n < 0 ? num_blocks_ : min(view_.top_n, num_blocks_);
-  const bool covers = view_.coverage >= 0.0f, by_mass = view_.mass_threshold >= 0.0f;
+  const bool covers = view_.coverage >= 0.0f, by_mass = mass_threshold_ >= 0.0f;
   // Above it or at it, ties included; rank 0 is below everything.
   const unsigned long long heaviest_enough =
-      by_mass ? static_cast<unsigned long long>(__float_as_uint(view_.mass_threshold)) << kBlockBits
-              : 0;
+      by_mass ? static_cast<unsigned long long>(__float_as_uint(mass_threshold_)) << kBlockBits : 0;
   threshold_ = heaviest_enough;
   if (cap >= num_blocks_ && !covers) return;
 

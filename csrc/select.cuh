@@ -106,6 +106,11 @@ class ListSelection {
         warp_(threadIdx.x >> 5) {
     const int num_tokens = step.seq_lens[list / view.num_kv_heads];
     first_recent_ = max(num_tokens - view.recent_tokens, 0) / view.block_tokens;
+    const float length = static_cast<float>(num_tokens);
+    mass_threshold_ = view.mass_threshold;
+    if (view.threshold_length > 0.0f && length > view.threshold_length) {
+      mass_threshold_ *= sqrtf(view.threshold_length / length);
+    }
     vectors_ = step.max_blocks % 4 == 0 && reinterpret_cast<uintptr_t>(step.block_lse) % 16 == 0;
   }
 
@@ -250,7 +255,7 @@ class ListSelection {
   __device__ bool keeps(float mass, int block) const {
     if constexpr (R::kSearches) return rank(mass, block) >= threshold_;
     // Without a threshold it is negative, and everything is kept.
-    return forced(block) || mass >= view_.mass_threshold;
+    return forced(block) || mass >= mass_threshold_;
   }
 
   // csrc/search.cuh.
@@ -386,6 +391,7 @@ class ListSelection {
   const int list_, num_blocks_;
   const int lane_, warp_;
   int first_recent_;
+  float mass_threshold_;              // of a request of this length
   bool vectors_;                      // every row of scores begins where a vector may
   unsigned long long threshold_ = 0;  // rank of the last block kept
   bool cached_ = false;               // the masses lie in shared memory

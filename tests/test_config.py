@@ -12,8 +12,9 @@ from vllm_kcache.config import ACCEPTED_VALUES, KCacheConfig, KCacheConfigError
 from vllm_kcache.types import Selection
 
 KEYS = (
-    "top_n, coverage, mass_threshold, k_bits, host_dtype, v_block_tokens, sink_tokens, "
-    "recent_tokens, dense_layers, tail, head_combine, host_memory_gib, hot_cache_gib, prefill"
+    "top_n, coverage, mass_threshold, threshold_length, k_bits, host_dtype, v_block_tokens, "
+    "sink_tokens, recent_tokens, dense_layers, tail, head_combine, host_memory_gib, "
+    "hot_cache_gib, prefill"
 )
 
 
@@ -92,6 +93,11 @@ def test_settings_that_exclude_each_other():
     assert refusal({"tail": "clip", "top_n": 64}) == (
         "kcache_config.tail='clip': needs kcache_config.mass_threshold, which says where to clip"
     )
+    assert KCacheConfig.from_user({"threshold_length": 4096}).selection(8).threshold_length == 4096
+    assert refusal({"threshold_length": 4096, "top_n": 64}) == (
+        "kcache_config.threshold_length=4096: needs kcache_config.mass_threshold, which falls "
+        "beyond so many tokens"
+    )
     assert refusal({"mass_threshold": 0.002, "coverage": 0.9}) == (
         "kcache_config.mass_threshold=0.002: not together with kcache_config.coverage=0.9; give "
         "one of them"
@@ -135,6 +141,7 @@ BAD_VALUES = {
         0, 0.0, -0.5, 1.5, 2, 5e-324, math.nan, math.inf, True, "0.9", "high", [], 10**400
     ],
     "mass_threshold": [0, 0.0, -0.5, 1.5, 2, 5e-324, math.nan, True, "0.002", "all", [], 1e300],
+    "threshold_length": [0, -1, 4096.0, True, "4096", "all", [], 2**24 + 1, 10**400],
     "k_bits": [0, 2, 8, 4.0, 16.0, True, None, "4", "16", "all", [4], 10**400],
     "host_dtype": ["fp8", "INT8", "bfloat16", None, 8, True],
     "v_block_tokens": [0, -8, 3, 24, 64, 8.0, True, None, "8", "big", 2**31, 10**400],
@@ -174,6 +181,7 @@ def test_the_texts_of_what_is_accepted():
         'kcache_config.top_n=0: must be an integer from 1 to 16777216, "all" or null',
         'kcache_config.coverage=0: must be a number from 1e-9 to 1, null or "auto"',
         'kcache_config.mass_threshold=0: must be a number from 1e-9 to 1, null or "auto"',
+        'kcache_config.threshold_length=0: must be an integer from 1 to 16777216, null or "auto"',
         'kcache_config.k_bits=0: must be 4, 16 or "auto"',
         'kcache_config.host_dtype=\'fp8\': must be "auto", "model" or "int8"',
         'kcache_config.v_block_tokens=0: must be 1, 2, 4, 8, 16, 32 or "auto"',
@@ -198,6 +206,7 @@ GOOD_VALUES = {
     "top_n": [1, 5000, 2**24, "all", None],
     "coverage": [1e-9, 0.01, 0.95, 1.0, 1, None, "auto"],
     "mass_threshold": [1e-9, 0.002, 1.0, None, "auto"],
+    "threshold_length": [1, 4096, 2**24, None, "auto"],
     "k_bits": [4, 16, "auto"],
     "host_dtype": ["auto", "model"],
     "v_block_tokens": [1, 2, 4, 8, 16, 32, "auto"],

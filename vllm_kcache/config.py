@@ -40,6 +40,7 @@ ACCEPTED_VALUES = {
     "top_n": f'an integer from 1 to {MOST_COUNT}, "all" or null',
     "coverage": 'a number from 1e-9 to 1, null or "auto"',
     "mass_threshold": 'a number from 1e-9 to 1, null or "auto"',
+    "threshold_length": f'an integer from 1 to {MOST_COUNT}, null or "auto"',
     "k_bits": '4, 16 or "auto"',
     "host_dtype": '"auto", "model" or "int8"',
     "v_block_tokens": '1, 2, 4, 8, 16, 32 or "auto"',
@@ -92,6 +93,8 @@ class KCacheConfig(BaseModel):
         coverage: share of the softmax mass that the selected blocks hold. `"auto"` is "not given".
         mass_threshold: least share of the softmax mass for which a block is selected. `"auto"` is
             "not given".
+        threshold_length: tokens of a request beyond which the mass threshold falls with the square
+            root of the length. None, and `"auto"`: at no length.
         k_bits: 16, GPU pages hold K, which scores are of; 4, they hold K codes, scores are
             estimates, and host rows hold K beside V (see `resolved_k_bits`).
         host_dtype: with k_bits 4, the values of rows: the model's dtype, or int8. "auto": int8 for
@@ -115,6 +118,7 @@ class KCacheConfig(BaseModel):
     top_n: PositiveInt | Literal["all"] | None = None
     coverage: Fraction | Literal["auto"] | None = "auto"
     mass_threshold: Fraction | Literal["auto"] | None = "auto"
+    threshold_length: PositiveInt | Literal["auto"] | None = "auto"
     k_bits: PositiveInt | Literal["auto"] = "auto"
     host_dtype: Literal["auto", "model", "int8"] = "auto"
     v_block_tokens: PositiveInt | Literal["auto"] = "auto"
@@ -188,6 +192,11 @@ class KCacheConfig(BaseModel):
                 "holds V as the model has it"
             )
         if self.resolved_mass_threshold is None:
+            if self.threshold_length not in ("auto", None):
+                raise KCacheConfigError(
+                    f"{KEY_PREFIX}.threshold_length={self.threshold_length}: needs "
+                    f"{KEY_PREFIX}.mass_threshold, which falls beyond so many tokens"
+                )
             if self.tail == "clip":
                 raise KCacheConfigError(
                     f"{KEY_PREFIX}.tail='clip': needs {KEY_PREFIX}.mass_threshold, which says "
@@ -291,6 +300,7 @@ class KCacheConfig(BaseModel):
             recent_tokens=self.recent_tokens,
             combine=combine,
             mass_threshold=self.resolved_mass_threshold,
+            threshold_length=None if self.threshold_length == "auto" else self.threshold_length,
         )
         forced = selection.most_forced_blocks(v_block_tokens)
         if selection.top_n is not None and selection.top_n < forced:

@@ -26,7 +26,8 @@ from vllm_kcache.types import KStats
 
 # Settings that `SplitCache.reconfigure` may change; buffers and layers depend on all others.
 RECONFIGURABLE = (
-    "top_n", "coverage", "mass_threshold", "sink_tokens", "recent_tokens", "tail", "head_combine"
+    "top_n", "coverage", "mass_threshold", "threshold_length", "sink_tokens", "recent_tokens",
+    "tail", "head_combine",
 )  # fmt: skip
 
 
@@ -295,7 +296,7 @@ class CPUSplitCache(SplitCache):
             fetched = fetch_blocks(selected, table, view.v_pages, tokens)
             attend_blocks(
                 query, view.k_pages, view.v_pages, fetched, selected, *batch, view.tail, out=out,
-                clip=view.selection.clip,
+                clip=view.selection.clips(seq_lens),
             )  # fmt: skip
         else:
             fetched = fetch_rows(
@@ -304,7 +305,8 @@ class CPUSplitCache(SplitCache):
             refined = block_lse.new_zeros((*block_lse.shape[:2], selected.blocks.shape[2]))
             attend_rows(
                 query, view.host_rows, shape.row, stats, fetched, selected, seq_lens, scale,
-                view.tail, out=out, clip=view.selection.clip, refined=refined,
+                view.tail, out=out, clip=view.selection.clips(seq_lens),
+                refined=refined,
             )  # fmt: skip
             self.figures.add_estimate_errors(estimate_errors(block_lse, refined, selected))
         self.figures.add_selection(selected.counts, selected.mass, shape.row.bytes)

@@ -28,6 +28,8 @@ class Selection:
         coverage: softmax mass to reach, in (0, 1]; None keeps `top_n` blocks whatever they cover.
         mass_threshold: every V block of at least this mass is kept, in (0, 1]; None for no such
             rule. Not together with a coverage.
+        threshold_length: tokens of a request beyond which the threshold, and the clip with it,
+            falls with the square root of the length; None for one threshold at any length.
         sink_blocks: first V blocks of a request that are always kept.
         recent_tokens: every V block that overlaps the last so many tokens is always kept. At
             least 1.
@@ -43,6 +45,7 @@ class Selection:
     recent_tokens: int
     combine: HeadCombine
     mass_threshold: float | None = None
+    threshold_length: int | None = None
 
     @property
     def selects_everything(self) -> bool:
@@ -57,6 +60,17 @@ class Selection:
         (docs/selection.md). None without a mass threshold.
         """
         return None if self.mass_threshold is None else self.mass_threshold / 2
+
+    def threshold_share(self, seq_lens: torch.Tensor) -> torch.Tensor:
+        """[B] float32: what of the threshold and of the clip holds for requests of these lengths
+        ([B] int32)."""
+        if self.threshold_length is None:
+            return torch.ones_like(seq_lens, dtype=torch.float32)
+        return (self.threshold_length / seq_lens.clamp_min(1).float()).clamp_max(1).sqrt()
+
+    def clips(self, seq_lens: torch.Tensor) -> torch.Tensor | None:
+        """[B] float32: `clip` of requests of these lengths; None without a mass threshold."""
+        return None if self.clip is None else self.clip * self.threshold_share(seq_lens)
 
     def most_recent_blocks(self, v_block_tokens: int) -> int:
         """Most V blocks that the last `recent_tokens` tokens can overlap.

@@ -31,6 +31,9 @@ RULES = (
     Selection(None, None, 0, 9, "sum", 0.01),
     Selection(25, None, 1, 9, "max", 0.004),
     Selection(30, None, 1, 3, "sum"),
+    # Of a hundred tokens, and less for each that is longer.
+    Selection(None, None, 1, 9, "max", 0.05, 100),
+    Selection(25, None, 1, 9, "sum", 0.02, 100),
     Selection(None, 0.9, 1, 3, "sum"),
     Selection(None, 0.8, 0, 9, "max"),
     Selection(40, 0.95, 2, 3, "max"),
@@ -56,7 +59,8 @@ def layer_view(
     rule = (selection.top_n, selection.coverage, selection.mass_threshold)
     return torch.ops.kcache.layer_view(
         host_rows, *tensors, layer, num_kv_heads, group, page_tokens, block_tokens,
-        *(-1 if part is None else part for part in rule), selection.sink_blocks,
+        *(-1 if part is None else part for part in rule), selection.threshold_length or 0,
+        selection.sink_blocks,
         selection.recent_tokens, selection.combine == "max",
     )  # fmt: skip
 
@@ -258,8 +262,9 @@ class Batch:
         heaviest_other = float(combined[others].max()) if others.any() else 0.0
         assert lightest >= heaviest_other - NEAR or not ranked
         if rule.mass_threshold is not None:
-            assert lightest >= rule.mass_threshold - NEAR
-            assert heaviest_other < rule.mass_threshold + NEAR or len(kept) == cap
+            threshold = brute_force.threshold(rule, seq_len)
+            assert lightest >= threshold - NEAR
+            assert heaviest_other < threshold + NEAR or len(kept) == cap
         elif rule.coverage is None:
             assert len(kept) == cap
         else:

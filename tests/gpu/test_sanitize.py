@@ -67,7 +67,7 @@ def check_step(case: Case, layer: Layer, followers: Followers | None) -> None:
         case.query, case.k_pages, case.v_pool,
         fetch.fetch_blocks(selected, case.block_table, case.v_pool, tokens), selected,
         case.block_table, case.seq_lens, case.scale, tokens, layer.view.tail,
-        clip=layer.view.selection.clip,
+        clip=layer.view.selection.clips(case.seq_lens),
     )  # fmt: skip
     assert_close(out.cpu(), expected)
 

@@ -46,6 +46,7 @@ SELECTIONS = (
 THRESHOLDS = (
     Selection(None, None, 1, 1, "max", 0.08),
     Selection(3, None, 0, 1, "max", 0.08),
+    Selection(None, None, 1, 1, "max", 0.08, 20),
     Selection(None, None, 0, 9, "sum", 0.15),
     Selection(None, None, 1, 1, "sum", 1e-9),
 )
@@ -85,8 +86,9 @@ def expected_step(case: Case, selection: Selection, tail: Tail) -> tuple[torch.T
     chosen = select_blocks(block_lse, case.seq_lens, case.shape.num_kv_heads, tokens, selection)
     fetched = fetch_blocks(chosen, case.block_table, case.v_pool, tokens)
     result = attend_blocks(
-        case.query, case.k_pages, case.v_pool, fetched, chosen, *paged, tail, clip=selection.clip
-    )
+        case.query, case.k_pages, case.v_pool, fetched, chosen, *paged, tail,
+        clip=selection.clips(case.seq_lens),
+    )  # fmt: skip
     return result, chosen
 
 

@@ -41,6 +41,7 @@ RULES = (
     Selection(None, None, 1, 1, "sum"),
     Selection(None, None, 1, 8, "max", 0.05),
     Selection(3, None, 1, 1, "sum"),
+    Selection(None, None, 1, 8, "max", 0.05, 20),
     Selection(None, 0.7, 0, 1, "max"),
 )
 # A list of several chunks, an empty one and one of a single chunk; with the last rule two rows for
@@ -90,7 +91,7 @@ def check_step(
         )  # fmt: skip
         expected = attend_rows(
             attended_query(coded, dtype), coded.host_rows, coded.row, coded.stats, fetched, chosen,
-            case.seq_lens, case.scale, tail, clip=rule.clip,
+            case.seq_lens, case.scale, tail, clip=rule.clips(case.seq_lens),
         )  # fmt: skip
         assert_close(out.cpu(), expected)
         assert int(layer.cache.state[EPOCH]) == number
@@ -161,7 +162,7 @@ def check_estimate_errors(
     refined = torch.empty(*case.query.shape[:2], chosen.blocks.shape[2])
     attend_rows(
         case.query, coded.host_rows, coded.row, coded.stats, fetched, chosen, case.seq_lens,
-        case.scale, tail, clip=rule.clip, refined=refined,
+        case.scale, tail, clip=rule.clips(case.seq_lens), refined=refined,
     )  # fmt: skip
     # How many errors are at most each edge: roundings decide about those within `slack` of it.
     slack = 1e-3 if host_dtype == "model" else 2e-2

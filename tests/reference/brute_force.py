@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from tests.shapes import Case
@@ -54,6 +56,14 @@ def covered_mass(masses: torch.Tensor, blocks: list[int], combine: str) -> float
     return float(per_head.mean() if combine == "sum" else per_head.min())
 
 
+def threshold(selection: Selection, seq_len: int) -> float:
+    """The least mass that a request of so many tokens keeps a V block for."""
+    assert selection.mass_threshold is not None
+    if selection.threshold_length is None or seq_len <= selection.threshold_length:
+        return selection.mass_threshold
+    return float(selection.mass_threshold * math.sqrt(selection.threshold_length / seq_len))
+
+
 def select(
     masses: torch.Tensor, seq_len: int, v_block_tokens: int, selection: Selection
 ) -> list[int]:
@@ -65,7 +75,8 @@ def select(
     ranked = first + sorted(others, key=lambda block: (-combined[block], block))
     most = num_blocks if selection.top_n is None else min(selection.top_n, num_blocks)
     if selection.mass_threshold is not None:
-        heavy = [block for block in others if combined[block] >= selection.mass_threshold]
+        least = threshold(selection, seq_len)
+        heavy = [block for block in others if combined[block] >= least]
         return ranked[: min(most, len(first) + len(heavy))]
     if selection.coverage is None:
         return ranked[:most]

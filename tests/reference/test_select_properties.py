@@ -67,6 +67,7 @@ def drawn(draw, coverage=ANY_COVERAGE, capped=EITHER, threshold=NO_THRESHOLD) ->
         draw(st.integers(1, 3 * v_block_tokens)),
         draw(st.sampled_from(["sum", "max"])),
         draw(threshold),
+        draw(st.one_of(st.none(), st.integers(1, 40 * v_block_tokens))),
     )
     if draw(capped):
         top_n = rule.most_forced_blocks(v_block_tokens) + draw(st.integers(0, 20))
@@ -168,7 +169,8 @@ def test_threshold_keeps_what_is_heavy_and_nothing_else_but_what_is_forced(case)
     for tokens, masses, row, count, _ in case.lists():
         kept = set(row[:count].tolist())
         combined = masses.float().mean(0) if rule.combine == "sum" else masses.float().amax(0)
-        heavy = {block for block, mass in enumerate(combined) if mass >= rule.mass_threshold}
+        (least,) = rule.mass_threshold * rule.threshold_share(torch.tensor([tokens]))
+        heavy = {block for block, mass in enumerate(combined) if mass >= least}
         wanted = heavy | brute_force.forced(tokens, case.v_block_tokens, rule)
         if rule.top_n is None or len(wanted) <= rule.top_n:
             assert kept == wanted

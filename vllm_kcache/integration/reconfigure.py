@@ -17,7 +17,8 @@ def reconfigure(
         llm: A `vllm.LLM` made with `kv_backend="kcache"` that runs eager (`enforce_eager=True`; on
             the CPU always) and has nothing to do.
         settings: As `kcache_config` of a new engine: what is not given takes its default. Only
-            top_n, coverage, mass_threshold, sink_tokens, recent_tokens, tail and head_combine can
+            top_n, coverage, mass_threshold, threshold_length, sink_tokens, recent_tokens, tail and
+            head_combine can
             change. On a GPU `top_n` may not pass that of the start, so start with none, and the
             tail may be "clip" only where it was at the start.
         keep_prefix_cache: Keep what is cached. K and V of decoded tokens, unlike those of prompts,

@@ -34,6 +34,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 # float16 room for a weight of 500.
 UNIT_BITS, ONE = tl.constexpr(15.0), tl.constexpr(float(1 << 15))
 ESTIMATED_UNIT_BITS, ESTIMATED_ONE = tl.constexpr(7.0), tl.constexpr(float(1 << 7))
+# More tokens than any request has.
+NO_LENGTH = 1e30
 # Where K of a selected token lies: in its page, in its row as the model's dtype, or as int8.
 K_IN_PAGE, K_IN_ROW, K_INT8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _MOST_PARTS = tl.constexpr(MAX_SPLITS)
@@ -357,8 +359,8 @@ def count_estimate_errors(
 def attend_kernel(
     query, query_bias, k_pages, row_values, row_scales, rows, blocks, counts, block_table,
     seq_lens, block_lse, request_lse, request_dropped, state, counters, partial_sums,
-    partial_weights, arrivals, out, scale, clip, host_distance, query_stride, page_stride,
-    table_stride, out_stride, columns, max_blocks,
+    partial_weights, arrivals, out, scale, clip, clip_length, host_distance, query_stride,
+    page_stride, table_stride, out_stride, columns, max_blocks,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     GROUP_PADDED: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
     PAGE_TOKENS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, CHUNK_BLOCKS: tl.constexpr,
@@ -408,7 +410,9 @@ def attend_kernel(
         # with infinity would be NaN.
         bound: tl.constexpr = 65504.0 if tl.float16 == V_DTYPE else 1e30
         most: tl.constexpr = one if KEYS == K_IN_PAGE else bound
-        limit = tl.where(padded_row < side_rows, most, clip * one)
+        # Beyond so many tokens the clip falls as the threshold does.
+        share = tl.sqrt(tl.minimum(clip_length / tl.maximum(num_tokens, 1).to(tl.float32), 1.0))
+        limit = tl.where(padded_row < side_rows, most, clip * share * one)
         if KEYS != K_IN_PAGE:
             dropped = tl.load(
                 request_dropped + request * NUM_HEADS + heads, mask=group_mask, other=0.0
@@ -524,7 +528,8 @@ def attend_blocks(
         workspace.lse if selected.lse is None else selected.lse,
         workspace.lse if dropped is None else dropped, cache.state, cache.counters,
         workspace.sums, workspace.weights, workspace.arrivals, out, batch.scale,
-        1.0 if clip is None else clip, distance // 16, query.stride(0), view.k_pages.stride(0),
+        1.0 if clip is None else clip, float(view.selection.threshold_length or NO_LENGTH),
+        distance // 16, query.stride(0), view.k_pages.stride(0),
         batch.block_table.stride(0), out.stride(0), columns, batch.max_blocks,
         NUM_HEADS=shape.num_query_heads, NUM_KV_HEADS=shape.num_kv_heads, GROUP=shape.group,
         GROUP_PADDED=max(16, triton.next_power_of_2(rows_of_list)),

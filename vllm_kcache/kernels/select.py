@@ -46,6 +46,7 @@ def packed_view(view: LayerView) -> torch.Tensor:
         -1 if selection.top_n is None else min(selection.top_n, _MOST_INT32),
         -1.0 if selection.coverage is None else selection.coverage,
         -1.0 if selection.mass_threshold is None else selection.mass_threshold,
+        selection.threshold_length or 0,
         min(selection.sink_blocks, _MOST_INT32),
         min(selection.recent_tokens, _MOST_INT32),
         selection.combine == "max",

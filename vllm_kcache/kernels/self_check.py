@@ -253,7 +253,8 @@ class _Check:
         fetched = fetch_blocks(selected, batch.block_table, self.v_pages, tokens)
         return attend_blocks(
             batch.query, self.k_pages, self.v_pages, fetched, selected, batch.block_table,
-            batch.seq_lens, batch.scale, tokens, view.tail, clip=view.selection.clip,
+            batch.seq_lens, batch.scale, tokens, view.tail,
+            clip=view.selection.clips(batch.seq_lens),
         )  # fmt: skip
 
     def _compare_lists(self, block_lse: torch.Tensor, selected: Selected, chosen: Selected) -> None:
@@ -261,6 +262,7 @@ class _Check:
         masses = (block_lse - block_lse.logsumexp(-1, keepdim=True)).exp().nan_to_num()
         by_group = masses.unflatten(1, (self.shape.num_kv_heads, -1))
         mean = self.view.selection.combine == "sum"
+        shares = self.view.selection.threshold_share(self.batch.seq_lens).tolist()
         combined = by_group.mean(2) if mean else by_group.amax(2)
         for row, head in torch.cartesian_prod(*map(torch.arange, selected.counts.shape)).tolist():
             ours = set(selected.blocks[row, head, : selected.counts[row, head]].tolist())
@@ -272,7 +274,7 @@ class _Check:
                     if 0 <= block < self.batch.max_blocks
                     else -1.0
                 )
-                threshold = self.view.selection.mass_threshold or edge
+                threshold = (self.view.selection.mass_threshold or edge) * shares[row]
                 if min(abs(mass - edge), abs(mass - threshold)) > NEAR * max(edge, threshold):
                     raise self._error("select", f"V block {block} of KV head {head}")
         covered = self.batch.seq_lens[:, None] > 0
@@ -385,7 +387,7 @@ class _CodeCheck(_Check):
         )
         return attend_rows(
             batch.query, view.host_rows, shape.row, self.stats, fetched, selected, batch.seq_lens,
-            batch.scale, view.tail, clip=view.selection.clip,
+            batch.scale, view.tail, clip=view.selection.clips(batch.seq_lens),
         )  # fmt: skip
 
 

@@ -70,7 +70,9 @@ def selected_tokens_of(selection: Selection, v_block_tokens: int, context: float
     """Tokens a head that a rule selects from a context, forced V blocks included."""
     tokens = context
     if selection.mass_threshold is not None:
-        tokens = threshold_tokens(selection.mass_threshold, v_block_tokens, context)
+        length = selection.threshold_length or context
+        share = min(1.0, length / max(1.0, context)) ** 0.5
+        tokens = threshold_tokens(selection.mass_threshold * share, v_block_tokens, context)
     elif selection.coverage is not None:
         tokens = covering_tokens(selection.coverage, context, selection.combine)
     if selection.top_n is not None:

@@ -28,7 +28,7 @@ def attend_blocks(
     v_block_tokens: int,
     tail: Tail,
     out: torch.Tensor | None = None,
-    clip: float | None = None,
+    clip: float | torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax over the selected tokens and the product with their V.
 
@@ -55,7 +55,7 @@ def attend_blocks(
         v_block_tokens: T, tokens of a V block: a power of two that divides S.
         tail: "renormalize" or "clip".
         out: [B, Hq, D] model dtype, written and returned when given.
-        clip: in (0, 1]. Only for tail "clip", which needs `selected.lse`, too.
+        clip: in (0, 1], or [B] of such. Only for tail "clip", which needs `selected.lse`, too.
     Returns:
         [B, Hq, D] model dtype. 0 for a padded row.
 
@@ -98,7 +98,7 @@ def attend_rows(
     scale: float,
     tail: Tail,
     out: torch.Tensor | None = None,
-    clip: float | None = None,
+    clip: float | torch.Tensor | None = None,
     refined: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The same from rows that hold K beside V, where the selection was by estimates.
@@ -159,7 +159,7 @@ def _combine(
     selected: Selected,
     group: slice,
     tail: Tail,
-    clip: float | None,
+    clip: float | torch.Tensor | None,
 ) -> torch.Tensor:
     """[g, Hq, D] of scaled scores [g, Hkv, G, n], -inf for padding, and V [g, Hkv, n, D]."""
     if tail == "clip":
@@ -178,7 +178,10 @@ def _combine(
             dropped = selected.dropped[group].to(scores.dtype).view(heads) * unit
         # The score of padding is -inf, and the lse of a padded row anything.
         weights = torch.where(torch.isneginf(scores), 0.0, exponents.exp())
-        return (clipped_weights(weights, clip * unit, dropped) @ values).flatten(1, 2)
+        if isinstance(clip, torch.Tensor):
+            clip = clip[group].to(scores.dtype).view(-1, 1, 1, 1)
+        limit = clip * unit
+        return (clipped_weights(weights, limit, dropped) @ values).flatten(1, 2)
     denominator = scores.logsumexp(-1, keepdim=True)
     # Where nothing is selected (a padded row) every score is -inf: weights of 0, not NaN.
     denominator = denominator.masked_fill(torch.isneginf(denominator), 0.0)
@@ -205,20 +208,20 @@ def estimate_errors(
 
 
 def clipped_weights(
-    weights: torch.Tensor, clip: float | torch.Tensor, dropped: torch.Tensor | None = None
+    weights: torch.Tensor, clip: torch.Tensor, dropped: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Weights of the selected tokens, the dropped mass shared out by min(p, clip); rows sum to 1.
 
     Args:
         weights: [..., N], full-softmax probabilities p of the selected tokens, 0 for padding. In
             units of an estimated total they may sum to more than 1.
-        clip: Number, or [..., 1].
+        clip: [..., 1].
         dropped: [..., 1], the mass left out, in the same unit; None: what the weights lack of 1.
     """
     kept = weights.sum(-1, keepdim=True)
     if dropped is None:
         dropped = (1 - kept).clamp_min(0)
-    flat = weights.clamp(max=clip) if isinstance(clip, torch.Tensor) else weights.clamp_max(clip)
+    flat = weights.clamp(max=clip)
     weights = weights + dropped * flat / flat.sum(-1, keepdim=True).clamp_min(1e-30)
     # Nothing is selected of a padded row.
     return weights / (kept + dropped).clamp_min(1e-30)

@@ -24,7 +24,8 @@ def select_blocks(
     recent blocks come first, then the others by falling mass. With a coverage, the fewest blocks in
     that order are kept whose covered mass, mean (combine "sum") or least (combine "max") over the
     query heads, reaches it; `top_n` caps them. With a mass threshold, every block that holds that
-    much is kept, at most `top_n`. Without either, `min(top_n, blocks of the request)`.
+    much is kept, at most `top_n`; beyond `threshold_length` tokens, less is enough. Without either,
+    `min(top_n, blocks of the request)`.
 
     Args:
         block_lse: [B, Hq, P] float32. From `score_blocks`.
@@ -73,7 +74,8 @@ def select_blocks(
         reaching = (~(covered >= selection.coverage)).sum(-1) + 1
         counts = torch.minimum(counts, torch.maximum(reaching, forced.sum(-1)[:, None]))
     if selection.mass_threshold is not None:
-        heavy = exists[:, None] & (combined >= selection.mass_threshold)
+        thresholds = selection.mass_threshold * selection.threshold_share(seq_lens)
+        heavy = exists[:, None] & (combined >= thresholds[:, None, None])
         counts = (heavy | forced[:, None]).sum(-1)
     if selection.top_n is not None:
         counts = counts.clamp_max(selection.top_n)

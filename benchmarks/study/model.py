@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.accuracy.texts import read_text
+from vllm_kcache.reference.codes import stats_of
 from vllm_kcache.types import KStats
 
 PREFIX_CHUNK = 512
@@ -39,7 +40,6 @@ PASSAGES = {
 }
 # As in vllm_kcache/integration/calibration.py, which needs vLLM; a test holds the two together.
 CALIBRATION_TOKENS = 2048
-LEAST_DEVIATION = 1 / 128
 # (layer, query [Hkv, G, Q, D] with the scale of the scores in it, k [Hkv, T, D], v [Hkv, T, D]) ->
 # [Hkv, G, Q, D]. Query i stands at position T - Q + i and may see the keys up to its own.
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -188,7 +188,7 @@ class StudyModel:
         keys = self._nothing()
         through = Pass(keys, self._nothing(), attend_exactly, keep=True)
         self._run(self.model.base_model, tokens, through, 0)
-        return [stats_of(key) for key in keys]
+        return [key_stats(key) for key in keys]
 
     def _nothing(self) -> list[torch.Tensor]:
         """K or V of no tokens, by layer."""
@@ -201,17 +201,6 @@ class StudyModel:
         return model(tokens[None], position_ids=positions[None], use_cache=False, through=through)
 
 
-def stats_of(key: torch.Tensor) -> KStats:
-    """Mean and deviation over the tokens of [Hkv, T, D]."""
-    exact = key.double()
-    mean, variance = exact.mean(1), exact.var(1, correction=0)
-    width = variance.mean(-1, keepdim=True).sqrt()
-    # A head that stands still altogether has no width: then 1 is as good as any.
-    width = torch.where(width > 0, width, 1 / LEAST_DEVIATION)
-    deviation = torch.maximum(variance.sqrt(), width * LEAST_DEVIATION)
-    return KStats(mean.float(), deviation.float())
-
-
 def attend_exactly(
     layer: int, query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None
 ) -> torch.Tensor:
@@ -222,6 +211,12 @@ def attend_exactly(
     return functional.scaled_dot_product_attention(
         query, k[:, None], v[:, None], attn_mask=seen, scale=1.0
     )
+
+
+def key_stats(key: torch.Tensor) -> KStats:
+    """Mean and deviation over the tokens of [Hkv, T, D]."""
+    exact = key.double()
+    return stats_of(exact.mean(1), exact.var(1, correction=0))
 
 
 def causal_mask(

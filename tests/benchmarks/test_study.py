@@ -18,7 +18,7 @@ from transformers import (
 
 from benchmarks.study import model as study_model
 from benchmarks.study.__main__ import rule_of
-from benchmarks.study.model import Prefix, StudyModel, attend_exactly, stats_of
+from benchmarks.study.model import Prefix, StudyModel, attend_exactly, key_stats
 from benchmarks.study.rules import Rule, RuleAttention, Stock, clipped_threshold, compared
 from benchmarks.study.table import table
 from vllm_kcache.cache.formats import RowFormat, code_bytes
@@ -130,7 +130,7 @@ def some_kv(heads: int = 2, size: int = 32) -> tuple[torch.Tensor, torch.Tensor,
 def test_codes_and_rows_are_those_of_the_reference(host_dtype: Any, tail: Any) -> None:
     """Selected blocks and outputs of the package's own steps, a request for each query."""
     query, k, v = some_kv()
-    stats, level, page = stats_of(k), 0.02, 16
+    stats, level, page = key_stats(k), 0.02, 16
     heads, size = k.shape[0], k.shape[2]
     row = RowFormat(8, size, torch.float32, 4, host_dtype)
     pages = torch.zeros(TOKENS // page, heads, page * code_bytes(size), dtype=torch.uint8)
@@ -165,15 +165,15 @@ def test_a_threshold_falls_with_the_length(power: float, more: dict[str, Any]) -
     query, k, v = some_kv()
     level, length = 0.05, 80
     rule = clipped_threshold(level, length=length, power=power, **more)
-    found = RuleAttention(rule, [stats_of(k)])(0, query, k, v)
+    found = RuleAttention(rule, [key_stats(k)])(0, query, k, v)
     for number in range(QUERIES):
         tokens = TOKENS - QUERIES + number + 1
         factor = min(1.0, (length / tokens) ** power)
         assert (factor < 1) == (number > 7)  # on both sides of `length`
         fixed = clipped_threshold(level * factor, **more)
-        expected = RuleAttention(fixed, [stats_of(k)])(0, query, k, v)[:, :, number]
+        expected = RuleAttention(fixed, [key_stats(k)])(0, query, k, v)[:, :, number]
         torch.testing.assert_close(found[:, :, number], expected, rtol=1e-5, atol=1e-6)
-    unlike = RuleAttention(clipped_threshold(level, **more), [stats_of(k)])(0, query, k, v)
+    unlike = RuleAttention(clipped_threshold(level, **more), [key_stats(k)])(0, query, k, v)
     assert not torch.allclose(found[:, :, -1], unlike[:, :, -1], rtol=1e-4, atol=1e-5)
 
 
@@ -200,7 +200,7 @@ def test_a_channel_that_stands_still_has_a_deviation() -> None:
     key[1] = 3.0
     recorder = calibration._Recorder(SimpleNamespace(num_heads=3, num_kv_heads=3, scale=1.0), None)
     recorder._add(key.transpose(0, 1))
-    found, expected = stats_of(key), recorder.stats()
+    found, expected = key_stats(key), recorder.stats()
     assert isinstance(found, KStats)
     torch.testing.assert_close(found.mean, expected.mean)
     torch.testing.assert_close(found.deviation, expected.deviation)

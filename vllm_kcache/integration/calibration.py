@@ -25,14 +25,12 @@ from vllm.sequence import IntermediateTensors
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from vllm_kcache.config import KCacheConfigError
+from vllm_kcache.reference.codes import stats_of
 from vllm_kcache.types import KStats
 
 logger = init_logger(__name__)
 
 CALIBRATION_TOKENS = 2048
-# Least deviation of a channel, as a share of the root mean square over the channels of its head: a
-# channel that stood still in the text may move later, and must not drown the others then.
-LEAST_DEVIATION = 1 / 128
 # A channel this many times as wide as its head's root mean square counts as large, for the log.
 LARGE = 4.0
 
@@ -226,8 +224,4 @@ class _Recorder:
         variance = (self._squares / self._count - mean.square()).clamp_min(0.0)
         if not bool(variance.isfinite().all()):
             raise RuntimeError("K is not finite")
-        width = variance.mean(-1, keepdim=True).sqrt()
-        # A head that stands still altogether has no width: then 1 is as good as any.
-        width = torch.where(width > 0, width, 1 / LEAST_DEVIATION)
-        deviation = torch.maximum(variance.sqrt(), width * LEAST_DEVIATION)
-        return KStats(mean.float(), deviation.float())
+        return stats_of(mean, variance)

@@ -22,6 +22,22 @@ LEVELS = 15
 LEAST_SCALE = 2.0**-14
 MOST_FLOAT16 = 65504.0
 INT8_MOST = 127
+# Least deviation of a channel, as a share of the root mean square over the channels of its head: a
+# channel that stood still in the text may move later, and must not drown the others then.
+LEAST_DEVIATION = 1 / 128
+
+
+def stats_of(mean: torch.Tensor, variance: torch.Tensor) -> KStats:
+    """Constants of the codes from what was measured of K.
+
+    Args:
+        mean, variance: [Hkv, D] float64, of each channel. The variance is finite and at least 0.
+    """
+    width = variance.mean(-1, keepdim=True).sqrt()
+    # A head that stands still altogether has no width: then 1 is as good as any.
+    width = torch.where(width > 0, width, 1 / LEAST_DEVIATION)
+    deviation = torch.maximum(variance.sqrt(), width * LEAST_DEVIATION)
+    return KStats(mean.float(), deviation.float())
 
 
 def rotate(x: torch.Tensor) -> torch.Tensor:

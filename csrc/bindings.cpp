@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstring>
 #include <optional>
+#include <tuple>
 #include <utility>
 
 #include "checks.h"
@@ -356,6 +357,77 @@ void score_codes(Tensor layer, Tensor query, Tensor seq_lens, Tensor block_table
   STD_CUDA_CHECK(launch_score_codes(view, step, score, dependent, current_stream(query)));
 }
 
+void attend_int8_rows(Tensor layer, Tensor blocks, Tensor counts, Tensor rows, Tensor seq_lens,
+                      Tensor block_lse, Tensor query, Tensor bias, std::optional<Tensor> lse,
+                      std::optional<Tensor> dropped, Tensor sums, Tensor weights, Tensor arrivals,
+                      Tensor out, double scale, double clip, double clip_length, int64_t splits,
+                      int64_t least_blocks, int64_t every, bool dependent) {
+  const LayerView view = unpack_codes(layer);
+  STD_TORCH_CHECK(view.int8_rows, "layer: its rows are not int8");
+  const int64_t num_requests = blocks.size(0), num_heads = view.num_kv_heads * view.group;
+  Step step{};
+  use_lists(step, view, blocks, counts);
+  check_tensor("rows", rows, ScalarType::Int, {num_requests, view.num_kv_heads, blocks.size(2)},
+               blocks);
+  check_tensor("seq_lens", seq_lens, ScalarType::Int, {num_requests}, blocks);
+  check_tensor("block_lse", block_lse, ScalarType::Float, {num_requests, num_heads, kAnySize},
+               blocks);
+  step.rows = pointer<int>(rows);
+  step.seq_lens = pointer<int>(seq_lens);
+  step.block_lse = pointer<float>(block_lse);
+  step.max_blocks = static_cast<int>(block_lse.size(2));
+  check_tensor("query", query, ScalarType::Float, {num_requests, num_heads, view.head_size},
+               blocks);
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(query.data_ptr()) % 16 == 0,
+                  "query: must begin at a multiple of 16 bytes");
+  check_tensor("bias", bias, ScalarType::Float, {num_requests, num_heads}, blocks);
+  STD_TORCH_CHECK(scale > 0, "scale=", scale, ": must be above 0");
+  const bool clips = clip >= 0;
+  STD_TORCH_CHECK(!clips || (lse && dropped), "clip=", clip, ": needs lse and dropped");
+  for (const auto& [name, tensor] : {std::pair("lse", &lse), {"dropped", &dropped}}) {
+    if (*tensor) {
+      check_tensor(name, **tensor, ScalarType::Float, {num_requests, num_heads}, blocks);
+    }
+  }
+  STD_TORCH_CHECK(clip_length > 0, "clip_length=", clip_length, ": must be above 0");
+  STD_TORCH_CHECK(splits >= 1 && splits <= kMaxAttendSplits, "splits=", splits, ": must be 1 to ",
+                  kMaxAttendSplits);
+  STD_TORCH_CHECK(step.num_lists * splits < 1ll << 31, "splits=", splits, ": too many for ",
+                  step.num_lists, " lists");
+  STD_TORCH_CHECK(least_blocks >= 1 && least_blocks <= kMaxBlocks, "least_blocks=", least_blocks,
+                  ": must be 1 to ", kMaxBlocks);
+  STD_TORCH_CHECK(every >= 1 && every < 1ll << 31, "every=", every, ": must be at least 1");
+  const int64_t parts = step.num_lists * splits * view.group * (clips ? 2 : 1);
+  const int64_t padded = (view.head_size + 31) / 32 * 32;
+  for (const auto& [name, tensor, size] :
+       {std::tuple("sums", &sums, parts * padded), {"weights", &weights, parts * 2}}) {
+    check_tensor(name, *tensor, ScalarType::Float, {kAnySize}, blocks);
+    STD_TORCH_CHECK(
+        tensor->size(0) >= size && reinterpret_cast<uintptr_t>(tensor->data_ptr()) % 16 == 0, name,
+        ": has ", tensor->size(0), " values; must have at least ", size);
+  }
+  check_tensor("arrivals", arrivals, ScalarType::Int, {kAnySize}, blocks);
+  STD_TORCH_CHECK(arrivals.size(0) >= step.num_lists, "arrivals: has ", arrivals.size(0),
+                  " entries; must have at least ", step.num_lists);
+  const AttendRows attend{pointer<float>(query),
+                          pointer<float>(bias),
+                          clips ? pointer<float>(*lse) : nullptr,
+                          clips ? pointer<float>(*dropped) : nullptr,
+                          pointer<float>(sums),
+                          pointer<float>(weights),
+                          pointer<int>(arrivals),
+                          heads_of("out", out, view, num_requests, num_heads, blocks),
+                          static_cast<float>(scale),
+                          static_cast<float>(clip),
+                          static_cast<float>(clip_length),
+                          static_cast<int>(splits),
+                          static_cast<int>(least_blocks),
+                          static_cast<int>(every)};
+  if (step.num_lists == 0) return;
+  const DeviceGuard guard(blocks.get_device_index());
+  STD_CUDA_CHECK(launch_attend_rows(view, step, attend, dependent, current_stream(blocks)));
+}
+
 void write_rows(Tensor layer, Tensor key, Tensor value, Tensor slot_mapping, int64_t parts,
                 int64_t allocate_tokens, int64_t most_thread_blocks, bool dependent) {
   const LayerView view = unpack_codes(layer);
@@ -441,6 +513,12 @@ STABLE_TORCH_LIBRARY(kcache, library) {
       "Tensor(a!) block_lse, Tensor(b!) chunk_lse, Tensor(c!) transformed, Tensor(d!) bias, "
       "float scale, int splits, bool dependent, bool after_write) -> ()");
   library.def(
+      "attend_int8_rows(Tensor layer, Tensor blocks, Tensor counts, Tensor rows, Tensor seq_lens, "
+      "Tensor block_lse, Tensor query, Tensor bias, Tensor? lse, Tensor? dropped, "
+      "Tensor(a!) sums, Tensor(b!) weights, Tensor(c!) arrivals, Tensor(d!) out, float scale, "
+      "float clip, float clip_length, int splits, int least_blocks, int every, bool dependent) "
+      "-> ()");
+  library.def(
       "write_rows(Tensor layer, Tensor key, Tensor value, Tensor slot_mapping, int parts, "
       "int allocate_tokens, int most_thread_blocks, bool dependent) -> ()");
   library.def(
@@ -456,6 +534,7 @@ STABLE_TORCH_LIBRARY_IMPL(kcache, CUDA, library) {
   library.impl("select_and_fetch", TORCH_BOX(&kcache::select_and_fetch));
   library.impl("follow_scores", TORCH_BOX(&kcache::follow_scores));
   library.impl("score_codes", TORCH_BOX(&kcache::score_codes));
+  library.impl("attend_int8_rows", TORCH_BOX(&kcache::attend_int8_rows));
   library.impl("write_rows", TORCH_BOX(&kcache::write_rows));
   library.impl("gather_rows", TORCH_BOX(&kcache::gather_rows));
 }

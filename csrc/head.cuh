@@ -136,4 +136,55 @@ __device__ inline void rotate(float (&x)[kParts][4], int head_size, float factor
   for_each(x, [&](int part, int i) { x[part][i] = __fmul_rn(x[part][i], factor); });
 }
 
+// Values of q' as two int8 numbers each, 15 bits together: q' = (kLowSteps high + low) unit.
+constexpr int kLowSteps = 254;
+
+struct Digits {
+  unsigned high, low;  // of four values
+
+  // `steps` takes the largest value to 127.
+  __device__ Digits(const float* four, float steps) : high(0), low(0) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float in_steps = four[i] * steps, whole = rintf(in_steps);
+      const int rest = __float2int_rn((in_steps - whole) * kLowSteps);
+      high |= (static_cast<unsigned>(__float2int_rn(whole)) & 255u) << (8 * i);
+      low |= (static_cast<unsigned>(rest) & 255u) << (8 * i);
+    }
+  }
+};
+
+// Base-2 logarithm of a weight in one low step of q' times 1; `most`: the largest value of q'.
+__device__ inline float unit_of(float scale, float most) {
+  return scale * kLog2E * most / (127.0f * kLowSteps);
+}
+
+// Words that are read once, in the widest loads that their number allows; they begin where those
+// may.
+template <int kWords>
+__device__ inline void load_words(unsigned* words, const char* from) {
+  if constexpr (kWords % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < kWords / 4; ++i) {
+      const uint4 four = __ldcs(reinterpret_cast<const uint4*>(from) + i);
+      words[4 * i] = four.x;
+      words[4 * i + 1] = four.y;
+      words[4 * i + 2] = four.z;
+      words[4 * i + 3] = four.w;
+    }
+  } else if constexpr (kWords % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < kWords / 2; ++i) {
+      const uint2 two = __ldcs(reinterpret_cast<const uint2*>(from) + i);
+      words[2 * i] = two.x;
+      words[2 * i + 1] = two.y;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      words[i] = __ldcs(reinterpret_cast<const unsigned*>(from) + i);
+    }
+  }
+}
+
 }  // namespace kcache

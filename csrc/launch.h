@@ -19,6 +19,9 @@ cudaError_t launch_follow(const LayerView& view, const Step& step, const Follow&
 // them.
 cudaError_t launch_score_codes(const LayerView& view, const Step& step, const ScoreCodes& score,
                                bool dependent, cudaStream_t stream);
+// Attend over lists of int8 rows, and end the epoch.
+cudaError_t launch_attend_rows(const LayerView& view, const Step& step, const AttendRows& attend,
+                               bool dependent, cudaStream_t stream);
 // At most so many thread blocks; 0: as many as there is work for.
 cudaError_t launch_write_rows(const LayerView& view, const WriteRows& write, int most_blocks,
                               bool dependent, cudaStream_t stream);

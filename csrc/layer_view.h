@@ -15,7 +15,7 @@ constexpr int kHand = 0, kEpoch = 1, kScored = 2, kEnded = 3, kWanted = 4, kMiss
 // Words of HotCache.counters.
 constexpr int kLists = 0, kSelected = 1, kHits = 2, kMisses = 3, kDirect = 4;
 constexpr int kFirstDroppedBucket = 8, kDroppedBuckets = 16;
-constexpr int kFirstEstimateBucket = 24, kEstimateBuckets = 10;  // attention's (Triton)
+constexpr int kFirstEstimateBucket = 24, kEstimateBuckets = 10;
 constexpr int kCounterWords = kFirstEstimateBucket + kEstimateBuckets;
 
 constexpr int kMaxGroup = 16;        // query heads of a KV head
@@ -116,6 +116,26 @@ struct ScoreCodes {
   int splits;         // thread blocks that share a list
   int table_columns;  // of the block table
   bool after_write;
+};
+
+constexpr int kMaxAttendSplits = 32;  // MAX_SPLITS of vllm_kcache/kernels/attend_plan.py
+
+// Attention over lists of int8 rows. `Step` has the lists.
+struct AttendRows {
+  const float* query;    // [B, Hq, D] q', as scoring left it
+  const float* bias;     // [B, Hq] scale * (q . mean)
+  const float* lse;      // [B, Hq] estimated, over the request; null without a clip
+  const float* dropped;  // [B, Hq] estimated mass of what is not selected; null without a clip
+  float* sums;           // [parts, rows of a list, padded D]
+  float* weights;        // [parts, rows of a list, 2] largest score and sum of weights
+  int* arrivals;         // [B * Hkv], zero between launches
+  Heads out;             // [B, Hq, D]
+  float scale;
+  float clip;         // negative: the selected tokens' weights are made to sum to 1
+  float clip_length;  // tokens beyond which the clip falls with the square root of the length
+  int splits;         // thread blocks that a list may have
+  int least_blocks;   // V blocks of a list that are worth a thread block
+  int every;          // one launch of so many looks at how far the estimates are off
 };
 
 // Beside a score kernel that adds to `Step::lists`.

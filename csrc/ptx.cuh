@@ -55,6 +55,25 @@ __device__ inline unsigned float_to_bfloat16(float value) {
   return bits;
 }
 
+// Two floats as float16, to the nearest: the first in the lower bits.
+__device__ inline unsigned floats_to_halves(float low, float high) {
+  unsigned bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+
+// One of each of two words' four bytes, by selectors 0 to 7 of four bits.
+__device__ inline unsigned permute_bytes(unsigned low, unsigned high, unsigned selectors) {
+  return __byte_perm(low, high, selectors);
+}
+
+// Difference of pairs of float16.
+__device__ inline unsigned subtract_halves(unsigned x, unsigned y) {
+  unsigned difference;
+  asm("sub.f16x2 %0, %1, %2;" : "=r"(difference) : "r"(x), "r"(y));
+  return difference;
+}
+
 // Products of a warp, added to 16 x 8 sums: 16 rows of 32 int8, and eight columns. What a lane has
 // of each: PTX ISA, "Matrix Fragments for mma.m16n8k32".
 __device__ inline void multiply_add(int (&sums)[4], const unsigned (&rows)[4],
@@ -62,6 +81,15 @@ __device__ inline void multiply_add(int (&sums)[4], const unsigned (&rows)[4],
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+      : "r"(rows[0]), "r"(rows[1]), "r"(rows[2]), "r"(rows[3]), "r"(columns[0]), "r"(columns[1]));
+}
+
+// The same of 16 rows of 16 float16: "Matrix Fragments for mma.m16n8k16".
+__device__ inline void multiply_add(float (&sums)[4], const unsigned (&rows)[4],
+                                    const unsigned (&columns)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
       : "r"(rows[0]), "r"(rows[1]), "r"(rows[2]), "r"(rows[3]), "r"(columns[0]), "r"(columns[1]));
 }
 

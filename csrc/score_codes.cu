@@ -19,8 +19,6 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kOwnTokens = 8;               // of a thread
 constexpr int kRunTokens = 8 * kOwnTokens;  // of a warp, at once
 constexpr int kTileHeads = 4;               // query heads of eight columns
-constexpr int kLowSteps = 254;              // of the low part in one of the high part
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 static_assert(kChunkTokens == 32 * kOwnTokens, "each lane finds the place of eight tokens");
 
 // A kernel is compiled for `kSteps`, products that a head takes, and `kTiles`, fours of query
@@ -78,24 +76,17 @@ __device__ inline void prepare_head(const LayerView& view, const ScoreCodes& sco
   const float steps = most > 0.0f ? 127.0f / most : 0.0f;
 #pragma unroll
   for (int p = 0; p < Z::kParts; ++p) {
-    unsigned high = 0, low = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float in_steps = x[p][i] * steps, whole = rintf(in_steps);
-      const int rest = __float2int_rn((in_steps - whole) * kLowSteps);
-      high |= (static_cast<unsigned>(__float2int_rn(whole)) & 255u) << (8 * i);
-      low |= (static_cast<unsigned>(rest) & 255u) << (8 * i);
-    }
+    const Digits digits(x[p], steps);
     // Four values that follow each other; eight are a word of codes, of its low and high nibbles.
     const int four = lane + 32 * p, word = four / 2;
     if (word >= 4 * Z::kSteps) continue;
     const int product = head / kTileHeads * Z::kSteps + word % Z::kSteps;
     const int column = 2 * (head % kTileHeads), quarter = word / Z::kSteps;
-    shared.columns[product * 32 + column * 4 + quarter][four % 2] = high;
-    shared.columns[product * 32 + (column + 1) * 4 + quarter][four % 2] = low;
+    shared.columns[product * 32 + column * 4 + quarter][four % 2] = digits.high;
+    shared.columns[product * 32 + (column + 1) * 4 + quarter][four % 2] = digits.low;
   }
   if (lane == 0) {
-    shared.unit[head] = score.scale * kLog2E * most / (127.0f * kLowSteps);
+    shared.unit[head] = unit_of(score.scale, most);
     shared.sum[head] = sum * steps * kLowSteps;
     shared.bias[head] = bias;
   }
@@ -122,29 +113,6 @@ struct Run {
     const char* scales_from = pages + static_cast<size_t>(place.scales) * 16;
     load_words<4>(scales, scales_from);
     load_words<4>(scales + 4, scales_from + 16);
-  }
-
-  template <int kWords>
-  __device__ static void load_words(unsigned* words, const char* from) {
-    if constexpr (kWords % 4 == 0) {
-#pragma unroll
-      for (int i = 0; i < kWords / 4; ++i) {
-        const uint4 four = __ldcs(reinterpret_cast<const uint4*>(from) + i);
-        words[4 * i] = four.x;
-        words[4 * i + 1] = four.y;
-        words[4 * i + 2] = four.z;
-        words[4 * i + 3] = four.w;
-      }
-    } else if constexpr (kWords == 2) {
-      const uint2 two = __ldcs(reinterpret_cast<const uint2*>(from));
-      words[0] = two.x;
-      words[1] = two.y;
-    } else {
-#pragma unroll
-      for (int i = 0; i < kWords; ++i) {
-        words[i] = __ldcs(reinterpret_cast<const unsigned*>(from) + i);
-      }
-    }
   }
 };
 

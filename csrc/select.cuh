@@ -20,7 +20,6 @@ static_assert(kMaxGroup <= kWarps, "a warp adds up a query head");
 // Scores that a thread has in registers at once: a list is bound by the latency of its loads. More
 // take more registers than a thread may have.
 constexpr int kInFlight = 16;
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 // Digits of a rank, and its values. Sums of masses are integers of 2^-30: the same in any
 // order, and off by half of that for each block at most.
 constexpr int kBins = 256, kMaxSums = 1 + kMaxGroup;

@@ -5,6 +5,7 @@
 namespace kcache {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 __device__ inline float warp_max(float value) {
   for (int i = 16; i; i >>= 1) value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, i));

@@ -120,11 +120,19 @@ def time_coded(
     return time_calls(calls)
 
 
-def sweep(p: Problem, usual: AttendConfig, time: Callable[[AttendConfig], Timing]) -> None:
+def sweep(
+    p: Problem, usual: AttendConfig, time: Callable[[AttendConfig], Timing], coded: bool = False
+) -> None:
     found = []
-    for tokens, programs, warps, stages in itertools.product(
-        (32, 64, 128), (528, 1056, 2112, 4224), (2, 4, 8), (1, 2, 3)
-    ):
+    shapes: tuple[tuple[int, ...], ...] = (
+        (32, 64, 128),
+        (528, 1056, 2112, 4224),
+        (2, 4, 8),
+        (1, 2, 3),
+    )
+    if coded:
+        shapes = (32, 64, 128, 256, 512), (528, 1056, 2112, 4224), (4,), (1,)
+    for tokens, programs, warps, stages in itertools.product(*shapes):
         splits = max(1, min(32, -(-programs // p.num_lists)))
         config = AttendConfig(tokens // V_BLOCK_TOKENS, splits, warps, stages)
         found.append((time(config).p50, config))
@@ -178,7 +186,7 @@ def main() -> None:
         )  # fmt: skip
         if options.sweep:
             usual = attend_config(view.shape, problem.num_lists, problem.max_blocks)
-            sweep(problem, usual, functools.partial(time_coded, coded, counts))
+            sweep(problem, usual, functools.partial(time_coded, coded, counts), coded=True)
         del coded, view
     report.finish()
 

@@ -175,6 +175,13 @@ def flat_kv(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(case.keys), torch.cat(case.values)
 
 
+def in_digits(queries: torch.Tensor) -> torch.Tensor:
+    """q' [.., D] float64 in two int8 numbers each, as the kernels have it."""
+    steps = 127 / queries.abs().amax(-1, keepdim=True).clamp_min(1e-20)
+    whole = (queries * steps).round()
+    return (whole + ((queries * steps - whole) * 254).round() / 254) / steps
+
+
 def most_rounding(coded: Coded, queries: torch.Tensor) -> torch.Tensor:
     """[B, Hq] how far a score can be off, since q' is rounded to 15 bits."""
     case, pages = coded.case, coded.code_pages

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 
+from tests.kernels import attend_rows
 from tests.kernels.code_steps import (
     ESTIMATE_CASES,
     ESTIMATED,
+    HOW_OFTEN_CASES,
     RULES,
     SHAPES,
     check_estimate_errors,
@@ -22,7 +22,6 @@ from tests.kernels.code_steps import (
 from tests.shapes import Shape
 from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.kernels import attend
-from vllm_kcache.kernels.attend import widen
 from vllm_kcache.kernels.self_check import check_kernels
 from vllm_kcache.types import Selection
 
@@ -61,28 +60,25 @@ def test_the_check_at_start(host_dtype: str, dtype: torch.dtype) -> None:
         check_kernels(shape, rule, tail, "cuda")
 
 
-@pytest.mark.parametrize(("host_dtype", "rule"), ESTIMATE_CASES, ids=str)
+@pytest.mark.parametrize(("host_dtype", "rule", "dtype"), ESTIMATE_CASES, ids=str)
 def test_errors_of_estimates(
-    host_dtype: str, rule: Selection, monkeypatch: pytest.MonkeyPatch
+    host_dtype: str, rule: Selection, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attend, "ESTIMATES_EVERY", 1)
-    check_estimate_errors(ESTIMATED, host_dtype, rule, "cuda")
+    check_estimate_errors(ESTIMATED, host_dtype, rule, dtype, "cuda")
 
 
-@triton.jit
-def widen_kernel(numbers, out, DTYPE: tl.constexpr):
-    place = tl.arange(0, 256)
-    tl.store(out + place, widen(tl.load(numbers + place), DTYPE))
+@pytest.mark.parametrize(("host_dtype", "dtype", "first"), HOW_OFTEN_CASES, ids=str)
+def test_how_often_estimates_are_looked_at(host_dtype: str, dtype: torch.dtype, first: int) -> None:
+    check_how_often(host_dtype, dtype, first, "cuda")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_int8_widens_exactly(dtype: torch.dtype) -> None:
-    numbers = torch.arange(-128, 128, dtype=torch.int8, device="cuda")
-    out = torch.full((256,), torch.nan, dtype=dtype, device="cuda")
-    types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-    widen_kernel[(1,)](numbers, out, types[dtype])
-    assert torch.equal(out.double(), numbers.double())
+@pytest.mark.parametrize("shape", attend_rows.TILED_SHAPES, ids=str)
+def test_attention_on_tensor_cores(shape: Shape) -> None:
+    attend_rows.check_tiles(shape, "cuda")
 
 
-def test_how_often_estimates_are_looked_at() -> None:
-    check_how_often("cuda")
+@pytest.mark.parametrize("factor", [1e-3, 1e4])
+def test_ranges_on_tensor_cores(factor: float) -> None:
+    attend_rows.check_ranges(factor, "cuda")
+    attend_rows.check_small_values("cuda")

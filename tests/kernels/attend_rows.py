@@ -31,6 +31,14 @@ SHAPES = (
     Shape((65, 31, 7), 2, 2, 80, 32, 4),
     Shape((70, 5), 2, 8, 128, 16, 8),
 )
+# For tensor cores also all sizes of a head and of a block, and a group of more heads than a tile.
+TILED_SHAPES = (
+    *SHAPES,
+    Shape((50, 64), 1, 4, 96, 32, 32),
+    Shape((0, 17, 70), 2, 12, 128, 32, 16),
+    Shape((21, 5), 2, 4, 256, 16, 2),
+    Shape((65, 31), 2, 2, 80, 32, 1),
+)
 EVERY, CLIPPED = Selection(None, None, 1, 8, "sum"), Selection(None, None, 1, 8, "max", 0.02)
 
 
@@ -110,13 +118,40 @@ def check_small_values(device: str = "cpu") -> None:
     assert float((out - expected).abs().max()) < 0.03 * float(expected.max())
 
 
+def check_tiles(shape: Shape, device: str = "cpu") -> None:
+    """Rows of int8 on tensor cores, of both dtypes of a model."""
+    for dtype, rule, splits in itertools.product(
+        (torch.bfloat16, torch.float16), (EVERY, CLIPPED), (1, 3)
+    ):
+        assert_close(*check(shape, "int8", rule, splits, device, build_case(shape, dtype)))
+
+
+def check_ranges(factor: float, device: str = "cpu") -> None:
+    """V so small, or so large, that its scale times a weight is not a float16."""
+    shape = Shape((70, 5), 2, 8, 128, 16, 8)
+    case = build_case(shape, torch.bfloat16)
+    # Each token's V is another power of ten.
+    values = tuple(
+        value * factor * 10.0 ** -(torch.arange(len(value)) % 4)[:, None, None].to(value.dtype)
+        for value in case.values
+    )
+    for rule, splits in itertools.product((EVERY, CLIPPED), (1, 3)):
+        out, expected = check(shape, "int8", rule, splits, device, replace(case, values=values))
+        assert float(expected.abs().max()) > 0.1 * factor
+        assert_close(out / factor, expected / factor)
+
+
 def main() -> None:
     """Every combination; any difference raises."""
     cases = list(itertools.product(SHAPES, ("model", "int8"), (EVERY, CLIPPED), (1, 3)))
     for case in cases:
         assert_close(*check(*case))
+    for shape in TILED_SHAPES:
+        check_tiles(shape)
+    for factor in (1e-3, 1e4):
+        check_ranges(factor)
     check_small_values()
-    print(f"{len(cases)} lists of rows attend as defined")
+    print(f"{len(cases) + 8 * len(TILED_SHAPES)} lists of rows attend as defined")
 
 
 if __name__ == "__main__":

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from tests.conftest import TOLERANCES, assert_close
-from tests.csrc.coded_layer import most_rounding
+from tests.csrc.coded_layer import in_digits, most_rounding
 from tests.kernels.layers import code_layer_of
 from tests.reference.coded import Coded, slots_of
 from tests.shapes import Shape, build_case
 from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.cache.hot_cache import EPOCH, ESTIMATE_ERROR_EDGES
 from vllm_kcache.kernels import attend
-from vllm_kcache.kernels.attend_plan import attend_config
+from vllm_kcache.kernels.attend_plan import attend_config, on_tensor_cores
 from vllm_kcache.kernels.decode import decode_step
 from vllm_kcache.kernels.rows import write_rows
 from vllm_kcache.kernels.self_check import check_kernels
@@ -47,11 +47,15 @@ RULES = (
 # A list of several chunks, an empty one and one of a single chunk; with the last rule two rows for
 # each query head.
 ESTIMATED = Shape((300, 0, 33), 1, 3, 64, 16, 8)
+_THRESHOLD = Selection(None, None, 1, 8, "max", 0.002)
 ESTIMATE_CASES = (
-    ("model", RULES[0]),
-    ("model", RULES[2]),
-    ("int8", Selection(None, None, 1, 8, "max", 0.002)),
+    ("model", RULES[0], torch.float32),
+    ("model", RULES[2], torch.float32),
+    ("int8", _THRESHOLD, torch.float32),
+    ("int8", _THRESHOLD, torch.bfloat16),
 )
+# And a first epoch, near which as many numbers are drawn as usual.
+HOW_OFTEN_CASES = (("model", torch.float32, 500), ("int8", torch.bfloat16, 700))
 ESTIMATES_EVERY = attend.ESTIMATES_EVERY
 
 
@@ -101,13 +105,12 @@ def check_step(
 
 
 def attended_query(coded: Coded, dtype: torch.dtype) -> torch.Tensor:
-    """The query that attention over the rows has: with int8 one whose q' is float16, unless the
-    model is float32. Scores of 30 are off by some .01 for that."""
+    """The query that attention over the rows has: on tensor cores q' has 15 bits."""
     query = coded.case.query
     if coded.row.host_dtype == "model" or dtype == torch.float32:
         return query
     transformed, _ = transform_query(query.double(), coded.stats)
-    grouped = rotate(transformed.half().double()).unflatten(1, (len(coded.stats.mean), -1))
+    grouped = rotate(in_digits(transformed)).unflatten(1, (len(coded.stats.mean), -1))
     return (grouped / coded.stats.deviation.double()[:, None]).flatten(1, 2)
 
 
@@ -138,9 +141,8 @@ def check_write(shape: Shape, host_dtype: str, device: str = "cpu") -> None:
 
 
 def check_estimate_errors(
-    shape: Shape, host_dtype: str, rule: Selection, device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> None:  # fmt: skip
+    shape: Shape, host_dtype: str, rule: Selection, dtype: torch.dtype, device: str = "cpu"
+) -> None:
     """Where every step looks at its estimates, it counts one chunk of one list by their errors; in
     time each chunk of each list has its turn."""
     coded = Coded.of(build_case(shape, dtype, sharpness=3.0), host_dtype)
@@ -168,6 +170,8 @@ def check_estimate_errors(
     slack = 1e-3 if host_dtype == "model" else 2e-2
     edges = torch.tensor(ESTIMATE_ERROR_EDGES)[:, None]
     step = attend_config(layer.view.shape, chosen.counts.numel(), lists.rows.shape[2]).chunk_blocks
+    if on_tensor_cores(layer.view.shape):
+        step = 32 // tokens
     expected = {}
     for request, head in itertools.product(range(len(shape.seq_lens)), range(shape.num_kv_heads)):
         count = int(chosen.counts[request, head])
@@ -194,12 +198,11 @@ def check_estimate_errors(
     assert seen == set(expected)
 
 
-def check_how_often(device: str = "cpu") -> None:
+def check_how_often(host_dtype: str, dtype: torch.dtype, first: int, device: str = "cpu") -> None:
     """Few steps look at their estimates, and not the same ones of a layer and of its neighbour."""
-    coded = Coded.of(build_case(Shape((9,), 1, 1, 64, 16, 8)), "model")
+    coded = Coded.of(build_case(Shape((9,), 1, 1, 64, 16, 8), dtype), host_dtype)
     layer = code_layer_of(coded, RULES[0], "renormalize", 4, device)
     out, looked = torch.empty_like(layer.batch.query), []
-    first = 500  # the numbers drawn before leave out more than usual
     layer.cache.state[EPOCH] = first
     for step in range(first, first + 2 * ESTIMATES_EVERY):
         before = sum(layer.cache.read_counters().estimate_errors)
@@ -227,10 +230,14 @@ def main() -> None:
             check_step(shape, host_dtype, rule, 256)
             cases += 1
         check_step(shape, host_dtype, RULES[1], 0)
+        for dtype in (torch.bfloat16, torch.float16) if host_dtype == "int8" else ():
+            check_step(shape, host_dtype, RULES[3], 256, dtype=dtype)
+            cases += 1
         check_step(shape, host_dtype, RULES[1], 3)
         check_write(shape, host_dtype)
         cases += 3
-    check_how_often()
+    for kernel in HOW_OFTEN_CASES:
+        check_how_often(*kernel)
     check_refused()
     attend.ESTIMATES_EVERY = 1
     for case in ESTIMATE_CASES:

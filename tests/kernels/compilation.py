@@ -121,6 +121,8 @@ def launch_all(shape: Shape, dtype: torch.dtype, dependent: bool) -> None:
         for splits in (1, 4) if tail == "clip" else (4,):
             attend(layer, splits, dependent)
     for host_dtype, (selection, tail) in zip(("model", "int8"), RULES, strict=True):
+        if host_dtype == "int8" and dtype != torch.float32:
+            continue  # csrc/attend.cu
         attend(code_layer_of(Coded.of(case, host_dtype), selection, tail, 64), 4, dependent)
     heads = shape.num_kv_heads
     context = torch.zeros(shape.seq_lens[0], heads, shape.head_size, dtype=dtype)

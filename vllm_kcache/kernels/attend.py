@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attend over the selected V blocks (Triton). Definition: reference/attend.py.
+"""Attend over the selected V blocks (Triton; rows of int8 in csrc/attend.cu). Definition:
+reference/attend.py.
 
 K is read from the pages, or with K codes in the pages from the rows, beside V.
 
@@ -21,10 +22,15 @@ import triton.language as tl
 
 from vllm_kcache.cache.hot_cache import EPOCH, ESTIMATE_ERROR_EDGES, FIRST_ESTIMATE_BUCKET
 from vllm_kcache.cache.layer_view import LayerView
-from vllm_kcache.kernels.attend_plan import MAX_SPLITS, AttendConfig, attend_config
+from vllm_kcache.kernels.attend_plan import (
+    MAX_SPLITS,
+    AttendConfig,
+    attend_config,
+    on_tensor_cores,
+)
 from vllm_kcache.kernels.dependent import gdc_wait
 from vllm_kcache.kernels.score import check_query_strides, is_first_program, lse_by_block
-from vllm_kcache.kernels.workspace import DecodeBatch, DecodeWorkspace
+from vllm_kcache.kernels.workspace import DecodeBatch, DecodeWorkspace, front
 from vllm_kcache.types import Selected
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -49,62 +55,8 @@ _ESTIMATE_EDGES = tl.constexpr(ESTIMATE_ERROR_EDGES)
 _TRITON_DTYPES = {
     torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16
 }  # fmt: skip
-# The interpreter knows no machine code.
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # Parts whose loads are in flight at once while they are added up.
 _AHEAD = tl.constexpr(4)
-
-
-@triton.jit
-def widen(x, DTYPE: tl.constexpr):
-    """The same numbers as DTYPE. int8 by four in a register, two instructions a number at most: the
-    GPU's own conversion has a quarter of their rate, and took a third of the kernel."""
-    if tl.int8 != x.dtype or _INTERPRETED or tl.float32 == DTYPE:
-        y = x.to(DTYPE)
-    elif tl.float16 == DTYPE:
-        # 0x6400 | (x + 128) is 1152 + x.
-        y = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 x, offset;
-            xor.b32 x, $2, 0x80808080;
-            mov.b32 offset, 0x64806480;
-            prmt.b32 $0, x, 0x64646464, 0x4140;
-            prmt.b32 $1, x, 0x64646464, 0x4342;
-            sub.f16x2 $0, $0, offset;
-            sub.f16x2 $1, $1, offset;
-            }
-            """,
-            "=r,=r,r",
-            [x],
-            dtype=tl.float16,
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        # 0x4300 | x is 128 + the low seven bits; 0x4300 | the sign is 128 or 256.
-        y = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 low, high, low_sign, high_sign, minus;
-            mov.b32 minus, 0xbf80bf80;
-            prmt.b32 low, $2, 0x43434343, 0x4140;
-            prmt.b32 high, $2, 0x43434343, 0x4342;
-            and.b32 low_sign, low, 0xff80ff80;
-            and.b32 high_sign, high, 0xff80ff80;
-            and.b32 low, low, 0xff7fff7f;
-            and.b32 high, high, 0xff7fff7f;
-            fma.rn.bf16x2 $0, low_sign, minus, low;
-            fma.rn.bf16x2 $1, high_sign, minus, high;
-            }
-            """,
-            "=r,=r,r",
-            [x],
-            dtype=tl.bfloat16,
-            is_pure=True,
-            pack=4,
-        )
-    return y
 
 
 @triton.jit
@@ -120,8 +72,6 @@ def load_query(
     q = tl.load(query + request * query_stride + values, mask=mask, other=0.0)
     bias = tl.zeros(heads.shape, tl.float32)
     if KEYS == K_INT8:
-        # Ten bits of k' are exact in float16, and of q' more than in bfloat16.
-        q = q.to(tl.float32 if tl.float32 == V_DTYPE else tl.float16)
         bias = tl.load(query_bias + request * NUM_HEADS + heads, mask=group_mask, other=0.0)
     return q, bias
 
@@ -165,7 +115,7 @@ def read_chunk(
         k = tl.load(row_values + offset[:, None] + in_head[None, :], mask=mask, other=0)
         offset += part_values
     v = tl.load(row_values + offset[:, None] + in_head[None, :], mask=mask, other=0)
-    scores = tl.dot(q, tl.trans(widen(k, q.dtype)), input_precision=PRECISION) * (scale * LOG2_E)
+    scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * (scale * LOG2_E)
     v_scale = tl.zeros(in_chunk.shape, tl.float16)
     if KEYS == K_INT8:
         # Scales are float16, two bytes each where a value has one.
@@ -213,12 +163,7 @@ def attend_share(
             sums = sums * rescale[:, None]
             largest = new_largest
         if KEYS == K_INT8:
-            if tl.bfloat16 == V_DTYPE:
-                weights = weights * v_scale.to(tl.float32)[None, :]
-                v = widen(v, tl.bfloat16)
-            else:
-                # Not the weights: times a small scale they would leave what float16 holds.
-                v = widen(v, V_DTYPE) * v_scale.to(V_DTYPE)[:, None]
+            v = v.to(V_DTYPE) * v_scale.to(V_DTYPE)[:, None]
         sums += tl.dot(weights.to(V_DTYPE), v.to(V_DTYPE), input_precision=PRECISION)
     return largest, weight, sums
 
@@ -501,6 +446,7 @@ def attend_blocks(
     clip = view.selection.clip if view.tail == "clip" else None
     if view.tail == "clip" and (clip is None or selected.lse is None):
         raise ValueError('tail="clip": needs selected.lse and a selection with a mass threshold')
+    clip_length = float(view.selection.threshold_length or NO_LENGTH)
     num_lists, columns = batch.num_requests * shape.num_kv_heads, selected.blocks.shape[2]
     if num_lists == 0:
         return out
@@ -508,15 +454,24 @@ def attend_blocks(
         config = attend_config(shape, num_lists, columns)
     rows_of_list = shape.group if clip is None else 2 * shape.group
     _check_workspace(workspace, num_lists, num_lists * config.splits * rows_of_list)
-    row = shape.row
-    keys = K_IN_PAGE if not row.has_keys else K_INT8 if row.host_dtype == "int8" else K_IN_ROW
-    if keys.value == K_INT8.value:
-        query, bias = workspace.code_query[: query.numel()].view(query.shape), workspace.code_bias
-    else:
-        bias = workspace.lse
-    dropped = selected.dropped
+    row, dropped = shape.row, selected.dropped
     if row.has_keys and clip is not None and dropped is None:
         raise ValueError('tail="clip": needs selected.dropped where blocks are chosen by estimates')
+    if on_tensor_cores(shape):
+        torch.ops.kcache.attend_int8_rows(
+            view.packed, selected.blocks, selected.counts, rows, batch.seq_lens,
+            front(workspace.block_lse, *query.shape[:2], batch.max_blocks),
+            front(workspace.code_query, *query.shape), front(workspace.code_bias, *query.shape[:2]),
+            selected.lse, dropped, workspace.sums, workspace.weights, workspace.arrivals, out,
+            batch.scale, -1.0 if clip is None else clip, clip_length, config.splits,
+            config.chunk_blocks, ESTIMATES_EVERY, dependent,
+        )  # fmt: skip
+        return out
+    keys = K_IN_PAGE if not row.has_keys else K_INT8 if row.host_dtype == "int8" else K_IN_ROW
+    if keys.value == K_INT8.value:
+        query, bias = front(workspace.code_query, *query.shape), workspace.code_bias
+    else:
+        bias = workspace.lse
     # With the hot cache off every row lies on the host.
     base = cache.slots if cache.num_slots else view.host_rows
     distance = view.host_rows.data_ptr() - base.data_ptr()
@@ -528,9 +483,9 @@ def attend_blocks(
         workspace.lse if selected.lse is None else selected.lse,
         workspace.lse if dropped is None else dropped, cache.state, cache.counters,
         workspace.sums, workspace.weights, workspace.arrivals, out, batch.scale,
-        1.0 if clip is None else clip, float(view.selection.threshold_length or NO_LENGTH),
-        distance // 16, query.stride(0), view.k_pages.stride(0),
-        batch.block_table.stride(0), out.stride(0), columns, batch.max_blocks,
+        1.0 if clip is None else clip, clip_length, distance // 16, query.stride(0),
+        view.k_pages.stride(0), batch.block_table.stride(0), out.stride(0), columns,
+        batch.max_blocks,
         NUM_HEADS=shape.num_query_heads, NUM_KV_HEADS=shape.num_kv_heads, GROUP=shape.group,
         GROUP_PADDED=max(16, triton.next_power_of_2(rows_of_list)),
         HEAD_SIZE=shape.head_size, HEAD_PADDED=triton.next_power_of_2(shape.head_size),

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.kernels.score_plan import padded
 from vllm_kcache.types import Selection
@@ -19,11 +21,18 @@ MAX_SPLITS = 32
 # many tokens.
 _SMALL_CHUNK, _LARGE_CHUNK = 16384, 32768
 _SHORT_LIST = 256
+# Rows of int8 (csrc/attend.cu): tokens of a list that are worth a thread block, of which four warps
+# take 16 at a time, where there are few lists and where there are many.
+_FEW_LISTS, _OF_FEW, _OF_MANY = 64, 64, 256
 
 
 @dataclass(frozen=True)
 class AttendConfig:
-    """Launch shape: V blocks a program takes at once, programs for each list, warps, stages."""
+    """Launch shape: V blocks a program takes at once, programs for each list, warps, stages.
+
+    For rows of int8: V blocks of a list that are worth a thread block, the most thread blocks of a
+    list, their warps, and nothing.
+    """
 
     chunk_blocks: int
     splits: int
@@ -41,8 +50,19 @@ def rows_of_list(group: int, selection: Selection) -> int:
     return group if selection.clip is None else 2 * group
 
 
+def on_tensor_cores(shape: CacheShape) -> bool:
+    """Whether csrc/attend.cu attends: its weights are float16, which is not enough for float32."""
+    return shape.host_dtype == "int8" and shape.dtype != torch.float32
+
+
 def attend_config(shape: CacheShape, num_lists: int, columns: int) -> AttendConfig:
     """Launch shape for `num_lists` lists of at most `columns` V blocks."""
+    if on_tensor_cores(shape):
+        tokens = _OF_FEW if num_lists <= _FEW_LISTS else _OF_MANY
+        least = max(1, tokens // shape.block_tokens)
+        splits = max(LEAST_SPLITS, -(-TARGET_PROGRAMS // max(1, num_lists)))
+        splits = min(MAX_SPLITS, splits, -(-max(1, columns) // least))
+        return AttendConfig(least, max(1, splits), 4, 1)
     row_bytes = padded(shape.head_size) * shape.dtype.itemsize
     long = columns * shape.block_tokens > _SHORT_LIST
     chunk_bytes = _LARGE_CHUNK if long else _SMALL_CHUNK

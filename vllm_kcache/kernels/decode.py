@@ -20,7 +20,7 @@ from vllm_kcache.kernels.attend import attend_blocks
 from vllm_kcache.kernels.score import score_blocks
 from vllm_kcache.kernels.score_codes import score_codes
 from vllm_kcache.kernels.select import Lists, follow_scores, select_and_fetch
-from vllm_kcache.kernels.workspace import DecodeBatch, DecodeWorkspace, Followers
+from vllm_kcache.kernels.workspace import DecodeBatch, DecodeWorkspace, Followers, front
 
 # Least bytes of K (some 120 us of an H100's memory bandwidth) and least lists for which followers
 # pay. With fewer lists too few multiprocessors would select (docs/benchmarks.md, overlap).
@@ -113,9 +113,8 @@ def _score(
     if view.shape.k_bits == 16:
         score_blocks(view, batch, lists, dependent=dependent, after_write=after_write)
         return
-    heads = batch.query.shape[:2]
-    query = workspace.code_query[: batch.query.numel()].view(batch.query.shape)
-    bias = workspace.code_bias[: heads.numel()].view(heads)
+    query = front(workspace.code_query, *batch.query.shape)
+    bias = front(workspace.code_bias, *batch.query.shape[:2])
     score_codes(view, batch, lists, query, bias, dependent=dependent, after_write=after_write)
 
 

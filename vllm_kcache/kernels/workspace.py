@@ -174,20 +174,20 @@ class DecodeWorkspace:
         places = (*lists, columns_of(view.selection, max_blocks))
         heads = (requests, shape.num_query_heads)
         selected = Selected(
-            _front(self.blocks, *places),
-            _front(self.counts, *lists),
-            _front(self.mass, *lists),
-            _front(self.lse, *heads),
-            _front(self.dropped, *heads) if shape.k_bits != 16 else None,
+            front(self.blocks, *places),
+            front(self.counts, *lists),
+            front(self.mass, *lists),
+            front(self.lse, *heads),
+            front(self.dropped, *heads) if shape.k_bits != 16 else None,
         )
         return Lists(
             batch.seq_lens,
             batch.block_table,
-            _front(self.block_lse, *heads, max_blocks),
-            _front(self.chunk_lse, *heads, score_plan.num_chunks(shape, max_blocks)),
+            front(self.block_lse, *heads, max_blocks),
+            front(self.chunk_lse, *heads, score_plan.num_chunks(shape, max_blocks)),
             score_plan.chunk_blocks(shape),
             selected,
-            _front(self.rows, *places),
+            front(self.rows, *places),
             self.signals,
         )
 
@@ -205,7 +205,8 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _front(buffer: torch.Tensor, *shape: int) -> torch.Tensor:
+def front(buffer: torch.Tensor, *shape: int) -> torch.Tensor:
+    """The first values of a flat buffer in a shape; the same memory."""
     size = 1
     for extent in shape:
         size *= extent

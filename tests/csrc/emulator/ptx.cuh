@@ -36,16 +36,36 @@ inline unsigned float_to_bfloat16(float value) {
   return value != value ? 0x7fff : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
+inline unsigned floats_to_halves(float low, float high) {
+  return float_to_half(low) | float_to_half(high) << 16;
+}
+
+inline unsigned permute_bytes(unsigned low, unsigned high, unsigned selectors) {
+  const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+  unsigned found = 0;
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned selector = selectors >> (4 * i) & 7;
+    found |= static_cast<unsigned>(bytes >> (8 * selector) & 0xff) << (8 * i);
+  }
+  return found;
+}
+
+inline unsigned subtract_halves(unsigned x, unsigned y) {
+  const float2 from = halves_to_floats(x), what = halves_to_floats(y);
+  return floats_to_halves(from.x - what.x, from.y - what.y);
+}
+
 // What each lane has of the operands and gets of the sums: PTX ISA, "Matrix Fragments for
-// mma.m16n8k32".
-inline void multiply_add(int (&sums)[4], const unsigned (&rows)[4], const unsigned (&columns)[2]) {
+// mma.m16n8k32", and the same for mma.m16n8k16. Both have rows and columns of 32 bytes: a lane has
+// a word of each half of two rows and of one column, and `multiply` those of a whole row and
+// column.
+template <typename T, typename Multiply>
+void multiply_add_fragments(T (&sums)[4], const unsigned (&rows)[4], const unsigned (&columns)[2],
+                            const Multiply& multiply) {
   struct Pair {
     unsigned words[2];
   };
   const unsigned lane = emulator::lane(), group = lane / 4, quarter = lane % 4;
-  const auto byte = [](unsigned word, unsigned i) {
-    return static_cast<int>(static_cast<int8_t>(word >> (8 * i)));
-  };
   Pair left[2][4], right[2][4];  // of the lane's two rows and columns, by quarters
   for (unsigned half = 0; half < 2; ++half) {
     emulator::publish(emulator::to_word(Pair{{rows[half], rows[2 + half]}}));
@@ -62,14 +82,33 @@ inline void multiply_add(int (&sums)[4], const unsigned (&rows)[4], const unsign
   }
   for (unsigned half = 0; half < 2; ++half) {
     for (unsigned column = 0; column < 2; ++column) {
-      for (unsigned channels = 0; channels < 2; ++channels) {
-        for (unsigned i = 0; i < 16; ++i) {
-          sums[2 * half + column] += byte(left[half][i / 4].words[channels], i % 4) *
-                                     byte(right[column][i / 4].words[channels], i % 4);
+      for (unsigned part = 0; part < 2; ++part) {
+        for (unsigned i = 0; i < 4; ++i) {
+          sums[2 * half + column] +=
+              multiply(left[half][i].words[part], right[column][i].words[part]);
         }
       }
     }
   }
+}
+
+inline void multiply_add(int (&sums)[4], const unsigned (&rows)[4], const unsigned (&columns)[2]) {
+  const auto byte = [](unsigned word, unsigned i) {
+    return static_cast<int>(static_cast<int8_t>(word >> (8 * i)));
+  };
+  multiply_add_fragments(sums, rows, columns, [&](unsigned left, unsigned right) {
+    int sum = 0;
+    for (unsigned i = 0; i < 4; ++i) sum += byte(left, i) * byte(right, i);
+    return sum;
+  });
+}
+
+inline void multiply_add(float (&sums)[4], const unsigned (&rows)[4],
+                         const unsigned (&columns)[2]) {
+  multiply_add_fragments(sums, rows, columns, [](unsigned left, unsigned right) {
+    const float2 one = halves_to_floats(left), other = halves_to_floats(right);
+    return one.x * other.x + one.y * other.y;
+  });
 }
 
 }  // namespace kcache

@@ -251,13 +251,13 @@ void fetch_blocks(Tensor layer, Tensor blocks, Tensor counts, Tensor block_table
 void select_and_fetch(Tensor layer, Tensor seq_lens, Tensor block_table, Tensor block_lse,
                       Tensor chunk_lse, int64_t chunk_blocks, Tensor blocks, Tensor counts,
                       Tensor mass, Tensor lse, std::optional<Tensor> dropped, Tensor rows,
-                      Tensor lists, bool dependent) {
+                      std::optional<Tensor> lists, bool dependent) {
   const LayerView view = unpack(layer);
   Step step{};
   use_selection(step, view, seq_lens, block_lse, chunk_lse, chunk_blocks, blocks, counts, mass, lse,
                 dropped);
   use_rows(step, block_table, blocks, rows);
-  use_signals(step, lists, blocks);
+  if (lists) use_signals(step, *lists, blocks);
   if (step.num_lists == 0) return;
   const DeviceGuard guard(blocks.get_device_index());
   STD_CUDA_CHECK(launch_select(view, step, dependent, current_stream(blocks)));
@@ -488,7 +488,7 @@ void gather_rows(Tensor layer, Tensor page_table, Tensor starts, Tensor lengths,
   "Tensor(a!) blocks, Tensor(b!) counts, Tensor(c!) mass, Tensor(d!) lse, Tensor(e!)? dropped"
 #define KCACHE_STEP                                                                         \
   "Tensor layer, Tensor seq_lens, Tensor block_table, Tensor block_lse, Tensor chunk_lse, " \
-  "int chunk_blocks, " KCACHE_LISTS ", Tensor(f!) rows, Tensor(g!) lists"
+  "int chunk_blocks, " KCACHE_LISTS ", Tensor(f!) rows"
 
 STABLE_TORCH_LIBRARY(kcache, library) {
   library.def(
@@ -505,9 +505,10 @@ STABLE_TORCH_LIBRARY(kcache, library) {
   library.def(
       "fetch_blocks(Tensor layer, Tensor blocks, Tensor counts, Tensor block_table, "
       "Tensor(a!) rows) -> ()");
-  library.def("select_and_fetch(" KCACHE_STEP ", bool dependent) -> ()");
-  library.def("follow_scores(" KCACHE_STEP
-              ", int splits, int most_thread_blocks, int least_thread_blocks) -> ()");
+  library.def("select_and_fetch(" KCACHE_STEP ", Tensor(g!)? lists, bool dependent) -> ()");
+  library.def(
+      "follow_scores(" KCACHE_STEP
+      ", Tensor(g!) lists, int splits, int most_thread_blocks, int least_thread_blocks) -> ()");
   library.def(
       "score_codes(Tensor layer, Tensor query, Tensor seq_lens, Tensor block_table, "
       "Tensor(a!) block_lse, Tensor(b!) chunk_lse, Tensor(c!) transformed, Tensor(d!) bias, "

@@ -259,3 +259,11 @@ def test_any_order_of_scores_and_any_patience(seed: int, clock_step: SetClock) -
         batch.cache.state[REST_UNTIL] = 0
         batch = batch.again()
     assert gave_up < 12
+
+
+def test_a_step_without_followers_looks_at_no_signal() -> None:
+    batch = Batch.make(SIZES, DEFAULT)
+    batch.lists.signals.fill_(-1)
+    select_and_fetch(batch.view, batch.lists, followed=False)
+    batch.check_step()
+    assert (batch.lists.signals == -1).all()

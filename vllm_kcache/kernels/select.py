@@ -106,7 +106,9 @@ class Lists:
         )
 
 
-def select_and_fetch(view: torch.Tensor, lists: Lists, dependent: bool = False) -> None:
+def select_and_fetch(
+    view: torch.Tensor, lists: Lists, dependent: bool = False, followed: bool = True
+) -> None:
     """Select and fetch every list that is not done, and make all signals 0 for the next step.
 
     All scores are there. The V blocks fetched stay in their slots for the epoch after the one in
@@ -115,8 +117,10 @@ def select_and_fetch(view: torch.Tensor, lists: Lists, dependent: bool = False) 
     Args:
         view: of `packed_view`.
         dependent: begin before the launch before has ended (kernels/dependent.py).
+        followed: `follow_scores` came before. Without, no list is done, and no signal is looked at.
     """
-    torch.ops.kcache.select_and_fetch(view, *lists.arguments(), dependent)
+    arguments = lists.arguments() if followed else (*lists.arguments()[:-1], None)
+    torch.ops.kcache.select_and_fetch(view, *arguments, dependent)
 
 
 def follow_scores(

@@ -58,11 +58,11 @@ _CHUNK = 1024
 
 @triton.jit
 def hash_number(number):
-    """A number of 31 bits that looks random, of an int64 of at least 0."""
-    number = number & 0x7FFFFFFF
+    """A number of 31 bits that looks random, int32, of the lower 31 bits of a number."""
+    number = number.to(tl.uint32) & 0x7FFFFFFF
     number = (((number >> 16) ^ number) * 0x45D9F3B) & 0x7FFFFFFF
     number = (((number >> 16) ^ number) * 0x45D9F3B) & 0x7FFFFFFF
-    return (number >> 16) ^ number
+    return ((number >> 16) ^ number).to(tl.int32)
 
 
 @triton.jit
@@ -96,17 +96,18 @@ def replay_kernel(
     block = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     if tl.program_id(0) * CHUNK < num_blocks:
         # What is played, and which of its steps.
-        key = hash_number(tl.load(block_table + request * table_stride).to(tl.int64))
+        key = hash_number(tl.load(block_table + request * table_stride))
         list_number = layer * NUM_KV_HEADS + head
         trace = list_number * num_traces // (num_layers * NUM_KV_HEADS)
         turns = 2 * (num_steps - 1)
         time = (num_tokens + key // num_texts) % turns
         step = tl.minimum(time, turns - time)
-        first_row = ((key % num_texts) * num_traces + trace) * trace_group
+        first_row = ((key % num_texts).to(tl.int64) * num_traces + trace) * trace_group
         recorded = tl.load(trace_lengths + step)
         # Which recorded block, if any, lies at each place.
         stride = tl.maximum((num_blocks - _RECENT) // (trace_blocks - _RECENT), 1)
         spread = block // stride
+        # In 32 bits: a remainder in 64 takes longer than all the rest.
         offset = hash_number(key + list_number * 65536 + spread) % stride
         offset = tl.where(spread == 0, 0, offset)
         is_spread = (block - spread * stride == offset) & (spread < recorded - _RECENT)

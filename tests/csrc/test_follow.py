@@ -265,5 +265,6 @@ def test_a_step_without_followers_looks_at_no_signal() -> None:
     batch = Batch.make(SIZES, DEFAULT)
     batch.lists.signals.fill_(-1)
     select_and_fetch(batch.view, batch.lists, followed=False)
-    batch.check_step()
+    batch.check_lists()
+    batch.check_rows()
     assert (batch.lists.signals == -1).all()

@@ -38,14 +38,28 @@ struct Size {
   static constexpr int kLeastBlocks = kSteps == 8 ? 2 : kSteps == 4 ? 3 : 4;
 };
 
+// Of a list, a run of tiles that a thread block takes. Parts are numbered through all lists.
+struct Part {
+  int list, count;  // V blocks of the list
+  int number, of;   // among the list's parts
+  int first;        // number of the list's first part
+  int tiles;        // of a part
+};
+
 template <typename Z>
 struct Shared {
   float sums[Z::kSides * kMaxGroup * Z::kStride];
-  float factors[kMaxAttendSplits][Z::kSides * kMaxGroup];
   float weight[Z::kSides * kMaxGroup], largest[kWarps][kTileHeads];
+  int of_warps[2][kWarps];  // sums, while the lists are shared out
+  Part part;
   unsigned epoch;
   bool last;
 };
+
+// Tiles of query heads: warps are dealt to them.
+__device__ inline int head_tiles(const LayerView& view) {
+  return (view.group + kTileHeads - 1) / kTileHeads;
+}
 
 // The weights of a query head on their way through a list, and V weighted with them.
 template <typename Z>
@@ -184,69 +198,150 @@ class WeightedSum {
   float sums_[Z::kColumns][4] = {};
 };
 
-// Programs of a list that have a share, by its length.
-__device__ inline int active_splits(const AttendRows& attend, int count) {
-  return max(1, min(attend.splits, (count + attend.least_blocks - 1) / attend.least_blocks));
-}
+// The lists' parts: each of as many tiles, so many that the thread blocks are equally long at work
+// however the lists differ. All thread blocks find the same, from the lengths.
+class Parts {
+ public:
+  template <typename Z>
+  __device__ Parts(const LayerView& view, const Step& step, const AttendRows& attend,
+                   Shared<Z>& shared)
+      : counts_(step.counts),
+        shift_(shift_of(view.block_tokens)),
+        each_((step.num_lists + kThreads - 1) / kThreads),
+        begin_(min(static_cast<int>(threadIdx.x) * each_, step.num_lists)),
+        end_(min(begin_ + each_, step.num_lists)) {
+    int tiles = 0;
+    for (int list = begin_; list < end_; ++list) tiles += tiles_of(counts_[list]);
+    int total = 0;
+    add_up(tiles, shared.of_warps[0], total);
+    // Every warp has as many.
+    tiles_ = max(attend.least_tiles, (total + attend.most_parts - 1) / attend.most_parts);
+    tiles_ = (tiles_ + kWarps - 1) / kWarps * kWarps;
+    int parts = 0;
+    for (int list = begin_; list < end_; ++list) parts += parts_of(counts_[list]);
+    first_ = add_up(parts, shared.of_warps[1], total_);
+    last_ = first_ + parts;
+  }
+
+  __device__ int total() const { return total_; }
+
+  // To all threads, a barrier later.
+  __device__ void find(int part, Part& found) const {
+    if (part < first_ || part >= last_) return;
+    int first = first_;
+    for (int list = begin_; list < end_; ++list) {
+      const int count = counts_[list], parts = parts_of(count);
+      if (part < first + parts) {
+        found = {list, count, part - first, parts, first, tiles_};
+        return;
+      }
+      first += parts;
+    }
+  }
+
+ private:
+  __device__ int tiles_of(int count) const {
+    return ((count << shift_) + kTileTokens - 1) / kTileTokens;
+  }
+  // A list of nothing has one, which gives 0.
+  __device__ int parts_of(int count) const {
+    return max((tiles_of(count) + tiles_ - 1) / tiles_, 1);
+  }
+
+  // Sum over the threads before this one; and over all.
+  __device__ static int add_up(int value, int (&of_warps)[kWarps], int& total) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+    const int inclusive = warp_inclusive(value, lane);
+    if (lane == 31) of_warps[warp] = inclusive;
+    __syncthreads();
+    int before = 0;
+    total = 0;
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) {
+      before += i < warp ? of_warps[i] : 0;
+      total += of_warps[i];
+    }
+    return before + inclusive - value;
+  }
+
+  const int* counts_;
+  const int shift_, each_, begin_, end_;  // of the thread: some lists
+  int tiles_, first_, last_, total_;      // of its lists: their parts
+};
 
 // Leave the thread block's sums, and as the last of its list add them all up.
 template <typename Z>
 __device__ inline bool add_parts(const LayerView& view, const AttendRows& attend, Shared<Z>& shared,
-                                 int64_t list, int split, int active) {
-  constexpr int kFours = Z::kChannels / 4;
-  const int rows = Z::kSides * view.group;
-  const int64_t first_part = list * attend.splits;
+                                 const Part& part) {
+  constexpr int kFours = Z::kChannels / 4, kAhead = 8;
+  const int rows = Z::kSides * view.group, warp = threadIdx.x / 32, lane = threadIdx.x & 31;
   const auto in_shared = [&](int row) { return row / view.group * kMaxGroup + row % view.group; };
-  const int64_t part = (first_part + split) * rows;
+  const auto sums_of = [&](int number, int row) {
+    return reinterpret_cast<float4*>(
+        attend.sums + (static_cast<int64_t>(part.first + number) * rows + row) * Z::kChannels);
+  };
+  const auto weights_of = [&](int number, int row) {
+    return reinterpret_cast<float2*>(attend.weights) +
+           (static_cast<int64_t>(part.first + number) * rows + row);
+  };
   for (int i = threadIdx.x; i < rows * kFours; i += kThreads) {
     const int row = i / kFours, four = i % kFours;
-    reinterpret_cast<float4*>(attend.sums + (part + row) * Z::kChannels)[four] =
+    sums_of(part.number, row)[four] =
         reinterpret_cast<const float4*>(shared.sums + in_shared(row) * Z::kStride)[four];
   }
   for (int row = threadIdx.x; row < rows; row += kThreads) {
-    float* to = attend.weights + (part + row) * 2;
-    to[0] = Z::kClip ? 0.0f : shared.largest[row / kTileHeads][row % kTileHeads];
-    to[1] = shared.weight[in_shared(row)];
+    const float largest = Z::kClip ? 0.0f : shared.largest[row / kTileHeads][row % kTileHeads];
+    *weights_of(part.number, row) = float2{largest, shared.weight[in_shared(row)]};
   }
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    shared.last = atomicAdd(attend.arrivals + list, 1) == active - 1;
-    if (shared.last) attend.arrivals[list] = 0;  // for the next launch
+    shared.last = atomicAdd(attend.arrivals + part.list, 1) == part.of - 1;
+    if (shared.last) attend.arrivals[part.list] = 0;  // for the next launch
   }
   __syncthreads();
   if (!shared.last) return false;
   __threadfence();
-  for (int row = threadIdx.x; row < rows; row += kThreads) {
-    const float* from = attend.weights + (first_part * rows + row) * 2;
+  // Loads bypass the first-level cache, which does not see what other thread blocks wrote.
+  for (int row = warp; row < rows; row += kWarps) {
     float largest = -INFINITY, weight = 0.0f;
-    if constexpr (!Z::kClip) {
-      for (int p = 0; p < active; ++p) {
-        largest = fmaxf(largest, __ldcg(from + static_cast<int64_t>(p) * rows * 2));
-      }
+    for (int p = lane; p < part.of; p += 32) {
+      const float2 its = __ldcg(weights_of(p, row));
+      const float larger = fmaxf(largest, its.x);
+      weight = weight * fast_exp2(largest - larger) + its.y * fast_exp2(its.x - larger);
+      largest = larger;
     }
-    for (int p = 0; p < active; ++p) {
-      const float* its = from + static_cast<int64_t>(p) * rows * 2;
-      const float factor = Z::kClip ? 1.0f : fast_exp2(__ldcg(its) - largest);
-      shared.factors[p][row] = factor;
-      weight += __ldcg(its + 1) * factor;
+    const float all_largest = warp_max(largest);
+    weight = warp_sum(largest > -INFINITY ? weight * fast_exp2(largest - all_largest) : 0.0f);
+    if (lane == 0) {
+      shared.weight[in_shared(row)] = weight;
+      if (!Z::kClip) shared.largest[row / kTileHeads][row % kTileHeads] = all_largest;
     }
-    shared.weight[in_shared(row)] = weight;
   }
   __syncthreads();
   for (int i = threadIdx.x; i < rows * kFours; i += kThreads) {
     const int row = i / kFours, four = i % kFours;
+    const float largest = Z::kClip ? 0.0f : shared.largest[row / kTileHeads][row % kTileHeads];
     float4 sum{};
-#pragma unroll 4
-    for (int p = 0; p < active; ++p) {
-      const float4 its = __ldcg(reinterpret_cast<const float4*>(
-                                    attend.sums + ((first_part + p) * rows + row) * Z::kChannels) +
-                                four);
-      const float factor = shared.factors[p][row];
-      sum.x = fmaf(its.x, factor, sum.x);
-      sum.y = fmaf(its.y, factor, sum.y);
-      sum.z = fmaf(its.z, factor, sum.z);
-      sum.w = fmaf(its.w, factor, sum.w);
+    for (int first = 0; first < part.of; first += kAhead) {
+      float4 its[kAhead];
+      float factors[kAhead];
+#pragma unroll
+      for (int p = 0; p < kAhead; ++p) {
+        const int number = min(first + p, part.of - 1);
+        its[p] = __ldcg(sums_of(number, row) + four);
+        factors[p] = first + p < part.of ? 1.0f : 0.0f;
+        if constexpr (!Z::kClip) {
+          factors[p] *= fast_exp2(__ldcg(&weights_of(number, row)->x) - largest);
+        }
+      }
+#pragma unroll
+      for (int p = 0; p < kAhead; ++p) {
+        sum.x = fmaf(its[p].x, factors[p], sum.x);
+        sum.y = fmaf(its[p].y, factors[p], sum.y);
+        sum.z = fmaf(its[p].z, factors[p], sum.z);
+        sum.w = fmaf(its[p].w, factors[p], sum.w);
+      }
     }
     reinterpret_cast<float4*>(shared.sums + in_shared(row) * Z::kStride)[four] = sum;
   }
@@ -325,8 +420,7 @@ __device__ inline unsigned below(unsigned random, unsigned bound) {
 // drawn too. One thread block does it, of rows that the launch has just read.
 template <typename Z>
 __device__ inline void count_estimate_errors(const LayerView& view, const Step& step,
-                                             const AttendRows& attend, Shared<Z>& shared,
-                                             int tiles) {
+                                             const AttendRows& attend, Shared<Z>& shared) {
   const unsigned drawn = hash_number(shared.epoch);
   if (below(drawn, static_cast<unsigned>(attend.every)) != 0) return;
   const unsigned of_lists = hash_number(drawn), of_tokens = hash_number(of_lists);
@@ -335,6 +429,7 @@ __device__ inline void count_estimate_errors(const LayerView& view, const Step& 
   if (count == 0) return;
   const int64_t request = list / view.num_kv_heads;
   const ListRows rows(view, step, list, count, step.seq_lens[request]);
+  const int tiles = head_tiles(view);
   constexpr int kTiles = kLookedAt / kTileTokens;
   const int chunks = (rows.tiles() + kTiles - 1) / kTiles;
   const int chunk = static_cast<int>(below(of_tokens, static_cast<unsigned>(chunks)));
@@ -375,21 +470,13 @@ __device__ inline void count_estimate_errors(const LayerView& view, const Step& 
   }
 }
 
+// V of the part of a list, weighted; in shared memory, with the weights.
 template <typename Z>
-__global__ void __launch_bounds__(kThreads, Z::kLeastBlocks)
-    attend_kernel(const __grid_constant__ LayerView view, const __grid_constant__ Step step,
-                  const __grid_constant__ AttendRows attend) {
-  using SharedSums = Shared<Z>;
-  __shared__ SharedSums shared;
-  const int64_t list = blockIdx.x / attend.splits, request = list / view.num_kv_heads;
-  const int split = static_cast<int>(blockIdx.x) % attend.splits;
+__device__ inline void attend_part(const LayerView& view, const Step& step,
+                                   const AttendRows& attend, Shared<Z>& shared, const Part& part) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
-  const int tiles = (view.group + kTileHeads - 1) / kTileHeads;
-  const int head = warp % tiles * kTileHeads + lane / 4;
-  wait_for_launch_before();
-  const int count = step.counts[list];
-  const int active = active_splits(attend, count);
-  if (split >= active) return;
+  const int tiles = head_tiles(view), head = warp % tiles * kTileHeads + lane / 4;
+  const int64_t list = part.list, request = list / view.num_kv_heads;
   const int num_tokens = step.seq_lens[request];
   float shift = 0.0f, limit = 0.0f;
   if constexpr (Z::kClip) {
@@ -399,21 +486,21 @@ __global__ void __launch_bounds__(kThreads, Z::kLeastBlocks)
     limit = attend.clip * sqrtf(fminf(attend.clip_length / length, 1.0f)) * kUnit;
   }
   WeightedSum<Z> sum(shift, limit);
-  const ListRows rows(view, step, list, count, num_tokens);
-  const int each = kWarps / tiles, worker = split * each + warp / tiles, workers = active * each;
-  const int last = rows.tiles();
-  if (worker < last) {
-    ListRows::Token token = rows.find(worker, rows.place(worker));
+  const ListRows rows(view, step, list, part.count, num_tokens);
+  const int workers = kWarps / tiles, first = part.number * part.tiles + warp / tiles;
+  const int last = min((part.number + 1) * part.tiles, rows.tiles());
+  if (first < last) {
+    ListRows::Token token = rows.find(first, rows.place(first));
     Keys<Z::kSteps> keys;
     Values<Z::kSteps> values;
     Scales scales;
     keys.load(token);
     values.load(token, rows.value_distance());
     // A tile ahead of what is loaded.
-    ListRows::Place next = rows.place(worker + workers);
+    ListRows::Place next = rows.place(first + workers);
     const Query<Z::kSteps> query(view, attend, list, head);
 #pragma unroll 1
-    for (int tile = worker; tile < last; tile += workers) {
+    for (int tile = first; tile < last; tile += workers) {
       const bool more = tile + workers < last;
       float scores[4];
       scales.take(token);
@@ -429,8 +516,24 @@ __global__ void __launch_bounds__(kThreads, Z::kLeastBlocks)
     }
   }
   sum.leave(shared, warp, tiles, kWarps);
-  if (active == 1 || add_parts(view, attend, shared, list, split, active)) {
-    store_result(view, attend, shared, list, count > 0);
+}
+
+template <typename Z>
+__global__ void __launch_bounds__(kThreads, Z::kLeastBlocks)
+    attend_kernel(const __grid_constant__ LayerView view, const __grid_constant__ Step step,
+                  const __grid_constant__ AttendRows attend) {
+  using SharedSums = Shared<Z>;
+  __shared__ SharedSums shared;
+  wait_for_launch_before();
+  const Parts parts(view, step, attend, shared);
+  for (int number = blockIdx.x; number < parts.total(); number += attend.programs) {
+    parts.find(number, shared.part);
+    __syncthreads();
+    const Part part = shared.part;
+    attend_part(view, step, attend, shared, part);
+    if (part.of == 1 || add_parts(view, attend, shared, part)) {
+      store_result(view, attend, shared, part.list, part.count > 0);
+    }
   }
   if (blockIdx.x != 0) return;
   // The step's epoch ends here: this is its last launch, and no other thread block of it looks at
@@ -441,15 +544,15 @@ __global__ void __launch_bounds__(kThreads, Z::kLeastBlocks)
     view.state[kEpoch] = static_cast<int>(shared.epoch + 1);
   }
   __syncthreads();
-  count_estimate_errors(view, step, attend, shared, tiles);
+  count_estimate_errors(view, step, attend, shared);
 }
 
 template <int kSteps>
 cudaError_t launch_steps(const LayerView& view, const Step& step, const AttendRows& attend,
                          bool dependent, cudaStream_t stream) {
   const auto launch = [&](auto size) {
-    return launch_kernel(dependent, attend_kernel<decltype(size)>, step.num_lists * attend.splits,
-                         kThreads, stream, view, step, attend);
+    return launch_kernel(dependent, attend_kernel<decltype(size)>, attend.programs, kThreads,
+                         stream, view, step, attend);
   };
   return attend.clip < 0 ? launch(Size<kSteps, false>{}) : launch(Size<kSteps, true>{});
 }

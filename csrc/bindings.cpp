@@ -360,8 +360,8 @@ void score_codes(Tensor layer, Tensor query, Tensor seq_lens, Tensor block_table
 void attend_int8_rows(Tensor layer, Tensor blocks, Tensor counts, Tensor rows, Tensor seq_lens,
                       Tensor block_lse, Tensor query, Tensor bias, std::optional<Tensor> lse,
                       std::optional<Tensor> dropped, Tensor sums, Tensor weights, Tensor arrivals,
-                      Tensor out, double scale, double clip, double clip_length, int64_t splits,
-                      int64_t least_blocks, int64_t every, bool dependent) {
+                      Tensor out, double scale, double clip, double clip_length, int64_t programs,
+                      int64_t most_parts, int64_t least_tiles, int64_t every, bool dependent) {
   const LayerView view = unpack_codes(layer);
   STD_TORCH_CHECK(view.int8_rows, "layer: its rows are not int8");
   const int64_t num_requests = blocks.size(0), num_heads = view.num_kv_heads * view.group;
@@ -390,14 +390,14 @@ void attend_int8_rows(Tensor layer, Tensor blocks, Tensor counts, Tensor rows, T
     }
   }
   STD_TORCH_CHECK(clip_length > 0, "clip_length=", clip_length, ": must be above 0");
-  STD_TORCH_CHECK(splits >= 1 && splits <= kMaxAttendSplits, "splits=", splits, ": must be 1 to ",
-                  kMaxAttendSplits);
-  STD_TORCH_CHECK(step.num_lists * splits < 1ll << 31, "splits=", splits, ": too many for ",
-                  step.num_lists, " lists");
-  STD_TORCH_CHECK(least_blocks >= 1 && least_blocks <= kMaxBlocks, "least_blocks=", least_blocks,
-                  ": must be 1 to ", kMaxBlocks);
+  for (const auto& [name, value] : {std::pair("programs", programs),
+                                    {"most_parts", most_parts},
+                                    {"least_tiles", least_tiles}}) {
+    STD_TORCH_CHECK(value >= 1 && value <= kMaxBlocks, name, "=", value, ": must be 1 to ",
+                    kMaxBlocks);
+  }
   STD_TORCH_CHECK(every >= 1 && every < 1ll << 31, "every=", every, ": must be at least 1");
-  const int64_t parts = step.num_lists * splits * view.group * (clips ? 2 : 1);
+  const int64_t parts = (step.num_lists + most_parts) * view.group * (clips ? 2 : 1);
   const int64_t padded = (view.head_size + 31) / 32 * 32;
   for (const auto& [name, tensor, size] :
        {std::tuple("sums", &sums, parts * padded), {"weights", &weights, parts * 2}}) {
@@ -420,8 +420,9 @@ void attend_int8_rows(Tensor layer, Tensor blocks, Tensor counts, Tensor rows, T
                           static_cast<float>(scale),
                           static_cast<float>(clip),
                           static_cast<float>(clip_length),
-                          static_cast<int>(splits),
-                          static_cast<int>(least_blocks),
+                          static_cast<int>(programs),
+                          static_cast<int>(most_parts),
+                          static_cast<int>(least_tiles),
                           static_cast<int>(every)};
   if (step.num_lists == 0) return;
   const DeviceGuard guard(blocks.get_device_index());
@@ -517,7 +518,8 @@ STABLE_TORCH_LIBRARY(kcache, library) {
       "attend_int8_rows(Tensor layer, Tensor blocks, Tensor counts, Tensor rows, Tensor seq_lens, "
       "Tensor block_lse, Tensor query, Tensor bias, Tensor? lse, Tensor? dropped, "
       "Tensor(a!) sums, Tensor(b!) weights, Tensor(c!) arrivals, Tensor(d!) out, float scale, "
-      "float clip, float clip_length, int splits, int least_blocks, int every, bool dependent) "
+      "float clip, float clip_length, int programs, int most_parts, int least_tiles, int every, "
+      "bool dependent) "
       "-> ()");
   library.def(
       "write_rows(Tensor layer, Tensor key, Tensor value, Tensor slot_mapping, int parts, "

@@ -118,8 +118,6 @@ struct ScoreCodes {
   bool after_write;
 };
 
-constexpr int kMaxAttendSplits = 32;  // MAX_SPLITS of vllm_kcache/kernels/attend_plan.py
-
 // Attention over lists of int8 rows. `Step` has the lists.
 struct AttendRows {
   const float* query;    // [B, Hq, D] q', as scoring left it
@@ -133,8 +131,9 @@ struct AttendRows {
   float scale;
   float clip;         // negative: the selected tokens' weights are made to sum to 1
   float clip_length;  // tokens beyond which the clip falls with the square root of the length
-  int splits;         // thread blocks that a list may have
-  int least_blocks;   // V blocks of a list that are worth a thread block
+  int programs;       // thread blocks, which share the lists out among them
+  int most_parts;     // of all lists together, beyond one of each
+  int least_tiles;    // 16 tokens each, of a part
   int every;          // one launch of so many looks at how far the estimates are off
 };
 

@@ -58,6 +58,11 @@ struct Query {
   }
 };
 
+// Of a power of two.
+__device__ inline int shift_of(int tokens) {
+  return __popc(tokens - 1);
+}
+
 // A list of rows, by tiles.
 class ListRows {
  public:
@@ -105,8 +110,6 @@ class ListRows {
   __device__ int value_distance() const { return view_.head_size << shift_; }
 
  private:
-  // Of a power of two.
-  __device__ static int shift_of(int tokens) { return __popc(tokens - 1); }
   __device__ static int of_lane() { return threadIdx.x & (kTileTokens - 1); }
   __device__ int in_row(int token) const { return token & (view_.block_tokens - 1); }
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -32,7 +32,12 @@ from benchmarks.ops.common import (
 from benchmarks.ops.score_codes import CodedBatch
 from vllm_kcache.cache.layer_view import LayerView
 from vllm_kcache.kernels.attend import attend_blocks
-from vllm_kcache.kernels.attend_plan import AttendConfig, attend_config
+from vllm_kcache.kernels.attend_plan import (
+    AttendConfig,
+    RowsConfig,
+    attend_config,
+    rows_config,
+)
 from vllm_kcache.kernels.score_plan import padded
 from vllm_kcache.kernels.workspace import DecodeWorkspace
 from vllm_kcache.types import Selected, Selection, Tail
@@ -89,15 +94,13 @@ def time_attend(
     return time_calls(calls)
 
 
-def time_coded(
-    coded: CodedBatch, counts: torch.Tensor, config: AttendConfig | None = None
-) -> Timing:
+def time_coded(coded: CodedBatch, counts: torch.Tensor, config: RowsConfig | None = None) -> Timing:
     """The same from rows of int8, with the clipped tail."""
     p, columns = coded.problem, coded.problem.max_blocks
     shape = coded.views[0].shape
     workspace = DecodeWorkspace.make(shape, CLIPPED, p.num_requests, columns, "cuda")
     if config is not None:
-        parts = p.num_lists * config.splits * 2 * p.group
+        parts = (p.num_lists + config.most_parts) * 2 * p.group
         sums = torch.empty(parts * padded(p.head_size), device="cuda")
         weights = torch.empty(parts * 2, device="cuda")
         workspace = replace(workspace, sums=sums, weights=weights)
@@ -120,25 +123,30 @@ def time_coded(
     return time_calls(calls)
 
 
-def sweep(
-    p: Problem, usual: AttendConfig, time: Callable[[AttendConfig], Timing], coded: bool = False
-) -> None:
-    found = []
-    shapes: tuple[tuple[int, ...], ...] = (
-        (32, 64, 128),
-        (528, 1056, 2112, 4224),
-        (2, 4, 8),
-        (1, 2, 3),
-    )
-    if coded:
-        shapes = (32, 64, 128, 256, 512), (528, 1056, 2112, 4224), (4,), (1,)
-    for tokens, programs, warps, stages in itertools.product(*shapes):
+def sweep(p: Problem, usual: object, times: Iterator[tuple[float, object]]) -> None:
+    print(f"\nattend sweep, {p.name}, ragged (default {usual})")
+    for ms, config in sorted(times, key=lambda pair: pair[0])[:8]:
+        print(f"  {ms * 1e3:8.1f} us  {config}")
+
+
+def attend_times(
+    p: Problem, time: Callable[[AttendConfig], Timing]
+) -> Iterator[tuple[float, AttendConfig]]:
+    for tokens, programs, warps, stages in itertools.product(
+        (32, 64, 128), (528, 1056, 2112, 4224), (2, 4, 8), (1, 2, 3)
+    ):
         splits = max(1, min(32, -(-programs // p.num_lists)))
         config = AttendConfig(tokens // V_BLOCK_TOKENS, splits, warps, stages)
-        found.append((time(config).p50, config))
-    print(f"\nattend sweep, {p.name}, ragged (default {usual})")
-    for ms, config in sorted(found, key=lambda pair: pair[0])[:8]:
-        print(f"  {ms * 1e3:8.1f} us  {config}")
+        yield time(config).p50, config
+
+
+def rows_times(
+    usual: RowsConfig, time: Callable[[RowsConfig], Timing]
+) -> Iterator[tuple[float, RowsConfig]]:
+    for factor, parts, tiles in itertools.product((0.5, 1, 2), (1, 2, 3, 4, 8), (4, 8, 16)):
+        programs = max(1, int(usual.programs * factor))
+        config = RowsConfig(programs, parts * programs, tiles)
+        yield time(config).p50, config
 
 
 def main() -> None:
@@ -170,7 +178,8 @@ def main() -> None:
         if options.sweep:
             columns = problem.max_blocks
             usual = attend_config(problem.shape, problem.num_lists, problem.max_blocks)
-            sweep(problem, usual, functools.partial(time_attend, batch, ragged, problem.max_blocks))
+            time = functools.partial(time_attend, batch, ragged, columns)
+            sweep(problem, usual, attend_times(problem, time))
         batch.close()
     for problem in CODED_PROBLEMS:
         counts = ragged_counts(problem, CODED_BLOCKS)
@@ -185,8 +194,14 @@ def main() -> None:
             timing, rate / 1e9, share_of_hbm_copy=rate / peak,
         )  # fmt: skip
         if options.sweep:
-            usual = attend_config(view.shape, problem.num_lists, problem.max_blocks)
-            sweep(problem, usual, functools.partial(time_coded, coded, counts), coded=True)
+            usual_rows = rows_config(
+                view.shape,
+                problem.num_lists,
+                problem.max_blocks,
+                torch.cuda.get_device_properties(0).multi_processor_count,
+            )
+            time_rows = functools.partial(time_coded, coded, counts)
+            sweep(problem, usual_rows, rows_times(usual_rows, time_rows))
         del coded, view
     report.finish()
 

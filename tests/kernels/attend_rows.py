@@ -18,7 +18,7 @@ from tests.reference.coded import Coded
 from tests.reference.test_fetch import some_blocks
 from tests.shapes import Case, Shape, build_case
 from vllm_kcache.kernels.attend import attend_blocks
-from vllm_kcache.kernels.attend_plan import AttendConfig
+from vllm_kcache.kernels.attend_plan import AttendConfig, RowsConfig, on_tensor_cores
 from vllm_kcache.reference.attend import attend_rows
 from vllm_kcache.reference.codes import transform_query
 from vllm_kcache.reference.fetch import fetch_rows
@@ -38,6 +38,8 @@ TILED_SHAPES = (
     Shape((0, 17, 70), 2, 12, 128, 32, 16),
     Shape((21, 5), 2, 4, 256, 16, 2),
     Shape((65, 31), 2, 2, 80, 32, 1),
+    # Lists of several parts beside some of one.
+    Shape((1500, 0, 33, 900), 1, 4, 64, 16, 8),
 )
 EVERY, CLIPPED = Selection(None, None, 1, 8, "sum"), Selection(None, None, 1, 8, "max", 0.02)
 
@@ -95,10 +97,13 @@ def check(
         dropped=chosen.dropped.to(device) if chosen.dropped is not None else None,
     )
     out = torch.full_like(layer.batch.query, torch.nan)
+    config: AttendConfig | RowsConfig = AttendConfig(max(1, 16 // tokens), splits, 4, 2)
+    if on_tensor_cores(layer.view.shape):
+        config = RowsConfig(programs=5 if splits == 1 else 2, most_parts=splits, least_tiles=1)
     attend_blocks(
-        layer.view, layer.batch, selected, rows.to(device), layer.workspace, out,
-        config=AttendConfig(max(1, 16 // tokens), splits, 4, 2),
-    )  # fmt: skip
+        layer.view, layer.batch, selected, rows.to(device), layer.workspace, out, config=config
+    )
+    assert not layer.workspace.arrivals.any()
     return out.cpu(), expected
 
 
@@ -121,7 +126,7 @@ def check_small_values(device: str = "cpu") -> None:
 def check_tiles(shape: Shape, device: str = "cpu") -> None:
     """Rows of int8 on tensor cores, of both dtypes of a model."""
     for dtype, rule, splits in itertools.product(
-        (torch.bfloat16, torch.float16), (EVERY, CLIPPED), (1, 3)
+        (torch.bfloat16, torch.float16), (EVERY, CLIPPED), (1, 20)
     ):
         assert_close(*check(shape, "int8", rule, splits, device, build_case(shape, dtype)))
 

@@ -25,8 +25,10 @@ from vllm_kcache.cache.layer_view import LayerView
 from vllm_kcache.kernels.attend_plan import (
     MAX_SPLITS,
     AttendConfig,
+    RowsConfig,
     attend_config,
     on_tensor_cores,
+    rows_config,
 )
 from vllm_kcache.kernels.dependent import gdc_wait
 from vllm_kcache.kernels.score import check_query_strides, is_first_program, lse_by_block
@@ -420,7 +422,7 @@ def attend_blocks(
     workspace: DecodeWorkspace,
     out: torch.Tensor,
     *,
-    config: AttendConfig | None = None,
+    config: AttendConfig | RowsConfig | None = None,
     dependent: bool = False,
 ) -> torch.Tensor:
     """Softmax over the selected tokens and the product with V (definition: reference/attend.py).
@@ -436,7 +438,8 @@ def attend_blocks(
             `block_lse`, whose errors it counts now and then; and with rows of int8 the query as
             scoring left it, `code_query` and `code_bias`.
         out: [B, Hq, D] model dtype, GPU. Written and returned; 0 for a padded row.
-        config: launch shape, chosen by `attend_config` unless given.
+        config: launch shape, chosen by `attend_config`, or with rows of int8 by `rows_config`,
+            unless given.
         dependent: launch it as kernels/dependent.py says.
     Graph-safe: no allocation, no host sync.
     """
@@ -446,27 +449,21 @@ def attend_blocks(
     clip = view.selection.clip if view.tail == "clip" else None
     if view.tail == "clip" and (clip is None or selected.lse is None):
         raise ValueError('tail="clip": needs selected.lse and a selection with a mass threshold')
-    clip_length = float(view.selection.threshold_length or NO_LENGTH)
     num_lists, columns = batch.num_requests * shape.num_kv_heads, selected.blocks.shape[2]
     if num_lists == 0:
         return out
-    if config is None:
-        config = attend_config(shape, num_lists, columns)
-    rows_of_list = shape.group if clip is None else 2 * shape.group
-    _check_workspace(workspace, num_lists, num_lists * config.splits * rows_of_list)
     row, dropped = shape.row, selected.dropped
     if row.has_keys and clip is not None and dropped is None:
         raise ValueError('tail="clip": needs selected.dropped where blocks are chosen by estimates')
     if on_tensor_cores(shape):
-        torch.ops.kcache.attend_int8_rows(
-            view.packed, selected.blocks, selected.counts, rows, batch.seq_lens,
-            front(workspace.block_lse, *query.shape[:2], batch.max_blocks),
-            front(workspace.code_query, *query.shape), front(workspace.code_bias, *query.shape[:2]),
-            selected.lse, dropped, workspace.sums, workspace.weights, workspace.arrivals, out,
-            batch.scale, -1.0 if clip is None else clip, clip_length, config.splits,
-            config.chunk_blocks, ESTIMATES_EVERY, dependent,
-        )  # fmt: skip
+        assert not isinstance(config, AttendConfig)
+        _attend_int8(view, batch, selected, rows, workspace, out, clip, config, dependent)
         return out
+    assert not isinstance(config, RowsConfig)
+    if config is None:
+        config = attend_config(shape, num_lists, columns)
+    rows_of_list = shape.group if clip is None else 2 * shape.group
+    _check_workspace(workspace, num_lists, num_lists * config.splits * rows_of_list)
     keys = K_IN_PAGE if not row.has_keys else K_INT8 if row.host_dtype == "int8" else K_IN_ROW
     if keys.value == K_INT8.value:
         query, bias = front(workspace.code_query, *query.shape), workspace.code_bias
@@ -483,7 +480,8 @@ def attend_blocks(
         workspace.lse if selected.lse is None else selected.lse,
         workspace.lse if dropped is None else dropped, cache.state, cache.counters,
         workspace.sums, workspace.weights, workspace.arrivals, out, batch.scale,
-        1.0 if clip is None else clip, clip_length, distance // 16, query.stride(0),
+        1.0 if clip is None else clip, float(view.selection.threshold_length or NO_LENGTH),
+        distance // 16, query.stride(0),
         view.k_pages.stride(0), batch.block_table.stride(0), out.stride(0), columns,
         batch.max_blocks,
         NUM_HEADS=shape.num_query_heads, NUM_KV_HEADS=shape.num_kv_heads, GROUP=shape.group,
@@ -498,6 +496,33 @@ def attend_blocks(
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out
+
+
+def _attend_int8(
+    view: LayerView,
+    batch: DecodeBatch,
+    selected: Selected,
+    rows: torch.Tensor,
+    workspace: DecodeWorkspace,
+    out: torch.Tensor,
+    clip: float | None,
+    config: RowsConfig | None,
+    dependent: bool,
+) -> None:
+    """Rows of int8 (csrc/attend.cu)."""
+    if config is None:
+        num_lists, columns = selected.counts.numel(), selected.blocks.shape[2]
+        config = rows_config(view.shape, num_lists, columns, workspace.multiprocessors)
+    heads = batch.query.shape[:2]
+    torch.ops.kcache.attend_int8_rows(
+        view.packed, selected.blocks, selected.counts, rows, batch.seq_lens,
+        front(workspace.block_lse, *heads, batch.max_blocks),
+        front(workspace.code_query, *batch.query.shape), front(workspace.code_bias, *heads),
+        selected.lse, selected.dropped, workspace.sums, workspace.weights, workspace.arrivals, out,
+        batch.scale, -1.0 if clip is None else clip,
+        float(view.selection.threshold_length or NO_LENGTH), config.programs, config.most_parts,
+        config.least_tiles, ESTIMATES_EVERY, dependent,
+    )  # fmt: skip
 
 
 def _check_workspace(workspace: DecodeWorkspace, num_lists: int, num_weights: int) -> None:

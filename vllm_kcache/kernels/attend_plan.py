@@ -21,23 +21,35 @@ MAX_SPLITS = 32
 # many tokens.
 _SMALL_CHUNK, _LARGE_CHUNK = 16384, 32768
 _SHORT_LIST = 256
-# Rows of int8 (csrc/attend.cu): tokens of a list that are worth a thread block, of which four warps
-# take 16 at a time, where there are few lists and where there are many.
-_FEW_LISTS, _OF_FEW, _OF_MANY = 64, 64, 256
+# Rows of int8 (csrc/attend.cu): thread blocks that a multiprocessor holds by steps of 32 channels,
+# the parts that lists are cut into for each of them, and the least tiles of 16 tokens of a part.
+_RESIDENT, _RESIDENT_AT_LEAST = {2: 4, 3: 4, 4: 3}, 2
+_PARTS_OF_PROGRAM, _LEAST_TILES = 2, 4
 
 
 @dataclass(frozen=True)
 class AttendConfig:
-    """Launch shape: V blocks a program takes at once, programs for each list, warps, stages.
-
-    For rows of int8: V blocks of a list that are worth a thread block, the most thread blocks of a
-    list, their warps, and nothing.
-    """
+    """Launch shape: V blocks a program takes at once, programs for each list, warps, stages."""
 
     chunk_blocks: int
     splits: int
     num_warps: int
     num_stages: int
+
+
+@dataclass(frozen=True)
+class RowsConfig:
+    """Launch shape for rows of int8 (csrc/attend.cu).
+
+    Attributes:
+        programs: thread blocks.
+        most_parts: that all lists together are cut into, beyond one of each.
+        least_tiles: of a part, 16 tokens each.
+    """
+
+    programs: int
+    most_parts: int
+    least_tiles: int
 
 
 def most_parts(num_lists: int) -> int:
@@ -55,14 +67,25 @@ def on_tensor_cores(shape: CacheShape) -> bool:
     return shape.host_dtype == "int8" and shape.dtype != torch.float32
 
 
+def rows_config(
+    shape: CacheShape, num_lists: int, columns: int, multiprocessors: int
+) -> RowsConfig:
+    """Launch shape for `num_lists` lists of at most `columns` V blocks of int8 rows.
+
+    Args:
+        multiprocessors: of the GPU.
+    """
+    resident = _RESIDENT.get(-(-shape.head_size // 32), _RESIDENT_AT_LEAST)
+    programs = max(1, multiprocessors) * resident
+    parts = min(_PARTS_OF_PROGRAM * programs, TARGET_PROGRAMS)
+    tiles = -(-columns * shape.block_tokens // 16)
+    # A short request has no work for more.
+    programs = min(programs, num_lists * max(1, -(-tiles // _LEAST_TILES)))
+    return RowsConfig(programs, parts, _LEAST_TILES)
+
+
 def attend_config(shape: CacheShape, num_lists: int, columns: int) -> AttendConfig:
     """Launch shape for `num_lists` lists of at most `columns` V blocks."""
-    if on_tensor_cores(shape):
-        tokens = _OF_FEW if num_lists <= _FEW_LISTS else _OF_MANY
-        least = max(1, tokens // shape.block_tokens)
-        splits = max(LEAST_SPLITS, -(-TARGET_PROGRAMS // max(1, num_lists)))
-        splits = min(MAX_SPLITS, splits, -(-max(1, columns) // least))
-        return AttendConfig(least, max(1, splits), 4, 1)
     row_bytes = padded(shape.head_size) * shape.dtype.itemsize
     long = columns * shape.block_tokens > _SHORT_LIST
     chunk_bytes = _LARGE_CHUNK if long else _SMALL_CHUNK

@@ -173,6 +173,9 @@ template <typename T>
 T __ldcg(const T* pointer) {
   return *static_cast<const volatile T*>(pointer);
 }
+inline float2 __ldcg(const float2* pointer) {
+  return {__ldcg(&pointer->x), __ldcg(&pointer->y)};
+}
 inline float4 __ldcg(const float4* pointer) {
   // A GPU would stop here. No result is right with these.
   if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) return {NAN, NAN, NAN, NAN};

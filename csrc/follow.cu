@@ -74,7 +74,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     __syncthreads();
     if (!scored) break;
-    const int missed = select_and_fetch_list(view, step, shared, list);
+    ListSelection<R> selection(view, step, shared.select, list);
+    const int missed = select_and_fetch_list(view, step, shared, selection, list);
     if (threadIdx.x == 0) {
       atomicAdd(state + kMissed, missed);
       atomicAdd(state + kExisting, blocks_of(view, step, list / view.num_kv_heads));

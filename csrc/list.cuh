@@ -16,12 +16,12 @@ struct ListShared {
 // Returns, to the first thread, the V blocks that were not found in the hot cache.
 template <typename R>
 __device__ inline int select_and_fetch_list(const LayerView& view, const Step& step,
-                                            ListShared<R>& shared, int list) {
+                                            ListShared<R>& shared, ListSelection<R>& selection,
+                                            int list) {
   if (threadIdx.x == 0) begin_fetch(shared.fetch);
-  ListSelection<R>(view, step, shared.select, list)
-      .run([&](const NearBlock* kept, int count, int first_block, int first_column) {
-        fetch_part(view, step, shared.fetch, list, kept, count, first_block, first_column);
-      });
+  selection.run([&](const NearBlock* kept, int count, int first_block, int first_column) {
+    fetch_part(view, step, shared.fetch, list, kept, count, first_block, first_column);
+  });
   return threadIdx.x == 0 ? end_fetch(view, shared.fetch) : 0;
 }
 

@@ -25,17 +25,46 @@ __device__ inline T load_volatile(const T* pointer) {
   return *static_cast<const volatile T*>(pointer);
 }
 
-// Slot that holds `owner`, stamped with `epoch`; -1 when it is not resident.
+// Finds the slot that holds `owner` and stamps it with `epoch`, in steps: each waits for what the
+// one before has loaded, so other work may lie between them.
+class SlotSearch {
+ public:
+  // Nothing is found where it is not `wanted`.
+  __device__ SlotSearch(const LayerView& view, int64_t owner, unsigned epoch, bool wanted)
+      : view_(view),
+        owner_(owner),
+        mine_(word_of(owner, epoch)),
+        slot_(wanted ? load_volatile(view.table + owner) : -1) {}
+
+  __device__ void read_word() {
+    if (slot_ >= 0) word_ = load_volatile(view_.slot_word + slot_);
+  }
+  __device__ void stamp() {
+    // The table may send several owners to a slot: only one of them holds it.
+    if (slot_ >= 0 && static_cast<int64_t>(word_ >> 32) != owner_) slot_ = -1;
+    seen_ = word_;
+    if (slot_ >= 0 && word_ != mine_) seen_ = atomicCAS(view_.slot_word + slot_, word_, mine_);
+  }
+  // -1 when it is not resident.
+  __device__ int slot() const {
+    // Stamped by us, or by someone else in this epoch. Otherwise it has just been evicted.
+    return seen_ == word_ || seen_ == mine_ ? slot_ : -1;
+  }
+
+ private:
+  const LayerView& view_;
+  const int64_t owner_;
+  const Word mine_;
+  int slot_;
+  Word word_ = 0, seen_ = 0;
+};
+
+// All steps at once.
 __device__ inline int find_slot(const LayerView& view, int64_t owner, unsigned epoch) {
-  const int slot = load_volatile(view.table + owner);
-  if (slot < 0) return -1;
-  const Word word = load_volatile(view.slot_word + slot);
-  const Word mine = word_of(owner, epoch);
-  if (word == mine) return slot;
-  if (static_cast<int64_t>(word >> 32) != owner) return -1;
-  const Word seen = atomicCAS(view.slot_word + slot, word, mine);
-  // Stamped by us, or by someone else in this epoch. Otherwise it has just been evicted.
-  return seen == word || seen == mine ? slot : -1;
+  SlotSearch search(view, owner, epoch, true);
+  search.read_word();
+  search.stamp();
+  return search.slot();
 }
 
 // Take the oldest slot of a window for `owner` in each lane with `wanted`; -1 in a lane whose tries

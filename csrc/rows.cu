@@ -191,12 +191,12 @@ __device__ inline void quantise_int8(const LayerView& view, const float (&x)[kPa
   if ((threadIdx.x & 31) == 0) piece.scale(view, token, is_value) = static_cast<uint16_t>(bits);
 }
 
-// The slot that holds a row, taken for it where it is to be; -1 without. In every lane.
-__device__ inline int slot_of(const LayerView& view, int64_t owner, bool allocates) {
-  const unsigned epoch = epoch_of(view);
+// The slot that was found for a row, or one taken for it where it is to be; -1 without. In every
+// lane.
+__device__ inline int slot_of(const LayerView& view, const SlotSearch& search, int64_t owner,
+                              unsigned epoch, bool allocates) {
   const bool first = (threadIdx.x & 31) == 0;
-  // The stamp keeps a slot that is written here from being claimed by another warp.
-  const int found = first ? find_slot(view, owner, epoch) : -1;
+  const int found = search.slot();
   const int claimed = claim_slot(view, first && allocates && found < 0, owner, epoch);
   return __shfl_sync(kAllLanes, found >= 0 ? found : claimed, 0);
 }
@@ -214,13 +214,23 @@ __device__ inline void write_run(const LayerView& view, const WriteRows& write,
   const int in_row = offset % view.block_tokens;
   char* targets[2] = {nullptr, nullptr};
   if (write.parts & kRowHost) targets[0] = view.host_rows + row * view.row_bytes;
-  if ((write.parts & kRowSlot) && view.num_slots > 0) {
-    const int slot =
-        slot_of(view, view.layer_rows + row, in_row == 0 && token < write.allocate_tokens);
+  // The stamp keeps a slot that is written here from being claimed by another warp.
+  const bool in_slot = (write.parts & kRowSlot) && view.num_slots > 0;
+  const int64_t owner = view.layer_rows + row;
+  const unsigned epoch = epoch_of(view);
+  SlotSearch search(view, owner, epoch, in_slot && lane == 0);
+  const auto find_target = [&] {
+    if (!in_slot) return;
+    const bool allocates = in_row == 0 && token < write.allocate_tokens;
+    const int slot = slot_of(view, search, owner, epoch, allocates);
     if (slot >= 0) targets[1] = view.slots + static_cast<int64_t>(slot) * view.row_bytes;
+  };
+  if (!view.int8_rows) {
+    search.read_word();
+    search.stamp();
+    find_target();
   }
-  const bool has_row = targets[0] != nullptr || targets[1] != nullptr;
-  if (has_row && !view.int8_rows) {
+  if (!view.int8_rows && (targets[0] != nullptr || targets[1] != nullptr)) {
     const RowParts parts(view);
     const int each = parts.head_bytes / 16, total = count * each;
     for (int first = lane; first < total; first += 32 * kAhead) {
@@ -249,7 +259,7 @@ __device__ inline void write_run(const LayerView& view, const WriteRows& write,
       }
     }
   }
-  const bool stores_int8 = has_row && view.int8_rows;
+  const bool stores_int8 = view.int8_rows && (targets[0] != nullptr || in_slot);
   if (!(write.parts & kCodes) && !stores_int8) return;
   const int begin = in_row % kPieceTokens;  // in the piece
   float mean[kParts][4], deviation[kParts][4], inverse[kParts][4];
@@ -284,11 +294,15 @@ __device__ inline void write_run(const LayerView& view, const WriteRows& write,
                    offset + first + i);
       }
       if (!stores_int8) continue;
+      // The search goes on between what it does not wait for.
+      if (first + i == 0) search.read_word();
       quantise_int8(view, x, piece, begin + first + i, false);
+      if (first + i == 0) search.stamp();
       quantise_int8(view, values[i], piece, begin + first + i, true);
     }
   }
   if (!stores_int8) return;
+  find_target();
   __syncwarp();
   for (char* target : targets) {
     if (target != nullptr) piece.store(view, target, in_row - begin, begin, count);

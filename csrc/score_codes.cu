@@ -356,21 +356,27 @@ __global__ void __launch_bounds__(kThreads, Z::kLeastBlocks)
   // On its way while the length is.
   const unsigned page = ListScores<Z>::page_of(view, step, score, list, worker);
   const int chunks = (num_tokens + kChunkTokens - 1) / kChunkTokens;
-  if (score.after_write) {
-    // Of what this reads, the launch before wrote only the code of the newest token, and of the one
-    // before it where that is the newest of another request, whose page this one shares. The first
-    // warp waits in any case, so that no launch ends before the one before it.
-    const int last = (chunks - 1) % workers, before = last > 0 ? last - 1 : workers - 1;
-    if (worker == last || worker == before || (blockIdx.x == 0 && warp == 0))
-      wait_for_launch_before();
-  }
+  // Of what this reads, the launch before wrote only the code of the newest token, and of the one
+  // before it where that is the newest of another request, whose page this one shares. The first
+  // warp waits in any case, so that no launch ends before the one before it.
+  const int last = (chunks - 1) % workers, before = last > 0 ? last - 1 : workers - 1;
+  const bool waits =
+      score.after_write && (worker == last || worker == before || (blockIdx.x == 0 && warp == 0));
   let_next_launch_begin();
   // A graph captured for longer requests has many such thread blocks: they should be short.
-  if (split * kWarps >= chunks) return;
+  if (split * kWarps >= chunks) {
+    if (waits) wait_for_launch_before();
+    return;
+  }
   ListScores<Z> scores(view, step, shared, list, num_tokens);
-  scores.begin(worker, page);
+  if (!waits) scores.begin(worker, page);
   for (int head = warp; head < Z::kHeads; head += kWarps) {
     prepare_head<Z>(view, score, shared, list, head, split == 0);
+  }
+  // As late as can be: where there is little to score, all wait for this warp.
+  if (waits) {
+    wait_for_launch_before();
+    scores.begin(worker, page);
   }
   __syncthreads();
   if (worker < chunks) scores.run(score, worker, workers);

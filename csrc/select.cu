@@ -12,9 +12,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     select_kernel(const __grid_constant__ LayerView view, const __grid_constant__ Step step) {
   __shared__ ListShared<R> shared;
   __shared__ bool done;
+  const int list = static_cast<int>(blockIdx.x);
+  // Reads the length, which no launch of a step writes.
+  ListSelection<R> selection(view, step, shared.select, list);
   wait_for_launch_before();
   let_next_launch_begin();
-  const int list = static_cast<int>(blockIdx.x);
   if (step.lists != nullptr) {
     if (threadIdx.x == 0) {
       done = step.lists[list] == kDone;
@@ -24,9 +26,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (done) return;
   }
   if (step.rows != nullptr) {
-    select_and_fetch_list(view, step, shared, list);
+    select_and_fetch_list(view, step, shared, selection, list);
   } else {
-    const int count = ListSelection<R>(view, step, shared.select, list).run([](auto...) {});
+    const int count = selection.run([](auto...) {});
     pad(step.blocks, count, step.columns);
   }
 }

@@ -127,6 +127,10 @@ class ListSelection {
         __syncthreads();
         int place = 0;
         const int in_segment = count_kept(first, step_.columns - count, place);
+        // The last warp has the least to fetch.
+        if (kAddsWhileMarking && first + kSegment >= num_blocks_ && warp_ == kWarps - 1) {
+          finish(count + in_segment);
+        }
         for (int part = 0; part < in_segment; part += kThreads) {
           const int in_part = min(in_segment - part, kThreads);
           write(first, count, part, in_part, place);
@@ -140,7 +144,7 @@ class ListSelection {
         if (first + kSegment < num_blocks_) __syncthreads();
       }
     }
-    if (warp_ == kWarps - 1) finish(count);
+    if ((!kAddsWhileMarking || num_blocks_ == 0) && warp_ == kWarps - 1) finish(count);
     __syncthreads();
     return count;
   }

@@ -430,7 +430,7 @@ void attend_int8_rows(Tensor layer, Tensor blocks, Tensor counts, Tensor rows, T
 }
 
 void write_rows(Tensor layer, Tensor key, Tensor value, Tensor slot_mapping, int64_t parts,
-                int64_t allocate_tokens, int64_t most_thread_blocks, bool dependent) {
+                int64_t allocate_tokens, bool fills, int64_t most_thread_blocks, bool dependent) {
   const LayerView view = unpack_codes(layer);
   const int64_t num_tokens = slot_mapping.size(0);
   check_tensor("slot_mapping", slot_mapping, ScalarType::Long, {num_tokens}, key);
@@ -443,6 +443,7 @@ void write_rows(Tensor layer, Tensor key, Tensor value, Tensor slot_mapping, int
                         pointer<int64_t>(slot_mapping),
                         num_tokens,
                         allocate_tokens,
+                        fills,
                         static_cast<int>(parts)};
   STD_TORCH_CHECK(write.key.dtype == write.value.dtype, "value: must have the dtype of key");
   if (num_tokens == 0) return;
@@ -523,7 +524,7 @@ STABLE_TORCH_LIBRARY(kcache, library) {
       "-> ()");
   library.def(
       "write_rows(Tensor layer, Tensor key, Tensor value, Tensor slot_mapping, int parts, "
-      "int allocate_tokens, int most_thread_blocks, bool dependent) -> ()");
+      "int allocate_tokens, bool fills, int most_thread_blocks, bool dependent) -> ()");
   library.def(
       "gather_rows(Tensor layer, Tensor page_table, Tensor starts, Tensor lengths, "
       "Tensor first_rows, int max_length, Tensor(a!) keys, Tensor(b!) values, "

@@ -67,14 +67,31 @@ __device__ inline int find_slot(const LayerView& view, int64_t owner, unsigned e
   return search.slot();
 }
 
+// Slot that holds all of the row of `owner`, for reading beside kernels that may evict it; -1
+// without. What was stamped in an epoch that has ended was copied then. After the last read
+// `still_holds` says whether it was there all the time: who takes a slot says so before he writes.
+__device__ inline int find_copied(const LayerView& view, int64_t owner) {
+  const unsigned ended = static_cast<unsigned>(load_volatile(view.state + kEpoch));
+  const int slot = load_volatile(view.table + owner);
+  if (slot < 0) return -1;
+  const Word word = load_volatile(view.slot_word + slot);
+  const bool copied = static_cast<int>(ended - static_cast<unsigned>(word)) >= 0;
+  return copied && static_cast<int64_t>(word >> 32) == owner ? slot : -1;
+}
+__device__ inline bool still_holds(const LayerView& view, int slot, int64_t owner) {
+  __threadfence();
+  return static_cast<int64_t>(load_volatile(view.slot_word + slot) >> 32) == owner;
+}
+
 // Take the oldest slot of a window for `owner` in each lane with `wanted`; -1 in a lane whose tries
-// met only slots in use. Every lane of the warp must call it.
-__device__ inline int claim_slot(const LayerView& view, bool wanted, int64_t owner,
-                                 unsigned epoch) {
+// met only slots in use. Without `evicts` one that holds nothing, or none. Every lane of the warp
+// must call it.
+__device__ inline int claim_slot(const LayerView& view, bool wanted, int64_t owner, unsigned epoch,
+                                 bool evicts = true) {
   const int lane = threadIdx.x & 31;
   int found = -1;
   if (view.num_slots == 0) return found;
-  for (int attempt = 0; attempt < kAttempts; ++attempt) {
+  for (int attempt = 0; attempt < (evicts ? kAttempts : 1); ++attempt) {
     const bool wants = wanted && found < 0;
     const unsigned wanting = __ballot_sync(kAllLanes, wants);
     if (wanting == 0) break;
@@ -104,7 +121,7 @@ __device__ inline int claim_slot(const LayerView& view, bool wanted, int64_t own
       slot = slot + 1 == view.num_slots ? 0 : slot + 1;
     }
     // A slot stamped with this epoch has age 0 and is never taken.
-    if (oldest_age == 0) continue;
+    if (oldest_age == 0 || (!evicts && oldest_word != kEmptySlot)) continue;
     if (atomicCAS(view.slot_word + oldest_slot, oldest_word, word_of(owner, epoch)) !=
         oldest_word) {
       continue;

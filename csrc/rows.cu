@@ -194,10 +194,10 @@ __device__ inline void quantise_int8(const LayerView& view, const float (&x)[kPa
 // The slot that was found for a row, or one taken for it where it is to be; -1 without. In every
 // lane.
 __device__ inline int slot_of(const LayerView& view, const SlotSearch& search, int64_t owner,
-                              unsigned epoch, bool allocates) {
+                              unsigned epoch, bool allocates, bool evicts) {
   const bool first = (threadIdx.x & 31) == 0;
   const int found = search.slot();
-  const int claimed = claim_slot(view, first && allocates && found < 0, owner, epoch);
+  const int claimed = claim_slot(view, first && allocates && found < 0, owner, epoch, evicts);
   return __shfl_sync(kAllLanes, found >= 0 ? found : claimed, 0);
 }
 
@@ -221,8 +221,11 @@ __device__ inline void write_run(const LayerView& view, const WriteRows& write,
   SlotSearch search(view, owner, epoch, in_slot && lane == 0);
   const auto find_target = [&] {
     if (!in_slot) return;
-    const bool allocates = in_row == 0 && token < write.allocate_tokens;
-    const int slot = slot_of(view, search, owner, epoch, allocates);
+    const bool evicts = token < write.allocate_tokens;
+    // Where several warps have a part of a row, one may look for the slot before another takes it.
+    const bool fills = write.fills && view.block_tokens <= kPieceTokens;
+    const bool allocates = in_row == 0 && (evicts || fills);
+    const int slot = slot_of(view, search, owner, epoch, allocates, evicts);
     if (slot >= 0) targets[1] = view.slots + static_cast<int64_t>(slot) * view.row_bytes;
   };
   if (!view.int8_rows) {
@@ -429,13 +432,22 @@ __global__ void __launch_bounds__(32 * kWarps)
     const int64_t row =
         (static_cast<int64_t>(page) * view.num_kv_heads + head) * view.blocks_per_page +
         token % view.page_tokens / view.block_tokens;
-    const char* from = view.host_rows + row * view.row_bytes;
     const int64_t out_row = static_cast<int64_t>(gather.first_rows[request]) + first;
-    if (view.int8_rows) {
-      restore_heads(view, gather, pieces[warp], from, in_row, out_row, head, tokens);
-    } else {
-      copy_heads(view, gather, from, in_row, out_row, head, tokens);
-    }
+    const auto take = [&](const char* from) {
+      if (view.int8_rows) {
+        restore_heads(view, gather, pieces[warp], from, in_row, out_row, head, tokens);
+      } else {
+        copy_heads(view, gather, from, in_row, out_row, head, tokens);
+      }
+    };
+    // GPU memory has many times the link's bandwidth.
+    const int64_t owner = view.layer_rows + row;
+    const bool is_first = (threadIdx.x & 31) == 0;
+    const int slot =
+        __shfl_sync(kAllLanes, is_first && view.num_slots > 0 ? find_copied(view, owner) : -1, 0);
+    if (slot >= 0) take(view.slots + static_cast<int64_t>(slot) * view.row_bytes);
+    const bool there = slot >= 0 && still_holds(view, slot, owner);
+    if (__ballot_sync(kAllLanes, !there) != 0) take(view.host_rows + row * view.row_bytes);
   }
 }
 

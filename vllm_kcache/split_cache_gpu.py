@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -202,7 +203,10 @@ class GPUSplitCache(SplitCache):
         tokens, decodes = slots.shape[0], step.num_decodes
         key, value = inputs.key[:tokens], inputs.value[:tokens]
         coded = self.shape.row.has_keys
-        store: Callable[..., None] = write_rows if coded else write_kv
+        # Rows that hold K are most of what a request reads: they stay while there is room.
+        store: Callable[..., None] = (
+            functools.partial(write_rows, fills=True) if coded else write_kv
+        )
         if (tokens - decodes) * self.shape.token_bytes * (1 + coded) <= SMALL_V_BYTES:
             store(
                 view, key, value, slots, allocate_tokens=decodes,
@@ -247,6 +251,9 @@ class GPUSplitCache(SplitCache):
         pieces = plan_pieces(contexts, scratch_tokens, page_tokens, self.device)
         if pieces:
             self.transfer.begin_step(step.slot_mapping)
+            if self.shape.row.has_keys and self.hot_cache is not None:
+                # What the steps before have copied may be gathered from there (csrc/residency.cuh).
+                self.hot_cache.advance_epoch()
         run = scratch_tokens // max(1, sum(map(bool, contexts))) // page_tokens * page_tokens
         keys = tuple(
             Ragged(

@@ -179,6 +179,24 @@ def _fill_cache(worker: Any) -> None:
             scales.view(torch.float16)[..., 0] = 1 / 3
             scales.view(torch.float16)[..., 1] = -2.5
     cache.invalidate()
+    if row.has_keys:
+        _keep_first_pages(cache.hot_cache, sample)
+
+
+def _keep_first_pages(hot_cache: Any, sample: Any) -> None:
+    """What prompts leave: the rows of the first pages have slots, as far as those go."""
+    import torch
+
+    num_layers, rows = hot_cache.table.shape
+    kept = min(rows, hot_cache.num_slots // num_layers)
+    for layer in range(num_layers):
+        slots = torch.arange(layer * kept, (layer + 1) * kept, device=hot_cache.table.device)
+        hot_cache.table[layer, :kept] = slots.int()
+        owners = layer * rows + torch.arange(kept, device=slots.device)
+        hot_cache.slot_word[layer * kept : (layer + 1) * kept] = owners << 32
+    on_gpu = sample.to(hot_cache.slots.device)
+    for part in hot_cache.slots[: num_layers * kept].split(len(sample)):
+        part.copy_(on_gpu[: len(part)])
 
 
 def _hot_cache_bytes(worker: Any) -> int:

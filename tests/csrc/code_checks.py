@@ -161,27 +161,74 @@ def check_slots(host_dtype: str, device: str = "cpu") -> None:
 
 def check_gather(shape: Shape, dtype: torch.dtype, host_dtype: str, device: str = "cpu") -> None:
     """K and V of each token, exactly with rows of the model's dtype; nothing outside the runs."""
-    coded = Coded.of(build_case(shape, dtype), host_dtype)
-    layer = CodedLayer.of(coded, device)
+    layer = CodedLayer.of(Coded.of(build_case(shape, dtype), host_dtype), device)
     for skip_pages, blocks in ((0, 3), (1, 1)):
-        keys, values, first_rows = layer.gathered(skip_pages, blocks)
-        start, outside = skip_pages * shape.page_tokens, torch.ones(len(keys), dtype=torch.bool)
-        for request, tokens in enumerate(shape.seq_lens):
-            length = max(0, tokens - start)
-            run = slice(int(first_rows[request]), int(first_rows[request]) + length)
-            outside[run] = False
-            found = keys[run], values[run]
-            if host_dtype == "model":
-                expected = coded.case.keys[request][start:], coded.case.values[request][start:]
-                assert torch.equal(found[0], expected[0])
-                assert torch.equal(found[1], expected[1])
-            else:
-                row_keys, row_values = coded.row_kv(request)
-                restored = codes.restore_keys(row_keys, coded.stats)
-                assert_close(found[0], restored[start:].to(dtype))
-                assert_close(found[1], row_values[start:].to(dtype))
-        assert bool(keys[outside].isnan().all())
-        assert bool(values[outside].isnan().all())
+        check_gathered(layer, skip_pages, blocks)
+
+
+def check_gathered(layer: CodedLayer, skip_pages: int = 0, blocks: int = 3) -> None:
+    """What is gathered is what was written, wherever it lies."""
+    coded, shape = layer.coded, layer.coded.case.shape
+    dtype, host_dtype = coded.row.dtype, coded.row.host_dtype
+    keys, values, first_rows = layer.gathered(skip_pages, blocks)
+    start, outside = skip_pages * shape.page_tokens, torch.ones(len(keys), dtype=torch.bool)
+    for request, tokens in enumerate(shape.seq_lens):
+        length = max(0, tokens - start)
+        run = slice(int(first_rows[request]), int(first_rows[request]) + length)
+        outside[run] = False
+        found = keys[run], values[run]
+        if host_dtype == "model":
+            expected = coded.case.keys[request][start:], coded.case.values[request][start:]
+            assert torch.equal(found[0], expected[0])
+            assert torch.equal(found[1], expected[1])
+        else:
+            row_keys, row_values = coded.row_kv(request)
+            restored = codes.restore_keys(row_keys, coded.stats)
+            assert_close(found[0], restored[start:].to(dtype))
+            assert_close(found[1], row_values[start:].to(dtype))
+    assert bool(keys[outside].isnan().all())
+    assert bool(values[outside].isnan().all())
+
+
+def check_fills(host_dtype: str, device: str = "cpu") -> None:
+    """Prompts take slots that hold nothing, and no others; their rows are gathered from there, and
+    where another row has the slot, from the host."""
+    coded = Coded.of(build_case(SHAPES[1], torch.bfloat16), host_dtype)
+    written = (coded.host_rows != 0xFF).any(1)
+    parts = WriteParts.K | WriteParts.ROW_SLOT
+    for num_slots in (64, 3):
+        layer = CodedLayer.of(coded, device, num_slots, pages=False)
+        write_rows(layer.view, *_inputs(layer), parts=parts, fills=True)
+        table = layer.cache.table.cpu()
+        resident = (table[1] >= 0).nonzero().flatten()
+        assert bool(written[resident].all())
+        assert len(resident) == (int(written.sum()) if num_slots == 64 else 3)
+        layer.cache.advance_epoch()
+        write_rows(layer.view, *_inputs(layer), parts=parts, fills=True)
+        assert torch.equal(layer.cache.table.cpu(), table)
+    layer = CodedLayer.of(coded, device, 64, pages=False)
+    write_rows(layer.view, *_inputs(layer), parts=parts, fills=True)
+    with pytest.raises(AssertionError):
+        check_gathered(layer)  # nothing says yet that the slots are written
+    layer.cache.advance_epoch()
+    check_gathered(layer)
+    lost = (layer.cache.table[1] >= 0).nonzero().flatten()[1]
+    slot = layer.cache.table[1, lost].long()
+    layer.cache.slots[slot] = 0xFF
+    layer.cache.slot_word[slot] += 1 << 32
+    with pytest.raises(AssertionError):
+        check_gathered(layer)  # the host has nothing
+    layer.view.host_rows[int(lost)] = coded.host_rows[int(lost)]
+    check_gathered(layer)
+
+
+def check_no_fills(device: str = "cpu") -> None:
+    """Rows of several pieces are written by several warps: none takes a slot for the others."""
+    layer = CodedLayer.of(
+        Coded.of(build_case(SHAPES[0], torch.bfloat16), "int8"), device, 64, pages=False
+    )
+    write_rows(layer.view, *_inputs(layer), fills=True)
+    assert bool((layer.cache.table == -1).all())
 
 
 def check_step(device: str = "cpu") -> None:

@@ -53,6 +53,15 @@ def test_slots(host_dtype: str) -> None:
 
 
 @pytest.mark.parametrize("host_dtype", checks.HOST_DTYPES)
+def test_prompts_fill_slots(host_dtype: str) -> None:
+    checks.check_fills(host_dtype)
+
+
+def test_rows_of_several_pieces_fill_none() -> None:
+    checks.check_no_fills()
+
+
+@pytest.mark.parametrize("host_dtype", checks.HOST_DTYPES)
 @pytest.mark.parametrize("dtype", checks.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gathers(shape: Shape, dtype: torch.dtype, host_dtype: str) -> None:

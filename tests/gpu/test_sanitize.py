@@ -133,6 +133,7 @@ def test_codes_and_rows(host_dtype: str) -> None:
         code_checks.check_write(shape, DTYPE, host_dtype, device=DEVICE)
         code_checks.check_gather(shape, DTYPE, host_dtype, DEVICE)
     code_checks.check_slots(host_dtype, DEVICE)
+    code_checks.check_fills(host_dtype, DEVICE)
 
 
 def test_scores_from_codes() -> None:

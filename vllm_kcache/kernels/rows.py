@@ -24,6 +24,7 @@ def write_rows(
     *,
     parts: WriteParts = WriteParts.ALL,
     allocate_tokens: int = 0,
+    fills: bool = False,
     most_thread_blocks: int = 0,
     dependent: bool = False,
 ) -> None:
@@ -37,6 +38,8 @@ def write_rows(
         slot_mapping: [Tk] int64, GPU. -1 marks padding. No slot occurs twice.
         parts: what to store: K is the codes. ROW_SLOT does nothing where the hot cache is off.
         allocate_tokens: as for `write.write_kv`.
+        fills: the other tokens that begin a row get a slot for it, too, while there are slots that
+            hold nothing; with V blocks of at most 8 tokens.
         most_thread_blocks: of the launch, `LINK_BLOCKS` on a copy stream; 0: as many as there is
             work for.
         dependent: launch it as kernels/dependent.py says.
@@ -45,8 +48,8 @@ def write_rows(
     Graph-safe: a grid that depends on shapes only.
     """
     torch.ops.kcache.write_rows(
-        view.packed, key, value, slot_mapping, parts.value, allocate_tokens, most_thread_blocks,
-        dependent,
+        view.packed, key, value, slot_mapping, parts.value, allocate_tokens, fills,
+        most_thread_blocks, dependent,
     )  # fmt: skip
 
 

@@ -492,7 +492,7 @@ __device__ inline void attend_part(const LayerView& view, const Step& step,
   if (first < last) {
     ListRows::Token token = rows.find(first, rows.place(first));
     Keys<Z::kSteps> keys;
-    Values<Z::kSteps> values;
+    Values<Z::kSteps> values, ahead;
     Scales scales;
     keys.load(token);
     values.load(token, rows.value_distance());
@@ -509,10 +509,11 @@ __device__ inline void attend_part(const LayerView& view, const Step& step,
       if (more) {
         token = rows.find(tile + workers, next);
         keys.load(token);
+        ahead.load(token, rows.value_distance());
         next = rows.place(tile + 2 * workers);
       }
       sum.add(scores, scales, values);
-      if (more) values.load(token, rows.value_distance());
+      values = ahead;
     }
   }
   sum.leave(shared, warp, tiles, kWarps);

@@ -24,7 +24,7 @@ _SHORT_LIST = 256
 # Rows of int8 (csrc/attend.cu): thread blocks that a multiprocessor holds by steps of 32 channels,
 # the parts that lists are cut into for each of them, and the least tiles of 16 tokens of a part.
 _RESIDENT, _RESIDENT_AT_LEAST = {2: 4, 3: 4, 4: 3}, 2
-_PARTS_OF_PROGRAM, _LEAST_TILES = 2, 4
+_PARTS_OF_PROGRAM, _LEAST_TILES = 1, 4
 
 
 @dataclass(frozen=True)

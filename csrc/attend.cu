@@ -9,13 +9,12 @@
 // keeps a power of two for all of its own, by the largest that it has met.
 #include "dependent.cuh"
 #include "launch.h"
+#include "runs.cuh"
 #include "tile.cuh"
 
 namespace kcache {
 namespace {
 
-constexpr int kWarps = 4;
-constexpr int kThreads = 32 * kWarps;
 constexpr int kTileHeads = 8;         // query heads of a warp
 constexpr int kMaxTiles = 2;          // of query heads; warps are dealt to them
 constexpr int kLookedAt = 32;         // tokens whose estimates are looked at
@@ -32,28 +31,32 @@ struct Size {
   static constexpr int kSteps = kSteps_;
   static constexpr bool kClip = kClip_;
   static constexpr int kSides = kClip ? 2 : 1;
-  static constexpr int kChannels = 32 * kSteps;  // of a head, with those that pad it
-  static constexpr int kColumns = 4 * kSteps;    // products that a head of V takes
-  static constexpr int kStride = kChannels + 4;  // of sums in shared memory
+  static constexpr int kChannels = 32 * kSteps;              // of a head, with those that pad it
+  static constexpr int kColumns = 4 * kSteps;                // products that a head of V takes
+  static constexpr int kStride = kChannels + 4;              // of sums in shared memory
+  static constexpr int kBuffers = kSteps == 8 ? 2 : kWarps;  // of warps' sums: 48 KiB hold no more
   static constexpr int kLeastBlocks = kSteps == 8 ? 2 : kSteps == 4 ? 3 : 4;
 };
 
-// Of a list, a run of tiles that a thread block takes. Parts are numbered through all lists.
-struct Part {
-  int list, count;  // V blocks of the list
-  int number, of;   // among the list's parts
-  int first;        // number of the list's first part
-  int tiles;        // of a part
-};
-
+// Sums of a thread block: of each warp, or of each two, its query heads' rows. In the end the first
+// warp's of a tile of query heads has those of all.
 template <typename Z>
 struct Shared {
-  float sums[Z::kSides * kMaxGroup * Z::kStride];
-  float weight[Z::kSides * kMaxGroup], largest[kWarps][kTileHeads];
-  int of_warps[2][kWarps];  // sums, while the lists are shared out
+  float sums[Z::kBuffers][Z::kSides * kTileHeads][Z::kStride];
+  float weights[Z::kBuffers][Z::kSides * kTileHeads];
+  float largest[kWarps][kTileHeads], all_largest[kMaxTiles][kTileHeads];
+  RunsShared runs;
   Part part;
   unsigned epoch;
   bool last;
+
+  // Rows of a list: one of each query head, then, with a clip, one more of each.
+  __device__ float* sum(int side, int head) {
+    return sums[head / kTileHeads][side * kTileHeads + head % kTileHeads];
+  }
+  __device__ float& weight(int side, int head) {
+    return weights[head / kTileHeads][side * kTileHeads + head % kTileHeads];
+  }
 };
 
 // Tiles of query heads: warps are dealt to them.
@@ -118,10 +121,9 @@ class WeightedSum {
     }
   }
 
-  // The thread block's sums, of warp after warp, so that the order is always the same.
-  __device__ void leave(Shared<Z>& shared, int warp, int tiles, int active_warps) {
+  // The thread block's sums, always in the same order.
+  __device__ void leave(Shared<Z>& shared, int warp, int tiles) {
     const int lane = threadIdx.x & 31, group = lane / 4, quarter = lane % 4;
-    const int head = warp % tiles * kTileHeads + group;
     float factor = 1.0f / down_;
     for (int bit = 1; bit < 4; bit *= 2) {
 #pragma unroll
@@ -133,47 +135,73 @@ class WeightedSum {
       if (quarter == 0) shared.largest[warp][group] = largest_;
       __syncthreads();
       float larger = largest_;
-      for (int other = warp % tiles; other < active_warps; other += tiles) {
+      for (int other = warp % tiles; other < kWarps; other += tiles) {
         larger = fmaxf(larger, shared.largest[other][group]);
       }
       const float share = fast_exp2(largest_ - larger);
-      largest_ = larger;
+      if (warp < tiles && quarter == 0) shared.all_largest[warp][group] = larger;
       weight_[0] *= share;
       factor *= share;
     }
-    for (int turn = 0; turn < active_warps; turn += tiles) {
-      if (warp / tiles * tiles == turn) {
+    for (int turn = 0; turn < kWarps / Z::kBuffers; ++turn) {
+      if (warp / Z::kBuffers == turn) {
+        const int buffer = warp % Z::kBuffers;
 #pragma unroll
         for (int side = 0; side < Z::kSides; ++side) {
-          const int row = side * kMaxGroup + head;
+          const int row = side * kTileHeads + group;
           if (quarter == 0) {
-            shared.weight[row] = weight_[side] + (turn == 0 ? 0.0f : shared.weight[row]);
+            float& weight = shared.weights[buffer][row];
+            weight = weight_[side] + (turn == 0 ? 0.0f : weight);
           }
 #pragma unroll
           for (int column = 0; column < 2; ++column) {
-            float* to = shared.sums + row * Z::kStride + (2 * quarter + column) * Z::kColumns;
+            auto* to = reinterpret_cast<float4*>(shared.sums[buffer][row] +
+                                                 (2 * quarter + column) * Z::kColumns);
 #pragma unroll
             for (int word = 0; word < Z::kSteps; ++word) {
               float4 sum{};
-              if (turn != 0) sum = reinterpret_cast<const float4*>(to)[word];
-              sum.x += sums_[4 * word][2 * side + column] * factor;
-              sum.y += sums_[4 * word + 1][2 * side + column] * factor;
-              sum.z += sums_[4 * word + 2][2 * side + column] * factor;
-              sum.w += sums_[4 * word + 3][2 * side + column] * factor;
-              reinterpret_cast<float4*>(to)[word] = sum;
+              if (turn != 0) sum = to[word];
+              sum.x = fmaf(sums_[4 * word][2 * side + column], factor, sum.x);
+              sum.y = fmaf(sums_[4 * word + 1][2 * side + column], factor, sum.y);
+              sum.z = fmaf(sums_[4 * word + 2][2 * side + column], factor, sum.z);
+              sum.w = fmaf(sums_[4 * word + 3][2 * side + column], factor, sum.w);
+              to[word] = sum;
             }
           }
         }
       }
       __syncthreads();
     }
-    if constexpr (!Z::kClip) {
-      if (warp < tiles && quarter == 0) shared.largest[warp][group] = largest_;
-      __syncthreads();
-    }
+    add_buffers(shared, tiles);
+    __syncthreads();
   }
 
  private:
+  // Those of all warps of a tile of query heads to the first of them.
+  __device__ static void add_buffers(Shared<Z>& shared, int tiles) {
+    constexpr int kFours = Z::kChannels / 4, kRows = Z::kSides * kTileHeads;
+    for (int i = threadIdx.x; i < tiles * kRows * kFours; i += kThreads) {
+      const int tile = i / (kRows * kFours), row = i / kFours % kRows, four = i % kFours;
+      const auto sum_of = [&](int buffer) {
+        return reinterpret_cast<float4*>(shared.sums[buffer][row]) + four;
+      };
+      float4 sum = *sum_of(tile);
+      for (int buffer = tile + tiles; buffer < Z::kBuffers; buffer += tiles) {
+        const float4 its = *sum_of(buffer);
+        sum.x += its.x;
+        sum.y += its.y;
+        sum.z += its.z;
+        sum.w += its.w;
+      }
+      *sum_of(tile) = sum;
+    }
+    for (int i = threadIdx.x; i < tiles * kRows; i += kThreads) {
+      const int tile = i / kRows, row = i % kRows;
+      for (int buffer = tile + tiles; buffer < Z::kBuffers; buffer += tiles) {
+        shared.weights[tile][row] += shared.weights[buffer][row];
+      }
+    }
+  }
   // Takes the largest weight of V to the upper end of float16. Returns what sums are to be scaled
   // with.
   __device__ float fit(float most) {
@@ -198,102 +226,33 @@ class WeightedSum {
   float sums_[Z::kColumns][4] = {};
 };
 
-// The lists' parts: each of as many tiles, so many that the thread blocks are equally long at work
-// however the lists differ. All thread blocks find the same, from the lengths.
-class Parts {
- public:
-  template <typename Z>
-  __device__ Parts(const LayerView& view, const Step& step, const AttendRows& attend,
-                   Shared<Z>& shared)
-      : counts_(step.counts),
-        shift_(shift_of(view.block_tokens)),
-        each_((step.num_lists + kThreads - 1) / kThreads),
-        begin_(min(static_cast<int>(threadIdx.x) * each_, step.num_lists)),
-        end_(min(begin_ + each_, step.num_lists)) {
-    int tiles = 0;
-    for (int list = begin_; list < end_; ++list) tiles += tiles_of(counts_[list]);
-    int total = 0;
-    add_up(tiles, shared.of_warps[0], total);
-    // Every warp has as many.
-    tiles_ = max(attend.least_tiles, (total + attend.most_parts - 1) / attend.most_parts);
-    tiles_ = (tiles_ + kWarps - 1) / kWarps * kWarps;
-    int parts = 0;
-    for (int list = begin_; list < end_; ++list) parts += parts_of(counts_[list]);
-    first_ = add_up(parts, shared.of_warps[1], total_);
-    last_ = first_ + parts;
-  }
-
-  __device__ int total() const { return total_; }
-
-  // To all threads, a barrier later.
-  __device__ void find(int part, Part& found) const {
-    if (part < first_ || part >= last_) return;
-    int first = first_;
-    for (int list = begin_; list < end_; ++list) {
-      const int count = counts_[list], parts = parts_of(count);
-      if (part < first + parts) {
-        found = {list, count, part - first, parts, first, tiles_};
-        return;
-      }
-      first += parts;
-    }
-  }
-
- private:
-  __device__ int tiles_of(int count) const {
-    return ((count << shift_) + kTileTokens - 1) / kTileTokens;
-  }
-  // A list of nothing has one, which gives 0.
-  __device__ int parts_of(int count) const {
-    return max((tiles_of(count) + tiles_ - 1) / tiles_, 1);
-  }
-
-  // Sum over the threads before this one; and over all.
-  __device__ static int add_up(int value, int (&of_warps)[kWarps], int& total) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
-    const int inclusive = warp_inclusive(value, lane);
-    if (lane == 31) of_warps[warp] = inclusive;
-    __syncthreads();
-    int before = 0;
-    total = 0;
-#pragma unroll
-    for (int i = 0; i < kWarps; ++i) {
-      before += i < warp ? of_warps[i] : 0;
-      total += of_warps[i];
-    }
-    return before + inclusive - value;
-  }
-
-  const int* counts_;
-  const int shift_, each_, begin_, end_;  // of the thread: some lists
-  int tiles_, first_, last_, total_;      // of its lists: their parts
-};
-
 // Leave the thread block's sums, and as the last of its list add them all up.
 template <typename Z>
 __device__ inline bool add_parts(const LayerView& view, const AttendRows& attend, Shared<Z>& shared,
                                  const Part& part) {
   constexpr int kFours = Z::kChannels / 4, kAhead = 8;
   const int rows = Z::kSides * view.group, warp = threadIdx.x / 32, lane = threadIdx.x & 31;
-  const auto in_shared = [&](int row) { return row / view.group * kMaxGroup + row % view.group; };
   const auto sums_of = [&](int number, int row) {
     return reinterpret_cast<float4*>(
-        attend.sums + (static_cast<int64_t>(part.first + number) * rows + row) * Z::kChannels);
+        attend.sums + (static_cast<int64_t>(part.place + number) * rows + row) * Z::kChannels);
   };
   const auto weights_of = [&](int number, int row) {
     return reinterpret_cast<float2*>(attend.weights) +
-           (static_cast<int64_t>(part.first + number) * rows + row);
+           (static_cast<int64_t>(part.place + number) * rows + row);
+  };
+  const auto largest_of = [&](int row) {
+    return Z::kClip ? 0.0f : shared.all_largest[row / kTileHeads][row % kTileHeads];
   };
   for (int i = threadIdx.x; i < rows * kFours; i += kThreads) {
     const int row = i / kFours, four = i % kFours;
     sums_of(part.number, row)[four] =
-        reinterpret_cast<const float4*>(shared.sums + in_shared(row) * Z::kStride)[four];
+        reinterpret_cast<const float4*>(shared.sum(row / view.group, row % view.group))[four];
   }
   for (int row = threadIdx.x; row < rows; row += kThreads) {
-    const float largest = Z::kClip ? 0.0f : shared.largest[row / kTileHeads][row % kTileHeads];
-    *weights_of(part.number, row) = float2{largest, shared.weight[in_shared(row)]};
+    *weights_of(part.number, row) =
+        float2{largest_of(row), shared.weight(row / view.group, row % view.group)};
   }
-  __threadfence();
+  fence_gpu();
   __syncthreads();
   if (threadIdx.x == 0) {
     shared.last = atomicAdd(attend.arrivals + part.list, 1) == part.of - 1;
@@ -301,7 +260,7 @@ __device__ inline bool add_parts(const LayerView& view, const AttendRows& attend
   }
   __syncthreads();
   if (!shared.last) return false;
-  __threadfence();
+  fence_gpu();
   // Loads bypass the first-level cache, which does not see what other thread blocks wrote.
   for (int row = warp; row < rows; row += kWarps) {
     float largest = -INFINITY, weight = 0.0f;
@@ -314,14 +273,14 @@ __device__ inline bool add_parts(const LayerView& view, const AttendRows& attend
     const float all_largest = warp_max(largest);
     weight = warp_sum(largest > -INFINITY ? weight * fast_exp2(largest - all_largest) : 0.0f);
     if (lane == 0) {
-      shared.weight[in_shared(row)] = weight;
-      if (!Z::kClip) shared.largest[row / kTileHeads][row % kTileHeads] = all_largest;
+      shared.weight(row / view.group, row % view.group) = weight;
+      if (!Z::kClip) shared.all_largest[row / kTileHeads][row % kTileHeads] = all_largest;
     }
   }
   __syncthreads();
   for (int i = threadIdx.x; i < rows * kFours; i += kThreads) {
     const int row = i / kFours, four = i % kFours;
-    const float largest = Z::kClip ? 0.0f : shared.largest[row / kTileHeads][row % kTileHeads];
+    const float largest = largest_of(row);
     float4 sum{};
     for (int first = 0; first < part.of; first += kAhead) {
       float4 its[kAhead];
@@ -343,7 +302,7 @@ __device__ inline bool add_parts(const LayerView& view, const AttendRows& attend
         sum.w = fmaf(its[p].w, factors[p], sum.w);
       }
     }
-    reinterpret_cast<float4*>(shared.sums + in_shared(row) * Z::kStride)[four] = sum;
+    reinterpret_cast<float4*>(shared.sum(row / view.group, row % view.group))[four] = sum;
   }
   __syncthreads();
   return true;
@@ -368,7 +327,7 @@ __device__ inline void store_four(const Heads& out, int head_size, int64_t reque
 // weights; without, a list of nothing gives 0.
 template <typename Z>
 __device__ inline void store_result(const LayerView& view, const AttendRows& attend,
-                                    const Shared<Z>& shared, int64_t list, bool selected) {
+                                    Shared<Z>& shared, int64_t list, bool selected) {
   const int64_t request = list / view.num_kv_heads;
   const int fours = view.head_size / 4;
   for (int i = threadIdx.x; i < view.group * fours; i += kThreads) {
@@ -377,17 +336,17 @@ __device__ inline void store_result(const LayerView& view, const AttendRows& att
     float factor, share = 0.0f;
     if constexpr (Z::kClip) {
       const float dropped = fmaxf(attend.dropped[row], 0.0f) * kUnit;
-      factor = 1.0f / fmaxf(shared.weight[in_group] + dropped, 1e-30f);
-      share = factor * (dropped / fmaxf(shared.weight[kMaxGroup + in_group], 1e-30f));
+      factor = 1.0f / fmaxf(shared.weight(0, in_group) + dropped, 1e-30f);
+      share = factor * (dropped / fmaxf(shared.weight(1, in_group), 1e-30f));
     } else {
-      factor = selected ? 1.0f / shared.weight[in_group] : 0.0f;
+      factor = selected ? 1.0f / shared.weight(0, in_group) : 0.0f;
     }
-    const float* from = shared.sums + in_group * Z::kStride + 4 * four;
+    const float* from = shared.sum(0, in_group) + 4 * four;
     float x[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       x[k] = from[k] * factor;
-      if constexpr (Z::kClip) x[k] = fmaf(from[kMaxGroup * Z::kStride + k], share, x[k]);
+      if constexpr (Z::kClip) x[k] = fmaf(from[kTileHeads * Z::kStride + k], share, x[k]);
     }
     store_four(attend.out, view.head_size, request,
                static_cast<int>(list % view.num_kv_heads) * view.group + in_group, four, x);
@@ -434,7 +393,7 @@ __device__ inline void count_estimate_errors(const LayerView& view, const Step& 
   const int chunks = (rows.tiles() + kTiles - 1) / kTiles;
   const int chunk = static_cast<int>(below(of_tokens, static_cast<unsigned>(chunks)));
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
-  float* all_scores = shared.sums;  // [heads, kLookedAt]
+  float* all_scores = shared.sums[0][0];  // [heads, kLookedAt]
   if (warp < tiles) {
     const int head = warp * kTileHeads + lane / 4;
     const Query<Z::kSteps> query(view, attend, list, head);
@@ -487,8 +446,8 @@ __device__ inline void attend_part(const LayerView& view, const Step& step,
   }
   WeightedSum<Z> sum(shift, limit);
   const ListRows rows(view, step, list, part.count, num_tokens);
-  const int workers = kWarps / tiles, first = part.number * part.tiles + warp / tiles;
-  const int last = min((part.number + 1) * part.tiles, rows.tiles());
+  const int workers = kWarps / tiles, first = part.begin + warp / tiles;
+  const int last = min(part.end, rows.tiles());
   if (first < last) {
     ListRows::Token token = rows.find(first, rows.place(first));
     Keys<Z::kSteps> keys;
@@ -516,7 +475,7 @@ __device__ inline void attend_part(const LayerView& view, const Step& step,
       values = ahead;
     }
   }
-  sum.leave(shared, warp, tiles, kWarps);
+  sum.leave(shared, warp, tiles);
 }
 
 template <typename Z>
@@ -526,14 +485,17 @@ __global__ void __launch_bounds__(kThreads, Z::kLeastBlocks)
   using SharedSums = Shared<Z>;
   __shared__ SharedSums shared;
   wait_for_launch_before();
-  const Parts parts(view, step, attend, shared);
-  for (int number = blockIdx.x; number < parts.total(); number += attend.programs) {
-    parts.find(number, shared.part);
-    __syncthreads();
-    const Part part = shared.part;
-    attend_part(view, step, attend, shared, part);
-    if (part.of == 1 || add_parts(view, attend, shared, part)) {
-      store_result(view, attend, shared, part.list, part.count > 0);
+  const Runs runs(view, step, attend, shared.runs);
+  for (int run = blockIdx.x; run < runs.count(); run += attend.programs) {
+    for (int tile = runs.begin(run); tile < runs.end(run);) {
+      runs.find(run, tile, shared.part);
+      __syncthreads();
+      const Part part = shared.part;
+      attend_part(view, step, attend, shared, part);
+      if (part.of == 1 || add_parts(view, attend, shared, part)) {
+        store_result(view, attend, shared, part.list, part.count > 0);
+      }
+      tile = part.next;
     }
   }
   if (blockIdx.x != 0) return;

@@ -20,6 +20,12 @@ __device__ inline float fast_log2(float value) {
   return log;
 }
 
+// What other thread blocks see of this thread's stores, and it of theirs: in the order of the
+// atomics between. __threadfence() orders more, and takes longer.
+__device__ inline void fence_gpu() {
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+}
+
 __device__ inline int load_acquire(const int* pointer) {
   int value;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(pointer) : "memory");

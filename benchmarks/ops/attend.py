@@ -100,7 +100,7 @@ def time_coded(coded: CodedBatch, counts: torch.Tensor, config: RowsConfig | Non
     shape = coded.views[0].shape
     workspace = DecodeWorkspace.make(shape, CLIPPED, p.num_requests, columns, "cuda")
     if config is not None:
-        parts = (p.num_lists + config.most_parts) * 2 * p.group
+        parts = (2 * p.num_lists + config.programs) * 2 * p.group
         sums = torch.empty(parts * padded(p.head_size), device="cuda")
         weights = torch.empty(parts * 2, device="cuda")
         workspace = replace(workspace, sums=sums, weights=weights)
@@ -143,9 +143,8 @@ def attend_times(
 def rows_times(
     usual: RowsConfig, time: Callable[[RowsConfig], Timing]
 ) -> Iterator[tuple[float, RowsConfig]]:
-    for factor, parts, tiles in itertools.product((0.5, 1, 2), (1, 2, 3, 4, 8), (4, 8, 16)):
-        programs = max(1, int(usual.programs * factor))
-        config = RowsConfig(programs, parts * programs, tiles)
+    for factor, tiles in itertools.product((0.33, 0.67, 1, 1.33, 2), (1, 2, 4, 8)):
+        config = RowsConfig(max(1, int(usual.programs * factor)), tiles)
         yield time(config).p50, config
 
 

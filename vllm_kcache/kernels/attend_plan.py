@@ -22,9 +22,9 @@ MAX_SPLITS = 32
 _SMALL_CHUNK, _LARGE_CHUNK = 16384, 32768
 _SHORT_LIST = 256
 # Rows of int8 (csrc/attend.cu): thread blocks that a multiprocessor holds by steps of 32 channels,
-# the parts that lists are cut into for each of them, and the least tiles of 16 tokens of a part.
+# and tiles of 16 tokens that are worth one.
 _RESIDENT, _RESIDENT_AT_LEAST = {2: 4, 3: 4, 4: 3}, 2
-_PARTS_OF_PROGRAM, _LEAST_TILES = 1, 4
+_LEAST_TILES = 4
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,11 @@ class RowsConfig:
     """Launch shape for rows of int8 (csrc/attend.cu).
 
     Attributes:
-        programs: thread blocks.
-        most_parts: that all lists together are cut into, beyond one of each.
-        least_tiles: of a part, 16 tokens each.
+        programs: thread blocks, which share the lists out among them.
+        least_tiles: 16 tokens each, that are worth a thread block.
     """
 
     programs: int
-    most_parts: int
     least_tiles: int
 
 
@@ -76,12 +74,10 @@ def rows_config(
         multiprocessors: of the GPU.
     """
     resident = _RESIDENT.get(-(-shape.head_size // 32), _RESIDENT_AT_LEAST)
-    programs = max(1, multiprocessors) * resident
-    parts = min(_PARTS_OF_PROGRAM * programs, TARGET_PROGRAMS)
+    programs = min(max(1, multiprocessors) * resident, TARGET_PROGRAMS)
     tiles = -(-columns * shape.block_tokens // 16)
     # A short request has no work for more.
-    programs = min(programs, num_lists * max(1, -(-tiles // _LEAST_TILES)))
-    return RowsConfig(programs, parts, _LEAST_TILES)
+    return RowsConfig(min(programs, num_lists * -(-max(1, tiles) // _LEAST_TILES)), _LEAST_TILES)
 
 
 def attend_config(shape: CacheShape, num_lists: int, columns: int) -> AttendConfig:

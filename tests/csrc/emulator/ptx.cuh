@@ -14,6 +14,10 @@ inline float fast_log2(float value) {
   return log2f(value);
 }
 
+inline void fence_gpu() {
+  std::atomic_thread_fence(std::memory_order_acq_rel);
+}
+
 inline int load_acquire(const int* pointer) {
   return __atomic_load_n(pointer, __ATOMIC_ACQUIRE);
 }

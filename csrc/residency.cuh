@@ -84,15 +84,16 @@ __device__ inline bool still_holds(const LayerView& view, int slot, int64_t owne
 }
 
 // Take the oldest slot of a window for `owner` in each lane with `wanted`; -1 in a lane whose tries
-// met only slots in use. Without `evicts` one that holds nothing, or none. Every lane of the warp
-// must call it.
+// met only slots in use. Without `evicts` one that holds nothing, or none where a window has no
+// such slot. Every lane of the warp must call it.
 __device__ inline int claim_slot(const LayerView& view, bool wanted, int64_t owner, unsigned epoch,
                                  bool evicts = true) {
   const int lane = threadIdx.x & 31;
   int found = -1;
   if (view.num_slots == 0) return found;
-  for (int attempt = 0; attempt < (evicts ? kAttempts : 1); ++attempt) {
-    const bool wants = wanted && found < 0;
+  bool full = false;
+  for (int attempt = 0; attempt < kAttempts; ++attempt) {
+    const bool wants = wanted && found < 0 && !full;
     const unsigned wanting = __ballot_sync(kAllLanes, wants);
     if (wanting == 0) break;
     unsigned hand = 0;
@@ -121,7 +122,8 @@ __device__ inline int claim_slot(const LayerView& view, bool wanted, int64_t own
       slot = slot + 1 == view.num_slots ? 0 : slot + 1;
     }
     // A slot stamped with this epoch has age 0 and is never taken.
-    if (oldest_age == 0 || (!evicts && oldest_word != kEmptySlot)) continue;
+    full = !evicts && oldest_word != kEmptySlot;
+    if (oldest_age == 0 || full) continue;
     if (atomicCAS(view.slot_word + oldest_slot, oldest_word, word_of(owner, epoch)) !=
         oldest_word) {
       continue;

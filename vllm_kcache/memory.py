@@ -41,6 +41,46 @@ class StepLimits:
         return self.max_requests * -(-self.max_model_len // page_tokens) + 1
 
 
+@dataclass(frozen=True)
+class WindowPool:
+    """Device memory of layers with a sliding window, beside the pages of the full layers.
+
+    They keep K and V of the window there, in a pool of blocks of their own. Neither pool can lend
+    to the other, so both are made for the same number of requests of the greatest length.
+
+    Attributes:
+        block_bytes: One block, in all window layers of a rank.
+        request_blocks: Blocks that a request holds while it decodes.
+        step_blocks: Blocks that the prompts of running steps hold besides, and vLLM's own one.
+        request_pages: Pages of a request of the greatest length.
+    """
+
+    block_bytes: int
+    request_blocks: int
+    step_blocks: int
+    request_pages: int
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes of blocks that do not depend on the number of requests."""
+        return self.step_blocks * self.block_bytes
+
+    @property
+    def bytes_beside_page(self) -> int:
+        """Bytes of blocks that go with each page."""
+        return -(-self.request_blocks * self.block_bytes // self.request_pages)
+
+    def blocks_for(self, pages: int) -> int:
+        """Blocks that go with so many pages, one of which vLLM keeps for itself."""
+        return self.step_blocks + max(0, pages - 1) * self.request_blocks // self.request_pages
+
+    def pages_for(self, blocks: int) -> int:
+        """Pages that go with so many blocks, of one request at least. From one request on
+        `pages_for(blocks_for(n))` is at most n."""
+        requests = max(0, blocks - self.step_blocks)
+        return 1 + max(requests * self.request_pages // self.request_blocks, self.request_pages)
+
+
 def what_limits(
     pages: int, host_pages: int, useful_pages: int, shape: CacheShape, device: str = "GPU"
 ) -> tuple[str, str]:
@@ -136,6 +176,7 @@ class GPUMemory:
         k_page_bytes: int,
         host_pages: int,
         hot_cache_gib: float | Literal["auto"],
+        bytes_beside_page: int = 0,
     ) -> tuple[int, int]:
         """Pages and slots of the hot cache.
 
@@ -148,11 +189,15 @@ class GPUMemory:
             k_page_bytes: Bytes of a page of K of all layers (and of V of those that are not split).
             host_pages: Pages whose rows the host can hold.
             hot_cache_gib: The setting; 0 switches the cache off.
+            bytes_beside_page: Of `WindowPool`; no part of the whole that the share is of.
         """
         available = max(0, available_bytes)
         useful = self.limits.useful_pages(self.shape.page_tokens)
         most, page = min(host_pages, useful), k_page_bytes + self.page_bytes
         share = HOT_CACHE_SHARE[self.shape.k_bits]
+        whole = page / (1 - share)
+        share *= whole / (whole + bytes_beside_page)
+        page += bytes_beside_page
         hot = available * share if hot_cache_gib == "auto" else float(hot_cache_gib) * 2**30
         slots = int(hot) // self.slot_bytes
         pages = max(0, min(most, (available - slots * self.slot_bytes) // page))

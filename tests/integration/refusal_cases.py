@@ -35,7 +35,7 @@ class Case:
 
 
 KV_DTYPE = "kv_cache_dtype={value}"
-WINDOW = "sliding-window attention ({value})"
+WINDOW = "sliding-window attention in every layer ({value})"
 SINKS = "attention sinks ({value})"
 ALIBI = "ALiBi ({value})"
 HYBRID = "hybrid or attention-free models ({value})"
@@ -88,21 +88,33 @@ CASES = {
             }
         },
     ),
-    "some layers with a window": Case(
-        WINDOW, "sliding-window attention (layer_types with 'sliding_attention'):", FULL_ATTENTION,
-        model="gemma2",
-    ),
     "all layers with a window": Case(
-        WINDOW, "sliding-window attention (sliding_window=256):", "--disable-sliding-window",
-        model="mistral, window",
+        WINDOW, "sliding-window attention in every layer (sliding_window=256):",
+        "--disable-sliding-window", model="mistral, window",
     ),
     "use_sliding_window": Case(
-        WINDOW, "sliding-window attention (layer_types with 'sliding_attention'):", FULL_ATTENTION,
-        model="qwen2, window",
+        WINDOW, "sliding-window attention in every layer (sliding_window=256):",
+        "full attention in some layers", model="qwen2, window",
     ),
     "window as long as the context": Case(
-        WINDOW, "sliding-window attention (sliding_window=512):", "--disable-sliding-window",
-        model="phi3, window as long as the context",
+        WINDOW, "sliding-window attention in every layer (sliding_window=512):",
+        "--disable-sliding-window", model="phi3, window as long as the context",
+    ),
+    "one pool beside windows": Case(
+        "disable_hybrid_kv_cache_manager={value} beside sliding-window layers",
+        "disable_hybrid_kv_cache_manager=True beside sliding-window layers:",
+        "Leave --disable-hybrid-kv-cache-manager out", model="gemma3",
+        arguments={"disable_hybrid_kv_cache_manager": True},
+    ),
+    "stages beside windows": Case(
+        "pipeline_parallel_size={value} beside sliding-window layers",
+        "pipeline_parallel_size=2 beside sliding-window layers:", "Use --tensor-parallel-size",
+        model="gemma3", arguments={"pipeline_parallel_size": 2},
+    ),
+    "a length that vLLM chooses beside windows": Case(
+        "max_model_len={value} beside sliding-window layers",
+        "max_model_len=-1 beside sliding-window layers:", "Set --max-model-len", model="gemma3",
+        arguments={"max_model_len": -1},
     ),
     "chunked layers": Case(
         CHUNKED, "chunked local attention (layer_types with 'chunked_attention'):", FULL_ATTENTION,
@@ -260,6 +272,13 @@ FREE: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 with layer_types of full attention": ("qwen3", {}),
     "mistral with sliding_window null": ("mistral", {}),
     "mistral with its window capped": ("mistral, window", {"disable_sliding_window": True}),
+    "mistral with a window in some layers": ("mistral, some windows", {}),
+    "gemma3": ("gemma3", {}),
+    "gemma3 with its windows capped, in one pool": (
+        "gemma3",
+        {"disable_sliding_window": True, "disable_hybrid_kv_cache_manager": True},
+    ),
+    "olmo3": ("olmo3", {}),
     "granite without sinks": ("granite", {}),
     "wide groups on the CPU": ("llama, 20 query heads on one KV head", {}),
     "the model's dtype, named": ("llama", {"kv_cache_dtype": "bfloat16"}),

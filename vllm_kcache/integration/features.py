@@ -78,17 +78,45 @@ def kv_connector(vllm_config: Any) -> str | None:
     return name if name not in (None, "DecodeBenchConnector") else None
 
 
+def has_window_layers(vllm_config: Any) -> bool:
+    """Whether the configuration gives some layers a window and others the whole context."""
+    kinds = {str(kind) for kind in getattr(text_config(vllm_config), "layer_types", None) or []}
+    mixed = {"sliding_attention", "full_attention"} <= kinds
+    return mixed and bool(vllm_config.model_config.get_sliding_window())
+
+
+def beside_windows(value: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The value of a setting that cannot be beside window layers, where there are any."""
+    return lambda vllm_config: value(vllm_config) if has_window_layers(vllm_config) else None
+
+
+def one_pool(vllm_config: Any) -> Any:
+    """Setting that gives all layers one pool of blocks."""
+    return true(vllm_config.scheduler_config.disable_hybrid_kv_cache_manager)
+
+
+def stages(vllm_config: Any) -> int | None:
+    """Pipeline stages, where there are several."""
+    return positive(vllm_config.parallel_config.pipeline_parallel_size)
+
+
+def length_left_to_vllm(vllm_config: Any) -> int | None:
+    """The value of max_model_len with which vLLM takes what fits."""
+    given = vllm_config.model_config.original_max_model_len
+    return given if given == -1 else None
+
+
 def sliding_window(vllm_config: Any) -> str | None:
-    """Setting that gives some layers a window."""
-    text = text_config(vllm_config)
-    layer_types = getattr(text, "layer_types", None) or []
-    sliding = [str(kind) for kind in layer_types if "sliding" in str(kind)]
-    if sliding:
-        return f"layer_types with {sliding[0]!r}"
-    window = vllm_config.model_config.get_sliding_window()
-    if getattr(text, "use_sliding_window", True) is False:
+    """Setting that gives every layer a window."""
+    text, window = text_config(vllm_config), vllm_config.model_config.get_sliding_window()
+    if not window or getattr(text, "use_sliding_window", True) is False:
         return None
-    return f"sliding_window={window}" if window else None
+    if has_window_layers(vllm_config):
+        return None
+    layer_types = getattr(text, "layer_types", None)
+    if layer_types and "sliding_attention" not in map(str, layer_types):
+        return None
+    return f"sliding_window={window}"
 
 
 def chunked_attention(vllm_config: Any) -> str | None:

@@ -86,6 +86,22 @@ def found(vllm_config: Any, config: KCacheConfig) -> Iterator[str]:
     yield from _settings_that_do_not_fit(vllm_config, config)
 
 
+def check_beside_windows(vllm_config: Any) -> None:
+    """Refuse what cannot be beside window layers, where they show in what layers ask of the cache.
+
+    Raises:
+        KCacheConfigError: The first such setting.
+    """
+    for name, value in (
+        ("one_pool", features.one_pool),
+        ("window_stages", features.stages),
+        ("window_length", features.length_left_to_vllm),
+    ):
+        found = value(vllm_config)
+        if found is not None:
+            refuse(name, found)
+
+
 def check_engine_args(engine_args: Any) -> None:
     """Refuse engine arguments that the plugin itself must set.
 
@@ -189,11 +205,32 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "sliding_window",
-        "sliding-window attention ({value})",
-        "selection covers the whole context",
-        "Serve a model with full attention in every layer; where all layers have the window, "
-        "--disable-sliding-window caps the context at it instead.",
+        "sliding-window attention in every layer ({value})",
+        "there is no layer to split: selection covers the whole context",
+        "Serve a model with full attention in some layers, or cap the context at the window, with "
+        "--disable-sliding-window.",
         value=features.sliding_window,
+    ),
+    Refusal(
+        "one_pool",
+        "disable_hybrid_kv_cache_manager={value} beside sliding-window layers",
+        "the split layers have a pool of pages of their own",
+        "Leave --disable-hybrid-kv-cache-manager out.",
+        value=features.beside_windows(features.one_pool),
+    ),
+    Refusal(
+        "window_stages",
+        "pipeline_parallel_size={value} beside sliding-window layers",
+        "stages have different shares of the two kinds of layers",
+        "Use --tensor-parallel-size.",
+        value=features.beside_windows(features.stages),
+    ),
+    Refusal(
+        "window_length",
+        "max_model_len={value} beside sliding-window layers",
+        "memory is divided between the two kinds of layers by the length of a request",
+        "Set --max-model-len to the length that is needed.",
+        value=features.beside_windows(features.length_left_to_vllm),
     ),
     Refusal(
         "chunked_attention",

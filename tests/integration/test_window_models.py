@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gate for models with window layers: their text is stock vLLM's, the full layers split."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tests.integration.engines import GATE, Runs, run_engines, spec_of, tokens_of
+from tests.integration.tiny_models import write_window_model
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+WINDOW, FULL = "sliding_attention", "full_attention"
+KV_HEADS, HEAD_SIZE, BLOCK = 2, 64, 32
+# Prompts of several chunks, all but one longer than a window or within the first.
+ENGINE = {"skip_tokenizer_init": True, "max_model_len": 448, "max_num_batched_tokens": 256}
+# Stock needs so many for one request; of ours they are those of the window layers.
+STOCK_BLOCKS, WINDOW_BLOCKS = 60, 16
+SETTINGS: dict[str, dict[str, Any]] = {
+    "16": {**GATE, "k_bits": 16},
+    "4": {**GATE, "k_bits": 4},
+    # A full layer that is not split is in the group of those that are.
+    "4, dense": {**GATE, "k_bits": 4, "dense_layers": [5]},
+}
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Engines of one model: "stock", and by settings."""
+
+    split_layers: int
+    runs: Runs
+
+
+def work() -> list[dict[str, Any]]:
+    """Chunked prompts, prefix hits, several sequences of a prompt, and a crowd."""
+    generator = random.Random(0)
+    prompts = [generator.choices(range(3, 500), k=length) for length in (5, 40, 400, 90)]
+    crowd = [generator.choices(range(3, 500), k=200) for _ in range(5)]
+    sampling = {"max_tokens": 16, "ignore_eos": True, "detokenize": False}
+    return [
+        {"prompts": prompts, "sampling": sampling},
+        {"prompts": [[*prompt, 7, 8, 9] for prompt in prompts], "sampling": sampling},
+        {
+            "prompts": prompts[1:2],
+            "sampling": {**sampling, "n": 3, "temperature": 1.0, "seed": 7},
+        },
+        {"prompts": crowd, "sampling": {**sampling, "max_tokens": 48}},
+    ]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(("gemma3_text", ["16", "4"]), id="gemma3"),
+        pytest.param(("gemma3_text", ["4, dense"]), id="gemma3, dense", marks=pytest.mark.full),
+        pytest.param(("olmo3", ["16", "4"]), id="olmo3", marks=pytest.mark.full),
+    ],
+)
+def gate(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Gate:
+    """Every engine of a model, run to its end."""
+    model_type, names = request.param
+    folder = tmp_path_factory.mktemp("gate")
+    layer_types = [WINDOW, WINDOW, FULL, WINDOW, WINDOW, FULL]
+    model = write_window_model(
+        folder / "model", model_type, num_hidden_layers=6, layer_types=layer_types
+    )
+    specs = {"stock": spec_of(work(), model=model, num_gpu_blocks_override=STOCK_BLOCKS, **ENGINE)}
+    for name in names:
+        specs[name] = spec_of(
+            work(), SETTINGS[name], model=model, num_gpu_blocks_override=WINDOW_BLOCKS, **ENGINE
+        )
+    dense = len(SETTINGS[names[0]].get("dense_layers", []))
+    return Gate(layer_types.count(FULL) - dense, run_engines(folder, specs))
+
+
+def split_runs(gate: Gate) -> list[dict[str, Any]]:
+    return [gate.runs[name] for name in gate.runs.outcomes if name != "stock"]
+
+
+def test_text_equals_stock(gate: Gate) -> None:
+    """Through chunked prefill, shared prefixes, n > 1 and preemption."""
+    stock = gate.runs["stock"]
+    for split in split_runs(gate):
+        assert tokens_of(split) == tokens_of(stock)
+        assert max(row["cached_tokens"] for row in split["batches"][1]) > 300
+        assert split["vllm_metrics"]["vllm:num_preemptions"] > 0
+    # Equal text says little where all text is equal.
+    texts = [tokens for batch in tokens_of(stock) for row in batch for tokens in row]
+    assert len(set(map(tuple, texts))) == len(texts)
+    distinct = sorted(len(set(tokens)) for tokens in texts)
+    assert distinct[0] >= 3
+    assert distinct[len(distinct) // 2] >= 8
+
+
+def test_full_layers_alone_are_split(gate: Gate) -> None:
+    for split in split_runs(gate):
+        figures = split["kcache_metrics"]
+        assert figures["decode_layer_steps"] >= gate.split_layers * 48
+        assert figures["decode_layer_steps"] % gate.split_layers == 0
+        assert figures["dropped_mass"][0] == [1e-4, figures["selected_lists"]]
+        # A chunk of a prompt holds 8 blocks, and vLLM keeps one; 3 are a request's, and 14 pages.
+        assert split["num_blocks"] == WINDOW_BLOCKS
+        assert figures["host_pool_blocks"] == 1 + (WINDOW_BLOCKS - 9) * 14 // 3
+        coded = any(count for _, count in figures["estimate_error"])
+        row_bytes = (2 if coded else 1) * BLOCK * HEAD_SIZE * 4
+        assert figures["host_pool_bytes"] == (
+            figures["host_pool_blocks"] * gate.split_layers * KV_HEADS * row_bytes
+        )

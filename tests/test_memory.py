@@ -18,6 +18,7 @@ from vllm_kcache.memory import (
     WORKSPACE_BYTES,
     GPUMemory,
     StepLimits,
+    WindowPool,
     what_limits,
 )
 
@@ -85,6 +86,32 @@ def test_what_is_left_is_hot_cache() -> None:
             assert available - pages * page - slots * memory.slot_bytes < memory.slot_bytes
     assert memory.plan(10**9, shape.host_page_bytes, 30, "auto") == (30, 30 * rows)
     assert memory.plan(10**6, shape.host_page_bytes, 30, 0) == (30, 0)
+
+
+def test_window_blocks_and_pages_hold_the_same_requests() -> None:
+    for request_blocks, request_pages in ((17, 4096), (33, 64), (5, 5), (1, 1), (66, 7)):
+        pool = WindowPool(1000, request_blocks, 9, request_pages)
+        for requests in (1, 2, 7):
+            pages, blocks = 1 + requests * request_pages, 9 + requests * request_blocks
+            assert (pool.blocks_for(pages), pool.pages_for(blocks)) == (blocks, pages)
+        for pages in range(1 + request_pages, 1 + 4 * request_pages, 3):
+            blocks = pool.blocks_for(pages)
+            assert pool.pages_for(blocks) <= pages
+            # One block more would be too many for the bytes that go with the pages.
+            most = pool.fixed_bytes + pages * pool.bytes_beside_page
+            assert blocks * pool.block_bytes <= most
+        # A cache too small for one request is refused elsewhere, and has pages for it.
+        assert pool.pages_for(0) == 1 + request_pages
+
+
+def test_the_hot_cache_has_no_share_of_window_layers() -> None:
+    shape = SHAPES[0]
+    memory = planned(shape, {}, StepLimits(10**4, 128, 1000))
+    page, beside = shape.host_page_bytes, 10 * shape.host_page_bytes
+    pages, slots = memory.plan(10**9, page, 10**6, "auto", beside)
+    hot, own = slots * memory.slot_bytes, pages * (page + memory.page_bytes)
+    assert 10**9 - page - beside < hot + own + pages * beside <= 10**9
+    assert hot == pytest.approx(0.07 * (hot + own), rel=0.01)
 
 
 def test_groups_are_as_large_as_their_buffers_allow() -> None:

@@ -15,7 +15,7 @@ from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.config import KCacheConfig, KCacheConfigError
 from vllm_kcache.integration import cpu_worker, worker
 from vllm_kcache.integration.settings import note_engines_on_host
-from vllm_kcache.memory import GPUMemory, StepLimits
+from vllm_kcache.memory import GPUMemory, StepLimits, WindowPool
 
 V_BYTES = K_BYTES = 1 << 20
 PAGE_TOKENS = 16
@@ -285,6 +285,61 @@ def test_a_gpu_without_room_for_a_page(available: int, given: int | None, remedy
     pages = gpu_worker.KCacheGPUWorker._device_pages(rank, 2**31, K_BYTES, V_BYTES)
     assert 0 < pages < 2**30 // K_BYTES
     assert rank.split_cache.hot_slots == 2**30 // memory.slot_bytes
+
+
+# Beside window layers.
+
+
+def windows(monkeypatch: pytest.MonkeyPatch) -> WindowPool:
+    """Half a page's bytes a block; 8 blocks of a request of 64 pages, and 5 of a step."""
+    window = WindowPool(K_BYTES // 2, 8, 5, 64)
+    monkeypatch.setattr(worker.pools, "window_pool", lambda config, specs: window)
+    monkeypatch.setattr(worker.pools, "full_specs", lambda specs: list(specs.values()))
+    return window
+
+
+@pytest.mark.parametrize("host_pages", [600, 10**6])
+def test_both_pools_are_in_what_the_device_has(
+    available: SimpleNamespace, logged: list[str], monkeypatch: pytest.MonkeyPatch, host_pages: int
+) -> None:
+    window = windows(monkeypatch)
+    available.bytes = 2 * host_pages * V_BYTES
+    given = Worker().determine_available_memory()
+    blocks = given // window.block_bytes
+    pages = window.pages_for(blocks)
+    assert given % window.block_bytes == 0
+    taken = given + pages * K_BYTES
+    if host_pages == 600:
+        assert 600 - 64 // 8 <= pages <= 600
+    else:
+        # All but a block and the pages that go with it.
+        assert 1000 * K_BYTES - 16 * K_BYTES < taken <= 1000 * K_BYTES
+    fits, beside, _ = logged
+    assert f"{pages} blocks. At once fit {(pages - 1) / 64:.1f} requests of max_model" in fits
+    # None of fewer tokens either, where each holds a window.
+    assert f"{(pages - 1) / 256:.1f} of 4096 tokens" in fits
+    assert f"{blocks * window.block_bytes / 2**30:.2f} GiB on the device: {blocks} blocks" in beside
+
+
+def test_a_device_without_room_for_one_request(
+    available: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM knows of the blocks of window layers only."""
+    windows(monkeypatch)
+    available.bytes = 10**6 * V_BYTES
+    rank = Worker(max_model_len=1024)
+    monkeypatch.setattr(Engine, "determine_available_memory", lambda self: 73 * K_BYTES)
+    assert rank.determine_available_memory() == 13 * K_BYTES // 2
+    monkeypatch.setattr(Engine, "determine_available_memory", lambda self: 71 * K_BYTES)
+    with pytest.raises(KCacheConfigError, match=r"max_model_len=1024 needs more than 0\.07 GiB"):
+        rank.determine_available_memory()
+
+
+def test_an_override_of_window_blocks_is_checked_by_its_pages(available: SimpleNamespace) -> None:
+    rank = Worker()
+    rank.determine_available_memory()
+    with pytest.raises(KCacheConfigError, match="override=40: the rows of 601 blocks need"):
+        rank._check_host_memory(601, 40)
 
 
 def load_one_layer(monkeypatch: pytest.MonkeyPatch, rank: Worker) -> list[int]:

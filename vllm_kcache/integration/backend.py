@@ -96,7 +96,7 @@ class KCacheImpl(AttentionImpl[KCacheMetadata]):
         if alibi_slopes is not None:
             refusals.refuse("alibi", "slopes")
         if sliding_window is not None:
-            refusals.refuse("sliding_window", f"sliding_window={sliding_window}")
+            refusals.refuse("window_layer", f"sliding_window={sliding_window}")
         if logits_soft_cap:
             refusals.refuse("logit_softcap", logits_soft_cap)
         if attn_type != AttentionType.DECODER:

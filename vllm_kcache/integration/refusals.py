@@ -430,6 +430,12 @@ REFUSALS: tuple[Refusal, ...] = (
         codes_only=True,
     ),
     Refusal(
+        "window_layer",
+        "a sliding window in a split layer ({value})",
+        "selection covers the whole context",
+        _STOCK,
+    ),
+    Refusal(
         "attention_type",
         "attention of another type than a decoder's ({value})",
         "it reads no cache, or that of an encoder",

@@ -89,19 +89,48 @@ def test_what_is_left_is_hot_cache() -> None:
 
 
 def test_window_blocks_and_pages_hold_the_same_requests() -> None:
-    for request_blocks, request_pages in ((17, 4096), (33, 64), (5, 5), (1, 1), (66, 7)):
-        pool = WindowPool(1000, request_blocks, 9, request_pages)
-        for requests in (1, 2, 7):
+    for request_blocks, request_pages, most in (
+        (17, 1000, 4096), (33, 64, 64), (5, 5, 9), (1, 1, 1), (66, 7, 8),
+    ):  # fmt: skip
+        pool = WindowPool(1000, request_blocks, 9, request_pages, most)
+        for requests in (4, 5, 7):
             pages, blocks = 1 + requests * request_pages, 9 + requests * request_blocks
-            assert (pool.blocks_for(pages), pool.pages_for(blocks)) == (blocks, pages)
-        for pages in range(1 + request_pages, 1 + 4 * request_pages, 3):
+            assert pool.pages_for(blocks) == max(pages, 1 + most)
+            assert pool.blocks_for(pages) == blocks
+            assert pool.requests(pages, request_pages) == requests
+            assert pool.requests(pages, 2 * request_pages) == requests / 2
+            # A short one takes as much of the window layers.
+            assert pool.requests(1 + 2 * requests * request_pages, 1) == 2 * requests
+        for pages in range(1 + most, 1 + 4 * most, 3):
             blocks = pool.blocks_for(pages)
             assert pool.pages_for(blocks) <= pages
-            # One block more would be too many for the bytes that go with the pages.
-            most = pool.fixed_bytes + pages * pool.bytes_beside_page
-            assert blocks * pool.block_bytes <= most
+            assert blocks * pool.block_bytes <= pool.fixed_bytes + pages * pool.bytes_beside_page
         # A cache too small for one request is refused elsewhere, and has pages for it.
-        assert pool.pages_for(0) == 1 + request_pages
+        assert pool.pages_for(0) == 1 + most
+
+
+@pytest.mark.parametrize(("window", "longest"), [(1024, 131072), (1024, 4096), (4096, 2048)])
+@pytest.mark.parametrize("page_bytes", [1000, 100_000])
+def test_short_and_long_requests_lose_the_same_share(
+    window: int, longest: int, page_bytes: int
+) -> None:
+    """Against one pool that could hold what any request needs."""
+    tokens, block_bytes = 16, 400_000
+    pool = WindowPool.plan([(window, tokens)], block_bytes, page_bytes, tokens, longest, 8192)
+    whole = 10**12
+
+    def elastic(pages: int) -> float:
+        return whole / (pool.request_blocks * block_bytes + pages * page_bytes)
+
+    pages = whole // (page_bytes + pool.bytes_beside_page)
+    shortest = min(window, longest) // tokens
+    shares = [
+        pool.requests(pages, length) / elastic(length)
+        for length in (shortest, (shortest + pool.longest_pages) // 2, pool.longest_pages)
+    ]
+    assert shares[0] == pytest.approx(shares[2], rel=0.02)
+    assert shares[1] >= min(shares[0], shares[2]) * 0.999
+    assert 0.3 < shares[0] <= 1.001
 
 
 def test_the_hot_cache_has_no_share_of_window_layers() -> None:

@@ -4,6 +4,7 @@ predicts by it; nothing else decides a size."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,20 +46,60 @@ class StepLimits:
 class WindowPool:
     """Device memory of layers with a sliding window, beside the pages of the full layers.
 
-    They keep K and V of the window there, in a pool of blocks of their own. Neither pool can lend
-    to the other, so both are made for the same number of requests of the greatest length.
+    They keep K and V of the window there, in a pool of blocks of their own, and neither pool can
+    lend to the other. So both are made for the same number of requests of one length.
 
     Attributes:
         block_bytes: One block, in all window layers of a rank.
-        request_blocks: Blocks that a request holds while it decodes.
+        request_blocks: Most blocks that a request holds while it decodes.
         step_blocks: Blocks that the prompts of running steps hold besides, and vLLM's own one.
-        request_pages: Pages of a request of the greatest length.
+        request_pages: Pages of a request of that length.
+        longest_pages: Pages of the longest request.
     """
 
     block_bytes: int
     request_blocks: int
     step_blocks: int
     request_pages: int
+    longest_pages: int
+
+    @classmethod
+    def plan(
+        cls,
+        windows: Iterable[tuple[int, int]],
+        block_bytes: int,
+        page_bytes: int,
+        page_tokens: int,
+        max_model_len: int,
+        in_flight_tokens: int,
+    ) -> WindowPool:
+        """The pool of some groups of layers, each with a window and tokens of a block of its own.
+
+        Both pools could be used up by requests of one length only. It is chosen such that of the
+        requests that one elastic pool would hold, the same share fits of those as short as a window
+        and of the longest; of no length between them a smaller one.
+
+        Args:
+            windows: Of each group: tokens of the window, and of a block.
+            block_bytes: As the attribute.
+            page_bytes: A page of the full layers of a rank.
+            page_tokens: S of the full layers.
+            max_model_len: Longest request, tokens.
+            in_flight_tokens: Most tokens of all steps that may run at once.
+        """
+        request_blocks = step_blocks = shortest = 0
+        longest = -(-max_model_len // page_tokens)
+        for window, tokens in windows:
+            # One block more, where a window begins within one.
+            held = -(-min(window + tokens, max_model_len) // tokens)
+            # What vLLM wants to be free before it lets the first request in.
+            most = -(-min(window - 1 + in_flight_tokens, max_model_len) // tokens) + 1
+            request_blocks += held
+            step_blocks += max(0, most - held)
+            shortest = max(shortest, -(-min(window, max_model_len) // page_tokens))
+        beside = request_blocks * block_bytes
+        pages = longest * (beside + shortest * page_bytes) // (beside + longest * page_bytes)
+        return cls(block_bytes, request_blocks, step_blocks + 1, max(pages, shortest, 1), longest)
 
     @property
     def fixed_bytes(self) -> int:
@@ -75,10 +116,15 @@ class WindowPool:
         return self.step_blocks + max(0, pages - 1) * self.request_blocks // self.request_pages
 
     def pages_for(self, blocks: int) -> int:
-        """Pages that go with so many blocks, of one request at least. From one request on
+        """Pages that go with so many blocks, of the longest request at least. From there on
         `pages_for(blocks_for(n))` is at most n."""
-        requests = max(0, blocks - self.step_blocks)
-        return 1 + max(requests * self.request_pages // self.request_blocks, self.request_pages)
+        free = max(0, blocks - self.step_blocks)
+        return 1 + max(free * self.request_pages // self.request_blocks, self.longest_pages)
+
+    def requests(self, pages: int, request_pages: int) -> float:
+        """Requests of so many pages that fit in so many, and in the blocks that go with them."""
+        blocks = self.blocks_for(pages) - self.step_blocks
+        return min((pages - 1) / request_pages, blocks / self.request_blocks)
 
 
 def what_limits(

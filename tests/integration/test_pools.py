@@ -24,6 +24,8 @@ PAGE_BYTES = 2 * BLOCK * 2 * 36
 BLOCK_BYTES = 3 * BLOCK * 2 * 2 * 64 * 2
 # Of a request: the window's blocks and one that it has begun; a chunk's of a step; vLLM's own.
 REQUEST_BLOCKS, STEP_BLOCKS = WINDOW // BLOCK + 1, CHUNK // BLOCK + 1
+# Pages of the request that both pools are made for, and of the longest.
+PAGES, MOST_PAGES = 29, LENGTH // BLOCK
 
 
 def make_config(folder: str, **arguments: Any) -> Any:
@@ -75,8 +77,8 @@ def test_full_layers_are_one_group_with_its_own_pool(vllm_config: Any) -> None:
     assert (sorted(own.layer_names), own.host_resident) == (FULL_NAMES, True)
     assert (sorted(windows.layer_names), windows.host_resident) == (WINDOW_NAMES, False)
     assert config.num_blocks == blocks
-    # Three requests of the greatest length, and the page that vLLM keeps for itself.
-    assert own_pool_pages(config) == 3 * LENGTH // BLOCK + 1 == own.kv_cache_spec.num_pages
+    # Of three requests, and the page that vLLM keeps for itself.
+    assert own_pool_pages(config) == 3 * PAGES + 1 == own.kv_cache_spec.num_pages
     assert not config.needs_kv_cache_zeroing
 
 
@@ -87,7 +89,7 @@ def test_no_byte_is_in_both_pools(vllm_config: Any, dense: bool) -> None:
     (config,) = planned(vllm_config, (STEP_BLOCKS + REQUEST_BLOCKS) * BLOCK_BYTES, dense=dense)
     layout = vllm_config.cache_config.get_resolved_kv_cache_layout()
     caches = allocate_kv_cache(config, torch.device("cpu"), layout)
-    pages = LENGTH // BLOCK + 1
+    pages = MOST_PAGES + 1
     token_bytes = [36, 2 * 64 * 2 if dense else 36]
     for name, each in zip(FULL_NAMES, token_bytes, strict=True):
         assert caches[name].shape[:3] == (pages, 2, BLOCK)
@@ -106,14 +108,14 @@ def test_ranks_of_different_memory_have_the_same_pools(vllm_config: Any) -> None
     sizes = {(c.num_blocks, c.hisparse_host_num_blocks, c.kv_cache_tensors[0].size)
              for c in configs}  # fmt: skip
     assert len(sizes) == 1
-    assert sizes.pop()[:2] == (blocks, 5 * LENGTH // BLOCK + 1)
+    assert sizes.pop()[:2] == (blocks, 5 * PAGES + 1)
 
 
 def test_an_override_is_of_window_blocks(vllm_config: Any) -> None:
     vllm_config.cache_config.num_gpu_blocks_override = STEP_BLOCKS + 2 * REQUEST_BLOCKS
     (config,) = planned(vllm_config, 0)
     assert config.num_blocks == STEP_BLOCKS + 2 * REQUEST_BLOCKS
-    assert config.hisparse_host_num_blocks == 2 * LENGTH // BLOCK + 1
+    assert config.hisparse_host_num_blocks == 2 * PAGES + 1
 
 
 def test_the_worker_and_the_engine_agree(vllm_config: Any) -> None:
@@ -124,12 +126,28 @@ def test_the_worker_and_the_engine_agree(vllm_config: Any) -> None:
     assert window is not None
     assert window.block_bytes == BLOCK_BYTES
     assert (window.request_blocks, window.step_blocks) == (REQUEST_BLOCKS, STEP_BLOCKS)
-    for pages in range(LENGTH // BLOCK + 1, 400):
+    assert (window.request_pages, window.longest_pages) == (PAGES, MOST_PAGES)
+    for pages in range(MOST_PAGES + 1, 400):
         (config,) = planned(vllm_config, window.blocks_for(pages) * BLOCK_BYTES)
         assert pages - 2 <= config.hisparse_host_num_blocks <= pages
         size = config.kv_cache_tensors[0].size
         most = pages * (PAGE_BYTES + window.bytes_beside_page) + window.fixed_bytes
         assert size <= most + 4096
+
+
+@pytest.mark.parametrize("length", [16, 200, 273, 512, 4000])
+def test_one_request_has_the_blocks_that_vllm_asks_for(vllm_config: Any, length: int) -> None:
+    from vllm_kcache.integration.pools import window_pool
+
+    vllm_config.model_config.max_model_len = length
+    window = window_pool(vllm_config, specs())
+    assert window is not None
+    spec = specs()[WINDOW_NAMES[0]]
+    assert window.blocks_for(1 + -(-length // BLOCK)) - 1 >= (
+        spec.max_admission_blocks_per_request(CHUNK, length)
+    )
+    (config,) = planned(vllm_config, window.blocks_for(1 + -(-length // BLOCK)) * BLOCK_BYTES)
+    assert config.hisparse_host_num_blocks == 1 + -(-length // BLOCK)
 
 
 def test_a_cache_to_measure_graphs_on_is_small(vllm_config: Any) -> None:

@@ -291,8 +291,8 @@ def test_a_gpu_without_room_for_a_page(available: int, given: int | None, remedy
 
 
 def windows(monkeypatch: pytest.MonkeyPatch) -> WindowPool:
-    """Half a page's bytes a block; 8 blocks of a request of 64 pages, and 5 of a step."""
-    window = WindowPool(K_BYTES // 2, 8, 5, 64)
+    """Half a page's bytes a block; 8 blocks of a request of 32 pages, and 5 of a step."""
+    window = WindowPool(K_BYTES // 2, 8, 5, request_pages=32, longest_pages=64)
     monkeypatch.setattr(worker.pools, "window_pool", lambda config, specs: window)
     monkeypatch.setattr(worker.pools, "full_specs", lambda specs: list(specs.values()))
     return window
@@ -310,15 +310,15 @@ def test_both_pools_are_in_what_the_device_has(
     assert given % window.block_bytes == 0
     taken = given + pages * K_BYTES
     if host_pages == 600:
-        assert 600 - 64 // 8 <= pages <= 600
+        assert 600 - 32 // 8 <= pages <= 600
     else:
         # All but a block and the pages that go with it.
         assert 1000 * K_BYTES - 16 * K_BYTES < taken <= 1000 * K_BYTES
     fits, beside, _ = logged
     assert f"{pages} blocks. At once fit {(pages - 1) / 64:.1f} requests of max_model" in fits
-    # None of fewer tokens either, where each holds a window.
     assert f"{(pages - 1) / 256:.1f} of 4096 tokens" in fits
     assert f"{blocks * window.block_bytes / 2**30:.2f} GiB on the device: {blocks} blocks" in beside
+    assert beside.endswith(f"of {(blocks - 5) / 8:.1f} requests.")
 
 
 def test_a_device_without_room_for_one_request(
@@ -328,9 +328,10 @@ def test_a_device_without_room_for_one_request(
     windows(monkeypatch)
     available.bytes = 10**6 * V_BYTES
     rank = Worker(max_model_len=1024)
-    monkeypatch.setattr(Engine, "determine_available_memory", lambda self: 73 * K_BYTES)
-    assert rank.determine_available_memory() == 13 * K_BYTES // 2
-    monkeypatch.setattr(Engine, "determine_available_memory", lambda self: 71 * K_BYTES)
+    # 65 pages, 21 blocks; a page takes an eighth of a page's bytes besides.
+    monkeypatch.setattr(Engine, "determine_available_memory", lambda self: 76 * K_BYTES)
+    assert rank.determine_available_memory() == 21 * K_BYTES // 2
+    monkeypatch.setattr(Engine, "determine_available_memory", lambda self: 75 * K_BYTES)
     with pytest.raises(KCacheConfigError, match=r"max_model_len=1024 needs more than 0\.07 GiB"):
         rank.determine_available_memory()
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vllm.utils.math_utils import cdiv, round_up
+from vllm.utils.math_utils import round_up
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.hisparse.block_pool import SharedEventQueueBlockPool
 from vllm.v1.kv_cache_interface import (
@@ -160,23 +160,16 @@ def window_pool(vllm_config: Any, specs: dict[str, KVCacheSpec]) -> WindowPool |
 def _window_pool(vllm_config: Any, groups: list[KVCacheGroupSpec]) -> WindowPool:
     own = _own_group(groups)
     assert own is not None
-    longest, in_flight = vllm_config.model_config.max_model_len, vllm_config.max_in_flight_tokens
-    request_blocks = step_blocks = 0
-    for group in groups:
-        if group is own:
-            continue
-        spec = next(iter(iter_layer_specs(group.kv_cache_spec)))
-        # What vLLM asks for before it lets the first request in, and what one holds as it decodes.
-        most = spec.max_admission_blocks_per_request(in_flight, longest)
-        held = cdiv(min(spec.sliding_window + spec.block_size, longest), spec.block_size)
-        request_blocks += min(held, most)
-        step_blocks += max(0, most - held)
-    return WindowPool(
+    specs = [next(iter(iter_layer_specs(g.kv_cache_spec))) for g in groups if g is not own]
+    return WindowPool.plan(
+        [(spec.sliding_window, spec.block_size) for spec in specs],
         block_bytes=planning._pool_bytes_per_block(vllm_config, groups),
-        request_blocks=request_blocks,
-        # One vLLM keeps for itself.
-        step_blocks=step_blocks + 1,
-        request_pages=cdiv(longest, own.kv_cache_spec.block_size),
+        page_bytes=planning._get_kv_cache_bytes_per_block(
+            [own], vllm_config.cache_config.get_resolved_kv_cache_layout()
+        ),
+        page_tokens=own.kv_cache_spec.block_size,
+        max_model_len=vllm_config.model_config.max_model_len,
+        in_flight_tokens=vllm_config.max_in_flight_tokens,
     )
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -126,8 +125,10 @@ class SplitCacheWorker:
         limits = StepLimits(scheduler.max_num_seqs, scheduler.max_num_batched_tokens, model_len)
         useful = limits.useful_pages(shape.page_tokens)
         device = "CPU" if self.vllm_config.device_config.device_type == "cpu" else "GPU"
-        # Requests shorter than the greatest length hold as many blocks of window layers.
-        most = math.inf if window is None else (pages - 1) / window.request_pages
+        fit = [
+            (pages - 1) / count if window is None else window.requests(pages, count)
+            for count in (-(-model_len // shape.page_tokens), -(-4096 // shape.page_tokens))
+        ]
         logger.info(
             "KCache: %s %.2f GiB on the device, %s %.2f GiB on the host: %d blocks. At once fit "
             "%.1f requests of max_model_len=%d, %.1f of 4096 tokens.",
@@ -136,17 +137,18 @@ class SplitCacheWorker:
             "K and V" if shape.row.has_keys else "V",
             pages * shape.host_page_bytes / GIB,
             pages,
-            (pages - 1) / -(-model_len // shape.page_tokens),
+            fit[0],
             model_len,
-            min(most, (pages - 1) / -(-4096 // shape.page_tokens)),
+            fit[1],
         )
         if window is not None:
             blocks = window.blocks_for(pages)
             logger.info(
-                "KCache: K and V of window layers %.2f GiB on the device: %d blocks, for as many "
-                "requests of max_model_len. A lower --max-model-len lets more of shorter ones in.",
+                "KCache: K and V of window layers %.2f GiB on the device: %d blocks, of %.1f "
+                "requests.",
                 blocks * window.block_bytes / GIB,
                 blocks,
+                (blocks - window.step_blocks) / window.request_blocks,
             )
         limit, remedy = what_limits(pages, host_pages, useful, shape, device)
         logger.info("KCache: requests are limited by %s. %s", limit, remedy)
@@ -161,7 +163,7 @@ class SplitCacheWorker:
         self, pages: int, available: int, page_bytes: int, window: WindowPool
     ) -> None:
         """Refuse a device that cannot hold one request in both pools: vLLM knows of one."""
-        needed = window.request_pages + 1
+        needed = window.longest_pages + 1
         if pages >= needed or self.vllm_config.cache_config.num_gpu_blocks_override is not None:
             return
         least = needed * page_bytes + window.blocks_for(needed) * window.block_bytes

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.integration.engines import GATE, Runs, run_engines, spec_of, tokens_of
+from tests.integration.engines import GATE, ROOT, Runs, kjv, run_engines, spec_of, tokens_of
 from tests.integration.tiny_models import write_window_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
+GEMMA = ROOT / "models/gemma-3-270m"
 WINDOW, FULL = "sliding_attention", "full_attention"
 KV_HEADS, HEAD_SIZE, BLOCK = 2, 64, 32
 # Prompts of several chunks, all but one longer than a window or within the first.
@@ -113,3 +115,29 @@ def test_full_layers_alone_are_split(gate: Gate) -> None:
         assert figures["host_pool_bytes"] == (
             figures["host_pool_blocks"] * gate.split_layers * KV_HEADS * row_bytes
         )
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not (GEMMA / "config.json").is_file(), reason="make gemma has not run")
+def test_text_of_gemma_equals_stock(tmp_path: Path) -> None:
+    """Gemma 3 270M: 3 of 18 layers are split, in long prompts and in what follows them."""
+    batches: list[dict[str, Any]] = [
+        {
+            "prompts": ["The capital of France is", kjv(0, 100), kjv(300, 40)],
+            "sampling": {"max_tokens": 48},
+        },
+        {"prompts": [kjv(0, 100) + " In the beginning"], "sampling": {"max_tokens": 48}},
+    ]
+    engine = {"model": str(GEMMA), "max_model_len": 4096}
+    specs = {"stock": spec_of(batches, **engine)}
+    for k_bits in (16, 4):
+        specs[str(k_bits)] = spec_of(batches, {**GATE, "k_bits": k_bits}, **engine)
+    runs = run_engines(tmp_path, specs)
+    assert runs["stock"]["batches"][0][1]["prompt_tokens"] > 2500
+    for name in ("16", "4"):
+        assert tokens_of(runs[name]) == tokens_of(runs["stock"])
+        assert runs[name]["batches"][1][0]["cached_tokens"] > 2000
+        assert runs[name]["kcache_metrics"]["decode_layer_steps"] >= 3 * 2 * 40
+    (texts,) = ([row["texts"][0] for row in batch] for batch in runs["stock"]["batches"][:1])
+    assert len(set(texts)) == len(texts)
+    assert all(len(set(row["tokens"][0])) >= 8 for row in runs["stock"]["batches"][0])

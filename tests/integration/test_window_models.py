@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 
-from tests.integration.engines import GATE, ROOT, Runs, kjv, run_engines, spec_of, tokens_of
+from tests.integration.engines import (
+    GATE,
+    ROOT,
+    Runs,
+    kjv,
+    run_engine,
+    run_engines,
+    spec_of,
+    tokens_of,
+)
 from tests.integration.tiny_models import write_window_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -115,6 +124,22 @@ def test_full_layers_alone_are_split(gate: Gate) -> None:
         assert figures["host_pool_bytes"] == (
             figures["host_pool_blocks"] * gate.split_layers * KV_HEADS * row_bytes
         )
+
+
+@pytest.mark.full
+def test_text_equals_stock_on_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers in processes of their own: pools are planned there and made in the engine's."""
+    # vLLM asks for a NUMA node for each rank, to bind its threads there.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    model = write_window_model(
+        tmp_path / "model", "gemma3_text", num_hidden_layers=3, layer_types=[WINDOW, FULL, WINDOW]
+    )
+    stock = run_engine(tmp_path, work()[:2], model=model, **ENGINE)
+    split = run_engine(
+        tmp_path, work()[:2], SETTINGS["4"], model=model, tensor_parallel_size=2, **ENGINE
+    )
+    assert tokens_of(split) == tokens_of(stock)
+    assert max(row["cached_tokens"] for row in split["batches"][1]) > 300
 
 
 @pytest.mark.full

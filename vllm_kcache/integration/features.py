@@ -85,6 +85,14 @@ def has_window_layers(vllm_config: Any) -> bool:
     return mixed and bool(vllm_config.model_config.get_sliding_window())
 
 
+def window_layers(vllm_config: Any) -> list[int]:
+    """Numbers of the layers that the configuration gives a window, where others have none."""
+    if not has_window_layers(vllm_config):
+        return []
+    kinds = enumerate(text_config(vllm_config).layer_types)
+    return [number for number, kind in kinds if str(kind) == "sliding_attention"]
+
+
 def beside_windows(value: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """The value of a setting that cannot be beside window layers, where there are any."""
     return lambda vllm_config: value(vllm_config) if has_window_layers(vllm_config) else None

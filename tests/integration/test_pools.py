@@ -285,6 +285,7 @@ def test_a_request_waits_for_pages(manager: Any) -> None:
         assert manager.allocate_slots(first, BLOCK) is not None
         first.num_computed_tokens += BLOCK
     assert free_blocks(manager)[0] == 0
+    assert manager.usage == 1.0
     assert manager.allocate_slots(second, BLOCK) is None
     manager.free(first)
     assert manager.allocate_slots(second, BLOCK) is not None
@@ -292,6 +293,7 @@ def test_a_request_waits_for_pages(manager: Any) -> None:
     for made in (second, last):
         manager.block_pool.free_blocks(reversed(manager.pop_blocks_for_free(made)))
     assert free_blocks(manager) == before
+    assert manager.usage == 0.0
 
 
 def test_a_prefix_is_found_in_both_pools(manager: Any) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm.utils.math_utils import round_up
+from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.hisparse.block_pool import SharedEventQueueBlockPool
 from vllm.v1.kv_cache_interface import (
@@ -70,6 +71,14 @@ _BLOCK_BYTES_RECORD = PatchRecord(
     until=_UNTIL,
 )
 
+_USAGE_RECORD = PatchRecord(
+    target="vllm.v1.core.block_pool.BlockPool.get_usage",
+    why="vLLM's figure of how full an engine is would be that of the window layers' pool alone.",
+    how="It is that of the fuller of the two pools: the one that requests wait for.",
+    upstream=_UPSTREAM,
+    until=_UNTIL,
+)
+
 # Whether the worker of this process measures the memory of graphs, on a tiny cache.
 _measuring = False
 
@@ -100,6 +109,7 @@ class OwnPoolManager(FullAttentionManager):
             event_owner=block_pool,
         )
         self._null_block = self.block_pool.null_block
+        block_pool.kcache_second_pool = self.block_pool
 
     def get_num_blocks_to_allocate(self, *args: Any, **kwargs: Any) -> int:
         """Blocks of the shared pool: none, or more than there are where this pool lacks pages.
@@ -116,6 +126,7 @@ def install() -> None:
     """Wrap how vLLM groups layers and lays out their memory."""
     wrap(planning, "get_kv_cache_groups", _with_own_group, _GROUPS_RECORD)
     wrap(planning, "get_kv_cache_config_from_groups", _with_own_pool, _CONFIG_RECORD)
+    wrap(BlockPool, "get_usage", _of_the_fuller, _USAGE_RECORD)
     with contextlib.suppress(ImportError):
         from vllm.v1.core.kv_cache_config_builder import KVCacheConfigBuilder
 
@@ -252,6 +263,14 @@ def _of_first_pool(original: Callable) -> Callable:
         return planning._pool_bytes_per_block(vllm_config, kv_cache_groups)
 
     return _get_pool_bytes_per_block
+
+
+def _of_the_fuller(original: Callable) -> Callable:
+    def get_usage(self: Any) -> float:
+        second = getattr(self, "kcache_second_pool", None)
+        return original(self) if second is None else max(original(self), original(second))
+
+    return get_usage
 
 
 def _with_pages(spec: Any, pages: int) -> Any:

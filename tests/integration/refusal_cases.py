@@ -101,19 +101,22 @@ CASES = {
         "--disable-sliding-window", model="phi3, window as long as the context",
     ),
     "one pool beside windows": Case(
-        "disable_hybrid_kv_cache_manager={value} beside sliding-window layers",
-        "disable_hybrid_kv_cache_manager=True beside sliding-window layers:",
+        "one pool for all layers beside sliding-window layers ({value})",
+        "one pool for all layers beside sliding-window layers "
+        "(disable_hybrid_kv_cache_manager=True):",
         "Leave --disable-hybrid-kv-cache-manager out", model="gemma3",
         arguments={"disable_hybrid_kv_cache_manager": True},
     ),
     "stages beside windows": Case(
-        "pipeline_parallel_size={value} beside sliding-window layers",
-        "pipeline_parallel_size=2 beside sliding-window layers:", "Use --tensor-parallel-size",
+        "pipeline stages beside sliding-window layers ({value})",
+        "pipeline stages beside sliding-window layers (pipeline_parallel_size=2):",
+        "Use --tensor-parallel-size",
         model="gemma3", arguments={"pipeline_parallel_size": 2},
     ),
     "a length that vLLM chooses beside windows": Case(
-        "max_model_len={value} beside sliding-window layers",
-        "max_model_len=-1 beside sliding-window layers:", "Set --max-model-len", model="gemma3",
+        "a length that vLLM chooses beside sliding-window layers ({value})",
+        "a length that vLLM chooses beside sliding-window layers (max_model_len=-1):",
+        "Set --max-model-len", model="gemma3",
         arguments={"max_model_len": -1},
     ),
     "chunked layers": Case(

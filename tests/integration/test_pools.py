@@ -190,9 +190,9 @@ def test_other_kinds_of_layers_are_refused(vllm_config: Any) -> None:
 @pytest.mark.parametrize(
     ("owner", "name", "value", "feature"),
     [
-        ("scheduler_config", "disable_hybrid_kv_cache_manager", True, "disable_hybrid"),
-        ("parallel_config", "pipeline_parallel_size", 2, "pipeline_parallel_size=2"),
-        ("model_config", "original_max_model_len", -1, "max_model_len=-1"),
+        ("scheduler_config", "disable_hybrid_kv_cache_manager", True, "one pool"),
+        ("parallel_config", "pipeline_parallel_size", 2, "stages"),
+        ("model_config", "original_max_model_len", -1, "length"),
     ],
 )
 def test_windows_that_no_setting_told_of(

@@ -98,20 +98,22 @@ def beside_windows(value: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda vllm_config: value(vllm_config) if has_window_layers(vllm_config) else None
 
 
-def one_pool(vllm_config: Any) -> Any:
+def one_pool(vllm_config: Any) -> str | None:
     """Setting that gives all layers one pool of blocks."""
-    return true(vllm_config.scheduler_config.disable_hybrid_kv_cache_manager)
+    is_on = vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+    return "disable_hybrid_kv_cache_manager=True" if is_on else None
 
 
-def stages(vllm_config: Any) -> int | None:
-    """Pipeline stages, where there are several."""
-    return positive(vllm_config.parallel_config.pipeline_parallel_size)
+def stages(vllm_config: Any) -> str | None:
+    """Setting that cuts the model in several stages."""
+    number = positive(vllm_config.parallel_config.pipeline_parallel_size)
+    return None if number is None else f"pipeline_parallel_size={number}"
 
 
-def length_left_to_vllm(vllm_config: Any) -> int | None:
-    """The value of max_model_len with which vLLM takes what fits."""
-    given = vllm_config.model_config.original_max_model_len
-    return given if given == -1 else None
+def length_left_to_vllm(vllm_config: Any) -> str | None:
+    """Setting with which vLLM takes the length that fits."""
+    left = vllm_config.model_config.original_max_model_len == -1
+    return "max_model_len=-1" if left else None
 
 
 def sliding_window(vllm_config: Any) -> str | None:

@@ -188,9 +188,10 @@ CASES = {
         "attn_logit_softcapping={value}", "attn_logit_softcapping=50.0:",
         "Serve a model without a soft cap", model="gemma2",
     ),
-    "sinks of gpt-oss": Case(
-        SINKS, "attention sinks (model type gpt_oss):", "Serve a model without learned sinks",
-        model="gpt-oss",
+    "sinks with codes": Case(
+        "attention sinks with K codes ({value})",
+        "attention sinks with K codes (model type gpt_oss):", "Set kcache_config.k_bits to 16",
+        model="gpt-oss", settings={"k_bits": 4},
     ),
     "sinks of Granite": Case(
         SINKS, "attention sinks (layer_types of Granite):", "Serve a model without learned sinks",
@@ -283,6 +284,7 @@ FREE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "olmo3": ("olmo3", {}),
     "granite without sinks": ("granite", {}),
+    "gpt-oss with K itself": ("gpt-oss", {}),
     "wide groups on the CPU": ("llama, 20 query heads on one KV head", {}),
     "the model's dtype, named": ("llama", {"kv_cache_dtype": "bfloat16"}),
     "a checkpoint's fp8 KV, overruled": (

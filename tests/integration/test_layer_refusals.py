@@ -84,6 +84,18 @@ def test_layer_refuses(vllm_config: Any, arguments: dict[str, Any], feature: str
     assert feature in str(caught.value)
 
 
+def test_a_layer_takes_sinks_beside_k_alone(
+    vllm_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_kcache.integration.backend import KCacheBackend
+
+    sinks = torch.zeros(4)
+    assert add_layer(vllm_config, 0, sinks=sinks).impl.sinks is sinks
+    monkeypatch.setattr(KCacheBackend, "k_bits", 4)
+    with pytest.raises(KCacheConfigError, match="attention sinks with K codes"):
+        add_layer(vllm_config, 1, sinks=sinks)
+
+
 @pytest.mark.parametrize("attn_type", ["encoder", "encoder_only", "encoder_decoder"])
 def test_layer_refuses_other_attention(vllm_config: Any, attn_type: str) -> None:
     from vllm.v1.attention.backend import AttentionType
@@ -106,7 +118,6 @@ def test_layer_refuses_other_attention(vllm_config: Any, attn_type: str) -> None
         ({"block_size": 8}, "block_size not supported"),
         ({"use_mm_prefix": True}, "partial multimodal token full attention not supported"),
         ({"use_mla": True}, "MLA not supported"),
-        ({"has_sink": True}, "attention sinks not supported"),
         ({"use_sparse": True}, "sparse not supported"),
         ({"use_per_head_quant_scales": True}, "per-head quant scales not supported"),
         ({"attn_type": "encoder_only"}, "attention type encoder_only not supported"),

@@ -35,10 +35,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "4": {**GATE, "k_bits": 4},
     # A full layer that is not split is in the group of those that are.
     "4, dense": {**GATE, "k_bits": 4, "dense_layers": [5]},
+    # Of a model in which every other layer has a window.
+    "16, every other": {**GATE, "k_bits": 16},
 }
 # Blocks of window layers, few enough for a crowd to wait; and pages of the request that both pools
 # are made for, more where a page is smaller.
-POOLS = {"16": (22, 7), "4": (17, 12), "4, dense": (22, 7)}
+POOLS = {"16": (22, 7), "4": (17, 12), "4, dense": (22, 7), "16, every other": (30, 5)}
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,17 @@ def work() -> list[dict[str, Any]]:
         pytest.param(("gemma3_text", ["16", "4"]), id="gemma3"),
         pytest.param(("gemma3_text", ["4, dense"]), id="gemma3, dense", marks=pytest.mark.full),
         pytest.param(("olmo3", ["16", "4"]), id="olmo3", marks=pytest.mark.full),
+        # Every other layer has a window; the full ones are split and have learned sinks.
+        pytest.param(("gpt_oss", ["16, every other"]), id="gpt-oss", marks=pytest.mark.full),
     ],
 )
 def gate(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Gate:
     """Every engine of a model, run to its end."""
     model_type, names = request.param
     folder = tmp_path_factory.mktemp("gate")
-    layer_types = [WINDOW, WINDOW, FULL, WINDOW, WINDOW, FULL]
+    layer_types = [WINDOW, WINDOW, FULL] * 2
+    if model_type == "gpt_oss":
+        layer_types = [WINDOW, FULL] * 3
     model = write_window_model(
         folder / "model", model_type, num_hidden_layers=6, layer_types=layer_types
     )
@@ -120,7 +126,7 @@ def test_full_layers_alone_are_split(gate: Gate) -> None:
         blocks, pages = POOLS[name]
         assert split["num_blocks"] == blocks
         assert figures["host_pool_blocks"] == 1 + (blocks - 9) * pages // 3
-        row_bytes = (1 if name == "16" else 2) * BLOCK * HEAD_SIZE * 4
+        row_bytes = (1 if name.startswith("16") else 2) * BLOCK * HEAD_SIZE * 4
         assert figures["host_pool_bytes"] == (
             figures["host_pool_blocks"] * gate.split_layers * KV_HEADS * row_bytes
         )

@@ -234,7 +234,7 @@ def write_window_model(folder: Path, model_type: str, **changes: Any) -> str:
     """A random float32 model of which some layers have a window of 64 tokens; returns its folder.
 
     Args:
-        model_type: "gemma3_text" or "olmo3".
+        model_type: "gemma3_text", "olmo3" or "gpt_oss"; the last with sinks that weigh.
         changes: Of its configuration.
     """
     import torch
@@ -253,11 +253,17 @@ def write_window_model(folder: Path, model_type: str, **changes: Any) -> str:
             # Tied, a random model says one word over and over.
             "tie_word_embeddings": False,
             "initializer_range": 0.2,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
             "torch_dtype": "float32",
             **changes,
         },
     )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):
+            torch.nn.init.normal_(parameter, std=2.0)
+    model.save_pretrained(folder)
     return str(folder)
 
 

@@ -325,9 +325,17 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "attention_sinks",
         "attention sinks ({value})",
-        "the softmax has no term beside the tokens here",
-        "Serve a model without learned sinks.",
+        "these were not tried here: they are learned in another form than gpt-oss's",
+        "Serve a model without learned sinks, or with those of gpt-oss.",
         value=features.attention_sinks,
+    ),
+    Refusal(
+        "sinks_with_codes",
+        "attention sinks with K codes ({value})",
+        "a sink is weighed against all tokens, whose scores are estimates there",
+        "Set kcache_config.k_bits to 16.",
+        value=features.served_sinks,
+        codes_only=True,
     ),
     Refusal(
         "head_size",

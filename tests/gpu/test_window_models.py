@@ -15,10 +15,12 @@ from tests.integration.tiny_models import write_window_model
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
 
-@pytest.mark.parametrize("k_bits", [16, 4])
-def test_text_equals_stock_in_float32(k_bits: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "k_bits"), [("gemma3_text", 16), ("gemma3_text", 4), ("gpt_oss", 16)]
+)
+def test_text_equals_stock_in_float32(model_type: str, k_bits: int, tmp_path: Path) -> None:
     model = write_window_model(
-        tmp_path / "model", "gemma3_text", num_hidden_layers=4,
+        tmp_path / "model", model_type, num_hidden_layers=4,
         layer_types=[WINDOW, FULL, WINDOW, FULL],
     )  # fmt: skip
     engine = {

@@ -328,6 +328,8 @@ def _notes(setup: Setup, load: Load, splits: list[SplitPrediction]) -> list[str]
             f"{shape.window} tokens and keep K and V in GPU memory, {gib:.3f} GiB a request. Their "
             "share of the memory is fixed at start; a lower --max-model-len raises it."
         )
+    if shape.has_sinks:
+        notes.append("kcache 4: refused for this model, since it has learned sinks.")
     if setup.hardware.source != "measured":
         notes.append(f"{setup.hardware.name}: {setup.hardware.source}.")
     config = setup.config

@@ -88,25 +88,37 @@ def test_what_is_left_is_hot_cache() -> None:
     assert memory.plan(10**6, shape.host_page_bytes, 30, 0) == (30, 0)
 
 
-def test_window_blocks_and_pages_hold_the_same_requests() -> None:
-    for request_blocks, request_pages, most in (
-        (17, 1000, 4096), (33, 64, 64), (5, 5, 9), (1, 1, 1), (66, 7, 8),
-    ):  # fmt: skip
-        pool = WindowPool(1000, request_blocks, 9, request_pages, most)
-        for requests in (4, 5, 7):
-            pages, blocks = 1 + requests * request_pages, 9 + requests * request_blocks
-            assert pool.pages_for(blocks) == max(pages, 1 + most)
-            assert pool.blocks_for(pages) == blocks
-            assert pool.requests(pages, request_pages) == requests
-            assert pool.requests(pages, 2 * request_pages) == requests / 2
-            # A short one takes as much of the window layers.
-            assert pool.requests(1 + 2 * requests * request_pages, 1) == 2 * requests
-        for pages in range(1 + most, 1 + 4 * most, 3):
-            blocks = pool.blocks_for(pages)
-            assert pool.pages_for(blocks) <= pages
-            assert blocks * pool.block_bytes <= pool.fixed_bytes + pages * pool.bytes_beside_page
-        # A cache too small for one request is refused elsewhere, and has pages for it.
-        assert pool.pages_for(0) == 1 + most
+@pytest.mark.parametrize("max_requests", [1000, 3])
+@pytest.mark.parametrize("page_bytes", [90, 7000])
+@pytest.mark.parametrize(
+    ("request_blocks", "request_pages", "longest"),
+    [(17, 1000, 4096), (33, 64, 64), (5, 5, 9), (1, 1, 1), (66, 7, 8)],
+)
+def test_window_blocks_and_pages(
+    request_blocks: int, request_pages: int, longest: int, page_bytes: int, max_requests: int
+) -> None:
+    pool = WindowPool(1000, page_bytes, request_blocks, 9, request_pages, longest, max_requests)
+    for requests in (1, 2, 5, 7):
+        pages = 1 + requests * request_pages
+        assert pool.holds_most(pages) == (requests >= max_requests)
+        held = min(requests, max_requests)
+        assert pool.blocks_for(pages) == 9 + held * request_blocks
+        assert pool.requests(pages, request_pages) == held
+        assert pool.requests(pages, 2 * request_pages) == min(requests / 2, held)
+        # A short one takes as much of the window layers.
+        assert pool.requests(pages, 1) == held
+        # Where blocks are given, whatever there may be of requests.
+        assert pool.pages_for(9 + requests * request_blocks) == max(pages, 1 + longest)
+    for pages in range(1 + longest, 1 + 9 * longest, 3):
+        blocks = pool.blocks_for(pages)
+        assert pool.bytes_for(pages) == 1000 * blocks + page_bytes * pages
+        assert pool.divide(pool.bytes_for(pages)) == (blocks, pages)
+        assert 1000 * blocks <= pool.most_bytes
+        if blocks > 9 + request_blocks:
+            assert 1000 * blocks <= pool.fixed_bytes + pages * pool.bytes_beside_page
+    # A cache too small for one request is refused elsewhere, and has room for it.
+    assert pool.pages_for(0) == 1 + longest
+    assert pool.divide(0) == (9 + request_blocks, 1 + longest)
 
 
 @pytest.mark.parametrize(("window", "longest"), [(1024, 131072), (1024, 4096), (4096, 2048)])
@@ -116,7 +128,8 @@ def test_short_and_long_requests_lose_the_same_share(
 ) -> None:
     """Against one pool that could hold what any request needs."""
     tokens, block_bytes = 16, 400_000
-    pool = WindowPool.plan([(window, tokens)], block_bytes, page_bytes, tokens, longest, 8192)
+    limits = StepLimits(10**9, 8192, longest)
+    pool = WindowPool.plan([(window, tokens)], block_bytes, page_bytes, tokens, limits, 2)
     whole = 10**12
 
     def elastic(pages: int) -> float:

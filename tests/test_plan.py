@@ -350,6 +350,9 @@ def test_both_pools_fit(k_bits: int, host_gib: int) -> None:
     fit = fit_split(shape, engine, H100.gpu_memory_bytes, host_gib * GIB, config)
     pool = window_pool(shape, engine, config)
     assert pool is not None
+    assert (fit.num_blocks, fit.window_pool_blocks + pool.step_blocks) == (
+        pool.divide(fit.cache_bytes)[::-1]
+    )
     blocks = fit.window_pool_blocks + pool.step_blocks
     token_bytes = 8 * (256 if k_bits == 16 else 68)
     assert fit.cache_bytes == (

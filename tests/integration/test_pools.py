@@ -60,23 +60,29 @@ def specs(dense: bool = False) -> dict[str, Any]:
     return made
 
 
-def planned(vllm_config: Any, *available: int, **changes: Any) -> list[Any]:
-    """vLLM's configuration for ranks with so many bytes for blocks of window layers."""
+def planned(vllm_config: Any, available: int, **changes: Any) -> Any:
+    """vLLM's configuration of two ranks with so many bytes each."""
     from vllm_kcache.integration.pools import planning
 
-    ranks = [specs(**changes) for _ in available]
-    return planning.get_kv_cache_configs(vllm_config, ranks, list(available))
+    configs = planning.get_kv_cache_configs(vllm_config, [specs(**changes)] * 2, [available] * 2)
+    assert configs[0] == configs[1]
+    return configs[0]
+
+
+def room(requests: int) -> int:
+    """Bytes of both pools for requests of `PAGES` pages."""
+    blocks = STEP_BLOCKS + requests * REQUEST_BLOCKS
+    return blocks * BLOCK_BYTES + (requests * PAGES + 1) * PAGE_BYTES
 
 
 def test_full_layers_are_one_group_with_its_own_pool(vllm_config: Any) -> None:
     from vllm_kcache.integration.pools import own_pool_pages
 
-    blocks = STEP_BLOCKS + 3 * REQUEST_BLOCKS
-    (config,) = planned(vllm_config, blocks * BLOCK_BYTES)
+    config = planned(vllm_config, room(3))
     own, windows = config.kv_cache_groups
     assert (sorted(own.layer_names), own.host_resident) == (FULL_NAMES, True)
     assert (sorted(windows.layer_names), windows.host_resident) == (WINDOW_NAMES, False)
-    assert config.num_blocks == blocks
+    assert config.num_blocks == STEP_BLOCKS + 3 * REQUEST_BLOCKS
     # Of three requests, and the page that vLLM keeps for itself.
     assert own_pool_pages(config) == 3 * PAGES + 1 == own.kv_cache_spec.num_pages
     assert not config.needs_kv_cache_zeroing
@@ -86,53 +92,49 @@ def test_full_layers_are_one_group_with_its_own_pool(vllm_config: Any) -> None:
 def test_no_byte_is_in_both_pools(vllm_config: Any, dense: bool) -> None:
     from vllm.v1.worker.utils import allocate_kv_cache
 
-    (config,) = planned(vllm_config, (STEP_BLOCKS + REQUEST_BLOCKS) * BLOCK_BYTES, dense=dense)
+    config = planned(vllm_config, room(2), dense=dense)
     layout = vllm_config.cache_config.get_resolved_kv_cache_layout()
     caches = allocate_kv_cache(config, torch.device("cpu"), layout)
-    pages = MOST_PAGES + 1
+    pages, blocks = config.hisparse_host_num_blocks, config.num_blocks
+    assert blocks >= STEP_BLOCKS + REQUEST_BLOCKS
     token_bytes = [36, 2 * 64 * 2 if dense else 36]
     for name, each in zip(FULL_NAMES, token_bytes, strict=True):
         assert caches[name].shape[:3] == (pages, 2, BLOCK)
         assert caches[name].shape[3] * 2 == each
     for name in WINDOW_NAMES:
-        assert caches[name].shape == (STEP_BLOCKS + REQUEST_BLOCKS, 2, BLOCK, 2 * 64)
+        assert caches[name].shape == (blocks, 2, BLOCK, 2 * 64)
     for number, cache in enumerate(caches.values(), 1):
         cache.fill_(number)
     for number, cache in enumerate(caches.values(), 1):
         assert bool((cache == number).all())
 
 
-def test_ranks_of_different_memory_have_the_same_pools(vllm_config: Any) -> None:
-    blocks = STEP_BLOCKS + 5 * REQUEST_BLOCKS
-    configs = planned(vllm_config, 2 * blocks * BLOCK_BYTES, blocks * BLOCK_BYTES)
-    sizes = {(c.num_blocks, c.hisparse_host_num_blocks, c.kv_cache_tensors[0].size)
-             for c in configs}  # fmt: skip
-    assert len(sizes) == 1
-    assert sizes.pop()[:2] == (blocks, 5 * PAGES + 1)
-
-
 def test_an_override_is_of_window_blocks(vllm_config: Any) -> None:
     vllm_config.cache_config.num_gpu_blocks_override = STEP_BLOCKS + 2 * REQUEST_BLOCKS
-    (config,) = planned(vllm_config, 0)
+    config = planned(vllm_config, 0)
     assert config.num_blocks == STEP_BLOCKS + 2 * REQUEST_BLOCKS
     assert config.hisparse_host_num_blocks == 2 * PAGES + 1
 
 
-def test_the_worker_and_the_engine_agree(vllm_config: Any) -> None:
-    """The worker asks for blocks of bytes that it has; the engine makes pages of the blocks."""
+@pytest.mark.parametrize("max_num_seqs", [256, 5, 1])
+def test_the_worker_and_the_engine_agree(vllm_config: Any, max_num_seqs: int) -> None:
+    """The worker asks for the bytes of so many pages; the engine makes as many of them."""
     from vllm_kcache.integration.pools import window_pool
 
+    vllm_config.scheduler_config.max_num_seqs = max_num_seqs
     window = window_pool(vllm_config, specs())
     assert window is not None
-    assert window.block_bytes == BLOCK_BYTES
+    assert (window.block_bytes, window.page_bytes) == (BLOCK_BYTES, PAGE_BYTES)
     assert (window.request_blocks, window.step_blocks) == (REQUEST_BLOCKS, STEP_BLOCKS)
     assert (window.request_pages, window.longest_pages) == (PAGES, MOST_PAGES)
     for pages in range(MOST_PAGES + 1, 400):
-        (config,) = planned(vllm_config, window.blocks_for(pages) * BLOCK_BYTES)
-        assert pages - 2 <= config.hisparse_host_num_blocks <= pages
-        size = config.kv_cache_tensors[0].size
-        most = pages * (PAGE_BYTES + window.bytes_beside_page) + window.fixed_bytes
-        assert size <= most + 4096
+        config = planned(vllm_config, window.bytes_for(pages))
+        assert config.hisparse_host_num_blocks == pages
+        assert config.num_blocks == window.blocks_for(pages)
+        assert window.bytes_for(pages) <= config.kv_cache_tensors[0].size
+        assert config.kv_cache_tensors[0].size < window.bytes_for(pages) + 4096
+    # No block is for more requests than there may be.
+    assert config.num_blocks <= STEP_BLOCKS + max_num_seqs * REQUEST_BLOCKS
 
 
 @pytest.mark.parametrize("length", [16, 200, 273, 512, 4000])
@@ -143,11 +145,12 @@ def test_one_request_has_the_blocks_that_vllm_asks_for(vllm_config: Any, length:
     window = window_pool(vllm_config, specs())
     assert window is not None
     spec = specs()[WINDOW_NAMES[0]]
-    assert window.blocks_for(1 + -(-length // BLOCK)) - 1 >= (
-        spec.max_admission_blocks_per_request(CHUNK, length)
-    )
-    (config,) = planned(vllm_config, window.blocks_for(1 + -(-length // BLOCK)) * BLOCK_BYTES)
-    assert config.hisparse_host_num_blocks == 1 + -(-length // BLOCK)
+    pages = 1 + -(-length // BLOCK)
+    most = spec.max_admission_blocks_per_request(CHUNK, length)
+    assert window.blocks_for(pages) - 1 >= most
+    config = planned(vllm_config, window.bytes_for(pages))
+    assert config.num_blocks > most
+    assert config.hisparse_host_num_blocks == pages
 
 
 def test_a_cache_to_measure_graphs_on_is_small(vllm_config: Any) -> None:
@@ -221,8 +224,7 @@ def manager(vllm_config: Any) -> Any:
     from vllm_kcache.integration.pools import planning
 
     init_none_hash(sha256)
-    blocks = STEP_BLOCKS + 10 * REQUEST_BLOCKS
-    (config,) = planned(vllm_config, blocks * BLOCK_BYTES)
+    config = planned(vllm_config, room(10))
     own, windows = config.kv_cache_groups
     pages = 2 * LENGTH // BLOCK + 1
     own = replace(own, kv_cache_spec=replace(own.kv_cache_spec, num_pages=pages))

@@ -50,7 +50,9 @@ class Worker(worker.SplitCacheWorker, Engine):
             dtype=torch.bfloat16,
         )  # fmt: skip
         self.split_cache = SimpleNamespace(shape=shape)  # type: ignore[assignment]
-        parallel = SimpleNamespace(local_world_size=2, data_parallel_size_local=engines)
+        parallel = SimpleNamespace(
+            local_world_size=2, data_parallel_size_local=engines, tensor_parallel_size=1
+        )
         self.vllm_config = SimpleNamespace(
             parallel_config=parallel,
             additional_config={},
@@ -290,35 +292,60 @@ def test_a_gpu_without_room_for_a_page(available: int, given: int | None, remedy
 # Beside window layers.
 
 
-def windows(monkeypatch: pytest.MonkeyPatch) -> WindowPool:
+def windows(monkeypatch: pytest.MonkeyPatch, most: int = 40) -> WindowPool:
     """Half a page's bytes a block; 8 blocks of a request of 32 pages, and 5 of a step."""
-    window = WindowPool(K_BYTES // 2, 8, 5, request_pages=32, longest_pages=64)
+    window = WindowPool(
+        K_BYTES // 2, K_BYTES, 8, 5, request_pages=32, longest_pages=64, max_requests=most
+    )
     monkeypatch.setattr(worker.pools, "window_pool", lambda config, specs: window)
     monkeypatch.setattr(worker.pools, "full_specs", lambda specs: list(specs.values()))
     return window
 
 
+@pytest.mark.parametrize("most", [40, 3])
 @pytest.mark.parametrize("host_pages", [600, 10**6])
 def test_both_pools_are_in_what_the_device_has(
-    available: SimpleNamespace, logged: list[str], monkeypatch: pytest.MonkeyPatch, host_pages: int
+    available: SimpleNamespace,
+    logged: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    host_pages: int,
+    most: int,
 ) -> None:
-    window = windows(monkeypatch)
+    window = windows(monkeypatch, most)
     available.bytes = 2 * host_pages * V_BYTES
     given = Worker().determine_available_memory()
-    blocks = given // window.block_bytes
-    pages = window.pages_for(blocks)
-    assert given % window.block_bytes == 0
-    taken = given + pages * K_BYTES
+    blocks, pages = window.divide(given)
+    assert given == window.bytes_for(pages) <= 1000 * K_BYTES
     if host_pages == 600:
-        assert 600 - 32 // 8 <= pages <= 600
+        assert pages == 600
     else:
-        # All but a block and the pages that go with it.
-        assert 1000 * K_BYTES - 16 * K_BYTES < taken <= 1000 * K_BYTES
+        # Nor would a page more fit, and what goes with it.
+        assert window.bytes_for(pages) > 998 * K_BYTES
+    assert (blocks == 5 + 8 * most) == (most == 3)
     fits, beside, _ = logged
-    assert f"{pages} blocks. At once fit {(pages - 1) / 64:.1f} requests of max_model" in fits
-    assert f"{(pages - 1) / 256:.1f} of 4096 tokens" in fits
+    long, short = window.requests(pages, 64), window.requests(pages, 256)
+    assert f"{pages} blocks. At once fit {long:.1f} requests of max_model" in fits
+    assert f"{short:.1f} of 4096 tokens" in fits
     assert f"{blocks * window.block_bytes / 2**30:.2f} GiB on the device: {blocks} blocks" in beside
     assert beside.endswith(f"of {(blocks - 5) / 8:.1f} requests.")
+
+
+def test_ranks_take_the_least_of_them(
+    available: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    window = windows(monkeypatch)
+    available.bytes = 10**6 * V_BYTES
+    rank = Worker()
+    alone = rank.determine_available_memory()
+
+    def reduce(value: torch.Tensor, operation: Any, group: Any) -> None:
+        assert (operation, group) == (torch.distributed.ReduceOp.MIN, "of the ranks")
+        value.clamp_(max=window.bytes_for(500))
+
+    rank.vllm_config.parallel_config.tensor_parallel_size = 2
+    monkeypatch.setattr(worker, "get_tp_group", lambda: SimpleNamespace(cpu_group="of the ranks"))
+    monkeypatch.setattr(torch.distributed, "all_reduce", reduce)
+    assert alone > rank.determine_available_memory() == window.bytes_for(500)
 
 
 def test_a_device_without_room_for_one_request(
@@ -330,7 +357,7 @@ def test_a_device_without_room_for_one_request(
     rank = Worker(max_model_len=1024)
     # 65 pages, 21 blocks; a page takes an eighth of a page's bytes besides.
     monkeypatch.setattr(Engine, "determine_available_memory", lambda self: 76 * K_BYTES)
-    assert rank.determine_available_memory() == 21 * K_BYTES // 2
+    assert rank.determine_available_memory() == 65 * K_BYTES + 21 * K_BYTES // 2
     monkeypatch.setattr(Engine, "determine_available_memory", lambda self: 75 * K_BYTES)
     with pytest.raises(KCacheConfigError, match=r"max_model_len=1024 needs more than 0\.07 GiB"):
         rank.determine_available_memory()

@@ -18,7 +18,7 @@ from vllm_kcache.config import KCacheConfig, KCacheConfigError
 from vllm_kcache.integration import args, features, refusals
 from vllm_kcache.integration.plugin import register
 from vllm_kcache.integration.settings import KEY
-from vllm_kcache.memory import WindowPool
+from vllm_kcache.memory import StepLimits, WindowPool
 from vllm_kcache.planner.shape import ModelShape, PlanError, read_config, read_shape
 
 GIB = 2**30
@@ -181,8 +181,12 @@ def _pages_beside_windows(vllm_config: Any, config: KCacheConfig, blocks: int) -
         block_bytes=len(windows) * heads * tokens * both,
         page_bytes=heads * tokens * (full_layers * split + len(dense) * both),
         page_tokens=tokens,
-        max_model_len=model.max_model_len,
-        in_flight_tokens=vllm_config.max_in_flight_tokens,
+        limits=StepLimits(
+            vllm_config.scheduler_config.max_num_seqs,
+            vllm_config.scheduler_config.max_num_batched_tokens,
+            model.max_model_len,
+        ),
+        steps_at_once=vllm_config.max_concurrent_batches,
     )
     return pool.pages_for(blocks)
 

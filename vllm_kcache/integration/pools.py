@@ -37,7 +37,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm_kcache.integration import refusals
 from vllm_kcache.integration.patches import PatchRecord, wrap
 from vllm_kcache.integration.settings import settings_of
-from vllm_kcache.memory import WindowPool
+from vllm_kcache.memory import StepLimits, WindowPool
 
 try:
     from vllm.v1.core import kv_cache_planning as planning
@@ -59,7 +59,7 @@ _GROUPS_RECORD = PatchRecord(
 _CONFIG_RECORD = PatchRecord(
     target=f"{planning.__name__}.get_kv_cache_config_from_groups",
     why="It lays all groups over each other in one pool.",
-    how="The group marked for its own pool lies behind the others, with as many pages as fit them.",
+    how="The memory is divided: the group marked for its own pool lies behind the others.",
     upstream=_UPSTREAM,
     until=_UNTIL,
 )
@@ -172,6 +172,7 @@ def _window_pool(vllm_config: Any, groups: list[KVCacheGroupSpec]) -> WindowPool
     own = _own_group(groups)
     assert own is not None
     specs = [next(iter(iter_layer_specs(g.kv_cache_spec))) for g in groups if g is not own]
+    scheduler = vllm_config.scheduler_config
     return WindowPool.plan(
         [(spec.sliding_window, spec.block_size) for spec in specs],
         block_bytes=planning._pool_bytes_per_block(vllm_config, groups),
@@ -179,8 +180,12 @@ def _window_pool(vllm_config: Any, groups: list[KVCacheGroupSpec]) -> WindowPool
             [own], vllm_config.cache_config.get_resolved_kv_cache_layout()
         ),
         page_tokens=own.kv_cache_spec.block_size,
-        max_model_len=vllm_config.model_config.max_model_len,
-        in_flight_tokens=vllm_config.max_in_flight_tokens,
+        limits=StepLimits(
+            scheduler.max_num_seqs,
+            scheduler.max_num_batched_tokens,
+            vllm_config.model_config.max_model_len,
+        ),
+        steps_at_once=vllm_config.max_concurrent_batches,
     )
 
 
@@ -223,18 +228,17 @@ def _with_own_pool(original: Callable) -> Callable:
         if own is None:
             return original(vllm_config, kv_cache_groups, available_memory)
         others = [group for group in kv_cache_groups if group is not own]
-        config = original(vllm_config, others, available_memory)
-        blocks = config.num_blocks
-        pages = blocks
-        if not _measuring:
-            pages = _window_pool(vllm_config, kv_cache_groups).pages_for(blocks)
+        window, cache_config = _window_pool(vllm_config, kv_cache_groups), vllm_config.cache_config
+        blocks, pages = window.divide(available_memory)
+        config = original(vllm_config, others, blocks * window.block_bytes)
+        if _measuring:
+            pages = config.num_blocks
+        elif cache_config.num_gpu_blocks_override is not None:
+            pages = window.pages_for(config.num_blocks)
         own = replace(own, kv_cache_spec=_with_pages(own.kv_cache_spec, pages))
-        cache_config = vllm_config.cache_config
         override, cache_config.num_gpu_blocks_override = cache_config.num_gpu_blocks_override, None
         try:
-            layout = cache_config.get_resolved_kv_cache_layout()
-            page_bytes = planning._get_kv_cache_bytes_per_block([own], layout)
-            second = original(vllm_config, [own], pages * page_bytes)
+            second = original(vllm_config, [own], pages * window.page_bytes)
         finally:
             cache_config.num_gpu_blocks_override = override
         begin = round_up(config.kv_cache_tensors[0].size, ALIGNMENT)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from vllm.config import get_layers_from_vllm_config
+from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention.attention import Attention
 from vllm.platforms import current_platform
@@ -86,7 +87,7 @@ class SplitCacheWorker:
     def determine_available_memory(self) -> int:
         """Bytes for pages: what vLLM finds, or less where the host cannot hold as many rows.
 
-        Beside window layers: bytes for their blocks, of which the pages follow (`pools.py`).
+        Beside window layers: those of both pools together, the same on all ranks.
         """
         with pools.measuring():
             available = super().determine_available_memory()  # type: ignore[misc]
@@ -100,13 +101,15 @@ class SplitCacheWorker:
             pages = self._device_pages(available, page_bytes, host_pages)
             self._log_plan(pages, page_bytes, host_pages)
             return pages * page_bytes
-        beside = window.bytes_beside_page
         pages = self._device_pages(
-            available - window.fixed_bytes, page_bytes, host_pages, bytes_beside_page=beside
+            available - window.fixed_bytes, page_bytes, host_pages, window.bytes_beside_page
         )
-        self._check_one_request_fits(pages, available, page_bytes, window)
-        self._log_plan(window.pages_for(window.blocks_for(pages)), page_bytes, host_pages, window)
-        return window.blocks_for(pages) * window.block_bytes
+        if window.holds_most(pages):
+            pages = self._device_pages(available - window.most_bytes, page_bytes, host_pages)
+        self._check_one_request_fits(pages, available, window)
+        self._log_plan(pages, page_bytes, host_pages, window)
+        # The engine would take the least blocks of the ranks, and knows of no pages beside them.
+        return _least_of_ranks(window.bytes_for(pages), self.vllm_config)
 
     def _page_bytes(self) -> tuple[int, WindowPool | None]:
         """Bytes of a page of all layers that attend to the whole context, and what those with a
@@ -159,14 +162,12 @@ class SplitCacheWorker:
         """Blocks, and what goes with them in the device's memory."""
         return min(available // (page_bytes + bytes_beside_page), host_pages)
 
-    def _check_one_request_fits(
-        self, pages: int, available: int, page_bytes: int, window: WindowPool
-    ) -> None:
+    def _check_one_request_fits(self, pages: int, available: int, window: WindowPool) -> None:
         """Refuse a device that cannot hold one request in both pools: vLLM knows of one."""
         needed = window.longest_pages + 1
         if pages >= needed or self.vllm_config.cache_config.num_gpu_blocks_override is not None:
             return
-        least = needed * page_bytes + window.blocks_for(needed) * window.block_bytes
+        least = window.bytes_for(needed)
         raise KCacheConfigError(
             f"kcache: one request of max_model_len={self.vllm_config.model_config.max_model_len} "
             f"needs more than {least / GIB:.2f} GiB for its K pages and the blocks of window "
@@ -258,6 +259,16 @@ class SplitCacheWorker:
         super().shutdown()  # type: ignore[misc]
         if hasattr(self, "split_cache"):
             self.split_cache.close()
+
+
+def _least_of_ranks(value: int, vllm_config: Any) -> int:
+    """The least that a rank of this engine has."""
+    if vllm_config.parallel_config.tensor_parallel_size == 1:
+        return value
+    least = torch.tensor(value)
+    group = get_tp_group().cpu_group
+    torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group)
+    return int(least)
 
 
 def _settings(vllm_config: Any) -> KCacheConfig:

@@ -113,8 +113,7 @@ def cache_shape(shape: ModelShape, engine: Engine, config: KCacheConfig) -> Cach
 def gpu_memory(shape: ModelShape, engine: Engine, config: KCacheConfig) -> GPUMemory:
     """What the engine plans its buffers by."""
     cache = cache_shape(shape, engine, config)
-    limits = StepLimits(engine.max_num_seqs, engine.max_num_batched_tokens, engine.max_model_len)
-    return GPUMemory(cache, config.selection(cache.block_tokens), limits)
+    return GPUMemory(cache, config.selection(cache.block_tokens), _limits(engine))
 
 
 def k_page_bytes(shape: ModelShape, engine: Engine, config: KCacheConfig) -> int:
@@ -133,9 +132,13 @@ def window_pool(shape: ModelShape, engine: Engine, config: KCacheConfig) -> Wind
         block_bytes=2 * len(shape.window_layers) * _layer_page_bytes(shape, engine),
         page_bytes=k_page_bytes(shape, engine, config),
         page_tokens=engine.block_size,
-        max_model_len=engine.max_model_len,
-        in_flight_tokens=STEPS_AT_ONCE * engine.max_num_batched_tokens,
+        limits=_limits(engine),
+        steps_at_once=STEPS_AT_ONCE,
     )
+
+
+def _limits(engine: Engine) -> StepLimits:
+    return StepLimits(engine.max_num_seqs, engine.max_num_batched_tokens, engine.max_model_len)
 
 
 def _layer_page_bytes(shape: ModelShape, engine: Engine) -> int:
@@ -217,10 +220,14 @@ def fit_split(
     page, rows = k_page_bytes(shape, engine, config), memory.shape.host_page_bytes
     on_host = int(host_budget_bytes / engine.tensor_parallel_size) // rows
     window = window_pool(shape, engine, config)
-    beside = 0
-    if window is not None:
-        left, beside = left - window.fixed_bytes, window.bytes_beside_page
-    blocks, slots = memory.plan(left, page, on_host, config.hot_cache_gib, beside)
+    if window is None:
+        blocks, slots = memory.plan(left, page, on_host, config.hot_cache_gib)
+    else:
+        beside, free = window.bytes_beside_page, left - window.fixed_bytes
+        blocks, slots = memory.plan(free, page, on_host, config.hot_cache_gib, beside)
+        if window.holds_most(blocks):
+            free = left - window.most_bytes
+            blocks, slots = memory.plan(free, page, on_host, config.hot_cache_gib)
     useful = memory.limits.useful_pages(memory.shape.page_tokens)
     limited_by, remedy = what_limits(blocks, on_host, useful, memory.shape)
     window_blocks = 0
@@ -232,7 +239,6 @@ def fit_split(
                 "--max-num-batched-tokens."
             )
         window_blocks = window.blocks_for(blocks)
-        blocks = window.pages_for(window_blocks)
     return Fit(
         num_blocks=blocks,
         limited_by=limited_by,

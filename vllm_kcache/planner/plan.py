@@ -326,7 +326,8 @@ def _notes(setup: Setup, load: Load, splits: list[SplitPrediction]) -> list[str]
         notes.append(
             f"{len(shape.window_layers)} of {shape.num_layers} layers have a window of "
             f"{shape.window} tokens and keep K and V in GPU memory, {gib:.3f} GiB a request. Their "
-            "share of the memory is fixed at start; a lower --max-model-len raises it."
+            "share of the memory is fixed at start: a lower --max-num-seqs leaves more for pages, "
+            "a lower --max-model-len more for windows."
         )
     if shape.has_sinks:
         notes.append("kcache 4: refused for this model, since it has learned sinks.")

@@ -157,10 +157,12 @@ def test_a_cache_to_measure_graphs_on_is_small(vllm_config: Any) -> None:
     from vllm_kcache.integration.pools import measuring, planning
 
     groups = planning.get_kv_cache_groups(vllm_config, specs())
-    vllm_config.cache_config.num_gpu_blocks_override = 100
-    with measuring():
-        config = planning.get_kv_cache_config_from_groups(vllm_config, groups, available_memory=0)
-    assert config.hisparse_host_num_blocks == config.num_blocks == 100
+    # So vLLM 0.33 asks for a few blocks, and 0.32.
+    for override, available in ((None, 3 * BLOCK_BYTES), (3, 0)):
+        vllm_config.cache_config.num_gpu_blocks_override = override
+        with measuring():
+            config = planning.get_kv_cache_config_from_groups(vllm_config, groups, available)
+        assert config.hisparse_host_num_blocks == config.num_blocks == 3
 
 
 def test_others_are_grouped_by_vllm(vllm_config: Any, folders: Callable[[str], str]) -> None:

@@ -230,7 +230,8 @@ def _with_own_pool(original: Callable) -> Callable:
         others = [group for group in kv_cache_groups if group is not own]
         window, cache_config = _window_pool(vllm_config, kv_cache_groups), vllm_config.cache_config
         blocks, pages = window.divide(available_memory)
-        config = original(vllm_config, others, blocks * window.block_bytes)
+        block_bytes = available_memory if _measuring else blocks * window.block_bytes
+        config = original(vllm_config, others, block_bytes)
         if _measuring:
             pages = config.num_blocks
         elif cache_config.num_gpu_blocks_override is not None:

@@ -298,7 +298,6 @@ def windows(monkeypatch: pytest.MonkeyPatch, most: int = 40) -> WindowPool:
         K_BYTES // 2, K_BYTES, 8, 5, request_pages=32, longest_pages=64, max_requests=most
     )
     monkeypatch.setattr(worker.pools, "window_pool", lambda config, specs: window)
-    monkeypatch.setattr(worker.pools, "full_specs", lambda specs: list(specs.values()))
     return window
 
 

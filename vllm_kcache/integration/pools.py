@@ -150,11 +150,6 @@ def own_pool_pages(kv_cache_config: Any) -> int | None:
     return None if own is None else kv_cache_config.hisparse_host_num_blocks
 
 
-def full_specs(specs: dict[str, KVCacheSpec]) -> list[KVCacheSpec]:
-    """Those of the layers without a window."""
-    return [spec for spec in specs.values() if type(spec) is not SlidingWindowSpec]
-
-
 def window_pool(vllm_config: Any, specs: dict[str, KVCacheSpec]) -> WindowPool | None:
     """What the window layers of a rank take beside pages of its full layers.
 
@@ -162,7 +157,7 @@ def window_pool(vllm_config: Any, specs: dict[str, KVCacheSpec]) -> WindowPool |
         vllm_config: vLLM's configuration, its layout of the cache resolved.
         specs: Layer name to cache spec, all layers of the rank.
     """
-    if len(full_specs(specs)) == len(specs):
+    if not any(type(spec) is SlidingWindowSpec for spec in specs.values()):
         return None
     groups = planning.get_kv_cache_groups(vllm_config, dict(specs))
     return None if _own_group(groups) is None else _window_pool(vllm_config, groups)

@@ -116,8 +116,9 @@ class SplitCacheWorker:
         window take besides."""
         specs = self.get_kv_cache_spec()  # type: ignore[attr-defined]
         window = pools.window_pool(self.vllm_config, specs)
-        full = specs.values() if window is None else pools.full_specs(specs)
-        return sum(spec.page_size_bytes for spec in full), window
+        if window is not None:
+            return window.page_bytes, window
+        return sum(spec.page_size_bytes for spec in specs.values()), None
 
     def _log_plan(
         self, pages: int, page_bytes: int, host_pages: int, window: WindowPool | None = None

@@ -95,7 +95,7 @@ def test_blocks_that_do_not_fit(
     assert problems(folders("llama"), *flags, str(most)) == []
     (found,) = problems(folders("llama"), *flags, str(most + 1))
     assert found == (
-        f"num_gpu_blocks_override={most + 1}: the rows of {most + 1} blocks need 0.50 GiB of host "
+        f"num_gpu_blocks_override={most + 1}: the rows of that many blocks need 0.50 GiB of host "
         "memory, and this rank may use 0.50 GiB. Lower --num-gpu-blocks-override or raise "
         "kcache_config.host_memory_gib."
     )

@@ -148,8 +148,9 @@ def override_problems(
         table_rows: V blocks of one page, over the layers of a rank; None without a hot cache.
     """
     if pages * row_bytes > budget:
+        many = "that many blocks" if blocks == pages else f"{pages} pages beside them"
         yield (
-            f"num_gpu_blocks_override={blocks}: the rows of {pages} blocks need "
+            f"num_gpu_blocks_override={blocks}: the rows of {many} need "
             f"{pages * row_bytes / GIB:.2f} GiB of host memory, and this rank may use "
             f"{budget / GIB:.2f} GiB. Lower --num-gpu-blocks-override or raise "
             "kcache_config.host_memory_gib."

@@ -228,8 +228,9 @@ class SplitCacheWorker:
         if budget is None:
             budget = self._host_budget()
         if needed > budget:
+            many = "that many blocks" if blocks in (None, pages) else f"{pages} pages beside them"
             raise KCacheConfigError(
-                f"num_gpu_blocks_override={blocks or pages}: the rows of {pages} blocks need "
+                f"num_gpu_blocks_override={blocks or pages}: the rows of {many} need "
                 f"{needed / GIB:.2f} GiB of host memory, and this rank may use "
                 f"{budget / GIB:.2f} GiB. Lower --num-gpu-blocks-override or raise "
                 "kcache_config.host_memory_gib."

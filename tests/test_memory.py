@@ -18,6 +18,7 @@ from vllm_kcache.memory import (
     WORKSPACE_BYTES,
     GPUMemory,
     StepLimits,
+    WindowPool,
     what_limits,
 )
 
@@ -85,6 +86,74 @@ def test_what_is_left_is_hot_cache() -> None:
             assert available - pages * page - slots * memory.slot_bytes < memory.slot_bytes
     assert memory.plan(10**9, shape.host_page_bytes, 30, "auto") == (30, 30 * rows)
     assert memory.plan(10**6, shape.host_page_bytes, 30, 0) == (30, 0)
+
+
+@pytest.mark.parametrize("max_requests", [1000, 3])
+@pytest.mark.parametrize("page_bytes", [90, 7000])
+@pytest.mark.parametrize(
+    ("request_blocks", "request_pages", "longest"),
+    [(17, 1000, 4096), (33, 64, 64), (5, 5, 9), (1, 1, 1), (66, 7, 8)],
+)
+def test_window_blocks_and_pages(
+    request_blocks: int, request_pages: int, longest: int, page_bytes: int, max_requests: int
+) -> None:
+    pool = WindowPool(1000, page_bytes, request_blocks, 9, request_pages, longest, max_requests)
+    for requests in (1, 2, 5, 7):
+        pages = 1 + requests * request_pages
+        assert pool.holds_most(pages) == (requests >= max_requests)
+        held = min(requests, max_requests)
+        assert pool.blocks_for(pages) == 9 + held * request_blocks
+        assert pool.requests(pages, request_pages) == held
+        assert pool.requests(pages, 2 * request_pages) == min(requests / 2, held)
+        # A short one takes as much of the window layers.
+        assert pool.requests(pages, 1) == held
+        # Where blocks are given, whatever there may be of requests.
+        assert pool.pages_for(9 + requests * request_blocks) == max(pages, 1 + longest)
+    for pages in range(1 + longest, 1 + 9 * longest, 3):
+        blocks = pool.blocks_for(pages)
+        assert pool.bytes_for(pages) == 1000 * blocks + page_bytes * pages
+        assert pool.divide(pool.bytes_for(pages)) == (blocks, pages)
+        assert 1000 * blocks <= pool.most_bytes
+        if blocks > 9 + request_blocks:
+            assert 1000 * blocks <= pool.fixed_bytes + pages * pool.bytes_beside_page
+    # A cache too small for one request is refused elsewhere, and has room for it.
+    assert pool.pages_for(0) == 1 + longest
+    assert pool.divide(0) == (9 + request_blocks, 1 + longest)
+
+
+@pytest.mark.parametrize(("window", "longest"), [(1024, 131072), (1024, 4096), (4096, 2048)])
+@pytest.mark.parametrize("page_bytes", [1000, 100_000])
+def test_short_and_long_requests_lose_the_same_share(
+    window: int, longest: int, page_bytes: int
+) -> None:
+    """Against one pool that could hold what any request needs."""
+    tokens, block_bytes = 16, 400_000
+    limits = StepLimits(10**9, 8192, longest)
+    pool = WindowPool.plan([(window, tokens)], block_bytes, page_bytes, tokens, limits, 2)
+    whole = 10**12
+
+    def elastic(pages: int) -> float:
+        return whole / (pool.request_blocks * block_bytes + pages * page_bytes)
+
+    pages = whole // (page_bytes + pool.bytes_beside_page)
+    shortest = min(window, longest) // tokens
+    shares = [
+        pool.requests(pages, length) / elastic(length)
+        for length in (shortest, (shortest + pool.longest_pages) // 2, pool.longest_pages)
+    ]
+    assert shares[0] == pytest.approx(shares[2], rel=0.02)
+    assert shares[1] >= min(shares[0], shares[2]) * 0.999
+    assert 0.3 < shares[0] <= 1.001
+
+
+def test_the_hot_cache_has_no_share_of_window_layers() -> None:
+    shape = SHAPES[0]
+    memory = planned(shape, {}, StepLimits(10**4, 128, 1000))
+    page, beside = shape.host_page_bytes, 10 * shape.host_page_bytes
+    pages, slots = memory.plan(10**9, page, 10**6, "auto", beside)
+    hot, own = slots * memory.slot_bytes, pages * (page + memory.page_bytes)
+    assert 10**9 - page - beside < hot + own + pages * beside <= 10**9
+    assert hot == pytest.approx(0.07 * (hot + own), rel=0.01)
 
 
 def test_groups_are_as_large_as_their_buffers_allow() -> None:

@@ -23,7 +23,16 @@ from vllm_kcache.planner.cost import (
     split_step,
     stock_step,
 )
-from vllm_kcache.planner.memory import GIB, Engine, cache_shape, fit_stock, gpu_memory
+from vllm_kcache.planner.memory import (
+    GIB,
+    Engine,
+    cache_bytes_gpu,
+    cache_shape,
+    fit_split,
+    fit_stock,
+    gpu_memory,
+    window_pool,
+)
 from vllm_kcache.planner.plan import Load, Plan, Setup, make_plan, ratio_at
 from vllm_kcache.planner.selection import (
     HIT_RATES,
@@ -282,6 +291,103 @@ def test_dense_layers_cost_what_stock_layers_cost() -> None:
     assert dense.seconds == pytest.approx(stock.seconds)
     assert dense.hbm_bytes == pytest.approx(stock.hbm_bytes)
     assert dense.pcie_bytes == 0
+
+
+# Window layers.
+
+
+def window_shape() -> Any:
+    """The Llama-3-8B shape with a window of 1024 tokens in three of four layers."""
+    layers = tuple(number for number in range(32) if number % 4)
+    return dataclasses.replace(shape_of("llama-3-8b"), window=1024, window_layers=layers)
+
+
+def test_window_layers_read_their_window() -> None:
+    """8 layers of 32 read all of 32768 tokens, 24 read 1024; of the split cache the 8 are split."""
+    shape, row, plain = window_shape(), 2 * 8 * 128 * 2, shape_of("llama-3-8b")
+    step = (H100, engine_of(32768), 8, 32768)
+    stock = stock_step(shape, *step)
+    saved = stock_step(plain, *step).hbm_bytes - stock.hbm_bytes
+    assert saved == 8 * 24 * (32768 - 1024) * row
+    short = (H100, engine_of(32768), 8, 1000)
+    assert stock_step(shape, *short).cache == stock_step(plain, *short).cache
+    for changes in ({}, {"dense_layers": [0, 1]}):
+        config = KCacheConfig.from_user({"top_n": 16, "k_bits": 4, **changes})
+        cache = cache_shape(shape, engine_of(32768), config)
+        # Layer 1 has a window, and keeps V anyway.
+        dense = 1 if changes else 0
+        assert cache.num_layers == 8 - dense
+        split = split_step(shape, *step, SplitWork(128, 1.0, cache, 64))
+        codes = cache.num_layers * 8 * 8 * 32768 * 68
+        rows = cache.num_layers * 8 * 8 * 128 // 8 * cache.row.bytes
+        whole = 8 * row * (dense * 32768 + 24 * 1024)
+        weights = stock.hbm_bytes - 8 * row * (8 * 32768 + 24 * 1024)
+        assert split.hbm_bytes == pytest.approx(weights + codes + rows + whole)
+
+
+def test_blocks_of_stock_with_window_layers() -> None:
+    """Four groups of eight layers, of which one holds all tokens and three a window."""
+    engine = engine_of(32768)
+    fit, plain = (
+        fit_stock(shape, engine, H100.gpu_memory_bytes)
+        for shape in (window_shape(), shape_of("llama-3-8b"))
+    )
+    assert fit.num_blocks == pytest.approx(4 * plain.num_blocks, abs=4)
+    assert fit.requests(32768, 16) == (fit.num_blocks - 1) / (2048 + 3 * 65)
+    assert fit.requests(512, 16) == (fit.num_blocks - 1) / (4 * 32)
+    # Where the kinds are nearly as many, all are padded to the larger.
+    few = dataclasses.replace(window_shape(), window_layers=tuple(range(18)))
+    fit = fit_stock(few, engine, H100.gpu_memory_bytes)
+    assert (fit.full_groups, fit.window_groups) == (1, 1)
+    assert fit.num_blocks == pytest.approx(plain.num_blocks * 32 / 18, rel=0.001)
+
+
+@pytest.mark.parametrize("k_bits", [16, 4])
+@pytest.mark.parametrize("host_gib", [20, 2000])
+def test_both_pools_fit(k_bits: int, host_gib: int) -> None:
+    shape, engine = window_shape(), engine_of(32768, max_num_seqs=256)
+    config = KCacheConfig.from_user({"k_bits": k_bits})
+    fit = fit_split(shape, engine, H100.gpu_memory_bytes, host_gib * GIB, config)
+    pool = window_pool(shape, engine, config)
+    assert pool is not None
+    assert (fit.num_blocks, fit.window_pool_blocks + pool.step_blocks) == (
+        pool.divide(fit.cache_bytes)[::-1]
+    )
+    blocks = fit.window_pool_blocks + pool.step_blocks
+    token_bytes = 8 * (256 if k_bits == 16 else 68)
+    assert fit.cache_bytes == (
+        fit.num_blocks * 16 * 8 * token_bytes + blocks * 16 * 24 * 2 * 8 * 128 * 2
+    )
+    used = fit.cache_bytes + fit.hot_cache_bytes + fit.buffer_bytes
+    available = cache_bytes_gpu(shape, engine, H100.gpu_memory_bytes)
+    assert used <= available
+    row = 2048 if k_bits == 16 else 2080
+    assert fit.host_bytes == fit.num_blocks * 16 // 8 * 8 * 8 * row <= host_gib * GIB
+    assert fit.limited_by == ("host memory" if host_gib == 20 else "GPU memory")
+    if host_gib == 2000:
+        assert used >= 0.99 * available
+    short, long = fit.requests(1040, 16), fit.requests(32768 + 88, 16)
+    assert short == fit.window_pool_blocks / 65
+    assert long == (fit.num_blocks - 1) / 2054
+    stock = fit_stock(shape, engine, H100.gpu_memory_bytes)
+    assert (long > 1.1 * stock.requests(32768 + 88, 16)) == (k_bits == 4 and host_gib == 2000)
+
+
+def test_codes_beside_sinks_are_noted() -> None:
+    shape = dataclasses.replace(shape_of("llama-3-8b"), has_sinks=True)
+    plan = make_plan(dataclasses.replace(setup_of(), shape=shape), Load(32768))
+    assert plan.notes[0] == "kcache 4: refused for this model, since it has learned sinks."
+    assert not any("sinks" in note for note in plan_of().notes)
+
+
+def test_window_layers_are_noted() -> None:
+    plan = make_plan(dataclasses.replace(setup_of(), shape=window_shape()), Load(32768))
+    assert "24 of 32 layers have a window of 1024 tokens" in plan.notes[0]
+    # 65 blocks of 16 tokens.
+    assert f"{65 * 16 * 24 * 4096 / GIB:.3f} GiB a request" in plan.notes[0]
+    assert not any("window" in note for note in plan_of().notes)
+    with pytest.raises(PlanError, match="not one request of 32856 tokens fits"):
+        make_plan(dataclasses.replace(setup_of(host_gib=0.5), shape=window_shape()), Load(32768))
 
 
 # What a selection keeps, and what the hot cache holds of it.

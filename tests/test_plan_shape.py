@@ -95,11 +95,23 @@ def test_path_of_the_file_itself(tmp_path: Path) -> None:
     [
         ({"kv_lora_rank": 512}, "multi-head latent attention (kv_lora_rank)"),
         (
+            {"layer_types": ["full_attention", "chunked_attention"]},
+            "layer_types ['chunked_attention', 'full_attention']",
+        ),
+        (
             {"layer_types": ["full_attention", "sliding_attention"]},
             "layer_types ['full_attention', 'sliding_attention']",
         ),
+        (
+            {"layer_types": ["linear_attention", "sliding_attention"], "sliding_window": 9},
+            "layer_types ['linear_attention', 'sliding_attention']",
+        ),
         ({"is_encoder_decoder": True}, "an encoder and a decoder"),
-        ({"sliding_window": 4096}, "sliding_window=4096"),
+        ({"sliding_window": 4096}, "sliding_window=4096 in every layer"),
+        (
+            {"sliding_window": 4096, "layer_types": ["sliding_attention"] * 2},
+            "sliding_window=4096 in every layer",
+        ),
     ],
 )
 def test_attention_that_is_not_served(
@@ -109,6 +121,21 @@ def test_attention_that_is_not_served(
         shape_of(tmp_path, {**SMALL, **changes})
     assert f"the model has {message}" in str(caught.value)
     assert "vllm-kcache check lists" in str(caught.value)
+
+
+def test_window_layers(tmp_path: Path) -> None:
+    mixed = {"sliding_window": 40, "layer_types": ["full_attention", "sliding_attention"]}
+    shape = shape_of(tmp_path, {**SMALL, **mixed})
+    assert (shape.window, shape.window_layers, shape.num_full_layers) == (40, (1,), 1)
+    assert (shape.window_tokens(39), shape.window_tokens(41)) == (39, 40)
+    # Gemma 3 as it was published does not say which layers: five of six.
+    gemma = {**SMALL, "model_type": "gemma3_text", "sliding_window": 40, "num_hidden_layers": 14}
+    shape = shape_of(tmp_path, {"text_config": gemma})
+    assert shape.window_layers == (0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 12, 13)
+    assert not shape.has_sinks
+    assert shape_of(tmp_path, {**SMALL, **mixed, "model_type": "gpt_oss"}).has_sinks
+    third = shape_of(tmp_path, {**gemma, "sliding_window_pattern": 3})
+    assert third.num_full_layers == 4
 
 
 def test_a_window_that_is_switched_off(tmp_path: Path) -> None:

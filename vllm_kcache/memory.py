@@ -4,6 +4,7 @@ predicts by it; nothing else decides a size."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,6 +40,127 @@ class StepLimits:
     def useful_pages(self, page_tokens: int) -> int:
         """Pages of the most requests of the greatest length, and one that vLLM keeps for itself."""
         return self.max_requests * -(-self.max_model_len // page_tokens) + 1
+
+
+@dataclass(frozen=True)
+class WindowPool:
+    """Device memory of layers with a sliding window, beside the pages of the full layers.
+
+    They keep K and V of the window there, in a pool of blocks of their own, and neither pool can
+    lend to the other. So both are made for the same number of requests of one length; but blocks
+    for no more requests than there may be, and pages of all that is left then.
+
+    Attributes:
+        block_bytes: One block, in all window layers of a rank.
+        page_bytes: One page, in all full layers of a rank.
+        request_blocks: Most blocks that a request holds while it decodes.
+        step_blocks: Blocks that the prompts of running steps hold besides, and vLLM's own one.
+        request_pages: Pages of a request of that length.
+        longest_pages: Pages of the longest request.
+        max_requests: Most requests at once.
+    """
+
+    block_bytes: int
+    page_bytes: int
+    request_blocks: int
+    step_blocks: int
+    request_pages: int
+    longest_pages: int
+    max_requests: int
+
+    @classmethod
+    def plan(
+        cls,
+        windows: Iterable[tuple[int, int]],
+        block_bytes: int,
+        page_bytes: int,
+        page_tokens: int,
+        limits: StepLimits,
+        steps_at_once: int,
+    ) -> WindowPool:
+        """The pool of some groups of layers, each with a window and tokens of a block of its own.
+
+        Both pools could be used up by requests of one length only. It is chosen such that of the
+        requests that one elastic pool would hold, the same share fits of those as short as a window
+        and of the longest; of no length between them a smaller one.
+
+        Args:
+            windows: Of each group: tokens of the window, and of a block.
+            block_bytes, page_bytes: As the attributes.
+            page_tokens: S of the full layers.
+            limits: What a step may hold.
+            steps_at_once: Steps that vLLM may have begun and not ended.
+        """
+        max_model_len = limits.max_model_len
+        in_flight_tokens = steps_at_once * limits.max_tokens
+        request_blocks = step_blocks = shortest = 0
+        longest = -(-max_model_len // page_tokens)
+        for window, tokens in windows:
+            # One block more, where a window begins within one.
+            held = -(-min(window + tokens, max_model_len) // tokens)
+            # What vLLM wants to be free before it lets the first request in.
+            most = -(-min(window - 1 + in_flight_tokens, max_model_len) // tokens) + 1
+            request_blocks += held
+            step_blocks += max(0, most - held)
+            shortest = max(shortest, -(-min(window, max_model_len) // page_tokens))
+        beside = request_blocks * block_bytes
+        pages = longest * (beside + shortest * page_bytes) // (beside + longest * page_bytes)
+        return cls(
+            block_bytes, page_bytes, request_blocks, step_blocks + 1, max(pages, shortest, 1),
+            longest, limits.max_requests,
+        )  # fmt: skip
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes of blocks that do not depend on the number of requests."""
+        return self.step_blocks * self.block_bytes
+
+    @property
+    def most_bytes(self) -> int:
+        """Bytes of blocks for the most requests."""
+        return (self.step_blocks + self.max_requests * self.request_blocks) * self.block_bytes
+
+    @property
+    def bytes_beside_page(self) -> int:
+        """Bytes of blocks that go with each page, until there are those of the most requests."""
+        return -(-self.request_blocks * self.block_bytes // self.request_pages)
+
+    def holds_most(self, pages: int) -> bool:
+        """Whether blocks for the most requests go with so many pages."""
+        return pages - 1 >= self.max_requests * self.request_pages
+
+    def blocks_for(self, pages: int) -> int:
+        """Blocks that go with so many pages, one of which vLLM keeps for itself: at least those of
+        one request."""
+        return self._blocks(max(0, pages - 1) * self.request_blocks // self.request_pages)
+
+    def bytes_for(self, pages: int) -> int:
+        """Bytes of so many pages and the blocks that go with them."""
+        return pages * self.page_bytes + self.blocks_for(pages) * self.block_bytes
+
+    def divide(self, available_bytes: int) -> tuple[int, int]:
+        """Blocks and pages that take so many bytes: of `bytes_for(n)` n pages and their blocks. Of
+        both at least those of the longest request, for which a cache is refused if it has none."""
+        request = self.request_blocks * self.block_bytes + self.request_pages * self.page_bytes
+        free = max(0, available_bytes - self.fixed_bytes - self.page_bytes)
+        blocks = self._blocks(free * self.request_blocks // request)
+        pages = (available_bytes - blocks * self.block_bytes) // self.page_bytes
+        return blocks, max(pages, self.longest_pages + 1)
+
+    def pages_for(self, blocks: int) -> int:
+        """Pages that go with so many blocks, where those are given: of the longest request at
+        least."""
+        free = max(0, blocks - self.step_blocks)
+        return 1 + max(free * self.request_pages // self.request_blocks, self.longest_pages)
+
+    def requests(self, pages: int, request_pages: int) -> float:
+        """Requests of so many pages that fit in so many, and in the blocks that go with them."""
+        blocks = self.blocks_for(pages) - self.step_blocks
+        return min((pages - 1) / request_pages, blocks / self.request_blocks)
+
+    def _blocks(self, free: int) -> int:
+        most = self.max_requests * self.request_blocks
+        return self.step_blocks + min(max(free, self.request_blocks), most)
 
 
 def what_limits(
@@ -136,6 +258,7 @@ class GPUMemory:
         k_page_bytes: int,
         host_pages: int,
         hot_cache_gib: float | Literal["auto"],
+        bytes_beside_page: int = 0,
     ) -> tuple[int, int]:
         """Pages and slots of the hot cache.
 
@@ -148,11 +271,15 @@ class GPUMemory:
             k_page_bytes: Bytes of a page of K of all layers (and of V of those that are not split).
             host_pages: Pages whose rows the host can hold.
             hot_cache_gib: The setting; 0 switches the cache off.
+            bytes_beside_page: Of `WindowPool`; no part of the whole that the share is of.
         """
         available = max(0, available_bytes)
         useful = self.limits.useful_pages(self.shape.page_tokens)
         most, page = min(host_pages, useful), k_page_bytes + self.page_bytes
         share = HOT_CACHE_SHARE[self.shape.k_bits]
+        whole = page / (1 - share)
+        share *= whole / (whole + bytes_beside_page)
+        page += bytes_beside_page
         hot = available * share if hot_cache_gib == "auto" else float(hot_cache_gib) * 2**30
         slots = int(hot) // self.slot_bytes
         pages = max(0, min(most, (available - slots * self.slot_bytes) // page))

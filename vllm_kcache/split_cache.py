@@ -20,7 +20,8 @@ from vllm_kcache.reference.attend import attend_blocks, attend_rows, estimate_er
 from vllm_kcache.reference.fetch import fetch_blocks, fetch_rows
 from vllm_kcache.reference.full import attend_full, attend_full_rows
 from vllm_kcache.reference.score import score_blocks, score_codes
-from vllm_kcache.reference.select import select_blocks
+from vllm_kcache.reference.select import request_lse, select_blocks
+from vllm_kcache.reference.sinks import share_of_tokens
 from vllm_kcache.reference.write import write_codes_and_rows, write_kv
 from vllm_kcache.types import KStats
 
@@ -81,12 +82,15 @@ class LayerInputs:
         key, value: [tokens, Hkv, D] model dtype, on the device; None where the layer writes
             nothing, because it reads the pages of another.
         scale: Factor of the scores.
+        sinks: [Hq], on the device. Learned scores beside those of the tokens; None where the model
+            has none. Not with codes.
     """
 
     query: torch.Tensor
     key: torch.Tensor | None
     value: torch.Tensor | None
     scale: float
+    sinks: torch.Tensor | None = None
 
 
 class SplitCache:
@@ -267,7 +271,7 @@ class CPUSplitCache(SplitCache):
         )  # fmt: skip
         query = inputs.query[first:last]
         if view.k_stats is None:
-            attend_full(query, view.k_pages, view.v_pages, *batch)
+            attend_full(query, view.k_pages, view.v_pages, *batch, inputs.sinks)
             return
         chunk = None
         if inputs.key is not None and inputs.value is not None:
@@ -298,6 +302,9 @@ class CPUSplitCache(SplitCache):
                 query, view.k_pages, view.v_pages, fetched, selected, *batch, view.tail, out=out,
                 clip=view.selection.clips(seq_lens),
             )  # fmt: skip
+            if inputs.sinks is not None:
+                lse = request_lse(block_lse, seq_lens, tokens)
+                out.mul_(share_of_tokens(lse, inputs.sinks)[..., None])
         else:
             fetched = fetch_rows(
                 selected, table, view.host_rows, shape.num_kv_heads, shape.page_tokens // tokens

@@ -21,6 +21,7 @@ from vllm_kcache.kernels.transfer import ContextPiece, PrefillTransfer, plan_pie
 from vllm_kcache.kernels.workspace import DecodeBatch, DecodeWorkspace
 from vllm_kcache.kernels.write import WriteParts, write_kv
 from vllm_kcache.memory import GPUMemory, StepLimits
+from vllm_kcache.reference.sinks import share_of_tokens
 from vllm_kcache.split_cache import Figures, LayerInputs, SplitCache, Step
 
 # V of so small a prefill (a layer's, bytes) is stored by the kernel that stores K: that takes the
@@ -238,6 +239,12 @@ class GPUSplitCache(SplitCache):
                 view, self.workspace, batch, out[rows], after_write=written and first == 0,
                 followers=followers,
             )  # fmt: skip
+            if inputs.sinks is not None:
+                # As reference/sinks.py. Selection has left the log-sum-exp of the exact scores, and
+                # nobody needs it any more: so nothing is allocated.
+                heads = out[rows].shape[:2]
+                lse = self.workspace.lse[: heads.numel()].view(heads)
+                out[rows].mul_(lse.sub_(inputs.sinks).sigmoid_()[..., None])
 
     def _plan(self, step: Step) -> PrefillPlan:
         """Work out once what all layers of a step with prefills need."""
@@ -295,7 +302,10 @@ class GPUSplitCache(SplitCache):
             part = attend(query, keys, values, plan.queries, keys_at, False, inputs.scale)
             self.transfer.release()
             result = self.prefill.merge(part, result)
-        out[rows] = result[0]
+        output, lse = result
+        if inputs.sinks is not None:
+            output = output * share_of_tokens(lse.T, inputs.sinks)[..., None]
+        out[rows] = output
 
     def _gather_next(self, layer: int, number: int, plan: PrefillPlan) -> None:
         """Start on the piece after this one: of this layer, or the first of the next layer."""

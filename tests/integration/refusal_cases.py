@@ -35,7 +35,7 @@ class Case:
 
 
 KV_DTYPE = "kv_cache_dtype={value}"
-WINDOW = "sliding-window attention ({value})"
+WINDOW = "sliding-window attention in every layer ({value})"
 SINKS = "attention sinks ({value})"
 ALIBI = "ALiBi ({value})"
 HYBRID = "hybrid or attention-free models ({value})"
@@ -88,21 +88,36 @@ CASES = {
             }
         },
     ),
-    "some layers with a window": Case(
-        WINDOW, "sliding-window attention (layer_types with 'sliding_attention'):", FULL_ATTENTION,
-        model="gemma2",
-    ),
     "all layers with a window": Case(
-        WINDOW, "sliding-window attention (sliding_window=256):", "--disable-sliding-window",
-        model="mistral, window",
+        WINDOW, "sliding-window attention in every layer (sliding_window=256):",
+        "--disable-sliding-window", model="mistral, window",
     ),
     "use_sliding_window": Case(
-        WINDOW, "sliding-window attention (layer_types with 'sliding_attention'):", FULL_ATTENTION,
-        model="qwen2, window",
+        WINDOW, "sliding-window attention in every layer (sliding_window=256):",
+        "full attention in some layers", model="qwen2, window",
     ),
     "window as long as the context": Case(
-        WINDOW, "sliding-window attention (sliding_window=512):", "--disable-sliding-window",
-        model="phi3, window as long as the context",
+        WINDOW, "sliding-window attention in every layer (sliding_window=512):",
+        "--disable-sliding-window", model="phi3, window as long as the context",
+    ),
+    "one pool beside windows": Case(
+        "one pool for all layers beside sliding-window layers ({value})",
+        "one pool for all layers beside sliding-window layers "
+        "(disable_hybrid_kv_cache_manager=True):",
+        "Leave --disable-hybrid-kv-cache-manager out", model="gemma3",
+        arguments={"disable_hybrid_kv_cache_manager": True},
+    ),
+    "stages beside windows": Case(
+        "pipeline stages beside sliding-window layers ({value})",
+        "pipeline stages beside sliding-window layers (pipeline_parallel_size=2):",
+        "Use --tensor-parallel-size",
+        model="gemma3", arguments={"pipeline_parallel_size": 2},
+    ),
+    "a length that vLLM chooses beside windows": Case(
+        "a length that vLLM chooses beside sliding-window layers ({value})",
+        "a length that vLLM chooses beside sliding-window layers (max_model_len=-1):",
+        "Set --max-model-len", model="gemma3",
+        arguments={"max_model_len": -1},
     ),
     "chunked layers": Case(
         CHUNKED, "chunked local attention (layer_types with 'chunked_attention'):", FULL_ATTENTION,
@@ -173,9 +188,10 @@ CASES = {
         "attn_logit_softcapping={value}", "attn_logit_softcapping=50.0:",
         "Serve a model without a soft cap", model="gemma2",
     ),
-    "sinks of gpt-oss": Case(
-        SINKS, "attention sinks (model type gpt_oss):", "Serve a model without learned sinks",
-        model="gpt-oss",
+    "sinks with codes": Case(
+        "attention sinks with K codes ({value})",
+        "attention sinks with K codes (model type gpt_oss):", "Set kcache_config.k_bits to 16",
+        model="gpt-oss", settings={"k_bits": 4},
     ),
     "sinks of Granite": Case(
         SINKS, "attention sinks (layer_types of Granite):", "Serve a model without learned sinks",
@@ -260,7 +276,15 @@ FREE: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 with layer_types of full attention": ("qwen3", {}),
     "mistral with sliding_window null": ("mistral", {}),
     "mistral with its window capped": ("mistral, window", {"disable_sliding_window": True}),
+    "mistral with a window in some layers": ("mistral, some windows", {}),
+    "gemma3": ("gemma3", {}),
+    "gemma3 with its windows capped, in one pool": (
+        "gemma3",
+        {"disable_sliding_window": True, "disable_hybrid_kv_cache_manager": True},
+    ),
+    "olmo3": ("olmo3", {}),
     "granite without sinks": ("granite", {}),
+    "gpt-oss with K itself": ("gpt-oss", {}),
     "wide groups on the CPU": ("llama, 20 query heads on one KV head", {}),
     "the model's dtype, named": ("llama", {"kv_cache_dtype": "bfloat16"}),
     "a checkpoint's fp8 KV, overruled": (

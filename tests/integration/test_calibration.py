@@ -19,9 +19,9 @@ from vllm_kcache.types import KStats
 HEADS, KV_HEADS, HEAD_SIZE, SCALE = 6, 2, 64, 0.2
 
 
-def recorder(source: Any = None) -> Any:
+def recorder(source: Any = None, window: int | None = None) -> Any:
     impl = SimpleNamespace(num_heads=HEADS, num_kv_heads=KV_HEADS, scale=SCALE)
-    return calibration._Recorder(impl, source)
+    return calibration._Recorder(impl, source, window)
 
 
 def run(recorder: Any, tokens: int, seed: int) -> tuple[torch.Tensor, ...]:
@@ -35,16 +35,25 @@ def run(recorder: Any, tokens: int, seed: int) -> tuple[torch.Tensor, ...]:
     return query, key, value, output.view(tokens, HEADS, HEAD_SIZE)
 
 
-def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def causal(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int = 10**6
+) -> torch.Tensor:
     key, value = (x.double().repeat_interleave(HEADS // KV_HEADS, 1) for x in (key, value))
     scores = SCALE * torch.einsum("nhd,thd->hnt", query.double(), key)
-    ahead = torch.arange(key.shape[0]) > torch.arange(key.shape[0])[:, None]
-    return torch.einsum("hnt,thd->nhd", scores.masked_fill(ahead, -torch.inf).softmax(-1), value)
+    before = torch.arange(key.shape[0])[:, None] - torch.arange(key.shape[0])
+    unseen = (before < 0) | (before >= window)
+    return torch.einsum("hnt,thd->nhd", scores.masked_fill(unseen, -torch.inf).softmax(-1), value)
 
 
 def test_a_layer_attends_to_the_text_itself() -> None:
     query, key, value, result = run(recorder(), 37, 0)
     assert_close(result, causal(query, key, value))
+
+
+@pytest.mark.parametrize("window", [1, 8, 36, 37, 100])
+def test_a_window_layer_attends_to_its_window(window: int) -> None:
+    query, key, value, result = run(recorder(window=window), 37, 0)
+    assert_close(result, causal(query, key, value, window))
 
 
 def test_a_layer_that_shares_a_cache_attends_to_that() -> None:

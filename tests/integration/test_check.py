@@ -44,7 +44,6 @@ def test_everything_at_once(folders: Callable[[str], str]) -> None:
     assert [text.split(":")[0].removeprefix(PREFIX) for text in found[:-1]] == [
         "attention_backend=FLASH_ATTN",
         "kv_offloading_size=1.0",
-        "sliding-window attention (layer_types with 'sliding_attention')",
         "attn_logit_softcapping=50.0",
         "block_size=8",
         "kcache_config.dense_layers=2",
@@ -109,13 +108,63 @@ def test_blocks_that_the_table_cannot_number() -> None:
 
     layers, rows = 2, 4
     most = (2**31 - 1) // (layers * rows)
-    assert list(override_problems(most, 8192, 2**60, layers * rows)) == []
-    (found,) = override_problems(most + 1, 8192, 2**60, layers * rows)
+    assert list(override_problems(most, most, 8192, 2**60, layers * rows)) == []
+    (found,) = override_problems(most + 1, most + 1, 8192, 2**60, layers * rows)
     assert found.endswith(f"Lower --num-gpu-blocks-override to {most}.")
-    assert list(override_problems(most + 1, 8192, 2**60, None)) == []
+    assert list(override_problems(most + 1, most + 1, 8192, 2**60, None)) == []
     HotCache.make(1, layers, most * rows, 1024, "meta")
     with pytest.raises(ValueError, match=r"must be below 2\*\*31"):
         HotCache.make(1, layers, (most + 1) * rows, 1024, "meta")
+
+
+@pytest.mark.parametrize(("k_bits", "dense"), [(16, []), (4, []), (4, [1]), (4, [0])])
+def test_blocks_of_window_layers_that_do_not_fit(
+    folders: Callable[[str], str], tmp_path: Path, k_bits: int, dense: list[int]
+) -> None:
+    """By the pages that vLLM's own planning makes beside them, layers 1 and 3 of 4 without one."""
+    import torch
+    from vllm import EngineArgs
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+    from vllm_kcache.integration.pools import planning
+
+    config = json.loads(Path(folders("gemma3"), "config.json").read_text())
+    config |= {"num_hidden_layers": 4, "layer_types": config["layer_types"] * 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    blocks = 60
+    arguments = {"block_size": 16, "max_num_batched_tokens": 512, "max_model_len": 512}
+    vllm_config = EngineArgs(
+        str(tmp_path), skip_tokenizer_init=True, kv_backend="kcache",
+        num_gpu_blocks_override=blocks, **arguments,
+    ).create_engine_config()  # fmt: skip
+    vllm_config.cache_config.kv_cache_layout = "LBHNC"
+    shape = {"block_size": 16, "num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16}
+    token_bytes = 128 if k_bits == 16 else 36
+    specs = {
+        f"layers.{number}": SlidingWindowSpec(**shape, sliding_window=256)
+        if number % 2 == 0
+        else FullAttentionSpec(
+            **shape, state_content_bytes=None if number in dense else token_bytes
+        )
+        for number in range(4)
+    }
+    (made,) = planning.get_kv_cache_configs(vllm_config, [specs], [0])
+    pages = made.hisparse_host_num_blocks
+    assert pages != blocks
+    split = 2 - len(set(dense) & {1, 3})
+    needed = pages * split * 2 * 16 * (64 * 2 if k_bits == 16 else 64 + 64 + 2 + 2)
+    for budget, refused in (
+        (needed, []),
+        (needed - 1, [f"override={blocks}: the rows of {pages}"]),
+    ):
+        settings = {"host_memory_gib": budget / 2**30, "k_bits": k_bits, "dense_layers": dense}
+        flags = (f"--{name.replace('_', '-')}={value}" for name, value in arguments.items())
+        found = problems(
+            str(tmp_path), *flags, f"--num-gpu-blocks-override={blocks}",
+            "--kcache-config", json.dumps(settings),
+        )  # fmt: skip
+        assert len(found) == len(refused)
+        assert all(part in text for part, text in zip(refused, found, strict=True))
 
 
 def ends_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -216,3 +265,21 @@ def test_codes_are_measured_at_start(
         assert [line.split(":")[0] for line in lines[:-1]] == ["note"] * noted
         assert all(line.startswith("note: k_bits 4: ") for line in lines[:-1])
         assert lines[-1] == f"{folder}: nothing would be refused"
+
+
+@pytest.mark.parametrize(("k_bits", "token_bytes"), [(16, 2 * 64 * 2), (4, 2 * 36)])
+def test_what_window_layers_take_is_noted(
+    folders: Callable[[str], str],
+    capsys: pytest.CaptureFixture[str],
+    k_bits: int,
+    token_bytes: int,
+) -> None:
+    """One of two layers, 2 KV heads of 64 channels in bfloat16."""
+    folder = folders("gemma3")
+    assert main(["check", folder, "--kcache-config", f'{{"k_bits": {k_bits}}}']) == 0
+    note, last = capsys.readouterr().out.splitlines()[-2:]
+    assert note == (
+        "note: 1 of 2 layers have a window of 256 tokens and keep K and V in GPU memory, 0 MiB a "
+        f"request; a token takes {token_bytes} bytes of the other 1 there, of stock vLLM 512"
+    )
+    assert last == f"{folder}: nothing would be refused"

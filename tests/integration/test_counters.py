@@ -371,3 +371,21 @@ def test_a_scrape_survives_what_is_not_ours(kind: str, folder: Path, warnings: l
     text = generate_latest(registry).decode()
     assert 'vllm_kcache_eager_decode_steps_total{engine="0"} 7.0' in text
     assert 'vllm_kcache_eager_decode_steps_total{engine="1"} 5.0' in text
+
+
+def test_blocks_in_use_are_known_where_all_layers_share_a_pool(folder: Path) -> None:
+    """vLLM's usage is of the fuller of two pools where the model has window layers."""
+    from vllm_kcache.integration import metrics
+
+    for index in range(2):
+        Counters(counters.path_of("a", index, 0))["host_pool_blocks"] = 101
+    collector = metrics.KCacheCollector()
+    collector.engines = {
+        index: metrics._Engine("a", index, ranks=1, one_pool=index == 0) for index in range(2)
+    }
+    for engine in collector.engines.values():
+        engine.usage = 0.25
+    pool = next(iter(collector.collect()))
+    assert [(s.labels["engine"], s.labels["state"], s.value) for s in pool.samples] == [
+        ("0", "total", 101), ("0", "used", 25), ("1", "total", 101)
+    ]  # fmt: skip

@@ -70,7 +70,7 @@ def split_layers(vllm_config: Any, **settings: Any) -> list[str]:
     ("arguments", "feature"),
     [
         ({"alibi_slopes": [0.5] * 4}, "ALiBi"),
-        ({"per_layer_sliding_window": 128}, "sliding_window=128"),
+        ({"per_layer_sliding_window": 128}, "window in a split layer (sliding_window=128)"),
         ({"logits_soft_cap": 30.0}, "attn_logit_softcapping=30.0"),
     ],
 )
@@ -82,6 +82,18 @@ def test_layer_refuses(vllm_config: Any, arguments: dict[str, Any], feature: str
         add_layer(vllm_config, 0, attn_backend=KCacheBackend, **arguments)
     assert str(caught.value).startswith(PREFIX)
     assert feature in str(caught.value)
+
+
+def test_a_layer_takes_sinks_beside_k_alone(
+    vllm_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_kcache.integration.backend import KCacheBackend
+
+    sinks = torch.zeros(4)
+    assert add_layer(vllm_config, 0, sinks=sinks).impl.sinks is sinks
+    monkeypatch.setattr(KCacheBackend, "k_bits", 4)
+    with pytest.raises(KCacheConfigError, match="attention sinks with K codes"):
+        add_layer(vllm_config, 1, sinks=sinks)
 
 
 @pytest.mark.parametrize("attn_type", ["encoder", "encoder_only", "encoder_decoder"])
@@ -106,7 +118,6 @@ def test_layer_refuses_other_attention(vllm_config: Any, attn_type: str) -> None
         ({"block_size": 8}, "block_size not supported"),
         ({"use_mm_prefix": True}, "partial multimodal token full attention not supported"),
         ({"use_mla": True}, "MLA not supported"),
-        ({"has_sink": True}, "attention sinks not supported"),
         ({"use_sparse": True}, "sparse not supported"),
         ({"use_per_head_quant_scales": True}, "per-head quant scales not supported"),
         ({"attn_type": "encoder_only"}, "attention type encoder_only not supported"),
@@ -172,6 +183,39 @@ def test_dense_layers_are_left_out(vllm_config: Any) -> None:
     add_layer(vllm_config, 0, attn_backend=stock_backend())
     name = add_layer(vllm_config, 1).layer_name
     assert split_layers(vllm_config, dense_layers=1) == [name]
+
+
+def test_window_layers_run_stock_attention(vllm_config: Any) -> None:
+    """Of a window of their own or of the whole model; the choice for others stays ours."""
+    window = add_layer(vllm_config, 0, per_layer_sliding_window=128)
+    assert window.get_attn_backend() is stock_backend()
+    assert window.impl.sliding_window == 128
+    full = add_layer(vllm_config, 1)
+    assert split_layers(vllm_config) == [full.layer_name]
+    vllm_config.cache_config.sliding_window = 64
+    assert add_layer(vllm_config, 2).get_attn_backend() is stock_backend()
+    assert split_layers(vllm_config) == [full.layer_name]
+
+
+def test_no_layer_but_window_layers(vllm_config: Any) -> None:
+    add_layer(vllm_config, 0, per_layer_sliding_window=128)
+    with pytest.raises(KCacheConfigError, match="dense or has a window"):
+        split_layers(vllm_config)
+
+
+def test_split_attention_in_a_window_layer_is_seen(vllm_config: Any) -> None:
+    """Such as by a model that changes its layers when they are built."""
+    add_layer(vllm_config, 0).sliding_window = 128
+    add_layer(vllm_config, 1)
+    with pytest.raises(RuntimeError, match=r"KCacheBackend, expected vLLM own attention \(window"):
+        split_layers(vllm_config)
+
+
+def test_full_layers_with_other_query_heads_than_the_model_says(vllm_config: Any) -> None:
+    add_layer(vllm_config, 0, per_layer_sliding_window=128)
+    add_layer(vllm_config, 1).num_heads = 8
+    with pytest.raises(KCacheConfigError, match=r"different numbers of query heads \(4, 8\)"):
+        split_layers(vllm_config)
 
 
 def test_a_rank_with_dense_layers_only(vllm_config: Any) -> None:

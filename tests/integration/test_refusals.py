@@ -59,7 +59,7 @@ def test_every_entry_has_a_case() -> None:
     assert {r.name for r in REFUSALS if r.argument is None and r.value is None} == {
         "attention_type", "derived_backend", "not_causal", "output_quantisation",
         "kv_cache_groups", "layer_shapes", "v_head_size", "layer_query_heads", "shared_cache",
-        "reload_weights",
+        "reload_weights", "window_layer",
     }  # fmt: skip
 
 
@@ -208,11 +208,13 @@ def test_settings_that_do_not_fit(
 
 def test_all_refusals_are_found_at_once(folders: Callable[[str], str]) -> None:
     """What `vllm-kcache check` lists."""
-    vllm_config = stock_config(folders("gemma2"), kv_sharing_fast_prefill=True)
+    vllm_config = stock_config(
+        folders("gemma2"), kv_sharing_fast_prefill=True, pipeline_parallel_size=2
+    )
     found = messages(vllm_config, dense_layers=2)
     assert [text.split(":")[0].removeprefix(PREFIX) for text in found] == [
         "kv_sharing_fast_prefill=True",
-        "sliding-window attention (layer_types with 'sliding_attention')",
+        "pipeline stages beside sliding-window layers (pipeline_parallel_size=2)",
         "attn_logit_softcapping=50.0",
         "kcache_config.dense_layers=2",
     ]

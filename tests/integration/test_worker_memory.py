@@ -15,7 +15,7 @@ from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.config import KCacheConfig, KCacheConfigError
 from vllm_kcache.integration import cpu_worker, worker
 from vllm_kcache.integration.settings import note_engines_on_host
-from vllm_kcache.memory import GPUMemory, StepLimits
+from vllm_kcache.memory import GPUMemory, StepLimits, WindowPool
 
 V_BYTES = K_BYTES = 1 << 20
 PAGE_TOKENS = 16
@@ -50,7 +50,9 @@ class Worker(worker.SplitCacheWorker, Engine):
             dtype=torch.bfloat16,
         )  # fmt: skip
         self.split_cache = SimpleNamespace(shape=shape)  # type: ignore[assignment]
-        parallel = SimpleNamespace(local_world_size=2, data_parallel_size_local=engines)
+        parallel = SimpleNamespace(
+            local_world_size=2, data_parallel_size_local=engines, tensor_parallel_size=1
+        )
         self.vllm_config = SimpleNamespace(
             parallel_config=parallel,
             additional_config={},
@@ -285,6 +287,86 @@ def test_a_gpu_without_room_for_a_page(available: int, given: int | None, remedy
     pages = gpu_worker.KCacheGPUWorker._device_pages(rank, 2**31, K_BYTES, V_BYTES)
     assert 0 < pages < 2**30 // K_BYTES
     assert rank.split_cache.hot_slots == 2**30 // memory.slot_bytes
+
+
+# Beside window layers.
+
+
+def windows(monkeypatch: pytest.MonkeyPatch, most: int = 40) -> WindowPool:
+    """Half a page's bytes a block; 8 blocks of a request of 32 pages, and 5 of a step."""
+    window = WindowPool(
+        K_BYTES // 2, K_BYTES, 8, 5, request_pages=32, longest_pages=64, max_requests=most
+    )
+    monkeypatch.setattr(worker.pools, "window_pool", lambda config, specs: window)
+    return window
+
+
+@pytest.mark.parametrize("most", [40, 3])
+@pytest.mark.parametrize("host_pages", [600, 10**6])
+def test_both_pools_are_in_what_the_device_has(
+    available: SimpleNamespace,
+    logged: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    host_pages: int,
+    most: int,
+) -> None:
+    window = windows(monkeypatch, most)
+    available.bytes = 2 * host_pages * V_BYTES
+    given = Worker().determine_available_memory()
+    blocks, pages = window.divide(given)
+    assert given == window.bytes_for(pages) <= 1000 * K_BYTES
+    if host_pages == 600:
+        assert pages == 600
+    else:
+        # Nor would a page more fit, and what goes with it.
+        assert window.bytes_for(pages) > 998 * K_BYTES
+    assert (blocks == 5 + 8 * most) == (most == 3)
+    fits, beside, _ = logged
+    long, short = window.requests(pages, 64), window.requests(pages, 256)
+    assert f"{pages} blocks. At once fit {long:.1f} requests of max_model" in fits
+    assert f"{short:.1f} of 4096 tokens" in fits
+    assert f"{blocks * window.block_bytes / 2**30:.2f} GiB on the device: {blocks} blocks" in beside
+    assert beside.endswith(f"of {(blocks - 5) / 8:.1f} requests.")
+
+
+def test_ranks_take_the_least_of_them(
+    available: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    window = windows(monkeypatch)
+    available.bytes = 10**6 * V_BYTES
+    rank = Worker()
+    alone = rank.determine_available_memory()
+
+    def reduce(value: torch.Tensor, operation: Any, group: Any) -> None:
+        assert (operation, group) == (torch.distributed.ReduceOp.MIN, "of the ranks")
+        value.clamp_(max=window.bytes_for(500))
+
+    rank.vllm_config.parallel_config.tensor_parallel_size = 2
+    monkeypatch.setattr(worker, "get_tp_group", lambda: SimpleNamespace(cpu_group="of the ranks"))
+    monkeypatch.setattr(torch.distributed, "all_reduce", reduce)
+    assert alone > rank.determine_available_memory() == window.bytes_for(500)
+
+
+def test_a_device_without_room_for_one_request(
+    available: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM knows of the blocks of window layers only."""
+    windows(monkeypatch)
+    available.bytes = 10**6 * V_BYTES
+    rank = Worker(max_model_len=1024)
+    # 65 pages, 21 blocks; a page takes an eighth of a page's bytes besides.
+    monkeypatch.setattr(Engine, "determine_available_memory", lambda self: 76 * K_BYTES)
+    assert rank.determine_available_memory() == 65 * K_BYTES + 21 * K_BYTES // 2
+    monkeypatch.setattr(Engine, "determine_available_memory", lambda self: 75 * K_BYTES)
+    with pytest.raises(KCacheConfigError, match=r"max_model_len=1024 needs more than 0\.07 GiB"):
+        rank.determine_available_memory()
+
+
+def test_an_override_of_window_blocks_is_checked_by_its_pages(available: SimpleNamespace) -> None:
+    rank = Worker()
+    rank.determine_available_memory()
+    with pytest.raises(KCacheConfigError, match="override=40: the rows of 601 pages beside"):
+        rank._check_host_memory(601, 40)
 
 
 def load_one_layer(monkeypatch: pytest.MonkeyPatch, rank: Worker) -> list[int]:

@@ -71,6 +71,25 @@ CONFIGS: dict[str, dict[str, Any]] = {
     ),
     "mistral": _llama_like("MistralForCausalLM", "mistral", sliding_window=None),
     "mistral, window": _llama_like("MistralForCausalLM", "mistral", sliding_window=256),
+    "mistral, some windows": _llama_like(
+        "MistralForCausalLM",
+        "mistral",
+        sliding_window=256,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "gemma3": _llama_like(
+        "Gemma3ForCausalLM",
+        "gemma3_text",
+        head_dim=64,
+        sliding_window=256,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "olmo3": _llama_like(
+        "Olmo3ForCausalLM",
+        "olmo3",
+        sliding_window=256,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
     "granite": _llama_like("GraniteForCausalLM", "granite"),
     "granite, sinks": _llama_like(
         "GraniteForCausalLM", "granite", layer_types=["full_attention", "full_attention"]
@@ -208,6 +227,43 @@ def write_llama(folder: Path, **changes: Any) -> str:
         **{**_COMMON, "torch_dtype": "float32", "initializer_range": 0.1, **changes}
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def write_window_model(folder: Path, model_type: str, **changes: Any) -> str:
+    """A random float32 model of which some layers have a window of 64 tokens; returns its folder.
+
+    Args:
+        model_type: "gemma3_text", "olmo3" or "gpt_oss"; the last with sinks that weigh.
+        changes: Of its configuration.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        model_type,
+        **{
+            **_COMMON,
+            "head_dim": 64,
+            "query_pre_attn_scalar": 64,
+            "vocab_size": 512,
+            "sliding_window": 64,
+            "pad_token_id": 0,
+            # Tied, a random model says one word over and over.
+            "tie_word_embeddings": False,
+            "initializer_range": 0.2,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "torch_dtype": "float32",
+            **changes,
+        },
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):
+            torch.nn.init.normal_(parameter, std=2.0)
+    model.save_pretrained(folder)
     return str(folder)
 
 

@@ -194,7 +194,9 @@ def run(
         for layer in range(SHAPE.num_layers):
             query = 3 * torch.randn(tokens, SHAPE.num_query_heads, SHAPE.head_size)
             key, value = torch.randn(2, tokens, SHAPE.num_kv_heads, SHAPE.head_size)
-            inputs = LayerInputs(query, key, value, SHAPE.head_size**-0.5)
+            # One of the layers has learned sinks.
+            sinks = 2 * torch.randn(SHAPE.num_query_heads) if layer == 1 else None
+            inputs = LayerInputs(query, key, value, SHAPE.head_size**-0.5, sinks)
             outs = [torch.full_like(query, torch.nan) for _ in range(2)]
             for cache, its_pages, out in zip((ours, theirs), k_pages, outs, strict=True):
                 cache.attend(layer, its_pages[layer], inputs, step, out)

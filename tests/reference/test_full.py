@@ -35,13 +35,18 @@ def run(case: Case, chunks: list[int], out: torch.Tensor | None = None):
 
 def expected_chunk(case: Case, request: int, query: torch.Tensor) -> torch.Tensor:
     """Causal attention of the last tokens of a request, with every weight written out."""
+    values = case.values[request].double().repeat_interleave(case.shape.group_size, 1)
+    return torch.einsum("hnt,thd->nhd", chunk_scores(case, request, query).softmax(-1), values)
+
+
+def chunk_scores(case: Case, request: int, query: torch.Tensor) -> torch.Tensor:
+    """Scaled scores of the last tokens of a request, -inf ahead of each: [Hq, n, tokens]."""
     tokens, group = case.shape.seq_lens[request], case.shape.group_size
     keys = case.keys[request].double().repeat_interleave(group, 1)
-    values = case.values[request].double().repeat_interleave(group, 1)
     scores = torch.einsum("nhd,thd->hnt", query.double(), keys) * case.scale
     positions = torch.arange(tokens - query.shape[0], tokens)
     ahead = torch.arange(tokens) > positions[:, None]
-    return torch.einsum("hnt,thd->nhd", scores.masked_fill(ahead, -torch.inf).softmax(-1), values)
+    return scores.masked_fill(ahead, -torch.inf)
 
 
 def assert_chunks(case: Case, query, starts, result):
@@ -59,6 +64,26 @@ def test_ragged_batches(shape, kind):
     query, starts, result = run(case, chunk_lengths(shape.seq_lens, kind))
     assert_chunks(case, query, starts, result)
     assert not result[starts[-1] :].any()
+
+
+@pytest.mark.parametrize("piece_tokens", [32, 4096])
+@pytest.mark.parametrize("kind", ["whole", "part"])
+def test_sinks_are_a_term_of_the_softmax(monkeypatch, kind, piece_tokens):
+    shape = Shape((150, 9, 33), 2, 3, 64, 16, 8)
+    monkeypatch.setattr(full, "CONTEXT_PIECE_TOKENS", piece_tokens)
+    case, sinks = build_case(shape), torch.linspace(-3, 6, 6)
+    query, starts, _ = run(case, chunk_lengths(shape.seq_lens, kind))
+    result = attend_full(
+        query, case.k_pages, case.v_pool, case.block_table,
+        torch.tensor(starts, dtype=torch.int32), case.seq_lens, case.scale, sinks=sinks,
+    )  # fmt: skip
+    for request, tokens in enumerate(shape.seq_lens):
+        chunk = slice(starts[request], starts[request + 1])
+        scores = chunk_scores(case, request, query[chunk])
+        term = sinks.double()[:, None, None].expand(-1, scores.shape[1], 1)
+        weights = torch.cat([scores, term], -1).softmax(-1)[..., :tokens]
+        values = case.values[request].double().repeat_interleave(shape.group_size, 1)
+        assert_close(result[chunk], torch.einsum("hnt,thd->nhd", weights, values))
 
 
 @pytest.mark.parametrize("piece_tokens", [1, 32, 64])

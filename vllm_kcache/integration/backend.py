@@ -72,6 +72,10 @@ class KCacheBackend(AttentionBackend):
         return replace(spec, state_content_bytes=code_bytes(spec.head_size))
 
     @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
     def supports_kv_connector(cls) -> bool:
         # Which connectors are allowed is decided in refusals.py.
         return True
@@ -92,11 +96,14 @@ class KCacheImpl(AttentionImpl[KCacheMetadata]):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> None:
+        if sinks is not None and KCacheBackend.k_bits == 4:
+            refusals.refuse("sinks_with_codes", "sinks of a layer")
         if alibi_slopes is not None:
             refusals.refuse("alibi", "slopes")
         if sliding_window is not None:
-            refusals.refuse("sliding_window", f"sliding_window={sliding_window}")
+            refusals.refuse("window_layer", f"sliding_window={sliding_window}")
         if logits_soft_cap:
             refusals.refuse("logit_softcap", logits_soft_cap)
         if attn_type != AttentionType.DECODER:
@@ -107,6 +114,8 @@ class KCacheImpl(AttentionImpl[KCacheMetadata]):
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        # A parameter of the model, [Hq], loaded after this.
+        self.sinks = sinks
         self._cache: SplitCache | None = None
         self._index = -1
 
@@ -165,6 +174,7 @@ class KCacheImpl(AttentionImpl[KCacheMetadata]):
             key=None if shares else key.view(kv_heads),
             value=None if shares else value.view(kv_heads),
             scale=self.scale,
+            sinks=self.sinks,
         )
         shaped, order = output.view(heads), attn_metadata.token_order
         if order is None:
@@ -183,4 +193,5 @@ def _take(inputs: LayerInputs, order: torch.Tensor) -> LayerInputs:
         None if inputs.key is None else inputs.key[order],
         None if inputs.value is None else inputs.value[order],
         inputs.scale,
+        inputs.sinks,
     )

@@ -148,7 +148,8 @@ def _recording(layers: dict[str, Any]) -> Iterator[dict[str, _Recorder]]:
     for name, layer in layers.items():
         target = layer.kv_sharing_target_layer_name
         # Layers of other stages have no target here; a target comes before those that read it.
-        recorders[name] = layer.impl = _Recorder(layer.impl, recorders.get(target))
+        source = recorders.get(target)
+        recorders[name] = layer.impl = _Recorder(layer.impl, source, layer.sliding_window)
     try:
         yield recorders
     finally:
@@ -162,9 +163,11 @@ class _Recorder:
     Args:
         impl: The layer's own.
         source: Recorder of the layer whose K and V this one reads.
+        window: Tokens that each one attends to, itself included; None for all before it.
     """
 
-    def __init__(self, impl: Any, source: _Recorder | None) -> None:
+    def __init__(self, impl: Any, source: _Recorder | None, window: int | None = None) -> None:
+        self._window = window
         self._heads = impl.num_heads, impl.num_kv_heads
         self._scale = impl.scale
         self._source = source
@@ -203,12 +206,21 @@ class _Recorder:
             query.view(tokens, heads, -1).transpose(0, 1)[None],
             keys.transpose(0, 1)[None],
             values.transpose(0, 1)[None],
-            is_causal=True,
+            attn_mask=self._mask(tokens, query.device),
+            is_causal=self._window is None,
             scale=self._scale,
             enable_gqa=heads != kv_heads,
         )
         output.view(tokens, heads, -1).copy_(result[0].transpose(0, 1))
         return output
+
+    def _mask(self, tokens: int, device: torch.device) -> torch.Tensor | None:
+        """[tokens, tokens] bool: who attends to whom in a window; None without one."""
+        if self._window is None:
+            return None
+        before = torch.arange(tokens, device=device)
+        before = before[:, None] - before
+        return (before >= 0) & (before < self._window)
 
     def _add(self, key: torch.Tensor) -> None:
         exact = key.double()

@@ -12,13 +12,14 @@ from typing import Any, NoReturn
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from vllm_kcache.cache.formats import RowFormat
+from vllm_kcache.cache.formats import RowFormat, code_bytes
 from vllm_kcache.cache.host_memory import HostMemoryError, host_budget_bytes
 from vllm_kcache.config import KCacheConfig, KCacheConfigError
-from vllm_kcache.integration import args, refusals
+from vllm_kcache.integration import args, features, refusals
 from vllm_kcache.integration.plugin import register
 from vllm_kcache.integration.settings import KEY
-from vllm_kcache.planner.shape import PlanError, read_config
+from vllm_kcache.memory import StepLimits, WindowPool
+from vllm_kcache.planner.shape import ModelShape, PlanError, read_config, read_shape
 
 GIB = 2**30
 
@@ -129,34 +130,66 @@ def _host_memory(vllm_config: Any, config: KCacheConfig) -> Iterator[str]:
     if blocks is not None:
         with contextlib.suppress(KCacheConfigError):  # among the refusals already
             rows, row_bytes = _page_sizes(vllm_config, config)
+            pages = _pages_beside_windows(vllm_config, config, blocks)
             on_gpu = vllm_config.device_config.device_type != "cpu"
-            yield from override_problems(blocks, row_bytes, budget, rows if on_gpu else None)
+            yield from override_problems(blocks, pages, row_bytes, budget, rows if on_gpu else None)
 
 
 def override_problems(
-    blocks: int, row_bytes: int, budget: int, table_rows: int | None
+    blocks: int, pages: int, row_bytes: int, budget: int, table_rows: int | None
 ) -> Iterator[str]:
     """What a worker refuses of --num-gpu-blocks-override, as messages.
 
     Args:
         blocks: Its value.
+        pages: Pages of split layers: as many, or those that go with so many of window layers.
         row_bytes: Host memory of the rows of one page.
         budget: Host memory that a rank may use.
         table_rows: V blocks of one page, over the layers of a rank; None without a hot cache.
     """
-    if blocks * row_bytes > budget:
+    if pages * row_bytes > budget:
+        many = "that many blocks" if blocks == pages else f"{pages} pages beside them"
         yield (
-            f"num_gpu_blocks_override={blocks}: the rows of that many blocks need "
-            f"{blocks * row_bytes / GIB:.2f} GiB of host memory, and this rank may use "
+            f"num_gpu_blocks_override={blocks}: the rows of {many} need "
+            f"{pages * row_bytes / GIB:.2f} GiB of host memory, and this rank may use "
             f"{budget / GIB:.2f} GiB. Lower --num-gpu-blocks-override or raise "
             "kcache_config.host_memory_gib."
         )
-    if table_rows is not None and blocks * table_rows >= 2**31:
+    if table_rows is not None and pages * table_rows >= 2**31:
+        # Pages grow with blocks in proportion.
+        most = (2**31 - 1) // table_rows * blocks // pages
         yield (
-            f"num_gpu_blocks_override={blocks}: these are {blocks * table_rows} V blocks, and the "
-            "table of a rank numbers fewer than 2**31. Lower --num-gpu-blocks-override to "
-            f"{(2**31 - 1) // table_rows}."
+            f"num_gpu_blocks_override={blocks}: these are {pages * table_rows} V blocks, and the "
+            f"table of a rank numbers fewer than 2**31. Lower --num-gpu-blocks-override to {most}."
         )
+
+
+def _pages_beside_windows(vllm_config: Any, config: KCacheConfig, blocks: int) -> int:
+    """Pages that the worker makes beside so many blocks of window layers, if the model has any."""
+    if not features.has_window_layers(vllm_config):
+        return blocks
+    model, tokens = vllm_config.model_config, vllm_config.cache_config.block_size
+    windows = set(features.window_layers(vllm_config))
+    layers = model.get_total_num_hidden_layers()
+    dense = config.resolved_dense_layers(layers) - windows
+    head_size, itemsize = model.get_head_size(), model.dtype.itemsize
+    heads = model.get_num_kv_heads(vllm_config.parallel_config)
+    both, codes = 2 * head_size * itemsize, config.resolved_k_bits == 4
+    split = code_bytes(head_size) if codes else head_size * itemsize
+    full_layers = layers - len(windows) - len(dense)
+    pool = WindowPool.plan(
+        [(model.get_sliding_window(), tokens)],
+        block_bytes=len(windows) * heads * tokens * both,
+        page_bytes=heads * tokens * (full_layers * split + len(dense) * both),
+        page_tokens=tokens,
+        limits=StepLimits(
+            vllm_config.scheduler_config.max_num_seqs,
+            vllm_config.scheduler_config.max_num_batched_tokens,
+            model.max_model_len,
+        ),
+        steps_at_once=vllm_config.max_concurrent_batches,
+    )
+    return pool.pages_for(blocks)
 
 
 def _page_sizes(vllm_config: Any, config: KCacheConfig) -> tuple[int, int]:
@@ -167,7 +200,7 @@ def _page_sizes(vllm_config: Any, config: KCacheConfig) -> tuple[int, int]:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     page_tokens, head_size = vllm_config.cache_config.block_size, model.get_head_size()
     layers, ranks = model.get_total_num_hidden_layers(), parallel.pipeline_parallel_size
-    dense = config.resolved_dense_layers(layers)
+    dense = config.resolved_dense_layers(layers) | set(features.window_layers(vllm_config))
     split = max(
         len(set(range(*get_pp_indices(layers, rank, ranks))) - dense) for rank in range(ranks)
     )
@@ -198,6 +231,26 @@ def notes(model: str, flags: list[str]) -> list[str]:
     settings, additional = parsed.kcache_config, parsed.additional_config
     if isinstance(additional, dict) and KEY in additional:
         settings = args.merge_settings(additional, "kcache", settings)[KEY]
-    if KCacheConfig.from_user(settings).resolved_k_bits == 16:
-        return []
-    return ["k_bits 4: at start the model reads a short text of the package, to measure its K"]
+    config, found = KCacheConfig.from_user(settings), []
+    if config.resolved_k_bits == 4:
+        found.append(
+            "k_bits 4: at start the model reads a short text of the package, to measure its K"
+        )
+    # vLLM knows more kinds of models, and where else they may be, than are planned here.
+    with contextlib.suppress(PlanError):
+        shape = read_shape(parsed.hf_config_path or parsed.model)
+        if shape.window_layers:
+            found.append(_note_of_windows(shape, config.resolved_k_bits))
+    return found
+
+
+def _note_of_windows(shape: ModelShape, k_bits: int) -> str:
+    """What window layers take, and what is gained in the others."""
+    both = 2 * shape.num_kv_heads * shape.head_size * shape.itemsize
+    pages = both // 2 if k_bits == 16 else shape.num_kv_heads * code_bytes(shape.head_size)
+    full, window = shape.num_full_layers, shape.window_tokens(shape.window) * both
+    return (
+        f"{len(shape.window_layers)} of {shape.num_layers} layers have a window of {shape.window} "
+        f"tokens and keep K and V in GPU memory, {window / 2**20:.0f} MiB a request; a token takes "
+        f"{full * pages} bytes of the other {full} there, of stock vLLM {full * both}"
+    )

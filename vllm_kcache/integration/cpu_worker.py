@@ -17,9 +17,11 @@ class KCacheCPUWorker(SplitCacheWorker, CPUWorker):
     def _make_cache(self, shape: CacheShape) -> SplitCache:
         return CPUSplitCache(self.kcache_config, shape, self.counters, torch.device("cpu"))
 
-    def _device_pages(self, available: int, page_bytes: int, host_pages: int) -> int:
+    def _device_pages(
+        self, available: int, page_bytes: int, host_pages: int, bytes_beside_page: int = 0
+    ) -> int:
         # Without an explicit size vLLM offers the whole machine to K; rows live in the same RAM.
-        each = page_bytes
+        each = page_bytes + bytes_beside_page
         if self.vllm_config.cache_config.kv_cache_memory_bytes is None:
             each += self.split_cache.shape.host_page_bytes
         return min(available // each, host_pages)

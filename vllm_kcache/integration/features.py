@@ -13,7 +13,8 @@ from typing import Any
 from vllm_kcache.types import MOST_QUERY_HEADS_GPU
 
 SNAPSHOT_SERVER = "vllm.snapshot.server"
-SINK_MODEL_TYPES = ("gpt_oss", "openai_privacy_filter")
+# Served with exact K, and not served.
+SINK_MODEL_TYPES, OTHER_SINK_MODEL_TYPES = ("gpt_oss",), ("openai_privacy_filter",)
 SINK_SETTINGS = (
     "attention_sinks",
     "add_full_attention_sink_bias",
@@ -78,17 +79,55 @@ def kv_connector(vllm_config: Any) -> str | None:
     return name if name not in (None, "DecodeBenchConnector") else None
 
 
+def has_window_layers(vllm_config: Any) -> bool:
+    """Whether the configuration gives some layers a window and others the whole context."""
+    kinds = {str(kind) for kind in getattr(text_config(vllm_config), "layer_types", None) or []}
+    mixed = {"sliding_attention", "full_attention"} <= kinds
+    return mixed and bool(vllm_config.model_config.get_sliding_window())
+
+
+def window_layers(vllm_config: Any) -> list[int]:
+    """Numbers of the layers that the configuration gives a window, where others have none."""
+    if not has_window_layers(vllm_config):
+        return []
+    kinds = enumerate(text_config(vllm_config).layer_types)
+    return [number for number, kind in kinds if str(kind) == "sliding_attention"]
+
+
+def beside_windows(value: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The value of a setting that cannot be beside window layers, where there are any."""
+    return lambda vllm_config: value(vllm_config) if has_window_layers(vllm_config) else None
+
+
+def one_pool(vllm_config: Any) -> str | None:
+    """Setting that gives all layers one pool of blocks."""
+    is_on = vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+    return "disable_hybrid_kv_cache_manager=True" if is_on else None
+
+
+def stages(vllm_config: Any) -> str | None:
+    """Setting that cuts the model in several stages."""
+    number = positive(vllm_config.parallel_config.pipeline_parallel_size)
+    return None if number is None else f"pipeline_parallel_size={number}"
+
+
+def length_left_to_vllm(vllm_config: Any) -> str | None:
+    """Setting with which vLLM takes the length that fits."""
+    left = vllm_config.model_config.original_max_model_len == -1
+    return "max_model_len=-1" if left else None
+
+
 def sliding_window(vllm_config: Any) -> str | None:
-    """Setting that gives some layers a window."""
-    text = text_config(vllm_config)
-    layer_types = getattr(text, "layer_types", None) or []
-    sliding = [str(kind) for kind in layer_types if "sliding" in str(kind)]
-    if sliding:
-        return f"layer_types with {sliding[0]!r}"
-    window = vllm_config.model_config.get_sliding_window()
-    if getattr(text, "use_sliding_window", True) is False:
+    """Setting that gives every layer a window."""
+    text, window = text_config(vllm_config), vllm_config.model_config.get_sliding_window()
+    if not window or getattr(text, "use_sliding_window", True) is False:
         return None
-    return f"sliding_window={window}" if window else None
+    if has_window_layers(vllm_config):
+        return None
+    layer_types = getattr(text, "layer_types", None)
+    if layer_types and "sliding_attention" not in map(str, layer_types):
+        return None
+    return f"sliding_window={window}"
 
 
 def chunked_attention(vllm_config: Any) -> str | None:
@@ -147,9 +186,9 @@ def alibi(vllm_config: Any) -> str | None:
 
 
 def attention_sinks(vllm_config: Any) -> str | None:
-    """Learned sinks: an extra term of the softmax that is no token."""
+    """Learned sinks, an extra term of the softmax that is no token, of models not tried."""
     text = text_config(vllm_config)
-    if text.model_type in SINK_MODEL_TYPES:
+    if text.model_type in OTHER_SINK_MODEL_TYPES:
         return f"model type {text.model_type}"
     # Granite has them wherever it names its layers, unless it says otherwise.
     if (
@@ -163,6 +202,12 @@ def attention_sinks(vllm_config: Any) -> str | None:
         if value:
             return f"{name}={value}"
     return None
+
+
+def served_sinks(vllm_config: Any) -> str | None:
+    """Learned sinks that are served where scores are exact."""
+    model_type = text_config(vllm_config).model_type
+    return f"model type {model_type}" if model_type in SINK_MODEL_TYPES else None
 
 
 def microbatching(vllm_config: Any) -> str | None:

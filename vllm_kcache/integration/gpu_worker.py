@@ -12,7 +12,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.config import KCacheConfigError
-from vllm_kcache.integration import prefill
+from vllm_kcache.integration import pools, prefill
 from vllm_kcache.integration.worker import GIB, SplitCacheWorker
 from vllm_kcache.kernels import extension, self_check
 from vllm_kcache.kernels.select import MOST_BLOCKS
@@ -70,11 +70,13 @@ class KCacheGPUWorker(SplitCacheWorker, Worker):
         logger.info("KCache: prompts attend through %s.", kernels.name)
         return GPUSplitCache(self.kcache_config, shape, self.counters, self.device, limits, kernels)
 
-    def _device_pages(self, available: int, page_bytes: int, host_pages: int) -> int:
+    def _device_pages(
+        self, available: int, page_bytes: int, host_pages: int, bytes_beside_page: int = 0
+    ) -> int:
         # The hot cache and the tables come out of the same budget as K pages. Buffers of a fixed
         # size were there when vLLM measured what is left.
         memory, setting = self.split_cache.memory, self.kcache_config.hot_cache_gib
-        pages, slots = memory.plan(available, page_bytes, host_pages, setting)
+        pages, slots = memory.plan(available, page_bytes, host_pages, setting, bytes_beside_page)
         if pages < 1:
             # A size that is given is taken as it is, whatever a step needs.
             remedy = (
@@ -94,9 +96,8 @@ class KCacheGPUWorker(SplitCacheWorker, Worker):
         cache = self.split_cache
         if cache.hot_slots is None:
             # With --num-gpu-blocks-override the plan above may not have run: the least share.
-            specs = self.get_kv_cache_spec()
-            page_bytes = sum(spec.page_size_bytes for spec in specs.values())
-            blocks = kv_cache_config.num_blocks
+            page_bytes, _ = self._page_bytes()
+            blocks = pools.own_pool_pages(kv_cache_config) or kv_cache_config.num_blocks
             _, cache.hot_slots = cache.memory.plan(
                 blocks * page_bytes, page_bytes, blocks, self.kcache_config.hot_cache_gib
             )

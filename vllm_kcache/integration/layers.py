@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which attention backend each layer gets: ours, or vLLM's own for dense layers."""
+"""Which attention backend each layer gets: ours, or vLLM's own for dense and window layers."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +13,10 @@ from vllm_kcache.integration.settings import settings_of
 
 BACKEND_PATH = "vllm_kcache.integration.backend.KCacheBackend"
 
-_DENSE_RECORD = PatchRecord(
+_LAYER_RECORD = PatchRecord(
     target="vllm.model_executor.layers.attention.attention.Attention.__init__",
     why="vLLM picks one backend for all layers, and the pick does not see the layer's name.",
-    how="A dense layer is given vLLM's own backend through the argument attn_backend.",
+    how="While a dense or window layer is built no backend is chosen, so it gets vLLM's own.",
     upstream="backend_per_kind picks by kind of cache, not by layer.",
     until="vLLM can pick a backend by layer name.",
 )
@@ -33,7 +34,7 @@ def install() -> None:
     from vllm.model_executor.layers.attention.attention import Attention
     from vllm.platforms import current_platform
 
-    wrap(Attention, "__init__", _dense_layers_keep_stock_backend, _DENSE_RECORD)
+    wrap(Attention, "__init__", _some_layers_keep_stock_backend, _LAYER_RECORD)
     if current_platform.is_cpu():
         from vllm.platforms.cpu import CpuPlatform
 
@@ -64,36 +65,38 @@ def is_dense_layer(layer_name: str, config: KCacheConfig, num_layers: int) -> bo
     return extract_layer_index(layer_name) in config.resolved_dense_layers(num_layers)
 
 
-def _dense_layers_keep_stock_backend(original: Callable) -> Callable:
+def _some_layers_keep_stock_backend(original: Callable) -> Callable:
+    signature = inspect.signature(original)
+
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         from vllm.config import get_current_vllm_config
 
         vllm_config = get_current_vllm_config()
         config = settings_of(vllm_config)
-        prefix = kwargs.get("prefix", "")
-        if config is not None and kwargs.get("attn_backend") is None and prefix:
-            num_layers = vllm_config.model_config.get_total_num_hidden_layers()
-            if is_dense_layer(prefix, config, num_layers):
-                kwargs["attn_backend"] = _stock_backend(vllm_config, args, kwargs)
-        original(self, *args, **kwargs)
+        given = {} if config is None else signature.bind(self, *args, **kwargs).arguments
+        prefix = given.get("prefix", "")
+        if config is None or given.get("attn_backend") is not None or not prefix:
+            original(self, *args, **kwargs)
+            return
+        num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+        if not _has_window(given) and not is_dense_layer(prefix, config, num_layers):
+            original(self, *args, **kwargs)
+            return
+        attention = vllm_config.attention_config
+        chosen, attention.backend = attention.backend, None
+        try:
+            original(self, *args, **kwargs)
+        finally:
+            attention.backend = chosen
 
     return __init__
 
 
-def _stock_backend(vllm_config: Any, args: tuple, kwargs: dict) -> Any:
-    """The backend vLLM itself would take for this layer."""
-    import torch
-    from vllm.v1.attention.selector import get_attn_backend
-
-    head_size = kwargs.get("head_size", args[1] if len(args) > 1 else None)
-    chosen = vllm_config.attention_config.backend
-    vllm_config.attention_config.backend = None
-    try:
-        return get_attn_backend(
-            head_size, torch.get_default_dtype(), vllm_config.cache_config.cache_dtype
-        )
-    finally:
-        vllm_config.attention_config.backend = chosen
+def _has_window(given: dict[str, Any]) -> bool:
+    """Whether a layer is built with a window, its own or that of all layers."""
+    if given.get("per_layer_sliding_window") is not None:
+        return True
+    return getattr(given.get("cache_config"), "sliding_window", None) is not None
 
 
 def _honour_custom_on_cpu(original: Callable) -> Callable:

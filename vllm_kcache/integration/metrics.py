@@ -19,7 +19,7 @@ from prometheus_client.core import (
 from prometheus_client.multiprocess import MultiProcessCollector
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from vllm_kcache.integration import counters
+from vllm_kcache.integration import counters, features
 from vllm_kcache.integration.patches import PatchRecord, wrap
 from vllm_kcache.integration.settings import settings_of
 
@@ -43,12 +43,18 @@ _SEVERAL_RECORD = PatchRecord(
 
 
 class _Engine:
-    """What the server knows of one engine."""
+    """What the server knows of one engine.
 
-    def __init__(self, instance: str, index: int, ranks: int) -> None:
+    Args:
+        one_pool: Whether all layers share one pool of blocks, so that its usage is that of the host
+            pool.
+    """
+
+    def __init__(self, instance: str, index: int, ranks: int, one_pool: bool = True) -> None:
         self.instance = instance
         self.index = index
         self.ranks = ranks
+        self.one_pool = one_pool
         self.usage = 0.0
 
     def figures(self) -> np.ndarray:
@@ -124,7 +130,7 @@ class KCacheCollector:
         for index, array in values.items():
             total = _scalar(array, "host_pool_blocks")
             family.add_metric([str(index), "total"], total)
-            if not self.knows_usage:
+            if not self.knows_usage or not self.engines[index].one_pool:
                 continue
             # vLLM keeps one block for itself and reports usage of the others.
             used = round(self.engines[index].usage * max(total - 1, 0))
@@ -178,7 +184,8 @@ class KCacheStatLogger(StatLoggerBase):
         if settings_of(vllm_config) is None:
             return
         parallel = vllm_config.parallel_config
-        self._engine = _Engine(vllm_config.instance_id, engine_index, parallel.world_size)
+        one_pool = not features.has_window_layers(vllm_config)
+        self._engine = _Engine(vllm_config.instance_id, engine_index, parallel.world_size, one_pool)
         _shared_collector(parallel._api_process_count).engines[engine_index] = self._engine
 
     def record(

@@ -16,9 +16,10 @@ def register() -> None:
     Raises:
         RuntimeError: The installed vLLM lacks something that the plugin patches.
     """
-    from vllm_kcache.integration import args, layers
+    from vllm_kcache.integration import args, layers, pools
 
     args.install()
     layers.install()
+    pools.install()
     # vLLM sets up its own loggers only; ours follow them, whatever it does to them later.
     logging.getLogger("vllm_kcache").parent = logging.getLogger("vllm")

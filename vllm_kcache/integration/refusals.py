@@ -86,6 +86,22 @@ def found(vllm_config: Any, config: KCacheConfig) -> Iterator[str]:
     yield from _settings_that_do_not_fit(vllm_config, config)
 
 
+def check_beside_windows(vllm_config: Any) -> None:
+    """Refuse what cannot be beside window layers, where they show in what layers ask of the cache.
+
+    Raises:
+        KCacheConfigError: The first such setting.
+    """
+    for name, value in (
+        ("one_pool", features.one_pool),
+        ("window_stages", features.stages),
+        ("window_length", features.length_left_to_vllm),
+    ):
+        found = value(vllm_config)
+        if found is not None:
+            refuse(name, found)
+
+
 def check_engine_args(engine_args: Any) -> None:
     """Refuse engine arguments that the plugin itself must set.
 
@@ -189,11 +205,32 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "sliding_window",
-        "sliding-window attention ({value})",
-        "selection covers the whole context",
-        "Serve a model with full attention in every layer; where all layers have the window, "
-        "--disable-sliding-window caps the context at it instead.",
+        "sliding-window attention in every layer ({value})",
+        "there is no layer to split: selection covers the whole context",
+        "Serve a model with full attention in some layers, or cap the context at the window, with "
+        "--disable-sliding-window.",
         value=features.sliding_window,
+    ),
+    Refusal(
+        "one_pool",
+        "one pool for all layers beside sliding-window layers ({value})",
+        "the split layers have a pool of pages of their own",
+        "Leave --disable-hybrid-kv-cache-manager out.",
+        value=features.beside_windows(features.one_pool),
+    ),
+    Refusal(
+        "window_stages",
+        "pipeline stages beside sliding-window layers ({value})",
+        "stages have different shares of the two kinds of layers",
+        "Use --tensor-parallel-size.",
+        value=features.beside_windows(features.stages),
+    ),
+    Refusal(
+        "window_length",
+        "a length that vLLM chooses beside sliding-window layers ({value})",
+        "memory is divided between the two kinds of layers by the length of a request",
+        "Set --max-model-len to the length that is needed.",
+        value=features.beside_windows(features.length_left_to_vllm),
     ),
     Refusal(
         "chunked_attention",
@@ -288,9 +325,17 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "attention_sinks",
         "attention sinks ({value})",
-        "the softmax has no term beside the tokens here",
-        "Serve a model without learned sinks.",
+        "these were not tried here: they are learned in another form than gpt-oss's",
+        "Serve a model without learned sinks, or with those of gpt-oss.",
         value=features.attention_sinks,
+    ),
+    Refusal(
+        "sinks_with_codes",
+        "attention sinks with K codes ({value})",
+        "a sink is weighed against all tokens, whose scores are estimates there",
+        "Set kcache_config.k_bits to 16.",
+        value=features.served_sinks,
+        codes_only=True,
     ),
     Refusal(
         "head_size",
@@ -391,6 +436,12 @@ REFUSALS: tuple[Refusal, ...] = (
         _OLD_CONSTANTS,
         "Start another engine with the new weights, or set kcache_config.k_bits to 16.",
         codes_only=True,
+    ),
+    Refusal(
+        "window_layer",
+        "a sliding window in a split layer ({value})",
+        "selection covers the whole context",
+        _STOCK,
     ),
     Refusal(
         "attention_type",

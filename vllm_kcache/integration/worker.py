@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from vllm.config import get_layers_from_vllm_config
+from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention.attention import Attention
 from vllm.platforms import current_platform
@@ -14,12 +15,12 @@ from vllm.platforms import current_platform
 from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.cache.host_memory import host_budget_bytes, too_little_for_one_request
 from vllm_kcache.config import KCacheConfig, KCacheConfigError
-from vllm_kcache.integration import counters, refusals
+from vllm_kcache.integration import counters, pools, refusals
 from vllm_kcache.integration.backend import KCacheBackend
 from vllm_kcache.integration.calibration import calibrate
 from vllm_kcache.integration.layers import activate_backend, is_dense_layer
 from vllm_kcache.integration.settings import engines_on_host, settings_of
-from vllm_kcache.memory import StepLimits, what_limits
+from vllm_kcache.memory import StepLimits, WindowPool, what_limits
 from vllm_kcache.split_cache import SplitCache
 
 logger = init_logger(__name__)
@@ -84,26 +85,54 @@ class SplitCacheWorker:
         raise NotImplementedError
 
     def determine_available_memory(self) -> int:
-        """Bytes for pages: what vLLM finds, or less where the host cannot hold as many rows."""
-        available = super().determine_available_memory()  # type: ignore[misc]
-        specs = self.get_kv_cache_spec()  # type: ignore[attr-defined]
-        page_bytes = sum(spec.page_size_bytes for spec in specs.values())
+        """Bytes for pages: what vLLM finds, or less where the host cannot hold as many rows.
+
+        Beside window layers: those of both pools together, the same on all ranks.
+        """
+        with pools.measuring():
+            available = super().determine_available_memory()  # type: ignore[misc]
+        page_bytes, window = self._page_bytes()
         row_bytes = self.split_cache.shape.host_page_bytes
         budget = self._first_host_budget = self._host_budget()
         host_bytes_per_page = self._host_bytes_per_page(page_bytes, row_bytes)
         host_pages = budget // host_bytes_per_page
         self._check_one_request(host_pages, host_bytes_per_page)
-        pages = self._device_pages(available, page_bytes, host_pages)
-        self._log_plan(pages, page_bytes, host_pages)
-        return pages * page_bytes
+        if window is None:
+            pages = self._device_pages(available, page_bytes, host_pages)
+            self._log_plan(pages, page_bytes, host_pages)
+            return pages * page_bytes
+        pages = self._device_pages(
+            available - window.fixed_bytes, page_bytes, host_pages, window.bytes_beside_page
+        )
+        if window.holds_most(pages):
+            pages = self._device_pages(available - window.most_bytes, page_bytes, host_pages)
+        self._check_one_request_fits(pages, available, window)
+        self._log_plan(pages, page_bytes, host_pages, window)
+        # The engine would take the least blocks of the ranks, and knows of no pages beside them.
+        return _least_of_ranks(window.bytes_for(pages), self.vllm_config)
 
-    def _log_plan(self, pages: int, page_bytes: int, host_pages: int) -> None:
+    def _page_bytes(self) -> tuple[int, WindowPool | None]:
+        """Bytes of a page of all layers that attend to the whole context, and what those with a
+        window take besides."""
+        specs = self.get_kv_cache_spec()  # type: ignore[attr-defined]
+        window = pools.window_pool(self.vllm_config, specs)
+        if window is not None:
+            return window.page_bytes, window
+        return sum(spec.page_size_bytes for spec in specs.values()), None
+
+    def _log_plan(
+        self, pages: int, page_bytes: int, host_pages: int, window: WindowPool | None = None
+    ) -> None:
         """Say how many requests fit, what bounds them, and what would let more in."""
         shape, model_len = self.split_cache.shape, self.vllm_config.model_config.max_model_len
         scheduler = self.vllm_config.scheduler_config
         limits = StepLimits(scheduler.max_num_seqs, scheduler.max_num_batched_tokens, model_len)
         useful = limits.useful_pages(shape.page_tokens)
         device = "CPU" if self.vllm_config.device_config.device_type == "cpu" else "GPU"
+        fit = [
+            (pages - 1) / count if window is None else window.requests(pages, count)
+            for count in (-(-model_len // shape.page_tokens), -(-4096 // shape.page_tokens))
+        ]
         logger.info(
             "KCache: %s %.2f GiB on the device, %s %.2f GiB on the host: %d blocks. At once fit "
             "%.1f requests of max_model_len=%d, %.1f of 4096 tokens.",
@@ -112,16 +141,41 @@ class SplitCacheWorker:
             "K and V" if shape.row.has_keys else "V",
             pages * shape.host_page_bytes / GIB,
             pages,
-            (pages - 1) / -(-model_len // shape.page_tokens),
+            fit[0],
             model_len,
-            (pages - 1) / -(-4096 // shape.page_tokens),
+            fit[1],
         )
+        if window is not None:
+            blocks = window.blocks_for(pages)
+            logger.info(
+                "KCache: K and V of window layers %.2f GiB on the device: %d blocks, of %.1f "
+                "requests.",
+                blocks * window.block_bytes / GIB,
+                blocks,
+                (blocks - window.step_blocks) / window.request_blocks,
+            )
         limit, remedy = what_limits(pages, host_pages, useful, shape, device)
         logger.info("KCache: requests are limited by %s. %s", limit, remedy)
 
-    def _device_pages(self, available: int, page_bytes: int, host_pages: int) -> int:
+    def _device_pages(
+        self, available: int, page_bytes: int, host_pages: int, bytes_beside_page: int = 0
+    ) -> int:
         """Blocks, and what goes with them in the device's memory."""
-        return min(available // page_bytes, host_pages)
+        return min(available // (page_bytes + bytes_beside_page), host_pages)
+
+    def _check_one_request_fits(self, pages: int, available: int, window: WindowPool) -> None:
+        """Refuse a device that cannot hold one request in both pools: vLLM knows of one."""
+        needed = window.longest_pages + 1
+        if pages >= needed or self.vllm_config.cache_config.num_gpu_blocks_override is not None:
+            return
+        least = window.bytes_for(needed)
+        raise KCacheConfigError(
+            f"kcache: one request of max_model_len={self.vllm_config.model_config.max_model_len} "
+            f"needs more than {least / GIB:.2f} GiB for its K pages and the blocks of window "
+            f"layers, and {max(0, available) / GIB:.2f} GiB are left. Lower --max-model-len or "
+            "--max-num-batched-tokens, or raise --gpu-memory-utilization (or "
+            "--kv-cache-memory-bytes, where that is given)."
+        )
 
     def _host_budget(self) -> int:
         """Host bytes that this rank may pin for rows."""
@@ -152,29 +206,31 @@ class SplitCacheWorker:
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """Allocate the K pages, then the host pool of as many pages."""
-        if len(kv_cache_config.kv_cache_groups) != 1:
-            refusals.refuse("kv_cache_groups", len(kv_cache_config.kv_cache_groups))
-        self._check_host_memory(kv_cache_config.num_blocks)
+        pages = pools.own_pool_pages(kv_cache_config)
+        if pages is None:
+            if len(kv_cache_config.kv_cache_groups) != 1:
+                refusals.refuse("kv_cache_groups", len(kv_cache_config.kv_cache_groups))
+            pages = kv_cache_config.num_blocks
+        self._check_host_memory(pages, kv_cache_config.num_blocks)
         super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
-        self.split_cache.allocate(kv_cache_config.num_blocks)
-        self.counters["host_pool_blocks"] = kv_cache_config.num_blocks
-        self.counters["host_pool_bytes"] = (
-            kv_cache_config.num_blocks * self.split_cache.shape.host_page_bytes
-        )
+        self.split_cache.allocate(pages)
+        self.counters["host_pool_blocks"] = pages
+        self.counters["host_pool_bytes"] = pages * self.split_cache.shape.host_page_bytes
 
-    def _check_host_memory(self, num_blocks: int) -> None:
+    def _check_host_memory(self, pages: int, blocks: int | None = None) -> None:
         """num_gpu_blocks_override goes past `determine_available_memory`: look again.
 
         At the budget of that time: meanwhile another rank may have taken its share, which must not
         count against this one's.
         """
-        needed = num_blocks * self.split_cache.shape.host_page_bytes
+        needed = pages * self.split_cache.shape.host_page_bytes
         budget = self._first_host_budget
         if budget is None:
             budget = self._host_budget()
         if needed > budget:
+            many = "that many blocks" if blocks in (None, pages) else f"{pages} pages beside them"
             raise KCacheConfigError(
-                f"num_gpu_blocks_override={num_blocks}: the rows of that many blocks need "
+                f"num_gpu_blocks_override={blocks or pages}: the rows of {many} need "
                 f"{needed / GIB:.2f} GiB of host memory, and this rank may use "
                 f"{budget / GIB:.2f} GiB. Lower --num-gpu-blocks-override or raise "
                 "kcache_config.host_memory_gib."
@@ -205,6 +261,16 @@ class SplitCacheWorker:
         super().shutdown()  # type: ignore[misc]
         if hasattr(self, "split_cache"):
             self.split_cache.close()
+
+
+def _least_of_ranks(value: int, vllm_config: Any) -> int:
+    """The least that a rank of this engine has."""
+    if vllm_config.parallel_config.tensor_parallel_size == 1:
+        return value
+    least = torch.tensor(value)
+    group = get_tp_group().cpu_group
+    torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group)
+    return int(least)
 
 
 def _settings(vllm_config: Any) -> KCacheConfig:
@@ -264,18 +330,26 @@ def split_layers(vllm_config: Any, config: KCacheConfig) -> list[str]:
     from vllm.model_executor.models.utils import extract_layer_index
 
     num_layers = vllm_config.model_config.get_total_num_hidden_layers()
-    names, query_heads = [], set()
+    names: list[str] = []
+    query_heads: set[int] = set()
     for name, layer in get_layers_from_vllm_config(vllm_config, Attention).items():
         backend = layer.get_attn_backend()
         is_ours = backend is KCacheBackend
         if issubclass(backend, KCacheBackend) and not is_ours:
             # vLLM derives such classes to change what is attended, as for bidirectional prompts.
             refusals.refuse("derived_backend", f"{backend.__name__} of {name}")
+        has_window = layer.sliding_window is not None
+        if has_window:
+            # The model's number of heads may be that of its window layers.
+            query_heads.add(
+                vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
+            )
         is_dense = is_dense_layer(name, config, num_layers)
-        if is_ours == is_dense:
+        if is_ours == (has_window or is_dense):
+            stock = "vLLM own attention (%s layer)" % ("window" if has_window else "dense")
             raise RuntimeError(
                 f"Layer {name} runs {layer.get_attn_backend().__name__}, expected "
-                f"{'vLLM own attention (dense layer)' if is_dense else 'KCacheBackend'}."
+                f"{'KCacheBackend' if not is_ours else stock}."
             )
         if is_ours and layer.kv_sharing_target_layer_name is not None:
             if vllm_config.device_config.device_type != "cpu":
@@ -288,7 +362,7 @@ def split_layers(vllm_config: Any, config: KCacheConfig) -> list[str]:
         refusals.refuse("layer_query_heads", ", ".join(map(str, sorted(query_heads))))
     if not names:
         raise KCacheConfigError(
-            "kcache_config.dense_layers: every layer of this model is dense, so there is nothing "
-            "to split. List fewer layers."
+            "kcache_config.dense_layers: every layer of this model is dense or has a window, so "
+            "there is nothing to split. List fewer layers."
         )
     return sorted(names, key=extract_layer_index)

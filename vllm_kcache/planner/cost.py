@@ -161,7 +161,7 @@ def stock_step(
     """
     itemsize, ranks = kv_itemsize or shape.itemsize, engine.tensor_parallel_size
     row = 2 * kv_heads_of_rank(shape, engine) * shape.head_size * itemsize
-    cache_bytes = requests * context * shape.num_layers * row
+    cache_bytes = requests * (context * shape.num_full_layers + shape.window_tokens(context)) * row
     weight_bytes = shape.weight_bytes_of_step(requests)
     computed = requests * shape.flops_of_token() / hardware.flops
     reduces = 2 * ALL_REDUCE_SECONDS if ranks > 1 else 0.0
@@ -201,7 +201,9 @@ def split_step(
     attended_bytes = rows * cache.row.bytes
     if not cache.row.has_keys:
         attended_bytes += rows * cache.block_score_bytes
-    dense_share = 1 - cache.num_layers / shape.num_layers
+    # Of what stock reads, the part of layers that are not split.
+    attended = context * shape.num_full_layers + shape.window_tokens(context)
+    dense_share = 1 - context * cache.num_layers / attended
     weight_bytes = shape.weight_bytes_of_step(requests) / engine.tensor_parallel_size
     launch = hardware.split_layer_seconds - (CODE_START_SECONDS if cache.k_bits == 4 else 0)
     return StepCost(

@@ -13,7 +13,7 @@ import torch
 
 from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.config import KCacheConfig
-from vllm_kcache.memory import GPUMemory, StepLimits, what_limits
+from vllm_kcache.memory import GPUMemory, StepLimits, WindowPool, what_limits
 from vllm_kcache.planner.shape import ModelShape, PlanError
 
 GIB = 2**30
@@ -21,6 +21,8 @@ GIB = 2**30
 # CUDA context, libraries and graphs: unaccounted memory measured on two stock engines
 # (docs/plan.md, "Memory").
 OTHER_GPU_BYTES = 450_000_000
+# Steps that vLLM runs at once: it schedules one while another runs.
+STEPS_AT_ONCE = 2
 _DTYPES = {1: torch.uint8, 2: torch.bfloat16, 4: torch.float32}
 
 
@@ -50,13 +52,17 @@ class Fit:
     """What one engine can hold, per rank.
 
     Attributes:
-        num_blocks: Pages.
+        num_blocks: Pages; beside window layers those of the full ones, of stock vLLM those of all.
         limited_by: "GPU memory", "host memory" or "max_num_seqs".
         remedy: What would let more requests in.
         cache_bytes: GPU memory for pages.
         host_bytes: Host memory for rows.
         hot_cache_bytes: GPU memory of the hot cache.
         buffer_bytes: GPU memory of the split cache's other buffers.
+        full_groups: Groups of layers that take a block for each of a request.
+        window_groups: Groups that take a block for each of its window.
+        window_blocks: Most blocks of a request in one of those.
+        window_pool_blocks: Blocks that are for those alone; 0 where they take of `num_blocks`.
     """
 
     num_blocks: int
@@ -66,10 +72,19 @@ class Fit:
     host_bytes: int = 0
     hot_cache_bytes: int = 0
     buffer_bytes: int = 0
+    full_groups: int = 1
+    window_groups: int = 0
+    window_blocks: int = 0
+    window_pool_blocks: int = 0
 
     def requests(self, context: int, block_size: int) -> float:
         """Requests of `context` tokens that fit at once. vLLM keeps one block to itself."""
-        return max(0, self.num_blocks - 1) / -(-context // block_size)
+        blocks = -(-context // block_size)
+        within = self.window_groups * min(blocks, self.window_blocks)
+        free = max(0, self.num_blocks - 1)
+        if self.window_pool_blocks:
+            return min(free / blocks, self.window_pool_blocks / within)
+        return free / (self.full_groups * blocks + within)
 
 
 def kv_heads_of_rank(shape: ModelShape, engine: Engine) -> int:
@@ -79,9 +94,9 @@ def kv_heads_of_rank(shape: ModelShape, engine: Engine) -> int:
 
 def cache_shape(shape: ModelShape, engine: Engine, config: KCacheConfig) -> CacheShape:
     """Geometry of the split layers of a rank."""
-    dense = len(config.resolved_dense_layers(shape.num_layers))
+    dense = config.resolved_dense_layers(shape.num_layers) - set(shape.window_layers)
     return CacheShape(
-        num_layers=shape.num_layers - dense,
+        num_layers=shape.num_full_layers - len(dense),
         num_query_heads=shape.num_query_heads // engine.tensor_parallel_size,
         num_kv_heads=kv_heads_of_rank(shape, engine),
         head_size=shape.head_size,
@@ -98,15 +113,32 @@ def cache_shape(shape: ModelShape, engine: Engine, config: KCacheConfig) -> Cach
 def gpu_memory(shape: ModelShape, engine: Engine, config: KCacheConfig) -> GPUMemory:
     """What the engine plans its buffers by."""
     cache = cache_shape(shape, engine, config)
-    limits = StepLimits(engine.max_num_seqs, engine.max_num_batched_tokens, engine.max_model_len)
-    return GPUMemory(cache, config.selection(cache.block_tokens), limits)
+    return GPUMemory(cache, config.selection(cache.block_tokens), _limits(engine))
 
 
 def k_page_bytes(shape: ModelShape, engine: Engine, config: KCacheConfig) -> int:
-    """GPU memory of one page: K or its codes, and K and V of dense layers."""
+    """GPU memory of one page: K or its codes, and K and V of dense layers. Not of window layers."""
     cache = cache_shape(shape, engine, config)
     split = cache.num_layers * cache.num_kv_heads * cache.page_tokens * cache.k_token_bytes
-    return split + 2 * (shape.num_layers - cache.num_layers) * _layer_page_bytes(shape, engine)
+    return split + 2 * (shape.num_full_layers - cache.num_layers) * _layer_page_bytes(shape, engine)
+
+
+def window_pool(shape: ModelShape, engine: Engine, config: KCacheConfig) -> WindowPool | None:
+    """Blocks of window layers beside pages, as the engine plans them; None without such layers."""
+    if not shape.window_layers:
+        return None
+    return WindowPool.plan(
+        [(shape.window, engine.block_size)],
+        block_bytes=2 * len(shape.window_layers) * _layer_page_bytes(shape, engine),
+        page_bytes=k_page_bytes(shape, engine, config),
+        page_tokens=engine.block_size,
+        limits=_limits(engine),
+        steps_at_once=STEPS_AT_ONCE,
+    )
+
+
+def _limits(engine: Engine) -> StepLimits:
+    return StepLimits(engine.max_num_seqs, engine.max_num_batched_tokens, engine.max_model_len)
 
 
 def _layer_page_bytes(shape: ModelShape, engine: Engine) -> int:
@@ -153,12 +185,20 @@ def fit_stock(
     """
     available = cache_bytes_gpu(shape, engine, gpu_memory_bytes)
     values = _layer_page_bytes(shape, engine) // shape.itemsize
-    page = 2 * shape.num_layers * values * (kv_itemsize or shape.itemsize)
+    full, windows = shape.num_full_layers, len(shape.window_layers)
+    # As vLLM groups layers: all groups are of one size, that of the smaller kind.
+    size = min(full, windows) if windows else full
+    if max(full, windows) < 1.5 * size:
+        size = max(full, windows)
+    page = 2 * size * values * (kv_itemsize or shape.itemsize)
     return Fit(
         available // page,
         "GPU memory",
         "A larger --gpu-memory-utilization lets more requests in.",
         available,
+        full_groups=-(-full // size),
+        window_groups=-(-windows // size),
+        window_blocks=-(-shape.window // engine.block_size) + 1,
     )
 
 
@@ -179,15 +219,35 @@ def fit_split(
     left = max(0, cache_bytes_gpu(shape, engine, gpu_memory_bytes) - buffers)
     page, rows = k_page_bytes(shape, engine, config), memory.shape.host_page_bytes
     on_host = int(host_budget_bytes / engine.tensor_parallel_size) // rows
-    blocks, slots = memory.plan(left, page, on_host, config.hot_cache_gib)
+    window = window_pool(shape, engine, config)
+    if window is None:
+        blocks, slots = memory.plan(left, page, on_host, config.hot_cache_gib)
+    else:
+        beside, free = window.bytes_beside_page, left - window.fixed_bytes
+        blocks, slots = memory.plan(free, page, on_host, config.hot_cache_gib, beside)
+        if window.holds_most(blocks):
+            free = left - window.most_bytes
+            blocks, slots = memory.plan(free, page, on_host, config.hot_cache_gib)
     useful = memory.limits.useful_pages(memory.shape.page_tokens)
     limited_by, remedy = what_limits(blocks, on_host, useful, memory.shape)
+    window_blocks = 0
+    if window is not None:
+        if blocks <= window.longest_pages:
+            raise PlanError(
+                f"{shape.name}: not one request of {engine.max_model_len} tokens fits, in pages "
+                "of its full layers and blocks of its window layers. Lower --max-model-len or "
+                "--max-num-batched-tokens."
+            )
+        window_blocks = window.blocks_for(blocks)
     return Fit(
         num_blocks=blocks,
         limited_by=limited_by,
         remedy=remedy,
-        cache_bytes=blocks * page,
+        cache_bytes=blocks * page + window_blocks * (window.block_bytes if window else 0),
         host_bytes=blocks * rows,
         hot_cache_bytes=slots * memory.slot_bytes,
         buffer_bytes=buffers + blocks * memory.page_bytes,
+        window_groups=1 if window else 0,
+        window_blocks=window.request_blocks if window else 0,
+        window_pool_blocks=window_blocks - window.step_blocks if window else 0,
     )

@@ -8,7 +8,15 @@ from typing import Any
 
 from vllm_kcache.config import KCacheConfig
 from vllm_kcache.planner.cost import Hardware, SplitWork, StepCost, split_step, stock_step
-from vllm_kcache.planner.memory import GIB, Engine, Fit, fit_split, fit_stock, gpu_memory
+from vllm_kcache.planner.memory import (
+    GIB,
+    Engine,
+    Fit,
+    fit_split,
+    fit_stock,
+    gpu_memory,
+    window_pool,
+)
 from vllm_kcache.planner.selection import HIT_RATES, interpolate, selected_tokens_of
 from vllm_kcache.planner.shape import ModelShape, PlanError
 
@@ -311,6 +319,18 @@ def _remedies(setup: Setup, load: Load, split: Prediction) -> list[str]:
 
 def _notes(setup: Setup, load: Load, splits: list[SplitPrediction]) -> list[str]:
     notes = []
+    shape = setup.shape
+    window = window_pool(shape, setup.engine, setup.config)
+    if window is not None:
+        gib = window.request_blocks * window.block_bytes / GIB
+        notes.append(
+            f"{len(shape.window_layers)} of {shape.num_layers} layers have a window of "
+            f"{shape.window} tokens and keep K and V in GPU memory, {gib:.3f} GiB a request. Their "
+            "share of the memory is fixed at start: a lower --max-num-seqs leaves more for pages, "
+            "a lower --max-model-len more for windows."
+        )
+    if shape.has_sinks:
+        notes.append("kcache 4: refused for this model, since it has learned sinks.")
     if setup.hardware.source != "measured":
         notes.append(f"{setup.hardware.name}: {setup.hardware.source}.")
     config = setup.config

@@ -18,6 +18,8 @@ MOST_WEIGHT_BITS = 32
 _UNGATED = frozenset(
     ("opt", "gpt2", "gptj", "gpt_neox", "gpt_bigcode", "starcoder2", "phi", "nemotron")
 )
+# Families whose configurations may leave out which layers have a window: every so many-th has none.
+_FULL_EVERY = {"gemma3_text": 6}
 # Sizes are bounded so that no sum of theirs passes what a float holds, and no list of layers
 # fills the memory.
 _MOST, _MOST_LAYERS = 2**31 - 1, 10_000
@@ -47,6 +49,9 @@ class ModelShape:
         num_experts: Experts of each layer; 0 for a dense model.
         experts_per_token: Experts that a token uses.
         expert_weight_bytes: One expert, over all layers.
+        window: Tokens that the layers with a window attend to; 0 where there are none.
+        window_layers: Their numbers, counted from 0 at the bottom.
+        has_sinks: Whether its softmax has a learned term beside the tokens.
     """
 
     name: str
@@ -64,6 +69,18 @@ class ModelShape:
     num_experts: int = 0
     experts_per_token: int = 0
     expert_weight_bytes: int = 0
+    window: int = 0
+    window_layers: tuple[int, ...] = ()
+    has_sinks: bool = False
+
+    @property
+    def num_full_layers(self) -> int:
+        """Layers that attend to the whole context."""
+        return self.num_layers - len(self.window_layers)
+
+    def window_tokens(self, context: float) -> float:
+        """Tokens that all window layers together attend to, of a request of so many tokens."""
+        return len(self.window_layers) * min(context, self.window)
 
     def weight_bytes_of_step(self, num_tokens: float) -> float:
         """Weight bytes that a step of so many tokens reads: of the experts, those expected hit."""
@@ -198,16 +215,18 @@ def _refuse(config: _Config) -> None:
     kinds = config.typed(list, "layer_types", [])
     if not all(isinstance(kind, str) for kind in kinds):
         raise config.wrong("layer_types", "a JSON array of strings")
-    window = config.whole("sliding_window", default=0, least=0)
+    window = _window(config)
     found = {
         "multi-head latent attention (kv_lora_rank)": config.whole(
             "kv_lora_rank", default=0, least=0
         ),
-        f"layer_types {_shown(sorted(set(kinds)))}": set(kinds) - {"full_attention", "attention"},
+        f"layer_types {_shown(sorted(set(kinds)))}": set(kinds)
+        - {"full_attention", "attention", *(["sliding_attention"] if window else [])},
         "an encoder and a decoder (is_encoder_decoder)": config.typed(
             bool, "is_encoder_decoder", False
         ),
-        f"sliding_window={window}": window and config.typed(bool, "use_sliding_window", True),
+        f"sliding_window={window} in every layer": window
+        and not any(kind == "full_attention" for kind in _kinds(config)),
     }
     for feature, is_there in found.items():
         if is_there:
@@ -215,6 +234,26 @@ def _refuse(config: _Config) -> None:
                 f"{config.path}: the model has {feature}, which the split cache does not serve. "
                 "vllm-kcache check lists everything that would be refused."
             )
+
+
+def _window(config: _Config) -> int:
+    """Tokens of the window that some or all layers have; 0 for none."""
+    window = config.whole("sliding_window", default=0, least=0)
+    return window if config.typed(bool, "use_sliding_window", True) else 0
+
+
+def _kinds(config: _Config) -> list[str]:
+    """The kind of each layer, where the configuration says it or its family implies it."""
+    kinds = config.typed(list, "layer_types", [])
+    family = config.typed(str, "model_type", "")
+    every = config.whole("sliding_window_pattern", default=_FULL_EVERY.get(family, 0), least=0)
+    if kinds or not every:
+        return kinds
+    layers = config.whole("num_hidden_layers", "n_layer", "n_layers", most=_MOST_LAYERS)
+    return [
+        "sliding_attention" if number % every else "full_attention"
+        for number in range(1, layers + 1)
+    ]
 
 
 def _weight_bits(whole: _Config, itemsize: int) -> int:
@@ -243,6 +282,7 @@ def _shape(
         raise config.wrong("num_key_value_heads", f"a divisor of the {heads} query heads")
     head_size = config.whole("head_dim", default=hidden // heads)
     vocab = config.whole("vocab_size")
+    window = _window(config)
 
     attention = hidden * head_size * (2 * heads + 2 * kv_heads)
     matrices = 2 if config.typed(str, "model_type", "") in _UNGATED else 3
@@ -279,4 +319,11 @@ def _shape(
         num_experts=experts,
         experts_per_token=per_token,
         expert_weight_bytes=expert_bytes,
+        window=window,
+        window_layers=tuple(
+            number
+            for number, kind in enumerate(_kinds(config)[:layers])
+            if window and kind == "sliding_attention"
+        ),
+        has_sinks=config.typed(str, "model_type", "") == "gpt_oss",
     )

@@ -9,6 +9,7 @@ import torch
 
 from vllm_kcache.cache.formats import RowFormat
 from vllm_kcache.reference.codes import restore_keys
+from vllm_kcache.reference.sinks import share_of_tokens
 from vllm_kcache.types import KStats
 
 # Tokens of context gathered at once: bounds the scratch, however long the context is.
@@ -29,6 +30,7 @@ def attend_full(
     seq_lens: torch.Tensor,
     scale: float,
     out: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Exact attention of a ragged batch of prompt chunks to everything before them.
 
@@ -49,6 +51,7 @@ def attend_full(
         scale: factor on the scores.
         out: [Tq, Hq, D] model dtype, host, written and returned when given. Rows past the last
             chunk are left alone.
+        sinks: [Hq], host. Learned scores beside those of the tokens (reference/sinks.py).
     Returns:
         [Tq, Hq, D] model dtype. Without `out`, rows past the last chunk are 0.
     Raises:
@@ -63,8 +66,9 @@ def attend_full(
         return tokens_of(k_pages, ids), tokens_of(v_pages, ids)
 
     return _attend_batch(
-        query, read_pages, page_tokens, None, block_table, query_start_loc, seq_lens, scale, out
-    )
+        query, read_pages, page_tokens, None, block_table, query_start_loc, seq_lens, scale, out,
+        sinks,
+    )  # fmt: skip
 
 
 def attend_full_rows(
@@ -124,6 +128,7 @@ def _attend_batch(
     seq_lens: torch.Tensor,
     scale: float,
     out: torch.Tensor | None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     if out is None:
         out = torch.zeros_like(query, memory_format=torch.contiguous_format)
@@ -141,8 +146,9 @@ def _attend_batch(
         if chunk is not None:
             own = chunk[0][first:last].transpose(0, 1), chunk[1][first:last].transpose(0, 1)
         out[first:last] = _attend_request(
-            query[first:last], read_pages, page_tokens, own, block_table[request], seq_len, scale
-        )
+            query[first:last], read_pages, page_tokens, own, block_table[request], seq_len, scale,
+            sinks,
+        )  # fmt: skip
     return out
 
 
@@ -154,6 +160,7 @@ def _attend_request(
     page_ids: torch.Tensor,
     seq_len: int,
     scale: float,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """[n, Hq, D] for the n tokens of one chunk, [n, Hq, D]; `own` is its K and V, [Hkv, n, D]."""
     context = seq_len - query.shape[0]
@@ -178,6 +185,9 @@ def _attend_request(
         result = result * (lse - merged_lse).exp()[..., None]
         result += piece * (piece_lse - merged_lse).exp()[..., None]
         lse = merged_lse
+    if sinks is not None:
+        by_head = sinks.unflatten(0, (keys.shape[0], -1)).T[..., None]
+        result = result * share_of_tokens(lse, by_head)[..., None]
     return result.permute(2, 1, 0, 3).flatten(1, 2)
 
 

@@ -50,7 +50,7 @@ def select_blocks(
     exists = block_ids < num_blocks[:, None]
     lse = None
     if selection.clip is not None or (out is not None and out.lse is not None):
-        lse = block_lse.masked_fill(~exists[:, None], -torch.inf).logsumexp(-1)
+        lse = request_lse(block_lse, seq_lens, v_block_tokens)
     if selection.selects_everything:
         chosen = torch.where(exists, block_ids, -1)[:, None].expand(-1, num_kv_heads, -1)
         counts = num_blocks[:, None].expand(-1, num_kv_heads)
@@ -95,6 +95,19 @@ def select_blocks(
         kept = each.gather(-1, last[:, :, None].expand(-1, -1, each.shape[2], -1))[..., 0]
         dropped = (1.0 - kept).clamp_min(0.0).flatten(1) if width else torch.zeros_like(lse)
     return _into(Selected(chosen, counts, mass, lse, dropped), out)
+
+
+def request_lse(
+    block_lse: torch.Tensor, seq_lens: torch.Tensor, v_block_tokens: int
+) -> torch.Tensor:
+    """Log-sum-exp of each query head's scores over the whole request: [B, Hq] float32.
+
+    Args:
+        block_lse, seq_lens, v_block_tokens: as for `select_blocks`. A padded row gets -inf.
+    """
+    first_tokens = torch.arange(block_lse.shape[-1], device=block_lse.device) * v_block_tokens
+    exists = first_tokens < seq_lens[:, None]
+    return block_lse.masked_fill(~exists[:, None], -torch.inf).logsumexp(-1)
 
 
 def block_masses(block_lse: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:

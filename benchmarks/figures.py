@@ -93,6 +93,8 @@ def series_of(row: Row) -> str:
     if row["engine"] == "stock":
         return f"stock {dtype}"
     settings, parts = row["kcache_config"], [f"kcache {dtype}".removesuffix(" bf16")]
+    if settings.get("k_bits") == 4:
+        parts.append(f"K codes, host {settings['host_memory_gib']:g} GiB")
     parts += [
         f"{name} {settings[name]:g}".replace("_", " ").replace("0.", ".")
         for name in ("mass_threshold", "coverage")
@@ -163,9 +165,8 @@ def draw_throughput(against: str, label: str, preset: bool = False) -> Any:
         draw_curves(axis, curves, order)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:.0f}")
-        if against == "requests":
-            axis.set_yscale("log", base=2)
-            axis.yaxis.set_major_formatter("{x:.0f}")
+        axis.set_yscale("log", base=2)
+        axis.yaxis.set_major_formatter("{x:.0f}")
         axis.set_title(title, fontsize=9)
         height = 0.04
         for name in order:

@@ -143,6 +143,7 @@ class WeightedSum {
       weight_[0] *= share;
       factor *= share;
     }
+#pragma unroll 1
     for (int turn = 0; turn < kWarps / Z::kBuffers; ++turn) {
       if (warp / Z::kBuffers == turn) {
         const int buffer = warp % Z::kBuffers;
@@ -180,12 +181,14 @@ class WeightedSum {
   // Those of all warps of a tile of query heads to the first of them.
   __device__ static void add_buffers(Shared<Z>& shared, int tiles) {
     constexpr int kFours = Z::kChannels / 4, kRows = Z::kSides * kTileHeads;
+#pragma unroll 1
     for (int i = threadIdx.x; i < tiles * kRows * kFours; i += kThreads) {
       const int tile = i / (kRows * kFours), row = i / kFours % kRows, four = i % kFours;
       const auto sum_of = [&](int buffer) {
         return reinterpret_cast<float4*>(shared.sums[buffer][row]) + four;
       };
       float4 sum = *sum_of(tile);
+#pragma unroll 1
       for (int buffer = tile + tiles; buffer < Z::kBuffers; buffer += tiles) {
         const float4 its = *sum_of(buffer);
         sum.x += its.x;
@@ -195,8 +198,10 @@ class WeightedSum {
       }
       *sum_of(tile) = sum;
     }
+#pragma unroll 1
     for (int i = threadIdx.x; i < tiles * kRows; i += kThreads) {
       const int tile = i / kRows, row = i % kRows;
+#pragma unroll 1
       for (int buffer = tile + tiles; buffer < Z::kBuffers; buffer += tiles) {
         shared.weights[tile][row] += shared.weights[buffer][row];
       }
@@ -243,11 +248,13 @@ __device__ inline bool add_parts(const LayerView& view, const AttendRows& attend
   const auto largest_of = [&](int row) {
     return Z::kClip ? 0.0f : shared.all_largest[row / kTileHeads][row % kTileHeads];
   };
+#pragma unroll 1
   for (int i = threadIdx.x; i < rows * kFours; i += kThreads) {
     const int row = i / kFours, four = i % kFours;
     sums_of(part.number, row)[four] =
         reinterpret_cast<const float4*>(shared.sum(row / view.group, row % view.group))[four];
   }
+#pragma unroll 1
   for (int row = threadIdx.x; row < rows; row += kThreads) {
     *weights_of(part.number, row) =
         float2{largest_of(row), shared.weight(row / view.group, row % view.group)};
@@ -262,8 +269,10 @@ __device__ inline bool add_parts(const LayerView& view, const AttendRows& attend
   if (!shared.last) return false;
   fence_gpu();
   // Loads bypass the first-level cache, which does not see what other thread blocks wrote.
+#pragma unroll 1
   for (int row = warp; row < rows; row += kWarps) {
     float largest = -INFINITY, weight = 0.0f;
+#pragma unroll 1
     for (int p = lane; p < part.of; p += 32) {
       const float2 its = __ldcg(weights_of(p, row));
       const float larger = fmaxf(largest, its.x);
@@ -278,10 +287,12 @@ __device__ inline bool add_parts(const LayerView& view, const AttendRows& attend
     }
   }
   __syncthreads();
+#pragma unroll 1
   for (int i = threadIdx.x; i < rows * kFours; i += kThreads) {
     const int row = i / kFours, four = i % kFours;
     const float largest = largest_of(row);
     float4 sum{};
+#pragma unroll 1
     for (int first = 0; first < part.of; first += kAhead) {
       float4 its[kAhead];
       float factors[kAhead];
@@ -330,6 +341,7 @@ __device__ inline void store_result(const LayerView& view, const AttendRows& att
                                     Shared<Z>& shared, int64_t list, bool selected) {
   const int64_t request = list / view.num_kv_heads;
   const int fours = view.head_size / 4;
+#pragma unroll 1
   for (int i = threadIdx.x; i < view.group * fours; i += kThreads) {
     const int in_group = i / fours, four = i % fours;
     const int64_t row = list * view.group + in_group;
@@ -397,6 +409,7 @@ __device__ inline void count_estimate_errors(const LayerView& view, const Step& 
   if (warp < tiles) {
     const int head = warp * kTileHeads + lane / 4;
     const Query<Z::kSteps> query(view, attend, list, head);
+#pragma unroll 1
     for (int tile = 0; tile < kTiles; ++tile) {
       const int number = chunk * kTiles + tile;
       const ListRows::Token token = rows.find(number, rows.place(number));
@@ -414,12 +427,15 @@ __device__ inline void count_estimate_errors(const LayerView& view, const Step& 
   }
   __syncthreads();
   const int blocks = kLookedAt / block_tokens;
+#pragma unroll 1
   for (int i = threadIdx.x; i < view.group * blocks; i += kThreads) {
     const int head = i / blocks, column = chunk * blocks + i % blocks;
     if (column >= count) continue;
     const float* scores = all_scores + head * kLookedAt + i % blocks * block_tokens;
     float largest = scores[0], sum = 0.0f;
+#pragma unroll 1
     for (int token = 1; token < block_tokens; ++token) largest = fmaxf(largest, scores[token]);
+#pragma unroll 1
     for (int token = 0; token < block_tokens; ++token) sum += fast_exp2(scores[token] - largest);
     const float refined = (largest + fast_log2(sum)) * kLn2;
     const int64_t place = (list * view.group + head) * step.max_blocks;
@@ -486,7 +502,9 @@ __global__ void __launch_bounds__(kThreads, Z::kLeastBlocks)
   __shared__ SharedSums shared;
   wait_for_launch_before();
   const Runs runs(view, step, attend, shared.runs);
+#pragma unroll 1
   for (int run = blockIdx.x; run < runs.count(); run += attend.programs) {
+#pragma unroll 1
     for (int tile = runs.begin(run); tile < runs.end(run);) {
       runs.find(run, tile, shared.part);
       __syncthreads();

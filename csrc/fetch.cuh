@@ -87,12 +87,14 @@ template <typename Block>
 __device__ inline void fetch_part(const LayerView& view, const Step& step, FetchShared& shared,
                                   int list, const Block* blocks, int count, int first_block,
                                   int first_column) {
+#pragma unroll 1
   for (int start = 0; start < count; start += kThreads) {
     const int i = start + static_cast<int>(threadIdx.x);
     look_up(view, step, shared, list, i < count, i < count ? first_block + blocks[i] : 0,
             first_column + i);
     __syncthreads();
     const int num_misses = shared.num_misses;
+#pragma unroll 1
     for (int miss = threadIdx.x / 32; miss < num_misses; miss += kWarps) {
       const int2 its = shared.misses[miss];
       copy_row(view.host_rows + static_cast<int64_t>(its.x) * view.row_bytes,

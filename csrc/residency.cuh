@@ -92,6 +92,7 @@ __device__ inline int claim_slot(const LayerView& view, bool wanted, int64_t own
   int found = -1;
   if (view.num_slots == 0) return found;
   bool full = false;
+#pragma unroll 1
   for (int attempt = 0; attempt < kAttempts; ++attempt) {
     const bool wants = wanted && found < 0 && !full;
     const unsigned wanting = __ballot_sync(kAllLanes, wants);

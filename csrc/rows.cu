@@ -201,12 +201,12 @@ __device__ inline int slot_of(const LayerView& view, const SlotSearch& search, i
   return __shfl_sync(kAllLanes, found >= 0 ? found : claimed, 0);
 }
 
-// `count` tokens that follow each other in a piece of a row; the first goes to slot `place`.
-template <int kParts>
+// `count` tokens that follow each other in a piece of a row; the first goes to slot `place`. Of K
+// and of V kAhead tokens, or vectors, are in flight.
+template <int kParts, int kAhead>
 __device__ inline void write_run(const LayerView& view, const WriteRows& write,
                                  Piece<kParts>& piece, int64_t token, int64_t place, int count,
                                  int head) {
-  constexpr int kAhead = 2 / kParts;  // tokens, or vectors, of K and of V in flight
   const int lane = static_cast<int>(threadIdx.x & 31);
   const int64_t page = place / view.page_tokens, in_layer = page * view.num_kv_heads + head;
   const int offset = static_cast<int>(place - page * view.page_tokens);
@@ -236,6 +236,7 @@ __device__ inline void write_run(const LayerView& view, const WriteRows& write,
   if (!view.int8_rows && (targets[0] != nullptr || targets[1] != nullptr)) {
     const RowParts parts(view);
     const int each = parts.head_bytes / 16, total = count * each;
+#pragma unroll 1
     for (int first = lane; first < total; first += 32 * kAhead) {
       uint4 keys[kAhead], values[kAhead];
 #pragma unroll
@@ -314,7 +315,7 @@ __device__ inline void write_run(const LayerView& view, const WriteRows& write,
 }
 
 // A warp stores the runs of one KV head that begin among `window` tokens, kPieceTokens at most.
-template <int kParts>
+template <int kParts, int kAhead>
 __global__ void __launch_bounds__(32 * kWarps)
     write_kernel(const __grid_constant__ LayerView view, const __grid_constant__ WriteRows write,
                  int window) {
@@ -325,6 +326,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   const int lane = static_cast<int>(threadIdx.x & 31), warp = static_cast<int>(threadIdx.x / 32);
   const int64_t items = (write.num_tokens + window - 1) / window * view.num_kv_heads;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * kWarps;
+#pragma unroll 1
   for (int64_t item = blockIdx.x * kWarps + warp; item < items; item += warps) {
     // A lane looks at one token, from the one before the window to the end of the last run.
     const int64_t before = item / view.num_kv_heads * window - 1, token = before + lane;
@@ -334,11 +336,13 @@ __global__ void __launch_bounds__(32 * kWarps)
         place == __shfl_up_sync(kAllLanes, place, 1) + 1 && (place & (piece_tokens(view) - 1)) != 0;
     const unsigned going_on = __ballot_sync(kAllLanes, place >= 0 && goes_on);
     unsigned begins = __ballot_sync(kAllLanes, place >= 0 && !goes_on) & ((2u << window) - 2);
+#pragma unroll 1
     for (; begins != 0; begins &= begins - 1) {
       const int first = __ffs(static_cast<int>(begins)) - 1;
       const int count = __ffs(static_cast<int>(~(going_on >> (first + 1))));
-      write_run(view, write, pieces[warp], before + first, __shfl_sync(kAllLanes, place, first),
-                count, static_cast<int>(item % view.num_kv_heads));
+      write_run<kParts, kAhead>(view, write, pieces[warp], before + first,
+                                __shfl_sync(kAllLanes, place, first), count,
+                                static_cast<int>(item % view.num_kv_heads));
     }
   }
 }
@@ -420,6 +424,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   const int each = (gather.max_length + in_piece - 1) / in_piece;
   const int64_t total = static_cast<int64_t>(gather.num_requests) * each * view.num_kv_heads;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * kWarps;
+#pragma unroll 1
   for (int64_t item = blockIdx.x * kWarps + warp; item < total; item += warps) {
     const int head = static_cast<int>(item % view.num_kv_heads);
     const int64_t of_all = item / view.num_kv_heads;
@@ -469,7 +474,9 @@ cudaError_t launch_write_rows(const LayerView& view, const WriteRows& write, int
     return launch_kernel(dependent, kernel, blocks_for(items, most_blocks), 32 * kWarps, stream,
                          view, write, window);
   };
-  return parts_of(view.head_size) == 1 ? launch(write_kernel<1>) : launch(write_kernel<2>);
+  if (parts_of(view.head_size) == 2) return launch(write_kernel<2, 1>);
+  // In a step of decodes a run is one token: less code, all of which has to be fetched for it.
+  return window == 1 ? launch(write_kernel<1, 1>) : launch(write_kernel<1, 2>);
 }
 
 cudaError_t launch_gather_rows(const LayerView& view, const GatherRows& gather, int most_blocks,

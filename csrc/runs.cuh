@@ -56,6 +56,7 @@ class Runs {
   // The part of a run that begins with `tile`; to all threads, a barrier later.
   __device__ void find(int run, int tile, Part& found) const {
     if (tile < first_ || tile >= last_) return;
+#pragma unroll 1
     for (int list = begin_, first = first_; list < end_; ++list) {
       const int count = counts_[list], next = first + tiles_of(count);
       if (tile < next) {
@@ -78,6 +79,7 @@ class Runs {
   }
   __device__ int own_tiles() const {
     int tiles = 0;
+#pragma unroll 1
     for (int list = begin_; list < end_; ++list) tiles += tiles_of(counts_[list]);
     return tiles;
   }

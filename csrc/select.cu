@@ -6,8 +6,9 @@
 namespace kcache {
 namespace {
 
-// One thread block for each list. It fetches too: that saves a launch and reading the list again.
-template <typename R>
+// One thread block for each list. With kFetches it fetches too: that saves a launch and reading the
+// list again.
+template <typename R, bool kFetches>
 __global__ void __launch_bounds__(kThreads, 2)
     select_kernel(const __grid_constant__ LayerView view, const __grid_constant__ Step step) {
   __shared__ ListShared<R> shared;
@@ -25,7 +26,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     __syncthreads();
     if (done) return;
   }
-  if (step.rows != nullptr) {
+  if constexpr (kFetches) {
     select_and_fetch_list(view, step, shared, selection, list);
   } else {
     const int count = selection.run([](auto...) {});
@@ -38,8 +39,11 @@ __global__ void __launch_bounds__(kThreads, 2)
 cudaError_t launch_select(const LayerView& view, const Step& step, bool dependent,
                           cudaStream_t stream) {
   return with_rule(view, [&](auto rule) {
-    return launch_kernel(dependent, select_kernel<decltype(rule)>, step.num_lists, kThreads, stream,
-                         view, step);
+    const auto launch = [&](auto kernel) {
+      return launch_kernel(dependent, kernel, step.num_lists, kThreads, stream, view, step);
+    };
+    return step.rows != nullptr ? launch(select_kernel<decltype(rule), true>)
+                                : launch(select_kernel<decltype(rule), false>);
   });
 }
 

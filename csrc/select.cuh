@@ -122,6 +122,7 @@ class ListSelection {
     if (num_blocks_ > 0) {
       normalise();
       if constexpr (R::kSearches) find_threshold();
+#pragma unroll 1
       for (int first = 0; first < num_blocks_; first += kSegment) {
         mark(first);
         __syncthreads();
@@ -131,6 +132,7 @@ class ListSelection {
         if (kAddsWhileMarking && first + kSegment >= num_blocks_ && warp_ == kWarps - 1) {
           finish(count + in_segment);
         }
+#pragma unroll 1
         for (int part = 0; part < in_segment; part += kThreads) {
           const int in_part = min(in_segment - part, kThreads);
           write(first, count, part, in_part, place);
@@ -160,6 +162,7 @@ class ListSelection {
       const int64_t query_head = static_cast<int64_t>(list_) * view_.group + head;
       const float* lse = step_.chunk_lse + query_head * step_.max_chunks;
       float largest = -INFINITY, sum = 0.0f;
+#pragma unroll 1
       for (int start = lane_; start < chunks; start += 32 * kChunksAhead) {
         float chunk[kChunksAhead];
 #pragma unroll
@@ -283,6 +286,7 @@ class ListSelection {
   __device__ void mark(int first_block) {
     const Share own = share(first_block);
     float covered[kTogether] = {};
+#pragma unroll 1
     for (int start = own.begin; start < own.end; start += kBlocks) {
       float logs[kBlocks][kTogether];
       const int first = first_block + start * 32 + lane_ * kWide;
@@ -327,6 +331,7 @@ class ListSelection {
   // The same from a part of the list: a warp a query head.
   __device__ void cover(int first_block, int count) {
     float mass = 0.0f;
+#pragma unroll 1
     for (int i = lane_; warp_ < view_.group && i < count; i += 32) {
       mass += head_mass(warp_, first_block + shared_.kept[i]);
     }
@@ -337,6 +342,7 @@ class ListSelection {
   __device__ int count_kept(int first_block, int room, int& place) const {
     const Share own = share(first_block);
     int before = 0, total = 0;
+#pragma unroll 1
     for (int i = lane_; i < own.words; i += 32) {
       const int count = __popc(shared_.kept_words[i]);
       total += count;
@@ -352,6 +358,7 @@ class ListSelection {
     const Share own = share(first_block);
     int* out = step_.blocks + static_cast<int64_t>(list_) * step_.columns + first_column + part;
     place -= part;
+#pragma unroll 1
     for (int i = own.begin; i < own.end; ++i) {
       const unsigned kept = shared_.kept_words[i];
       const int column = place + __popc(kept & ((1u << lane_) - 1)), near = i * 32 + lane_;
@@ -366,6 +373,7 @@ class ListSelection {
   // By one warp: the list's length and covered mass. An empty row has all of its mass.
   __device__ void finish(int count) {
     float least = 1.0f, mean = 0.0f;
+#pragma unroll 1
     for (int h = 0; num_blocks_ > 0 && h < view_.group; ++h) {
       const float mass = warp_sum(lane_ < kSums ? shared_.covered[h][lane_] : 0.0f);
       if (step_.dropped != nullptr && lane_ == 0) {

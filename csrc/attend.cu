@@ -236,7 +236,7 @@ template <typename Z>
 __device__ inline bool add_parts(const LayerView& view, const AttendRows& attend, Shared<Z>& shared,
                                  const Part& part) {
   constexpr int kFours = Z::kChannels / 4, kAhead = 8;
-  const int rows = Z::kSides * view.group, warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+  const int rows = Z::kSides * view.group;
   const auto sums_of = [&](int number, int row) {
     return reinterpret_cast<float4*>(
         attend.sums + (static_cast<int64_t>(part.place + number) * rows + row) * Z::kChannels);
@@ -244,9 +244,6 @@ __device__ inline bool add_parts(const LayerView& view, const AttendRows& attend
   const auto weights_of = [&](int number, int row) {
     return reinterpret_cast<float2*>(attend.weights) +
            (static_cast<int64_t>(part.place + number) * rows + row);
-  };
-  const auto largest_of = [&](int row) {
-    return Z::kClip ? 0.0f : shared.all_largest[row / kTileHeads][row % kTileHeads];
   };
 #pragma unroll 1
   for (int i = threadIdx.x; i < rows * kFours; i += kThreads) {
@@ -257,7 +254,8 @@ __device__ inline bool add_parts(const LayerView& view, const AttendRows& attend
 #pragma unroll 1
   for (int row = threadIdx.x; row < rows; row += kThreads) {
     *weights_of(part.number, row) =
-        float2{largest_of(row), shared.weight(row / view.group, row % view.group)};
+        float2{Z::kClip ? 0.0f : shared.all_largest[row / kTileHeads][row % kTileHeads],
+               shared.weight(row / view.group, row % view.group)};
   }
   fence_gpu();
   __syncthreads();
@@ -270,50 +268,39 @@ __device__ inline bool add_parts(const LayerView& view, const AttendRows& attend
   fence_gpu();
   // Loads bypass the first-level cache, which does not see what other thread blocks wrote.
 #pragma unroll 1
-  for (int row = warp; row < rows; row += kWarps) {
-    float largest = -INFINITY, weight = 0.0f;
-#pragma unroll 1
-    for (int p = lane; p < part.of; p += 32) {
-      const float2 its = __ldcg(weights_of(p, row));
-      const float larger = fmaxf(largest, its.x);
-      weight = weight * fast_exp2(largest - larger) + its.y * fast_exp2(its.x - larger);
-      largest = larger;
-    }
-    const float all_largest = warp_max(largest);
-    weight = warp_sum(largest > -INFINITY ? weight * fast_exp2(largest - all_largest) : 0.0f);
-    if (lane == 0) {
-      shared.weight(row / view.group, row % view.group) = weight;
-      if (!Z::kClip) shared.all_largest[row / kTileHeads][row % kTileHeads] = all_largest;
-    }
-  }
-  __syncthreads();
-#pragma unroll 1
   for (int i = threadIdx.x; i < rows * kFours; i += kThreads) {
     const int row = i / kFours, four = i % kFours;
-    const float largest = largest_of(row);
+    float largest = -1e30f, weight = 0.0f;
     float4 sum{};
 #pragma unroll 1
     for (int first = 0; first < part.of; first += kAhead) {
-      float4 its[kAhead];
-      float factors[kAhead];
+      float4 sums[kAhead];
+      float2 weights[kAhead];
 #pragma unroll
       for (int p = 0; p < kAhead; ++p) {
         const int number = min(first + p, part.of - 1);
-        its[p] = __ldcg(sums_of(number, row) + four);
-        factors[p] = first + p < part.of ? 1.0f : 0.0f;
-        if constexpr (!Z::kClip) {
-          factors[p] *= fast_exp2(__ldcg(&weights_of(number, row)->x) - largest);
-        }
+        sums[p] = __ldcg(sums_of(number, row) + four);
+        weights[p] = __ldcg(weights_of(number, row));
       }
+      float larger = largest;
+#pragma unroll
+      for (int p = 0; p < kAhead; ++p) larger = fmaxf(larger, weights[p].x);
+      const float rescale = fast_exp2(largest - larger);
+      largest = larger;
+      weight *= rescale;
+      sum = float4{sum.x * rescale, sum.y * rescale, sum.z * rescale, sum.w * rescale};
 #pragma unroll
       for (int p = 0; p < kAhead; ++p) {
-        sum.x = fmaf(its[p].x, factors[p], sum.x);
-        sum.y = fmaf(its[p].y, factors[p], sum.y);
-        sum.z = fmaf(its[p].z, factors[p], sum.z);
-        sum.w = fmaf(its[p].w, factors[p], sum.w);
+        const float factor = first + p < part.of ? fast_exp2(weights[p].x - larger) : 0.0f;
+        weight = fmaf(weights[p].y, factor, weight);
+        sum.x = fmaf(sums[p].x, factor, sum.x);
+        sum.y = fmaf(sums[p].y, factor, sum.y);
+        sum.z = fmaf(sums[p].z, factor, sum.z);
+        sum.w = fmaf(sums[p].w, factor, sum.w);
       }
     }
     reinterpret_cast<float4*>(shared.sum(row / view.group, row % view.group))[four] = sum;
+    if (four == 0) shared.weight(row / view.group, row % view.group) = weight;
   }
   __syncthreads();
   return true;

@@ -325,13 +325,13 @@ __device__ inline void store_four(const Heads& out, int head_size, int64_t reque
 // weights; without, a list of nothing gives 0.
 template <typename Z>
 __device__ inline void store_result(const LayerView& view, const AttendRows& attend,
-                                    Shared<Z>& shared, int64_t list, bool selected) {
-  const int64_t request = list / view.num_kv_heads;
+                                    Shared<Z>& shared, int list, bool selected) {
+  const int request = list / view.num_kv_heads;
   const int fours = view.head_size / 4;
 #pragma unroll 1
   for (int i = threadIdx.x; i < view.group * fours; i += kThreads) {
     const int in_group = i / fours, four = i % fours;
-    const int64_t row = list * view.group + in_group;
+    const int row = list * view.group + in_group;
     float factor, share = 0.0f;
     if constexpr (Z::kClip) {
       const float dropped = fmaxf(attend.dropped[row], 0.0f) * kUnit;
@@ -348,7 +348,7 @@ __device__ inline void store_result(const LayerView& view, const AttendRows& att
       if constexpr (Z::kClip) x[k] = fmaf(from[kTileHeads * Z::kStride + k], share, x[k]);
     }
     store_four(attend.out, view.head_size, request,
-               static_cast<int>(list % view.num_kv_heads) * view.group + in_group, four, x);
+               list % view.num_kv_heads * view.group + in_group, four, x);
   }
 }
 
@@ -382,11 +382,10 @@ __device__ inline void count_estimate_errors(const LayerView& view, const Step& 
   const unsigned drawn = hash_number(shared.epoch);
   if (below(drawn, static_cast<unsigned>(attend.every)) != 0) return;
   const unsigned of_lists = hash_number(drawn), of_tokens = hash_number(of_lists);
-  const int64_t list = below(of_lists, static_cast<unsigned>(step.num_lists));
+  const int list = static_cast<int>(below(of_lists, static_cast<unsigned>(step.num_lists)));
   const int count = step.counts[list], block_tokens = view.block_tokens;
   if (count == 0) return;
-  const int64_t request = list / view.num_kv_heads;
-  const ListRows rows(view, step, list, count, step.seq_lens[request]);
+  const ListRows rows(view, step, list, count, step.seq_lens[list / view.num_kv_heads]);
   const int tiles = head_tiles(view);
   constexpr int kTiles = kLookedAt / kTileTokens;
   const int chunks = (rows.tiles() + kTiles - 1) / kTiles;
@@ -425,9 +424,9 @@ __device__ inline void count_estimate_errors(const LayerView& view, const Step& 
 #pragma unroll 1
     for (int token = 0; token < block_tokens; ++token) sum += fast_exp2(scores[token] - largest);
     const float refined = (largest + fast_log2(sum)) * kLn2;
-    const int64_t place = (list * view.group + head) * step.max_blocks;
-    const float error =
-        fabsf(step.block_lse[place + step.blocks[list * step.columns + column]] - refined);
+    const int64_t place = (static_cast<int64_t>(list) * view.group + head) * step.max_blocks;
+    const int block = step.blocks[static_cast<int64_t>(list) * step.columns + column];
+    const float error = fabsf(step.block_lse[place + block] - refined);
     atomicAdd(view.counters + kFirstEstimateBucket + estimate_bucket(error), 1);
   }
 }
@@ -438,8 +437,8 @@ __device__ inline void attend_part(const LayerView& view, const Step& step,
                                    const AttendRows& attend, Shared<Z>& shared, const Part& part) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
   const int tiles = head_tiles(view), head = warp % tiles * kTileHeads + lane / 4;
-  const int64_t list = part.list, request = list / view.num_kv_heads;
-  const int num_tokens = step.seq_lens[request];
+  const int64_t list = part.list;
+  const int num_tokens = step.seq_lens[part.list / view.num_kv_heads];
   float shift = 0.0f, limit = 0.0f;
   if constexpr (Z::kClip) {
     if (head < view.group) shift = attend.lse[list * view.group + head] * kLog2E - kUnitBits;

@@ -365,6 +365,8 @@ void attend_int8_rows(Tensor layer, Tensor blocks, Tensor counts, Tensor rows, T
   const LayerView view = unpack_codes(layer);
   STD_TORCH_CHECK(view.int8_rows, "layer: its rows are not int8");
   const int64_t num_requests = blocks.size(0), num_heads = view.num_kv_heads * view.group;
+  STD_TORCH_CHECK(num_requests * num_heads < 1ll << 31, "blocks: has ", num_requests,
+                  " requests; too many for ", num_heads, " heads");
   Step step{};
   use_lists(step, view, blocks, counts);
   check_tensor("rows", rows, ScalarType::Int, {num_requests, view.num_kv_heads, blocks.size(2)},
@@ -445,6 +447,8 @@ void write_rows(Tensor layer, Tensor key, Tensor value, Tensor slot_mapping, int
                         fills,
                         static_cast<int>(parts)};
   STD_TORCH_CHECK(write.key.dtype == write.value.dtype, "value: must have the dtype of key");
+  STD_TORCH_CHECK(num_tokens * view.num_kv_heads < 1 << 30, "slot_mapping: has ", num_tokens,
+                  " tokens; too many for ", view.num_kv_heads, " KV heads");
   if (num_tokens == 0) return;
   const DeviceGuard guard(key.get_device_index());
   STD_CUDA_CHECK(launch_write_rows(view, write, static_cast<int>(most_thread_blocks), dependent,

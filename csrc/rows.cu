@@ -208,8 +208,9 @@ __device__ inline void write_run(const LayerView& view, const WriteRows& write,
                                  Piece<kParts>& piece, int64_t token, int64_t place, int count,
                                  int head) {
   const int lane = static_cast<int>(threadIdx.x & 31);
-  const int64_t page = place / view.page_tokens, in_layer = page * view.num_kv_heads + head;
-  const int offset = static_cast<int>(place - page * view.page_tokens);
+  const unsigned in_pool = static_cast<unsigned>(place), page_tokens = view.page_tokens;
+  const int64_t page = in_pool / page_tokens, in_layer = page * view.num_kv_heads + head;
+  const int offset = static_cast<int>(in_pool % page_tokens);
   const int64_t row = in_layer * view.blocks_per_page + offset / view.block_tokens;
   const int in_row = offset % view.block_tokens;
   char* targets[2] = {nullptr, nullptr};
@@ -266,19 +267,22 @@ __device__ inline void write_run(const LayerView& view, const WriteRows& write,
   const bool stores_int8 = view.int8_rows && (targets[0] != nullptr || in_slot);
   if (!(write.parts & kCodes) && !stores_int8) return;
   const int begin = in_row % kPieceTokens;  // in the piece
-  float mean[kParts][4], deviation[kParts][4], inverse[kParts][4];
-  load_floats(mean, view.mean + head * view.head_size, view.head_size);
-  load_floats(deviation, view.deviation + head * view.head_size, view.head_size);
-  for_each(inverse, [&](int part, int i) { inverse[part][i] = 1.0f / deviation[part][i]; });
-#pragma unroll 1
-  for (int first = 0; first < count; first += kAhead) {
-    float keys[kAhead][kParts][4], values[kAhead][kParts][4];
+  float keys[kAhead][kParts][4], values[kAhead][kParts][4];
+  const auto load = [&](int first) {
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       if (first + i >= count) continue;
       load_head(keys[i], write.key, view.head_size, token + first + i, head);
       if (stores_int8) load_head(values[i], write.value, view.head_size, token + first + i, head);
     }
+  };
+  load(0);
+  float mean[kParts][4], deviation[kParts][4], inverse[kParts][4];
+  load_floats(mean, view.mean + head * view.head_size, view.head_size);
+  load_floats(deviation, view.deviation + head * view.head_size, view.head_size);
+  for_each(inverse, [&](int part, int i) { inverse[part][i] = 1.0f / deviation[part][i]; });
+#pragma unroll 1
+  for (int first = 0; first < count; first += kAhead) {
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       if (first + i >= count) continue;
@@ -304,11 +308,14 @@ __device__ inline void write_run(const LayerView& view, const WriteRows& write,
       if (first + i == 0) search.stamp();
       quantise_int8(view, values[i], piece, begin + first + i, true);
     }
+    if (first + kAhead < count) load(first + kAhead);
   }
   if (!stores_int8) return;
   find_target();
   __syncwarp();
-  for (char* target : targets) {
+#pragma unroll 1
+  for (int i = 0; i < 2; ++i) {
+    char* target = i == 0 ? targets[0] : targets[1];
     if (target != nullptr) piece.store(view, target, in_row - begin, begin, count);
   }
   __syncwarp();  // the next run's piece comes after
@@ -324,13 +331,14 @@ __global__ void __launch_bounds__(32 * kWarps)
   wait_for_launch_before();
   let_next_launch_begin();
   const int lane = static_cast<int>(threadIdx.x & 31), warp = static_cast<int>(threadIdx.x / 32);
-  const int64_t items = (write.num_tokens + window - 1) / window * view.num_kv_heads;
-  const int64_t warps = static_cast<int64_t>(gridDim.x) * kWarps;
+  // In 32 bits, which the binding has checked: a division of 64 takes as long as a load.
+  const int tokens = static_cast<int>(write.num_tokens), warps = gridDim.x * kWarps;
+  const int items = (tokens + window - 1) / window * view.num_kv_heads;
 #pragma unroll 1
-  for (int64_t item = blockIdx.x * kWarps + warp; item < items; item += warps) {
+  for (int item = blockIdx.x * kWarps + warp; item < items; item += warps) {
     // A lane looks at one token, from the one before the window to the end of the last run.
-    const int64_t before = item / view.num_kv_heads * window - 1, token = before + lane;
-    const bool exists = token >= 0 && token < write.num_tokens;
+    const int before = item / view.num_kv_heads * window - 1, token = before + lane;
+    const bool exists = token >= 0 && token < tokens;
     const int64_t place = exists ? write.slot_mapping[token] : -1;
     const bool goes_on =
         place == __shfl_up_sync(kAllLanes, place, 1) + 1 && (place & (piece_tokens(view) - 1)) != 0;
@@ -342,7 +350,7 @@ __global__ void __launch_bounds__(32 * kWarps)
       const int count = __ffs(static_cast<int>(~(going_on >> (first + 1))));
       write_run<kParts, kAhead>(view, write, pieces[warp], before + first,
                                 __shfl_sync(kAllLanes, place, first), count,
-                                static_cast<int>(item % view.num_kv_heads));
+                                item % view.num_kv_heads);
     }
   }
 }

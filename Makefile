@@ -51,7 +51,7 @@ test-gpu: ## Run the GPU tests; in .venv if there is one, else with a python3 th
 	@$(OFFLINE) PYTHON=$(GPU_PYTHON) tools/test_gpu.sh
 
 bench-gpu: ## Time operations and engines on the GPU, in short; rows go to benchmarks/results/
-	@set -e; for bench in write write_rows score score_codes select fetch attend overlap; do \
+	@set -e; for bench in write write_rows score score_codes select fetch attend overlap layer; do \
 	  $(OFFLINE) $(GPU_PYTHON) -m benchmarks.ops.$$bench; done
 	@$(OFFLINE) $(GPU_PYTHON) -m benchmarks.engine.decode $(SHAPES)/llama-3-8b \
 	  --context 32768 --top-n 16 --repeats 1 --label short

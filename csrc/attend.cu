@@ -257,15 +257,16 @@ __device__ inline bool add_parts(const LayerView& view, const AttendRows& attend
     *weights_of(part.number, row) =
         float2{largest_of(row), shared.weight(row / view.group, row % view.group)};
   }
-  fence_gpu();
   __syncthreads();
   if (threadIdx.x == 0) {
+    // Of all threads of the block: what came before their barrier comes before the fence.
+    fence_gpu();
     shared.last = atomicAdd(attend.arrivals + part.list, 1) == part.of - 1;
+    fence_gpu();
     if (shared.last) attend.arrivals[part.list] = 0;  // for the next launch
   }
   __syncthreads();
   if (!shared.last) return false;
-  fence_gpu();
   // Loads bypass the first-level cache, which does not see what other thread blocks wrote.
   for (int row = warp; row < rows; row += kWarps) {
     float largest = -INFINITY, weight = 0.0f;

@@ -6,7 +6,8 @@
 // are weighted with the probabilities, the lower ones with the clipped.
 //
 // Weights of V are float16. Times V's scale they could leave its range at either end, so a warp
-// keeps a power of two for all of its own, by the largest that it has met.
+// keeps a power of two for each query head, by the largest that it has met: the estimate of one may
+// be far below its scores, and its weights far above those of the others.
 #include "dependent.cuh"
 #include "launch.h"
 #include "runs.cuh"
@@ -99,7 +100,7 @@ class WeightedSum {
         weights[1][i] = clipped * scales.value[i];
       }
     }
-    if (__ballot_sync(kAllLanes, most * down_ > kRange) != 0) rescale *= fit(warp_max(most));
+    if (__ballot_sync(kAllLanes, most * down_ > kRange) != 0) rescale *= fit(most);
     if (__ballot_sync(kAllLanes, rescale != 1.0f) != 0) scale_sums(rescale);
     unsigned rows[4] = {};
 #pragma unroll
@@ -207,9 +208,13 @@ class WeightedSum {
       }
     }
   }
-  // Takes the largest weight of V to the upper end of float16. Returns what sums are to be scaled
-  // with.
+  // Takes the largest weight of a query head that left the range to the upper end of float16.
+  // Returns what sums are to be scaled with.
   __device__ float fit(float most) {
+    for (int bit = 1; bit < 4; bit *= 2) {
+      most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, bit));
+    }
+    if (most * down_ <= kRange) return 1.0f;
     const int exponent = max(static_cast<int>(__float_as_uint(most) >> 23) - 127, -100);
     const float down = __uint_as_float(static_cast<unsigned>(127 + kRangeBits - exponent) << 23);
     const float factor = down / down_;
@@ -257,15 +262,16 @@ __device__ inline bool add_parts(const LayerView& view, const AttendRows& attend
         float2{Z::kClip ? 0.0f : shared.all_largest[row / kTileHeads][row % kTileHeads],
                shared.weight(row / view.group, row % view.group)};
   }
-  fence_gpu();
   __syncthreads();
   if (threadIdx.x == 0) {
+    // Of all threads of the block: what came before their barrier comes before the fence.
+    fence_gpu();
     shared.last = atomicAdd(attend.arrivals + part.list, 1) == part.of - 1;
+    fence_gpu();
     if (shared.last) attend.arrivals[part.list] = 0;  // for the next launch
   }
   __syncthreads();
   if (!shared.last) return false;
-  fence_gpu();
   // Loads bypass the first-level cache, which does not see what other thread blocks wrote.
 #pragma unroll 1
   for (int i = threadIdx.x; i < rows * kFours; i += kThreads) {

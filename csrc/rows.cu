@@ -97,11 +97,12 @@ struct alignas(16) Piece {
         words(view, 2 * tokens, false))[is_value ? tokens + token : token];
   }
 
-  // The piece of a row that begins with token `first`.
+  // The piece of a row that begins with token `first`. Past the first-level cache, as in
+  // copy_heads: it may still have what a slot held before another kernel filled it.
   __device__ void load(const LayerView& view, const char* row, int first) {
     uint4 ahead[kOfLane];
     visit_vectors(view, row, first, [&](int i, int, int at) {
-      ahead[i] = __ldcs(reinterpret_cast<const uint4*>(row + at));
+      ahead[i] = __ldcg(reinterpret_cast<const uint4*>(row + at));
     });
     visit_vectors(view, row, first, [&](int i, int vector, int) { vectors[vector] = ahead[i]; });
   }
@@ -368,8 +369,8 @@ __device__ inline void copy_heads(const LayerView& view, const GatherRows& gathe
     for (int i = 0; i < kAhead; ++i) {
       const int vector = begin + 32 * i;
       if (vector >= total) continue;
-      keys[i] = __ldcs(from + vector);
-      values[i] = __ldcs(from + vector + parts.values / 16);
+      keys[i] = __ldcg(from + vector);
+      values[i] = __ldcg(from + vector + parts.values / 16);
     }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {

@@ -82,3 +82,4 @@ def test_attention_on_tensor_cores(shape: Shape) -> None:
 def test_ranges_on_tensor_cores(factor: float) -> None:
     attend_rows.check_ranges(factor, "cuda")
     attend_rows.check_small_values("cuda")
+    attend_rows.check_far_estimates("cuda")

@@ -55,10 +55,12 @@ def dropped_by(block_lse: torch.Tensor, lse: torch.Tensor, chosen: Selected) -> 
 
 def check(
     shape: Shape, host_dtype: str, rule: Selection, splits: int, device: str = "cpu",
-    case: Case | None = None,
+    case: Case | None = None, off: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Half of the rows in slots in random order, the others read straight from the host.
 
+    Args:
+        off: [Hq], how far the estimated totals are off.
     Returns:
         The output, and what it should be.
     """
@@ -71,7 +73,9 @@ def check(
         tokens, shape.max_blocks,
     )  # fmt: skip
     lse = block_lse.logsumexp(-1)
-    chosen = replace(chosen, lse=lse, dropped=dropped_by(block_lse, lse, chosen))
+    dropped = dropped_by(block_lse, lse, chosen)
+    lse = lse if off is None else lse + off
+    chosen = replace(chosen, lse=lse, dropped=dropped)
     tail = "renormalize" if rule.clip is None else "clip"
     per_page = shape.page_tokens // tokens
     fetched = fetch_rows(chosen, case.block_table, coded.host_rows, shape.num_kv_heads, per_page)
@@ -94,7 +98,7 @@ def check(
     selected = Selected(
         *(part.to(device) for part in (chosen.blocks, chosen.counts, chosen.mass)),
         lse=lse.masked_fill(case.seq_lens[:, None] == 0, torch.nan).to(device),
-        dropped=chosen.dropped.to(device) if chosen.dropped is not None else None,
+        dropped=dropped.to(device),
     )
     out = torch.full_like(layer.batch.query, torch.nan)
     config: AttendConfig | RowsConfig = AttendConfig(max(1, 16 // tokens), splits, 4, 2)
@@ -146,6 +150,17 @@ def check_ranges(factor: float, device: str = "cpu") -> None:
         assert_close(out / factor, expected / factor)
 
 
+def check_far_estimates(device: str = "cpu") -> None:
+    """The estimates of some query heads are far below the scores, and their weights many times
+    those of the heads beside them, which float16 must not lose."""
+    shape = Shape((70, 5), 1, 16, 128, 16, 8)
+    off = torch.zeros(16)
+    off[::3] = torch.tensor([-8.0, -20.0, -30.0, -40.0, -50.0, 12.0])
+    case = build_case(shape, torch.bfloat16)
+    for splits in (1, 3):
+        assert_close(*check(shape, "int8", CLIPPED, splits, device, case, off))
+
+
 def main() -> None:
     """Every combination; any difference raises."""
     cases = list(itertools.product(SHAPES, ("model", "int8"), (EVERY, CLIPPED), (1, 3)))
@@ -156,6 +171,7 @@ def main() -> None:
     for factor in (1e-3, 1e4):
         check_ranges(factor)
     check_small_values()
+    check_far_estimates()
     print(f"{len(cases) + 12 * len(TILED_SHAPES)} lists of rows attend as defined")
 
 

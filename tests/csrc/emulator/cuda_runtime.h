@@ -176,6 +176,9 @@ T __ldcg(const T* pointer) {
 inline float2 __ldcg(const float2* pointer) {
   return {__ldcg(&pointer->x), __ldcg(&pointer->y)};
 }
+inline uint4 __ldcg(const uint4* pointer) {
+  return {__ldcg(&pointer->x), __ldcg(&pointer->y), __ldcg(&pointer->z), __ldcg(&pointer->w)};
+}
 inline float4 __ldcg(const float4* pointer) {
   // A GPU would stop here. No result is right with these.
   if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) return {NAN, NAN, NAN, NAN};

@@ -15,6 +15,8 @@ from vllm_kcache.types import MOST_QUERY_HEADS_GPU
 SNAPSHOT_SERVER = "vllm.snapshot.server"
 # Served with exact K, and not served.
 SINK_MODEL_TYPES, OTHER_SINK_MODEL_TYPES = ("gpt_oss",), ("openai_privacy_filter",)
+# Drafts without layers of their own.
+SERVED_SPECULATION = ("ngram", "custom_class")
 SINK_SETTINGS = (
     "attention_sinks",
     "add_full_attention_sink_bias",
@@ -77,6 +79,19 @@ def kv_connector(vllm_config: Any) -> str | None:
     name = getattr(transfer, "kv_connector", None)
     # DecodeBenchConnector only fills the cache for benchmarks; it moves nothing.
     return name if name not in (None, "DecodeBenchConnector") else None
+
+
+def other_speculation(vllm_config: Any) -> str | None:
+    """Method of drafts that are not looked up in the text."""
+    method = getattr(vllm_config.speculative_config, "method", None)
+    return None if method in SERVED_SPECULATION else method
+
+
+def speculation_on_gpu(vllm_config: Any) -> str | None:
+    """Method of drafts that is served on a CPU only."""
+    if vllm_config.device_config.device_type == "cpu" or other_speculation(vllm_config):
+        return None
+    return getattr(vllm_config.speculative_config, "method", None)
 
 
 def has_window_layers(vllm_config: Any) -> bool:

@@ -199,9 +199,16 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "speculation",
         "speculative decoding (method={value})",
-        "a verification step has several queries a request, and a decode step here has one",
+        "drafts of other layers were not tried beside a split cache",
+        "Leave --speculative-config out; on a CPU ngram is served.",
+        value=features.other_speculation,
+    ),
+    Refusal(
+        "speculation_on_gpu",
+        "speculative decoding on a GPU (method={value})",
+        "a step with several tokens of a request has not been run there yet",
         "Leave --speculative-config out.",
-        value=lambda c: getattr(c.speculative_config, "method", None),
+        value=features.speculation_on_gpu,
     ),
     Refusal(
         "sliding_window",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,8 @@ TEXTS = "KCACHE_TEST_TEXTS"
 
 
 def right_drafts(length: int, most: int) -> int:
-    """How many drafts are right after so many tokens: every number from 0 to `most` after every
-    offset in a block or page of an even number of tokens, for an odd `most + 1`."""
-    return length * 3 % (most + 1)
+    """How many drafts are right after so many tokens: every number, and each as often."""
+    return random.Random(length).randrange(most + 1)
 
 
 class KnownTexts:

@@ -67,7 +67,9 @@ class Layer:
             dtype=torch.int32,
         )
         table = torch.tensor(PAGES, dtype=torch.int32)[: len(runs)]
-        places = [torch.arange(first, first + n) for (first, _), n in zip(runs, counts, strict=True)]
+        places = [
+            torch.arange(first, first + n) for (first, _), n in zip(runs, counts, strict=True)
+        ]
         slots = [
             table[row][place // PAGE].long() * PAGE + place % PAGE
             for row, place in enumerate(places)

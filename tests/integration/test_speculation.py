@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 
 from tests.integration import drafting
-from tests.integration.engines import GATE, run_engine, tokens_of
+from tests.integration.engines import GATE, Runs, run_engine, run_engines, spec_of, tokens_of
 from tests.integration.tiny_models import write_llama, write_window_model
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 LAYERS, KV_HEADS, DRAFTS = 2, 2, 4
 # Of so few words some come again, and not what came after them.
@@ -45,6 +45,8 @@ KNOWN = {
     "model": "tests.integration.drafting.KnownTexts",
     "num_speculative_tokens": DRAFTS,
 }
+# Few of the blocks of all prompts but one.
+SELECTION = {"top_n": 6, "sink_tokens": 8, "recent_tokens": 16}
 SAMPLING = {"max_tokens": NEW, "ignore_eos": True, "detokenize": False}
 
 
@@ -76,13 +78,95 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def stock(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Stock vLLM, one token a step."""
-    stock = run_engine(tmp_path_factory.mktemp("stock"), work(), model=model, **ENGINE)
+def runs(model: str, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Stock vLLM, one token a step; and codes, with n-grams as drafts."""
+    specs = {
+        "stock": spec_of(work(), model=model, **ENGINE),
+        "ngram, 4": spec_of(
+            work()[:1], {**GATE, "k_bits": 4}, model=model, speculative_config=NGRAM, **ENGINE
+        ),
+    }
+    return run_engines(tmp_path_factory.mktemp("runs"), specs)
+
+
+@pytest.fixture(scope="module")
+def stock(runs: Runs) -> dict[str, Any]:
+    """What comes without the split cache and without drafts."""
     # Equal text says little where all text is equal.
-    texts = [tokens for (tokens,) in tokens_of(stock)[0]]
+    texts = [tokens for (tokens,) in tokens_of(runs["stock"])[0]]
     assert all(len(set(tokens)) > VOCABULARY // 3 for tokens in texts)
-    return stock
+    return runs["stock"]
+
+
+@pytest.fixture(scope="module")
+def known(stock: dict[str, Any]) -> list[list[list[int]]]:
+    """The texts of both batches, prompts first."""
+    results = zip(work(), tokens_of(stock), strict=True)
+    return [texts_of(batch, result) for batch, result in results]
+
+
+@pytest.fixture(scope="module")
+def window_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two of its four layers have a window."""
+    kinds = ["sliding_attention", "full_attention"] * 2
+    return write_window_model(
+        tmp_path_factory.mktemp("model") / "gemma", "gemma3_text", num_hidden_layers=4,
+        layer_types=kinds, vocab_size=VOCABULARY,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def beside_windows(window_model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Stock vLLM's text of the model with window layers."""
+    spec = spec_of(work()[:1], model=window_model, **ENGINE)
+    return run_engines(tmp_path_factory.mktemp("stock"), {"stock": spec})["stock"]
+
+
+@pytest.fixture(scope="module")
+def long_runs(
+    model: str,
+    window_model: str,
+    beside_windows: dict[str, Any],
+    known: list[list[list[int]]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Runs:
+    """All other engines, those with drafts of known texts among them."""
+    first, crowd = work()
+    again = begun(known[0])
+    specs = {}
+    for k_bits in (4, 16):
+        everything, few = {**GATE, "k_bits": k_bits}, {**SELECTION, "k_bits": k_bits}
+        for name, model_of, batches, settings, drafts in (
+            ("selection", model, [first], few, None),
+            ("selection, ngram", model, [first], few, NGRAM),
+            ("ngram", model, [first], everything, NGRAM),
+            ("known", model, [first, again], everything, KNOWN),
+            ("crowd", model, [crowd], everything, KNOWN),
+            ("dense", model, [first], {**everything, "dense_layers": 1}, KNOWN),
+            ("windows", window_model, [first], everything, KNOWN),
+        ):
+            if (name, k_bits) != ("ngram", 4):
+                specs[f"{name}, {k_bits}"] = spec_of(
+                    batches, settings, model=model_of, speculative_config=drafts, **ENGINE
+                )
+    folder = tmp_path_factory.mktemp("long")
+    texts = [*known[0], *known[1], *texts_of(first, tokens_of(beside_windows)[0])]
+    with pytest.MonkeyPatch.context() as patch:
+        let_know(texts, folder, patch)
+        return run_engines(folder, specs)
+
+
+def let_know(texts: list[list[int]], folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Leave the texts where the drafts are made of them."""
+    path = folder / "texts.json"
+    path.write_text(json.dumps(texts))
+    patch.setenv(drafting.TEXTS, str(path))
+
+
+def begun(texts: list[list[int]]) -> dict[str, Any]:
+    """A batch that has the ends of the texts written once more."""
+    prompts = [text[:-24] for text in texts]
+    return {"prompts": prompts, "sampling": {**SAMPLING, "max_tokens": 24}}
 
 
 def figures_of(result: dict[str, Any]) -> tuple[int, int, int]:
@@ -91,37 +175,32 @@ def figures_of(result: dict[str, Any]) -> tuple[int, int, int]:
     return tuple(result["vllm_metrics"][f"vllm:spec_decode_num_{name}"] for name in names)
 
 
-@pytest.mark.parametrize("k_bits", [4, pytest.param(16, marks=pytest.mark.full)])
-def test_ngrams_leave_the_text_as_it_is(
-    k_bits: int, model: str, stock: dict[str, Any], tmp_path: Path
-) -> None:
-    """With everything selected it is stock vLLM's, and drafts save steps."""
-    settings = {**GATE, "k_bits": k_bits}
-    found = run_engine(
-        tmp_path, work()[:1], settings, model=model, speculative_config=NGRAM, **ENGINE
-    )
+def check_ngrams(found: dict[str, Any], stock: dict[str, Any]) -> None:
+    """The text is stock vLLM's; some drafts are accepted, and some are not."""
     assert tokens_of(found) == tokens_of(stock)[:1]
     steps, drafts, accepted = figures_of(found)
     assert 0 < accepted < drafts <= 3 * steps
-    # One list for each token of a step, with drafts: those that a request ends with stay unread.
-    tokens = 4 * (NEW - 1)
-    rows = found["kcache_metrics"]["selected_lists"] / (LAYERS * KV_HEADS)
-    assert rows >= tokens - accepted + drafts - 3 * 4
-    assert rows <= tokens - accepted + drafts + 3 * 4
+
+
+def test_ngrams_leave_the_text_as_it_is(runs: Runs, stock: dict[str, Any]) -> None:
+    """With everything selected it is stock vLLM's."""
+    check_ngrams(runs["ngram, 4"], stock)
+    figures = runs["ngram, 4"]["kcache_metrics"]
+    assert figures["dropped_mass"][0] == [1e-4, figures["selected_lists"]]
+
+
+@pytest.mark.full
+def test_ngrams_with_exact_keys(long_runs: Runs, stock: dict[str, Any]) -> None:
+    check_ngrams(long_runs["ngram, 16"], stock)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("k_bits", [4, 16])
-def test_a_selection_is_the_same_for_a_draft(k_bits: int, model: str, tmp_path: Path) -> None:
+def test_a_selection_is_the_same_for_a_draft(k_bits: int, long_runs: Runs) -> None:
     """Where much is not selected the text is that of the same engine without drafts."""
-    settings = {"top_n": 6, "sink_tokens": 8, "recent_tokens": 16, "k_bits": k_bits}
-    runs = {
-        name: run_engine(tmp_path, work()[:1], settings, model=model, **more, **ENGINE)
-        for name, more in (("plain", {}), ("ngram", {"speculative_config": NGRAM}))
-    }
-    assert tokens_of(runs["ngram"]) == tokens_of(runs["plain"])
-    assert 0 < figures_of(runs["ngram"])[2] < figures_of(runs["ngram"])[1]
-    for run in runs.values():
+    plain, ngram = (long_runs[f"{name}, {k_bits}"] for name in ("selection", "selection, ngram"))
+    check_ngrams(ngram, plain)
+    for run in (plain, ngram):
         figures = run["kcache_metrics"]
         assert figures["dropped_mass"][0][1] < figures["selected_lists"] / 2
 
@@ -148,60 +227,39 @@ def steps_of(prompt_tokens: int, total: int) -> Iterator[VerificationStep]:
         length += step.accepted + 1
 
 
-@pytest.fixture
-def known_texts(
-    stock: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> list[list[list[int]]]:
-    """What will be drafted of: the texts of both batches, prompts first."""
-    results = zip(work(), tokens_of(stock), strict=True)
-    texts = [texts_of(batch, result) for batch, result in results]
-    let_know(list(itertools.chain(*texts)), tmp_path, monkeypatch)
-    return texts
-
-
-def let_know(texts: list[list[int]], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the texts where the drafts are made of them."""
-    path = folder / "texts.json"
-    path.write_text(json.dumps(texts))
-    monkeypatch.setenv(drafting.TEXTS, str(path))
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("k_bits", [4, 16])
 def test_drafts_rejected_at_every_position(
-    k_bits: int, model: str, known_texts: list[list[list[int]]], tmp_path: Path
+    k_bits: int, long_runs: Runs, known: list[list[list[int]]]
 ) -> None:
     """The text is stock vLLM's, also where a later prompt finds blocks in the prefix cache that had
     drafts in them; and vLLM's figures are what was drafted and accepted."""
-    (first, _), (texts, _) = work(), known_texts
-    begun = [text[:-24] for text in texts]
-    batches = [first, {"prompts": begun, "sampling": {**SAMPLING, "max_tokens": 24}}]
-    found = run_engine(
-        tmp_path, batches, {**GATE, "k_bits": k_bits}, model=model, speculative_config=KNOWN,
-        **ENGINE,
-    )  # fmt: skip
+    found, texts = long_runs[f"known, {k_bits}"], known[0]
+    batches = work()[0], begun(texts)
     for batch, result in zip(batches, tokens_of(found), strict=True):
         assert texts_of(batch, result) == texts
+    # Into what was decoded, where that fills a page.
     hits = [row["cached_tokens"] for row in found["batches"][1]]
-    assert all(hit > len(text) - NEW for hit, text in zip(hits, texts, strict=True) if hit > PAGE)
-    assert sum(hit > PAGE for hit in hits) == 3
+    prompts = [len(prompt) for prompt in batches[0]["prompts"]]
+    assert all(hit > prompt for hit, prompt in zip(hits, prompts, strict=True))
     steps = [
         step
-        for prompt, text in zip([*first["prompts"], *begun], 2 * texts, strict=True)
+        for batch in batches
+        for prompt, text in zip(batch["prompts"], texts, strict=True)
         for step in steps_of(len(prompt), len(text))
     ]
     drafted = [step for step in steps if step.drafts]
     assert figures_of(found) == (
         len(drafted), sum(s.drafts for s in steps), sum(s.accepted for s in steps)
     )  # fmt: skip
-    rows = sum(1 + step.drafts for step in steps)
-    assert found["kcache_metrics"]["selected_lists"] == rows * LAYERS * KV_HEADS
+    # One list for each token of a step.
+    tokens = sum(1 + step.drafts for step in steps)
+    assert found["kcache_metrics"]["selected_lists"] == tokens * LAYERS * KV_HEADS
     # Each number was accepted, and the first rejected one stood at each offset in a V block and at
-    # both ends of a page.
+    # both ends of a page. The token of a step that is no draft is the last of its length.
     whole = [step for step in drafted if step.drafts == DRAFTS]
     assert {step.accepted for step in whole} == set(range(DRAFTS + 1))
-    # Token n of a request stands at offset n - 1; the step's own one is before the drafts.
-    rejected = [s.length + s.accepted for s in whole if s.accepted < DRAFTS]
+    rejected = [step.length + step.accepted for step in whole if step.accepted < DRAFTS]
     assert {place % BLOCK for place in rejected} == set(range(BLOCK))
     assert {0, PAGE - 1} <= {place % PAGE for place in rejected}
 
@@ -209,62 +267,38 @@ def test_drafts_rejected_at_every_position(
 @pytest.mark.full
 @pytest.mark.parametrize("k_bits", [4, 16])
 def test_drafts_under_preemption(
-    k_bits: int, model: str, known_texts: list[list[list[int]]], tmp_path: Path
+    k_bits: int, long_runs: Runs, known: list[list[list[int]]]
 ) -> None:
-    batch = work()[1]
-    found = run_engine(
-        tmp_path, [batch], {**GATE, "k_bits": k_bits}, model=model, speculative_config=KNOWN,
-        **ENGINE,
-    )  # fmt: skip
+    found = long_runs[f"crowd, {k_bits}"]
     assert found["vllm_metrics"]["vllm:num_preemptions"] > 0
-    assert texts_of(batch, tokens_of(found)[0]) == known_texts[1]
-    assert 0 < figures_of(found)[2] < figures_of(found)[1]
-
-
-@pytest.mark.full
-@pytest.mark.usefixtures("known_texts")
-@pytest.mark.parametrize(
-    ("settings", "more"),
-    [
-        pytest.param({"dense_layers": 1}, {}, id="dense layers"),
-        pytest.param({}, {"tensor_parallel_size": 2}, id="two ranks"),
-    ],
-)
-def test_drafts_beside(
-    settings: dict[str, Any],
-    more: dict[str, Any],
-    model: str,
-    stock: dict[str, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Layers that run vLLM's own attention; ranks, of which the first drafts."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    settings = {**GATE, "k_bits": 4, **settings}
-    found = run_engine(
-        tmp_path, work()[:1], settings, model=model, speculative_config=KNOWN, **more, **ENGINE
-    )
-    assert tokens_of(found) == tokens_of(stock)[:1]
+    assert texts_of(work()[1], tokens_of(found)[0]) == known[1]
     assert 0 < figures_of(found)[2] < figures_of(found)[1]
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("k_bits", [4, 16])
-def test_drafts_beside_window_layers(
-    k_bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["dense", "windows"])
+def test_drafts_beside_other_layers(
+    name: str, k_bits: int, long_runs: Runs, request: pytest.FixtureRequest
 ) -> None:
-    """Their pool is another one; drafts cross the ends of blocks of both."""
-    kinds = ["sliding_attention", "full_attention"] * 2
-    model = write_window_model(
-        tmp_path / "model", "gemma3_text", num_hidden_layers=4, layer_types=kinds,
-        vocab_size=VOCABULARY,
-    )  # fmt: skip
-    engine = {**ENGINE, "model": model, "max_model_len": 448}
+    """Layers that run vLLM's own attention, over K and V of drafts of their own."""
+    found = long_runs[f"{name}, {k_bits}"]
+    expected = request.getfixturevalue("beside_windows" if name == "windows" else "stock")
+    assert tokens_of(found) == tokens_of(expected)[:1]
+    assert 0 < figures_of(found)[2] < figures_of(found)[1]
+
+
+@pytest.mark.full
+def test_drafts_on_two_ranks(
+    model: str, known: list[list[list[int]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # vLLM asks for a NUMA node for each rank, to bind its threads there.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    let_know(known[0], tmp_path, monkeypatch)
     batch = work()[0]
-    stock = run_engine(tmp_path, [batch], **engine)
-    let_know(texts_of(batch, tokens_of(stock)[0]), tmp_path, monkeypatch)
     found = run_engine(
-        tmp_path, [batch], {**GATE, "k_bits": k_bits}, speculative_config=KNOWN, **engine
-    )
-    assert tokens_of(found) == tokens_of(stock)
+        tmp_path, [batch], {**GATE, "k_bits": 4}, model=model, speculative_config=KNOWN,
+        tensor_parallel_size=2, **ENGINE,
+    )  # fmt: skip
+    assert texts_of(batch, tokens_of(found)[0]) == known[0]
     assert 0 < figures_of(found)[2] < figures_of(found)[1]

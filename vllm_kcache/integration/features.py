@@ -15,7 +15,7 @@ from vllm_kcache.types import MOST_QUERY_HEADS_GPU
 SNAPSHOT_SERVER = "vllm.snapshot.server"
 # Served with exact K, and not served.
 SINK_MODEL_TYPES, OTHER_SINK_MODEL_TYPES = ("gpt_oss",), ("openai_privacy_filter",)
-# Drafts without layers of their own.
+# Those whose drafts need no layers of their own; of a custom class that is the user's to say.
 SERVED_SPECULATION = ("ngram", "custom_class")
 SINK_SETTINGS = (
     "attention_sinks",
@@ -82,13 +82,13 @@ def kv_connector(vllm_config: Any) -> str | None:
 
 
 def other_speculation(vllm_config: Any) -> str | None:
-    """Method of drafts that are not looked up in the text."""
+    """Method of speculative decoding that was not tried."""
     method = getattr(vllm_config.speculative_config, "method", None)
     return None if method in SERVED_SPECULATION else method
 
 
 def speculation_on_gpu(vllm_config: Any) -> str | None:
-    """Method of drafts that is served on a CPU only."""
+    """Method of speculative decoding that is served on a CPU only."""
     if vllm_config.device_config.device_type == "cpu" or other_speculation(vllm_config):
         return None
     return getattr(vllm_config.speculative_config, "method", None)

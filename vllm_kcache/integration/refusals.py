@@ -199,14 +199,14 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "speculation",
         "speculative decoding (method={value})",
-        "drafts of other layers were not tried beside a split cache",
-        "Leave --speculative-config out; on a CPU ngram is served.",
+        f"of all methods {' and '.join(features.SERVED_SPECULATION)} were tried, on a CPU",
+        "Leave --speculative-config out, or on a CPU set its method to ngram.",
         value=features.other_speculation,
     ),
     Refusal(
         "speculation_on_gpu",
         "speculative decoding on a GPU (method={value})",
-        "a step with several tokens of a request has not been run there yet",
+        "a step with several tokens of a request has not been run there",
         "Leave --speculative-config out.",
         value=features.speculation_on_gpu,
     ),

@@ -45,7 +45,7 @@ CHUNKED = "chunked local attention ({value})"
 SPECULATION = "speculative decoding (method={value})"
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 OTHER_DRAFTS = (
-    "draft_model", "eagle", "eagle3", "mtp", "medusa", "mlp_speculator", "suffix",
+    "eagle", "eagle3", "mtp", "medusa", "mlp_speculator", "suffix",
     "extract_hidden_states", "dflash", "dspark",
 )  # fmt: skip
 OWN_BACKEND = "vLLM's own backend"
@@ -97,6 +97,18 @@ CASES = {
         )
         for method in OTHER_DRAFTS
     },
+    "drafts made at once": Case(
+        SPECULATION, "speculative decoding (method=ngram, parallel_drafting=True):",
+        "set its method to ngram",
+        arguments={"speculative_config": NGRAM},
+        changed={"speculative_config.parallel_drafting": True},
+    ),
+    "drafts of other words": Case(
+        SPECULATION, "speculative decoding (method=ngram, use_heterogeneous_vocab=True):",
+        "set its method to ngram",
+        arguments={"speculative_config": NGRAM},
+        changed={"speculative_config.use_heterogeneous_vocab": True},
+    ),
     "speculative decoding on a GPU": Case(
         "speculative decoding on a GPU (method={value})",
         "speculative decoding on a GPU (method=ngram):", "Leave --speculative-config out",

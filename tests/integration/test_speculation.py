@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speculative decoding: the text is the one without it, whatever is drafted.
 
-Drafts are n-grams of the text, or known to be right up to a place that changes from step to step
-(drafting.py).
+Drafts are n-grams of the text, a smaller model's, or known to be right up to a place that changes
+from step to step (drafting.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 
 from tests.integration import drafting
 from tests.integration.engines import GATE, Runs, run_engine, run_engines, spec_of, tokens_of
-from tests.integration.tiny_models import write_llama, write_window_model
+from tests.integration.tiny_models import cut_model, write_llama, write_window_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -133,7 +133,13 @@ def long_runs(
     """All other engines, those with drafts of known texts among them."""
     first, crowd = work()
     again = begun(known[0])
-    specs = {}
+    folder = tmp_path_factory.mktemp("long")
+    smaller = {
+        "method": "draft_model",
+        "model": cut_model(Path(model), folder / "smaller", [0]),
+        "num_speculative_tokens": 3,
+    }
+    specs = {"stock, draft": spec_of([first], model=model, speculative_config=smaller, **ENGINE)}
     for k_bits in (4, 16):
         everything, few = {**GATE, "k_bits": k_bits}, {**SELECTION, "k_bits": k_bits}
         for name, model_of, batches, settings, drafts in (
@@ -144,12 +150,16 @@ def long_runs(
             ("crowd", model, [crowd], everything, KNOWN),
             ("dense", model, [first], {**everything, "dense_layers": 1}, KNOWN),
             ("windows", window_model, [first], everything, KNOWN),
+            ("draft", model, [first], everything, smaller),
+            ("draft, crowd", model, [crowd], everything, smaller),
+            # As many layers as the smaller model has.
+            ("draft, dense", model, [first], {**everything, "dense_layers": 1}, smaller),
+            ("draft, windows", window_model, [first], everything, smaller),
         ):
             if (name, k_bits) != ("ngram", 4):
                 specs[f"{name}, {k_bits}"] = spec_of(
                     batches, settings, model=model_of, speculative_config=drafts, **ENGINE
                 )
-    folder = tmp_path_factory.mktemp("long")
     texts = [*known[0], *known[1], *texts_of(first, tokens_of(beside_windows)[0])]
     with pytest.MonkeyPatch.context() as patch:
         let_know(texts, folder, patch)
@@ -286,6 +296,29 @@ def test_drafts_beside_other_layers(
     expected = request.getfixturevalue("beside_windows" if name == "windows" else "stock")
     assert tokens_of(found) == tokens_of(expected)[:1]
     assert 0 < figures_of(found)[2] < figures_of(found)[1]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("k_bits", [4, 16])
+def test_a_draft_model(
+    k_bits: int, long_runs: Runs, stock: dict[str, Any], beside_windows: dict[str, Any]
+) -> None:
+    """Its layers keep K and V in pages of their own, beside the split ones; and as many of its
+    drafts are accepted as by stock vLLM."""
+    found = {
+        name: long_runs[f"{name}, {k_bits}"]
+        for name in ("draft", "draft, crowd", "draft, dense", "draft, windows")
+    }
+    first, crowd = tokens_of(stock)
+    assert tokens_of(found["draft"]) == tokens_of(found["draft, dense"]) == [first]
+    assert tokens_of(found["draft, crowd"]) == [crowd]
+    assert found["draft, crowd"]["vllm_metrics"]["vllm:num_preemptions"] > 0
+    assert tokens_of(found["draft, windows"]) == tokens_of(beside_windows)
+    assert figures_of(found["draft"]) == figures_of(long_runs["stock, draft"])
+    assert figures_of(found["draft"]) == figures_of(found["draft, dense"])
+    for run in found.values():
+        _, drafts, accepted = figures_of(run)
+        assert 0 < accepted < drafts
 
 
 @pytest.mark.full

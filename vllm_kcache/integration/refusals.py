@@ -199,7 +199,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "speculation",
         "speculative decoding (method={value})",
-        f"of all methods {' and '.join(features.SERVED_SPECULATION)} were tried, on a CPU",
+        f"of all methods {', '.join(features.SERVED_SPECULATION)} were tried, on a CPU",
         "Leave --speculative-config out, or on a CPU set its method to ngram.",
         value=features.other_speculation,
     ),
@@ -443,6 +443,12 @@ REFUSALS: tuple[Refusal, ...] = (
         _OLD_CONSTANTS,
         "Start another engine with the new weights, or set kcache_config.k_bits to 16.",
         codes_only=True,
+    ),
+    Refusal(
+        "draft_windows",
+        "a sliding window in a draft model ({value})",
+        "its layers were not tried beside pools for window layers",
+        "Take a draft model with full attention in every layer.",
     ),
     Refusal(
         "window_layer",

@@ -46,7 +46,8 @@ class Figures(Protocol):
 class Step:
     """One step of an engine, shared by all layers: decodes first, prefills after.
 
-    The first `num_decodes` requests decode one token each; the others prefill.
+    The first `num_decodes` requests decode one token each; the others prefill. Where drafts are
+    verified each of these tokens is a request of its own here.
 
     Attributes:
         num_decodes: Requests that decode. Under a CUDA graph padded rows count too.

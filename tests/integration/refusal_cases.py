@@ -42,6 +42,12 @@ HYBRID = "hybrid or attention-free models ({value})"
 CONNECTOR = "kv_connector={value}"
 MICROBATCHING = "microbatching ({value})"
 CHUNKED = "chunked local attention ({value})"
+SPECULATION = "speculative decoding (method={value})"
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+OTHER_DRAFTS = (
+    "eagle", "eagle3", "mtp", "medusa", "mlp_speculator", "suffix",
+    "extract_hidden_states", "dflash", "dspark",
+)  # fmt: skip
 OWN_BACKEND = "vLLM's own backend"
 FULL_ATTENTION = "Serve a model with full attention in every layer"
 
@@ -79,14 +85,35 @@ CASES = {
         "Leave --kv-sharing-fast-prefill out",
         arguments={"kv_sharing_fast_prefill": True},
     ),
-    "speculative decoding": Case(
-        "speculative decoding (method={value})", "speculative decoding (method=ngram):",
-        "Leave --speculative-config out",
-        arguments={
-            "speculative_config": {
-                "method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2,
-            }
-        },
+    "n-grams of a GPU": Case(
+        SPECULATION, "speculative decoding (method=ngram_gpu):", "set its method to ngram",
+        arguments={"speculative_config": {**NGRAM, "method": "ngram_gpu"}},
+    ),
+    **{
+        f"drafts by {method}": Case(
+            SPECULATION, f"speculative decoding (method={method}):", "set its method to ngram",
+            arguments={"speculative_config": NGRAM},
+            changed={"speculative_config.method": method},
+        )
+        for method in OTHER_DRAFTS
+    },
+    "drafts made at once": Case(
+        SPECULATION, "speculative decoding (method=ngram, parallel_drafting=True):",
+        "set its method to ngram",
+        arguments={"speculative_config": NGRAM},
+        changed={"speculative_config.parallel_drafting": True},
+    ),
+    "drafts of other words": Case(
+        SPECULATION, "speculative decoding (method=ngram, use_heterogeneous_vocab=True):",
+        "set its method to ngram",
+        arguments={"speculative_config": NGRAM},
+        changed={"speculative_config.use_heterogeneous_vocab": True},
+    ),
+    "speculative decoding on a GPU": Case(
+        "speculative decoding on a GPU (method={value})",
+        "speculative decoding on a GPU (method=ngram):", "Leave --speculative-config out",
+        arguments={"speculative_config": NGRAM},
+        changed={"device_config.device_type": "cuda"},
     ),
     "all layers with a window": Case(
         WINDOW, "sliding-window attention in every layer (sliding_window=256):",
@@ -313,6 +340,17 @@ FREE: dict[str, tuple[str, dict[str, Any]]] = {
         {"weight_transfer_config": {"backend": "nccl"}},
     ),
     "Transformers' model code": ("llama", {"model_impl": "transformers"}),
+    "n-grams": ("llama", {"speculative_config": NGRAM}),
+    "drafts of a class of one's own": (
+        "llama",
+        {
+            "speculative_config": {
+                "method": "custom_class",
+                "model": "tests.integration.drafting.KnownTexts",
+                "num_speculative_tokens": 2,
+            }
+        },
+    ),
     "tensor parallel": ("llama", {"tensor_parallel_size": 2}),
     "pipeline parallel": ("llama", {"pipeline_parallel_size": 2}),
     "data parallel": ("llama", {"data_parallel_size": 2}),

@@ -29,7 +29,7 @@ def vllm_config(folders: Callable[[str], str]) -> Any:
     ).create_engine_config()
 
 
-def add_layer(vllm_config: Any, index: int, **arguments: Any) -> Any:
+def add_layer(vllm_config: Any, index: int, model: str = "model", **arguments: Any) -> Any:
     """Build an attention layer as a model does; it registers itself in the configuration."""
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.attention.attention import Attention
@@ -44,7 +44,7 @@ def add_layer(vllm_config: Any, index: int, **arguments: Any) -> Any:
                 scale=0.125,
                 num_kv_heads=2,
                 cache_config=vllm_config.cache_config,
-                prefix=f"model.layers.{index}.self_attn.attn",
+                prefix=f"{model}.layers.{index}.self_attn.attn",
                 **arguments,
             )
     finally:
@@ -320,3 +320,37 @@ def test_layers_of_different_query_heads_are_refused(vllm_config: Any) -> None:
     layer.num_heads = 8
     with pytest.raises(KCacheConfigError, match=r"different numbers of query heads \(4, 8\)"):
         split_layers(vllm_config)
+
+
+# Layers of a draft model.
+
+
+def test_a_draft_models_layers_are_not_split(vllm_config: Any) -> None:
+    """vLLM takes our choice of backend away from them; its numbers are of another model."""
+    add_layer(vllm_config, 0, attn_backend=stock_backend())
+    add_layer(vllm_config, 1)
+    for index in range(3):
+        vllm_config.attention_config.backend = None
+        layer = add_layer(vllm_config, index, model="draft_model.model")
+        assert layer.get_attn_backend() is stock_backend()
+    assert split_layers(vllm_config, dense_layers=1) == ["model.layers.1.self_attn.attn"]
+
+
+def test_a_draft_model_that_would_be_split(vllm_config: Any) -> None:
+    add_layer(vllm_config, 0)
+    add_layer(vllm_config, 0, model="draft_model.model")
+    with pytest.raises(RuntimeError, match=r"expected vLLM own attention \(draft layer\)"):
+        split_layers(vllm_config)
+
+
+def test_windows_of_a_draft_model(vllm_config: Any) -> None:
+    add_layer(vllm_config, 0)
+    add_layer(
+        vllm_config, 0, model="draft_model.model", attn_backend=stock_backend(),
+        per_layer_sliding_window=64,
+    )  # fmt: skip
+    with pytest.raises(KCacheConfigError) as caught:
+        split_layers(vllm_config)
+    assert str(caught.value).startswith(
+        PREFIX + "a sliding window in a draft model (draft_model.model.layers.0.self_attn.attn)"
+    )

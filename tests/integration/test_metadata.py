@@ -35,6 +35,10 @@ class Request:
 DECODES = [Request(0, 200, 1, False), Request(1, 97, 1, False), Request(2, 16, 1, False)]
 LAST_TOKENS = [Request(3, 150, 1, True), Request(4, 31, 1, True), Request(5, 0, 1, True)]
 PROMPTS = [Request(6, 64, 5, True), Request(7, 0, 40, True)]
+# One's drafts pass the end of a page.
+VERIFICATIONS = [Request(8, 46, 4, False), Request(9, 21, 2, False)]
+SHORT_PROMPT = Request(10, 64, 3, True)
+REQUESTS = 11
 
 
 class Batch:
@@ -43,12 +47,18 @@ class Batch:
     Args:
         requests: Of the step.
         padded_requests, padded_tokens: Rows and slots behind the real ones.
+        drafts: Most of a request.
     """
 
     def __init__(
-        self, requests: list[Request], padded_requests: int = 0, padded_tokens: int = 0
+        self,
+        requests: list[Request],
+        padded_requests: int = 0,
+        padded_tokens: int = 0,
+        drafts: int = 0,
     ) -> None:
         self.requests = requests
+        self.drafts = drafts
         count = len(requests)
         lengths = [r.context + r.query for r in requests] + [0] * padded_requests
         queries = [r.query for r in requests] + [0] * padded_requests
@@ -83,6 +93,7 @@ class Batch:
 
     def build(self) -> KCacheMetadata:
         builder = KCacheMetadataBuilder.__new__(KCacheMetadataBuilder)
+        builder.reorder_batch_threshold = 1 + self.drafts
         return builder.build(0, self.common)
 
     def attend(self, shares: bool = False) -> dict[Request, torch.Tensor]:
@@ -97,7 +108,7 @@ class Batch:
             Counters(),
             torch.device("cpu"),
         )
-        pages = 1 + PAGES_EACH * 8
+        pages = 1 + PAGES_EACH * REQUESTS
         cache.allocate(pages)
         shape = (pages, SHAPE.num_kv_heads, SHAPE.page_tokens, SHAPE.head_size)
         before = torch.Generator().manual_seed(7)
@@ -123,8 +134,10 @@ class Batch:
 
 
 def mixed(order: str) -> list[Request]:
-    """By letters: a to c decode, A to C have a prompt's last token, P and Q are prompts."""
-    named = dict(zip("abcABCPQ", DECODES + LAST_TOKENS + PROMPTS, strict=True))
+    """By letters: a to c decode, v and w verify drafts, A to C have a prompt's last token, P, Q and
+    the short S are prompts."""
+    requests = [*DECODES, *LAST_TOKENS, *PROMPTS, *VERIFICATIONS, SHORT_PROMPT]
+    named = dict(zip("abcABCPQvwS", requests, strict=True))
     return [named[letter] for letter in order]
 
 
@@ -161,6 +174,44 @@ def test_every_request_has_its_output(
         torch.testing.assert_close(
             output, alone, rtol=0, atol=1e-5, msg=lambda text, of=request: f"{of}: {text}"
         )
+
+
+@pytest.mark.parametrize(
+    ("order", "decodes", "reordered"),
+    [
+        ("avb", 6, False),
+        ("vw", 6, False),
+        ("wAPQ", 2, False),
+        ("vaSPQ", 5, False),
+        ("SA", 0, False),
+        ("SAvPQ", 4, True),
+        ("AvBSawcPQ", 8, True),
+    ],
+)
+def test_drafts_are_rows_of_their_own(order: str, decodes: int, reordered: bool) -> None:
+    """Each token of a request that verifies drafts decodes, as if it were a request's only one."""
+    requests = mixed(order)
+    batch = Batch(requests, drafts=3)
+    step = batch.build()
+    prompts = sum(request.prefilling for request in requests)
+    assert (step.num_decodes, step.num_prefills) == (decodes, prompts)
+    assert (step.token_order is not None) == reordered
+    lengths = [
+        request.context + 1 + number
+        for request in requests
+        if not request.prefilling
+        for number in range(request.query)
+    ]
+    assert step.seq_lens[:decodes].tolist() == lengths
+    assert step.seq_lens_cpu is not None
+    assert torch.equal(step.seq_lens_cpu, step.seq_lens)
+    assert torch.equal(step.query_start_loc, step.query_start_loc_cpu)
+    assert step.query_start_loc_cpu[: decodes + 1].tolist() == list(range(decodes + 1))
+    assert int(step.query_start_loc_cpu[-1]) == batch.common.num_actual_tokens
+    for request, output in batch.attend().items():
+        alone = Batch([request], drafts=3).attend()[request]
+        assert not alone.isnan().any()
+        torch.testing.assert_close(output, alone, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("order", ["abcABCPQ", "BaAcP"])

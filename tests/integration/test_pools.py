@@ -137,6 +137,25 @@ def test_the_worker_and_the_engine_agree(vllm_config: Any, max_num_seqs: int) ->
     assert config.num_blocks <= STEP_BLOCKS + max_num_seqs * REQUEST_BLOCKS
 
 
+def test_drafts_are_held_beside_the_window(folders: Callable[[str], str]) -> None:
+    """As many blocks as the tokens that a step reads may lie in, wherever they begin."""
+    from vllm_kcache.integration.pools import window_pool
+
+    for drafts in (1, 3, BLOCK, BLOCK + 2):
+        vllm_config = make_config(
+            folders("gemma3"),
+            kv_backend="kcache",
+            speculative_config={
+                "method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_max": 2,
+            },
+        )  # fmt: skip
+        window = window_pool(vllm_config, specs())
+        assert window is not None
+        last = WINDOW + drafts - 1
+        most = max((first + last) // BLOCK - first // BLOCK + 1 for first in range(BLOCK))
+        assert most <= window.request_blocks <= most + 1
+
+
 @pytest.mark.parametrize("length", [16, 200, 273, 512, 4000])
 def test_one_request_has_the_blocks_that_vllm_asks_for(vllm_config: Any, length: int) -> None:
     from vllm_kcache.integration.pools import window_pool

@@ -59,7 +59,7 @@ def test_every_entry_has_a_case() -> None:
     assert {r.name for r in REFUSALS if r.argument is None and r.value is None} == {
         "attention_type", "derived_backend", "not_causal", "output_quantisation",
         "kv_cache_groups", "layer_shapes", "v_head_size", "layer_query_heads", "shared_cache",
-        "reload_weights", "window_layer",
+        "reload_weights", "window_layer", "draft_windows",
     }  # fmt: skip
 
 
@@ -221,6 +221,14 @@ def test_all_refusals_are_found_at_once(folders: Callable[[str], str]) -> None:
 
 
 # What must keep working.
+
+
+def test_a_draft_model_is_not_refused(folders: Callable[[str], str]) -> None:
+    draft = {"method": "draft_model", "model": folders("llama"), "num_speculative_tokens": 2}
+    vllm_config = engine_args(
+        folders("llama"), kv_backend="kcache", speculative_config=draft
+    ).create_engine_config()
+    assert messages(vllm_config) == []
 
 
 @pytest.mark.filterwarnings("ignore:--disable-cascade-attn is deprecated")

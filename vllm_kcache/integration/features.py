@@ -15,6 +15,8 @@ from vllm_kcache.types import MOST_QUERY_HEADS_GPU
 SNAPSHOT_SERVER = "vllm.snapshot.server"
 # Served with exact K, and not served.
 SINK_MODEL_TYPES, OTHER_SINK_MODEL_TYPES = ("gpt_oss",), ("openai_privacy_filter",)
+# Drafts of a custom class are taken to need no layers.
+SERVED_SPECULATION = ("ngram", "custom_class", "draft_model")
 SINK_SETTINGS = (
     "attention_sinks",
     "add_full_attention_sink_bias",
@@ -77,6 +79,24 @@ def kv_connector(vllm_config: Any) -> str | None:
     name = getattr(transfer, "kv_connector", None)
     # DecodeBenchConnector only fills the cache for benchmarks; it moves nothing.
     return name if name not in (None, "DecodeBenchConnector") else None
+
+
+def other_speculation(vllm_config: Any) -> str | None:
+    """Method of speculative decoding, or a setting of it, that was not tried."""
+    config = vllm_config.speculative_config
+    if config is None or config.method not in SERVED_SPECULATION:
+        return getattr(config, "method", None)
+    for name in ("parallel_drafting", "use_heterogeneous_vocab"):
+        if getattr(config, name):
+            return f"{config.method}, {name}=True"
+    return None
+
+
+def speculation_on_gpu(vllm_config: Any) -> str | None:
+    """Method of speculative decoding that is served on a CPU only."""
+    if vllm_config.device_config.device_type == "cpu" or other_speculation(vllm_config):
+        return None
+    return getattr(vllm_config.speculative_config, "method", None)
 
 
 def has_window_layers(vllm_config: Any) -> bool:

@@ -65,6 +65,16 @@ def is_dense_layer(layer_name: str, config: KCacheConfig, num_layers: int) -> bo
     return extract_layer_index(layer_name) in config.resolved_dense_layers(num_layers)
 
 
+def is_draft_layer(layer_name: str) -> bool:
+    """Whether the layer is of a draft model: vLLM gives all of these one prefix, and its own
+    choice of backend.
+
+    Args:
+        layer_name: vLLM's name.
+    """
+    return layer_name.startswith("draft_model.")
+
+
 def _some_layers_keep_stock_backend(original: Callable) -> Callable:
     signature = inspect.signature(original)
 
@@ -75,7 +85,8 @@ def _some_layers_keep_stock_backend(original: Callable) -> Callable:
         config = settings_of(vllm_config)
         given = {} if config is None else signature.bind(self, *args, **kwargs).arguments
         prefix = given.get("prefix", "")
-        if config is None or given.get("attn_backend") is not None or not prefix:
+        has_backend = given.get("attn_backend") is not None or is_draft_layer(prefix)
+        if config is None or has_backend or not prefix:
             original(self, *args, **kwargs)
             return
         num_layers = vllm_config.model_config.get_total_num_hidden_layers()

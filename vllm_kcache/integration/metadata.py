@@ -41,8 +41,9 @@ class KCacheMetadataBuilder(AttentionMetadataBuilder[KCacheMetadata]):
     _cudagraph_support: ClassVar[AttentionCGSupport] = (
         AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     )
-    # One query token a request is a decode; the runner puts those first.
-    reorder_batch_threshold: int | None = 1
+    # A request of at most so many query tokens decodes, unless it still prefills; the runner puts
+    # those first. With speculative decoding a request brings its last token and the drafts.
+    reorder_batch_threshold: int = 1
 
     def __init__(
         self,
@@ -52,6 +53,7 @@ class KCacheMetadataBuilder(AttentionMetadataBuilder[KCacheMetadata]):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
 
     def build(
         self,
@@ -63,9 +65,9 @@ class KCacheMetadataBuilder(AttentionMetadataBuilder[KCacheMetadata]):
 
         A request that still prefills counts as prefill even with one token left, so that its
         attention is exact; but a captured decode graph, which vLLM may replay for a batch of one
-        token each, holds decodes only.
+        token each, holds decodes only. Of a request that verifies drafts each token decodes.
         """
-        common = common_attn_metadata
+        common, threshold = common_attn_metadata, self.reorder_batch_threshold
         if common.causal is not True:
             refusals.refuse("not_causal")
         prefilling = common.is_prefilling
@@ -76,13 +78,17 @@ class KCacheMetadataBuilder(AttentionMetadataBuilder[KCacheMetadata]):
             common = common.replace(is_prefilling=prefilling)
         order = None
         if prefilling is not None:
-            order = decodes_first(common.query_start_loc_cpu, prefilling)
+            order = decodes_first(common.query_start_loc_cpu, prefilling, threshold)
         token_order = None
         if order is not None:
             common, token_order = _reorder(common, order)
         num_decodes, num_prefills, _, _ = split_decodes_and_prefills(
-            common, decode_threshold=1, treat_short_extends_as_decodes=prefilling is None
+            common, decode_threshold=threshold, treat_short_extends_as_decodes=prefilling is None
         )
+        if threshold > 1 and num_decodes:
+            lengths = common.query_start_loc_cpu.diff()[:num_decodes]
+            if int(lengths.max()) > 1:
+                common, num_decodes = _one_token_each(common, lengths), int(lengths.sum())
         return KCacheMetadata(
             num_decodes=num_decodes,
             num_prefills=num_prefills,
@@ -99,8 +105,10 @@ class KCacheMetadataBuilder(AttentionMetadataBuilder[KCacheMetadata]):
         )
 
 
-def decodes_first(query_start_loc: torch.Tensor, prefilling: torch.Tensor) -> torch.Tensor | None:
-    """Order of a batch's leading requests of one token that puts decodes before prompts.
+def decodes_first(
+    query_start_loc: torch.Tensor, prefilling: torch.Tensor, threshold: int = 1
+) -> torch.Tensor | None:
+    """Order of a batch's leading short requests that puts decodes before prompts.
 
     vLLM sorts a step's requests by their tokens alone. A prompt of which one token is left may so
     come before requests that decode, and all of those would count as prompts, whose whole V is
@@ -109,15 +117,17 @@ def decodes_first(query_start_loc: torch.Tensor, prefilling: torch.Tensor) -> to
     Args:
         query_start_loc: [requests + 1] int32, host.
         prefilling: [requests] bool, host. Whether the request still prefills.
+        threshold: Most tokens of a short request.
 
     Returns:
-        [n] int64, host: the first n requests, each of one token, in their new order. None where the
+        [n] int64, host: the first n requests, all of them short, in their new order. None where the
         decodes are first already.
     """
     if not bool(prefilling.any()):
         return None
-    single = query_start_loc.diff() == 1
-    leading = int((~single).int().argmax()) if not bool(single.all()) else single.shape[0]
+    lengths = query_start_loc.diff()
+    short = (lengths > 0) & (lengths <= threshold)
+    leading = int((~short).int().argmax()) if not bool(short.all()) else short.shape[0]
     early = prefilling[:leading]
     if not bool((early[:-1] & ~early[1:]).any()):
         return None
@@ -127,7 +137,7 @@ def decodes_first(query_start_loc: torch.Tensor, prefilling: torch.Tensor) -> to
 def _reorder(
     common: CommonAttentionMetadata, order: torch.Tensor
 ) -> tuple[CommonAttentionMetadata, torch.Tensor]:
-    """The batch with its first requests, of one token each, in this order; and that of its tokens.
+    """The batch with its first requests in this order; and that of its tokens.
 
     Args:
         common: vLLM's metadata of the batch.
@@ -136,19 +146,70 @@ def _reorder(
     Returns:
         The metadata, and [tokens] int64 on the device.
     """
-    device = common.seq_lens.device
+    starts = common.query_start_loc_cpu
     rows = torch.arange(common.num_reqs)
     rows[: order.shape[0]] = order
-    # Only requests of one token change places, so a row of them is a token of them.
     tokens = torch.arange(common.num_actual_tokens)
-    tokens[: order.shape[0]] = order
-    rows_there, tokens_there = (x.to(device, non_blocking=True) for x in (rows, tokens))
-    upper = common.seq_lens_cpu_upper_bound
-    reordered = common.replace(
+    spans = zip(starts[order].tolist(), starts[order + 1].tolist(), strict=True)
+    moved = torch.cat([tokens[first:last] for first, last in spans])
+    tokens[: moved.shape[0]] = moved
+    new_starts = starts.clone()
+    new_starts[1:] = starts.diff()[rows].cumsum(0)
+    device = common.seq_lens.device
+    tokens_there, starts_there = (x.to(device, non_blocking=True) for x in (tokens, new_starts))
+    reordered = _of_requests(common, rows).replace(
+        query_start_loc=starts_there,
+        query_start_loc_cpu=new_starts,
         is_prefilling=common.is_prefilling[rows],
-        seq_lens=common.seq_lens[rows_there],
-        seq_lens_cpu_upper_bound=None if upper is None else upper[rows],
-        block_table_tensor=common.block_table_tensor[rows_there],
         slot_mapping=common.slot_mapping[tokens_there],
     )
     return reordered, tokens_there
+
+
+def _one_token_each(
+    common: CommonAttentionMetadata, lengths: torch.Tensor
+) -> CommonAttentionMetadata:
+    """The batch with a request for each token of those that decode.
+
+    K and V of all tokens are stored before any of them attends, and each sees as many as its
+    request has up to it: so they are causal among themselves, and what a draft leaves behind that
+    is not accepted lies past the length of all that read before it is overwritten.
+
+    Args:
+        common: vLLM's metadata of the batch, decodes first.
+        lengths: [decodes] int32, host. Query tokens of each.
+    """
+    starts, decodes, tokens = common.query_start_loc_cpu, lengths.shape[0], int(lengths.sum())
+    request = torch.repeat_interleave(torch.arange(decodes), lengths)
+    rows = torch.cat([request, torch.arange(decodes, common.num_reqs)])
+    # Tokens of its request that come after each one.
+    after = torch.zeros(rows.shape[0], dtype=torch.int32)
+    after[:tokens] = starts[1:][request] - 1 - torch.arange(tokens)
+    new_starts = torch.cat([torch.arange(tokens, dtype=starts.dtype), starts[decodes:]])
+    device = common.seq_lens.device
+    after_there, starts_there = (x.to(device, non_blocking=True) for x in (after, new_starts))
+    each = _of_requests(common, rows)
+    upper = each.seq_lens_cpu_upper_bound
+    return each.replace(
+        num_reqs=rows.shape[0],
+        query_start_loc=starts_there,
+        query_start_loc_cpu=new_starts,
+        seq_lens=each.seq_lens - after_there,
+        seq_lens_cpu_upper_bound=None if upper is None else upper - after,
+    )
+
+
+def _of_requests(common: CommonAttentionMetadata, rows: torch.Tensor) -> CommonAttentionMetadata:
+    """The batch with what is known of each request in other rows; its tokens as they are.
+
+    Args:
+        common: vLLM's metadata of the batch.
+        rows: [n] int64, host. The request of each new row.
+    """
+    rows_there = rows.to(common.seq_lens.device, non_blocking=True)
+    upper = common.seq_lens_cpu_upper_bound
+    return common.replace(
+        seq_lens=common.seq_lens[rows_there],
+        seq_lens_cpu_upper_bound=None if upper is None else upper[rows],
+        block_table_tensor=common.block_table_tensor[rows_there],
+    )

@@ -167,9 +167,10 @@ def _window_pool(vllm_config: Any, groups: list[KVCacheGroupSpec]) -> WindowPool
     own = _own_group(groups)
     assert own is not None
     specs = [next(iter(iter_layer_specs(g.kv_cache_spec))) for g in groups if g is not own]
-    scheduler = vllm_config.scheduler_config
+    scheduler, drafts = vllm_config.scheduler_config, vllm_config.num_speculative_tokens
     return WindowPool.plan(
-        [(spec.sliding_window, spec.block_size) for spec in specs],
+        # While drafts are verified a request holds them beside its window.
+        [(spec.sliding_window + drafts, spec.block_size) for spec in specs],
         block_bytes=planning._pool_bytes_per_block(vllm_config, groups),
         page_bytes=planning._get_kv_cache_bytes_per_block(
             [own], vllm_config.cache_config.get_resolved_kv_cache_layout()

@@ -199,9 +199,16 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "speculation",
         "speculative decoding (method={value})",
-        "a verification step has several queries a request, and a decode step here has one",
+        f"of all methods {', '.join(features.SERVED_SPECULATION)} were tried, on a CPU",
+        "Leave --speculative-config out, or on a CPU set its method to ngram.",
+        value=features.other_speculation,
+    ),
+    Refusal(
+        "speculation_on_gpu",
+        "speculative decoding on a GPU (method={value})",
+        "a step with several tokens of a request has not been run there",
         "Leave --speculative-config out.",
-        value=lambda c: getattr(c.speculative_config, "method", None),
+        value=features.speculation_on_gpu,
     ),
     Refusal(
         "sliding_window",
@@ -436,6 +443,12 @@ REFUSALS: tuple[Refusal, ...] = (
         _OLD_CONSTANTS,
         "Start another engine with the new weights, or set kcache_config.k_bits to 16.",
         codes_only=True,
+    ),
+    Refusal(
+        "draft_windows",
+        "a sliding window in a draft model ({value})",
+        "its layers were not tried beside pools for window layers",
+        "Take a draft model with full attention in every layer.",
     ),
     Refusal(
         "window_layer",

@@ -18,7 +18,7 @@ from vllm_kcache.config import KCacheConfig, KCacheConfigError
 from vllm_kcache.integration import counters, pools, refusals
 from vllm_kcache.integration.backend import KCacheBackend
 from vllm_kcache.integration.calibration import calibrate
-from vllm_kcache.integration.layers import activate_backend, is_dense_layer
+from vllm_kcache.integration.layers import activate_backend, is_dense_layer, is_draft_layer
 from vllm_kcache.integration.settings import engines_on_host, settings_of
 from vllm_kcache.memory import StepLimits, WindowPool, what_limits
 from vllm_kcache.split_cache import SplitCache
@@ -339,14 +339,19 @@ def split_layers(vllm_config: Any, config: KCacheConfig) -> list[str]:
             # vLLM derives such classes to change what is attended, as for bidirectional prompts.
             refusals.refuse("derived_backend", f"{backend.__name__} of {name}")
         has_window = layer.sliding_window is not None
+        is_draft = is_draft_layer(name)
+        if is_draft and has_window:
+            refusals.refuse("draft_windows", name)
         if has_window:
             # The model's number of heads may be that of its window layers.
             query_heads.add(
                 vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
             )
-        is_dense = is_dense_layer(name, config, num_layers)
-        if is_ours == (has_window or is_dense):
-            stock = "vLLM own attention (%s layer)" % ("window" if has_window else "dense")
+        # Numbers of dense layers are those of the model that is served.
+        is_dense = not is_draft and is_dense_layer(name, config, num_layers)
+        if is_ours == (has_window or is_dense or is_draft):
+            kind = "draft" if is_draft else "window" if has_window else "dense"
+            stock = f"vLLM own attention ({kind} layer)"
             raise RuntimeError(
                 f"Layer {name} runs {layer.get_attn_backend().__name__}, expected "
                 f"{'KCacheBackend' if not is_ours else stock}."

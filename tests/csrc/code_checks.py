@@ -194,23 +194,31 @@ def check_gathered(layer: CodedLayer, skip_pages: int = 0, blocks: int = 3) -> N
 
 
 def check_fills(host_dtype: str, device: str = "cpu") -> None:
-    """Prompts take slots that hold nothing, and no others; their rows are gathered from there, and
-    where another row has the slot, from the host."""
+    """Prompts take slots that hold nothing for their whole rows, and no others; those are gathered
+    from there, and where another row has the slot, from the host. Padding parts the first row."""
     coded = Coded.of(build_case(SHAPES[1], torch.bfloat16), host_dtype)
-    written = (coded.host_rows != 0xFF).any(1)
+    whole = torch.zeros(len(coded.host_rows), dtype=torch.bool)
+    shape, per_page = SHAPES[1], SHAPES[1].page_tokens // SHAPES[1].v_block_tokens
+    for request, tokens in enumerate(shape.seq_lens):
+        for block in range(0 if request else 1, tokens // shape.v_block_tokens):
+            page, at = coded.place(request, block * shape.v_block_tokens)
+            for head in range(shape.num_kv_heads):
+                row = (page * shape.num_kv_heads + head) * per_page + at // shape.v_block_tokens
+                whole[row] = True
     parts = WriteParts.K | WriteParts.ROW_SLOT
     for num_slots in (64, 3):
         layer = CodedLayer.of(coded, device, num_slots, pages=False)
         write_rows(layer.view, *_inputs(layer), parts=parts, fills=True)
         table = layer.cache.table.cpu()
         resident = (table[1] >= 0).nonzero().flatten()
-        assert bool(written[resident].all())
-        assert len(resident) == (int(written.sum()) if num_slots == 64 else 3)
+        assert bool(whole[resident].all())
+        assert len(resident) == (int(whole.sum()) if num_slots == 64 else 3)
         layer.cache.advance_epoch()
         write_rows(layer.view, *_inputs(layer), parts=parts, fills=True)
         assert torch.equal(layer.cache.table.cpu(), table)
     layer = CodedLayer.of(coded, device, 64, pages=False)
     write_rows(layer.view, *_inputs(layer), parts=parts, fills=True)
+    layer.view.host_rows[~whole] = coded.host_rows[~whole]
     with pytest.raises(AssertionError):
         check_gathered(layer)  # nothing says yet that the slots are written
     layer.cache.advance_epoch()

@@ -90,7 +90,7 @@ struct WriteRows {
   const int64_t* slot_mapping;  // [num_tokens]; negative: padding
   int64_t num_tokens;
   int64_t allocate_tokens;  // of the first so many, those that begin a row get a slot for it
-  bool fills;               // the others get one that holds nothing, while there are such
+  bool fills;               // other whole rows get one that holds nothing, while there are such
   int parts;
 };
 

@@ -224,8 +224,8 @@ __device__ inline void write_run(const LayerView& view, const WriteRows& write,
   const auto find_target = [&] {
     if (!in_slot) return;
     const bool evicts = token < write.allocate_tokens;
-    // Where several warps have a part of a row, one may look for the slot before another takes it.
-    const bool fills = write.fills && view.block_tokens <= kPieceTokens;
+    // Where several runs have a part of a row, one may look for the slot before another takes it.
+    const bool fills = write.fills && count == view.block_tokens;
     const bool allocates = in_row == 0 && (evicts || fills);
     const int slot = slot_of(view, search, owner, epoch, allocates, evicts);
     if (slot >= 0) targets[1] = view.slots + static_cast<int64_t>(slot) * view.row_bytes;

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from dataclasses import replace
 
 import pytest
@@ -15,11 +16,13 @@ from tests.reference.coded import SHAPES, Coded, slots_of
 from tests.shapes import Shape, build_case
 from vllm_kcache.cache.hot_cache import EPOCH
 from vllm_kcache.kernels import score_codes
+from vllm_kcache.kernels.fetch import fetch_blocks
 from vllm_kcache.kernels.rows import gather_rows, write_rows
 from vllm_kcache.kernels.select import packed_view, select_and_fetch
 from vllm_kcache.kernels.write import WriteParts
 from vllm_kcache.reference import codes
 from vllm_kcache.reference.select import select_blocks
+from vllm_kcache.types import Selected
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HOST_DTYPES = ["model", "int8"]
@@ -191,23 +194,31 @@ def check_gathered(layer: CodedLayer, skip_pages: int = 0, blocks: int = 3) -> N
 
 
 def check_fills(host_dtype: str, device: str = "cpu") -> None:
-    """Prompts take slots that hold nothing, and no others; their rows are gathered from there, and
-    where another row has the slot, from the host."""
+    """Prompts take slots that hold nothing for their whole rows, and no others; those are gathered
+    from there, and where another row has the slot, from the host. Padding parts the first row."""
     coded = Coded.of(build_case(SHAPES[1], torch.bfloat16), host_dtype)
-    written = (coded.host_rows != 0xFF).any(1)
+    whole = torch.zeros(len(coded.host_rows), dtype=torch.bool)
+    shape, per_page = SHAPES[1], SHAPES[1].page_tokens // SHAPES[1].v_block_tokens
+    for request, tokens in enumerate(shape.seq_lens):
+        for block in range(0 if request else 1, tokens // shape.v_block_tokens):
+            page, at = coded.place(request, block * shape.v_block_tokens)
+            for head in range(shape.num_kv_heads):
+                row = (page * shape.num_kv_heads + head) * per_page + at // shape.v_block_tokens
+                whole[row] = True
     parts = WriteParts.K | WriteParts.ROW_SLOT
     for num_slots in (64, 3):
         layer = CodedLayer.of(coded, device, num_slots, pages=False)
         write_rows(layer.view, *_inputs(layer), parts=parts, fills=True)
         table = layer.cache.table.cpu()
         resident = (table[1] >= 0).nonzero().flatten()
-        assert bool(written[resident].all())
-        assert len(resident) == (int(written.sum()) if num_slots == 64 else 3)
+        assert bool(whole[resident].all())
+        assert len(resident) == (int(whole.sum()) if num_slots == 64 else 3)
         layer.cache.advance_epoch()
         write_rows(layer.view, *_inputs(layer), parts=parts, fills=True)
         assert torch.equal(layer.cache.table.cpu(), table)
     layer = CodedLayer.of(coded, device, 64, pages=False)
     write_rows(layer.view, *_inputs(layer), parts=parts, fills=True)
+    layer.view.host_rows[~whole] = coded.host_rows[~whole]
     with pytest.raises(AssertionError):
         check_gathered(layer)  # nothing says yet that the slots are written
     layer.cache.advance_epoch()
@@ -220,6 +231,34 @@ def check_fills(host_dtype: str, device: str = "cpu") -> None:
         check_gathered(layer)  # the host has nothing
     layer.view.host_rows[int(lost)] = coded.host_rows[int(lost)]
     check_gathered(layer)
+
+
+def check_gathers_beside_fetches(gathers: int = 400) -> None:
+    """Slots go to other rows while they are read: those rows come from the host."""
+    shape, listed = Shape((128,), 2, 1, 64, 16, 8), 2
+    layer = CodedLayer.of(Coded.of(build_case(shape, torch.bfloat16), "model"), num_slots=6)
+    packed, done = layer.view.packed, threading.Event()
+    assert packed is not None
+
+    def fetch() -> None:
+        while not done.is_set():
+            lists = [torch.randperm(shape.max_blocks)[:listed].sort().values for _ in range(2)]
+            blocks = torch.stack(lists).int()[None]
+            selected = Selected(blocks, torch.full((1, 2), listed).int(), torch.ones(1, 2))
+            rows = torch.empty_like(blocks)
+            fetch_blocks(packed, selected, layer.batch.block_table, rows)
+            layer.cache.advance_epoch()
+
+    beside = threading.Thread(target=fetch)
+    beside.start()
+    try:
+        for _ in range(gathers):
+            check_gathered(layer)
+    finally:
+        done.set()
+        beside.join()
+    counted = layer.cache.read_counters()
+    assert counted.misses > gathers // 10
 
 
 def check_no_fills(device: str = "cpu") -> None:

@@ -68,6 +68,10 @@ def test_gathers(shape: Shape, dtype: torch.dtype, host_dtype: str) -> None:
     checks.check_gather(shape, dtype, host_dtype)
 
 
+def test_gathers_beside_fetches() -> None:
+    checks.check_gathers_beside_fetches()
+
+
 def test_a_step_of_codes() -> None:
     checks.check_step()
 

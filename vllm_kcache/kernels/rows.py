@@ -38,8 +38,8 @@ def write_rows(
         slot_mapping: [Tk] int64, GPU. -1 marks padding. No slot occurs twice.
         parts: what to store: K is the codes. ROW_SLOT does nothing where the hot cache is off.
         allocate_tokens: as for `write.write_kv`.
-        fills: the other tokens that begin a row get a slot for it, too, while there are slots that
-            hold nothing; with V blocks of at most 8 tokens.
+        fills: other rows of at most 8 tokens that are written whole, their tokens side by side, get
+            a slot, too, while there are slots that hold nothing.
         most_thread_blocks: of the launch, `LINK_BLOCKS` on a copy stream; 0: as many as there is
             work for.
         dependent: launch it as kernels/dependent.py says.

@@ -134,11 +134,7 @@ def long_runs(
     first, crowd = work()
     again = begun(known[0])
     folder = tmp_path_factory.mktemp("long")
-    smaller = {
-        "method": "draft_model",
-        "model": cut_model(Path(model), folder / "smaller", [0]),
-        "num_speculative_tokens": 3,
-    }
+    smaller = smaller_model(model, folder)
     specs = {"stock, draft": spec_of([first], model=model, speculative_config=smaller, **ENGINE)}
     for k_bits in (4, 16):
         everything, few = {**GATE, "k_bits": k_bits}, {**SELECTION, "k_bits": k_bits}
@@ -164,6 +160,12 @@ def long_runs(
     with pytest.MonkeyPatch.context() as patch:
         let_know(texts, folder, patch)
         return run_engines(folder, specs)
+
+
+def smaller_model(model: str, folder: Path) -> dict[str, Any]:
+    """How vLLM is asked for drafts of the first layer alone."""
+    path = cut_model(Path(model), folder / "smaller", [0])
+    return {"method": "draft_model", "model": path, "num_speculative_tokens": 3}
 
 
 def let_know(texts: list[list[int]], folder: Path, patch: pytest.MonkeyPatch) -> None:
@@ -322,15 +324,23 @@ def test_a_draft_model(
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("method", ["custom_class", "draft_model"])
 def test_drafts_on_two_ranks(
-    model: str, known: list[list[list[int]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str,
+    model: str,
+    known: list[list[list[int]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # vLLM asks for a NUMA node for each rank, to bind its threads there.
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     let_know(known[0], tmp_path, monkeypatch)
+    drafts = KNOWN
+    if method == "draft_model":
+        drafts = {**smaller_model(model, tmp_path), "draft_tensor_parallel_size": 2}
     batch = work()[0]
     found = run_engine(
-        tmp_path, [batch], {**GATE, "k_bits": 4}, model=model, speculative_config=KNOWN,
+        tmp_path, [batch], {**GATE, "k_bits": 4}, model=model, speculative_config=drafts,
         tensor_parallel_size=2, **ENGINE,
     )  # fmt: skip
     assert texts_of(batch, tokens_of(found)[0]) == known[0]

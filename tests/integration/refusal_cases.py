@@ -109,6 +109,12 @@ CASES = {
         arguments={"speculative_config": NGRAM},
         changed={"speculative_config.use_heterogeneous_vocab": True},
     ),
+    "speculative decoding on stages": Case(
+        "speculative decoding on pipeline stages (pipeline_parallel_size={value})",
+        "speculative decoding on pipeline stages (pipeline_parallel_size=2):",
+        "Use --tensor-parallel-size",
+        arguments={"speculative_config": NGRAM, "pipeline_parallel_size": 2},
+    ),
     "speculative decoding on a GPU": Case(
         "speculative decoding on a GPU (method={value})",
         "speculative decoding on a GPU (method=ngram):", "Leave --speculative-config out",

@@ -23,7 +23,8 @@ DRAFTS = 3
 CONTEXT, STEPS = 40, PAGE
 # Of each request.
 PAGES = [[3, 9, 4, 7, 11], [8, 2, 10, 5, 6]]
-FORMATS = {"16": {"k_bits": 16}, "4": {"k_bits": 4}, "4, int8": {"k_bits": 4, "host_dtype": "int8"}}
+# Rows of the model's dtype: test_speculation.py.
+FORMATS = {"16": {"k_bits": 16}, "4": {"k_bits": 4, "host_dtype": "int8"}}
 
 
 class Layer:

@@ -81,7 +81,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def runs(model: str, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Stock vLLM, one token a step; and codes, with n-grams as drafts."""
     specs = {
-        "stock": spec_of(work(), model=model, **ENGINE),
+        "stock": spec_of(work()[:1], model=model, **ENGINE),
         "ngram, 4": spec_of(
             work()[:1], {**GATE, "k_bits": 4}, model=model, speculative_config=NGRAM, **ENGINE
         ),
@@ -99,13 +99,6 @@ def stock(runs: Runs) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def known(stock: dict[str, Any]) -> list[list[list[int]]]:
-    """The texts of both batches, prompts first."""
-    results = zip(work(), tokens_of(stock), strict=True)
-    return [texts_of(batch, result) for batch, result in results]
-
-
-@pytest.fixture(scope="module")
 def window_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Two of its four layers have a window."""
     kinds = ["sliding_attention", "full_attention"] * 2
@@ -116,29 +109,35 @@ def window_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def beside_windows(window_model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Stock vLLM's text of the model with window layers."""
-    spec = spec_of(work()[:1], model=window_model, **ENGINE)
-    return run_engines(tmp_path_factory.mktemp("stock"), {"stock": spec})["stock"]
+def long_stock(model: str, window_model: str, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Stock vLLM, one token a step: a crowd, and the model with window layers."""
+    first, crowd = work()
+    specs = {
+        "crowd": spec_of([crowd], model=model, **ENGINE),
+        "windows": spec_of([first], model=window_model, **ENGINE),
+    }
+    return run_engines(tmp_path_factory.mktemp("stock"), specs)
+
+
+@pytest.fixture(scope="module")
+def known(stock: dict[str, Any]) -> list[list[int]]:
+    """The texts of the first batch, prompts first."""
+    return texts_of(work()[0], tokens_of(stock)[0])
 
 
 @pytest.fixture(scope="module")
 def long_runs(
     model: str,
     window_model: str,
-    beside_windows: dict[str, Any],
-    known: list[list[list[int]]],
+    long_stock: Runs,
+    known: list[list[int]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Runs:
     """All other engines, those with drafts of known texts among them."""
     first, crowd = work()
-    again = begun(known[0])
+    again = begun(known)
     folder = tmp_path_factory.mktemp("long")
-    smaller = {
-        "method": "draft_model",
-        "model": cut_model(Path(model), folder / "smaller", [0]),
-        "num_speculative_tokens": 3,
-    }
+    smaller = smaller_model(model, folder)
     specs = {"stock, draft": spec_of([first], model=model, speculative_config=smaller, **ENGINE)}
     for k_bits in (4, 16):
         everything, few = {**GATE, "k_bits": k_bits}, {**SELECTION, "k_bits": k_bits}
@@ -160,10 +159,18 @@ def long_runs(
                 specs[f"{name}, {k_bits}"] = spec_of(
                     batches, settings, model=model_of, speculative_config=drafts, **ENGINE
                 )
-    texts = [*known[0], *known[1], *texts_of(first, tokens_of(beside_windows)[0])]
+    texts = [*known]
+    for batch, name in ((crowd, "crowd"), (first, "windows")):
+        texts += texts_of(batch, tokens_of(long_stock[name])[0])
     with pytest.MonkeyPatch.context() as patch:
         let_know(texts, folder, patch)
         return run_engines(folder, specs)
+
+
+def smaller_model(model: str, folder: Path) -> dict[str, Any]:
+    """How vLLM is asked for drafts of the first layer alone."""
+    path = cut_model(Path(model), folder / "smaller", [0])
+    return {"method": "draft_model", "model": path, "num_speculative_tokens": 3}
 
 
 def let_know(texts: list[list[int]], folder: Path, patch: pytest.MonkeyPatch) -> None:
@@ -187,7 +194,7 @@ def figures_of(result: dict[str, Any]) -> tuple[int, int, int]:
 
 def check_ngrams(found: dict[str, Any], stock: dict[str, Any]) -> None:
     """The text is stock vLLM's; some drafts are accepted, and some are not."""
-    assert tokens_of(found) == tokens_of(stock)[:1]
+    assert tokens_of(found) == tokens_of(stock)
     steps, drafts, accepted = figures_of(found)
     assert 0 < accepted < drafts <= 3 * steps
 
@@ -240,11 +247,11 @@ def steps_of(prompt_tokens: int, total: int) -> Iterator[VerificationStep]:
 @pytest.mark.full
 @pytest.mark.parametrize("k_bits", [4, 16])
 def test_drafts_rejected_at_every_position(
-    k_bits: int, long_runs: Runs, known: list[list[list[int]]]
+    k_bits: int, long_runs: Runs, known: list[list[int]]
 ) -> None:
     """The text is stock vLLM's, also where a later prompt finds blocks in the prefix cache that had
     drafts in them; and vLLM's figures are what was drafted and accepted."""
-    found, texts = long_runs[f"known, {k_bits}"], known[0]
+    found, texts = long_runs[f"known, {k_bits}"], known
     batches = work()[0], begun(texts)
     for batch, result in zip(batches, tokens_of(found), strict=True):
         assert texts_of(batch, result) == texts
@@ -276,12 +283,10 @@ def test_drafts_rejected_at_every_position(
 
 @pytest.mark.full
 @pytest.mark.parametrize("k_bits", [4, 16])
-def test_drafts_under_preemption(
-    k_bits: int, long_runs: Runs, known: list[list[list[int]]]
-) -> None:
+def test_drafts_under_preemption(k_bits: int, long_runs: Runs, long_stock: Runs) -> None:
     found = long_runs[f"crowd, {k_bits}"]
     assert found["vllm_metrics"]["vllm:num_preemptions"] > 0
-    assert texts_of(work()[1], tokens_of(found)[0]) == known[1]
+    assert tokens_of(found) == tokens_of(long_stock["crowd"])
     assert 0 < figures_of(found)[2] < figures_of(found)[1]
 
 
@@ -289,19 +294,19 @@ def test_drafts_under_preemption(
 @pytest.mark.parametrize("k_bits", [4, 16])
 @pytest.mark.parametrize("name", ["dense", "windows"])
 def test_drafts_beside_other_layers(
-    name: str, k_bits: int, long_runs: Runs, request: pytest.FixtureRequest
+    name: str, k_bits: int, long_runs: Runs, long_stock: Runs, stock: dict[str, Any]
 ) -> None:
     """Layers that run vLLM's own attention, over K and V of drafts of their own."""
     found = long_runs[f"{name}, {k_bits}"]
-    expected = request.getfixturevalue("beside_windows" if name == "windows" else "stock")
-    assert tokens_of(found) == tokens_of(expected)[:1]
+    expected = long_stock["windows"] if name == "windows" else stock
+    assert tokens_of(found) == tokens_of(expected)
     assert 0 < figures_of(found)[2] < figures_of(found)[1]
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("k_bits", [4, 16])
 def test_a_draft_model(
-    k_bits: int, long_runs: Runs, stock: dict[str, Any], beside_windows: dict[str, Any]
+    k_bits: int, long_runs: Runs, long_stock: Runs, stock: dict[str, Any]
 ) -> None:
     """Its layers keep K and V in pages of their own, beside the split ones; and as many of its
     drafts are accepted as by stock vLLM."""
@@ -309,11 +314,10 @@ def test_a_draft_model(
         name: long_runs[f"{name}, {k_bits}"]
         for name in ("draft", "draft, crowd", "draft, dense", "draft, windows")
     }
-    first, crowd = tokens_of(stock)
-    assert tokens_of(found["draft"]) == tokens_of(found["draft, dense"]) == [first]
-    assert tokens_of(found["draft, crowd"]) == [crowd]
+    assert tokens_of(found["draft"]) == tokens_of(found["draft, dense"]) == tokens_of(stock)
+    assert tokens_of(found["draft, crowd"]) == tokens_of(long_stock["crowd"])
     assert found["draft, crowd"]["vllm_metrics"]["vllm:num_preemptions"] > 0
-    assert tokens_of(found["draft, windows"]) == tokens_of(beside_windows)
+    assert tokens_of(found["draft, windows"]) == tokens_of(long_stock["windows"])
     assert figures_of(found["draft"]) == figures_of(long_runs["stock, draft"])
     assert figures_of(found["draft"]) == figures_of(found["draft, dense"])
     for run in found.values():
@@ -322,16 +326,24 @@ def test_a_draft_model(
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("method", ["custom_class", "draft_model"])
 def test_drafts_on_two_ranks(
-    model: str, known: list[list[list[int]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str,
+    model: str,
+    known: list[list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # vLLM asks for a NUMA node for each rank, to bind its threads there.
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    let_know(known[0], tmp_path, monkeypatch)
+    let_know(known, tmp_path, monkeypatch)
+    drafts = KNOWN
+    if method == "draft_model":
+        drafts = {**smaller_model(model, tmp_path), "draft_tensor_parallel_size": 2}
     batch = work()[0]
     found = run_engine(
-        tmp_path, [batch], {**GATE, "k_bits": 4}, model=model, speculative_config=KNOWN,
+        tmp_path, [batch], {**GATE, "k_bits": 4}, model=model, speculative_config=drafts,
         tensor_parallel_size=2, **ENGINE,
     )  # fmt: skip
-    assert texts_of(batch, tokens_of(found)[0]) == known[0]
+    assert texts_of(batch, tokens_of(found)[0]) == known
     assert 0 < figures_of(found)[2] < figures_of(found)[1]

@@ -99,6 +99,13 @@ def speculation_on_gpu(vllm_config: Any) -> str | None:
     return getattr(vllm_config.speculative_config, "method", None)
 
 
+def speculation_on_stages(vllm_config: Any) -> int | None:
+    """Stages of a model, where drafts are verified."""
+    if vllm_config.speculative_config is None:
+        return None
+    return positive(vllm_config.parallel_config.pipeline_parallel_size)
+
+
 def has_window_layers(vllm_config: Any) -> bool:
     """Whether the configuration gives some layers a window and others the whole context."""
     kinds = {str(kind) for kind in getattr(text_config(vllm_config), "layer_types", None) or []}

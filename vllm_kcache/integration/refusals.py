@@ -211,6 +211,13 @@ REFUSALS: tuple[Refusal, ...] = (
         value=features.speculation_on_gpu,
     ),
     Refusal(
+        "speculation_on_stages",
+        "speculative decoding on pipeline stages (pipeline_parallel_size={value})",
+        "the last stage alone makes drafts, and vLLM's runner of a CPU asks each of them",
+        "Use --tensor-parallel-size, or leave --speculative-config out.",
+        value=features.speculation_on_stages,
+    ),
+    Refusal(
         "sliding_window",
         "sliding-window attention in every layer ({value})",
         "there is no layer to split: selection covers the whole context",

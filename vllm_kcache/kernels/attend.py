@@ -64,7 +64,7 @@ _AHEAD = tl.constexpr(4)
 @triton.jit
 def load_query(
     query, query_bias, request, heads, group_mask, query_stride, NUM_HEADS: tl.constexpr,
-    HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr, KEYS: tl.constexpr, V_DTYPE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Query [G, D] of some heads of a request in the form that rows are scored with, and what its
     score adds to each [G]."""
@@ -255,7 +255,7 @@ def count_estimate_errors(
     columns, max_blocks, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     GROUP_PADDED: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
     PAGE_TOKENS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, CHUNK_BLOCKS: tl.constexpr,
-    ROW_VALUES: tl.constexpr, VALUES_OF_16_BYTES: tl.constexpr, V_DTYPE: tl.constexpr,
+    ROW_VALUES: tl.constexpr, VALUES_OF_16_BYTES: tl.constexpr,
     PRECISION: tl.constexpr, KEYS: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
     """In one epoch of EVERY, drawn at random: how far the estimates are off of a chunk, drawn too.
@@ -276,7 +276,7 @@ def count_estimate_errors(
         heads = head * GROUP + in_group
         q, bias = load_query(
             query, query_bias, request, heads, group_mask, query_stride, NUM_HEADS, HEAD_SIZE,
-            HEAD_PADDED, KEYS, V_DTYPE,
+            HEAD_PADDED, KEYS,
         )  # fmt: skip
         list_blocks = blocks + list_id * columns
         scores, _v, _v_scale = read_chunk(
@@ -343,7 +343,7 @@ def attend_kernel(
     heads = head * GROUP + in_group
     q, bias = load_query(
         query, query_bias, request, heads, group_mask, query_stride, NUM_HEADS, HEAD_SIZE,
-        HEAD_PADDED, KEYS, V_DTYPE,
+        HEAD_PADDED, KEYS,
     )  # fmt: skip
     shift = tl.zeros((GROUP_PADDED,), tl.float32)
     limit = tl.zeros((GROUP_PADDED,), tl.float32)
@@ -410,7 +410,7 @@ def attend_kernel(
             row_scales, rows, blocks, counts, block_table, seq_lens, scale, host_distance,
             query_stride, page_stride, table_stride, columns, max_blocks, NUM_HEADS, NUM_KV_HEADS,
             GROUP, GROUP_PADDED, HEAD_SIZE, HEAD_PADDED, PAGE_TOKENS, BLOCK_TOKENS, CHUNK_BLOCKS,
-            ROW_VALUES, VALUES_OF_16_BYTES, V_DTYPE, PRECISION, KEYS, EVERY,
+            ROW_VALUES, VALUES_OF_16_BYTES, PRECISION, KEYS, EVERY,
         )  # fmt: skip
 
 

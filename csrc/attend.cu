@@ -2,29 +2,28 @@
 // Attention over the selected V blocks, from rows of int8, on tensor cores. Definition:
 // vllm_kcache/reference/attend.py.
 //
-// A warp takes 16 tokens of a list at once (tile.cuh). In the products with V the upper eight rows
-// are weighted with the probabilities, the lower ones with the clipped.
+// A list has a thread block, or where it is long some, which take equal parts of it; a warp takes
+// 16 tokens at once (tile.cuh), for four query heads. Sums of the warps are added up in shared
+// memory, those of a list's thread blocks by the last of them.
 //
 // Weights of V are float16. Times V's scale they could leave its range at either end, so a warp
 // keeps a power of two for each query head, by the largest that it has met: the estimate of one may
 // be far below its scores, and its weights far above those of the others.
 #include "dependent.cuh"
 #include "launch.h"
-#include "runs.cuh"
 #include "tile.cuh"
 
 namespace kcache {
 namespace {
 
-constexpr int kTileHeads = 8;         // query heads of a warp
-constexpr int kMaxTiles = 2;          // of query heads; warps are dealt to them
+constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;
 constexpr int kLookedAt = 32;         // tokens whose estimates are looked at
 constexpr unsigned kRangeBits = 11;   // the largest weight of V begins at 2^11,
 constexpr float kRange = 60000.0f;    // and may grow to this
 constexpr float kUnit = 128.0f;       // weights are in parts of the estimated total
 constexpr float kUnitBits = 7.0f;     // base-2 logarithm of it
 constexpr float kMostWeight = 1e30f;  // an estimate may be far below a score
-static_assert(kMaxTiles * kTileHeads == kMaxGroup);
 
 // A kernel is compiled for `kSteps`, products that a head of K takes, and for the clipped tail.
 template <int kSteps_, bool kClip_>
@@ -32,37 +31,53 @@ struct Size {
   static constexpr int kSteps = kSteps_;
   static constexpr bool kClip = kClip_;
   static constexpr int kSides = kClip ? 2 : 1;
-  static constexpr int kChannels = 32 * kSteps;              // of a head, with those that pad it
-  static constexpr int kColumns = 4 * kSteps;                // products that a head of V takes
+  static constexpr int kChannels = 32 * kSteps;  // of a head, with those that pad it
+  static constexpr int kFours = kChannels / 4;
   static constexpr int kStride = kChannels + 4;              // of sums in shared memory
-  static constexpr int kBuffers = kSteps == 8 ? 2 : kWarps;  // of warps' sums: 48 KiB hold no more
-  static constexpr int kLeastBlocks = kSteps == 8 ? 2 : kSteps == 4 ? 3 : 4;
+  static constexpr int kBuffers = kSteps == 8 ? 4 : kWarps;  // of warps' sums: 48 KiB hold no more
+  static constexpr int kLeastBlocks = kSteps == 8 ? 1 : 2;
 };
 
-// Sums of a thread block: of each warp, or of each two, its query heads' rows. In the end the first
-// warp's of a tile of query heads has those of all.
+// What a thread block leaves: sums of each warp, or of each two.
 template <typename Z>
 struct Shared {
   float sums[Z::kBuffers][Z::kSides * kTileHeads][Z::kStride];
   float weights[Z::kBuffers][Z::kSides * kTileHeads];
-  float largest[kWarps][kTileHeads], all_largest[kMaxTiles][kTileHeads];
-  RunsShared runs;
-  Part part;
+  float largest[kWarps][kTileHeads];
+  QueryShared<Z::kSteps> query;
   unsigned epoch;
   bool last;
+};
 
-  // Rows of a list: one of each query head, then, with a clip, one more of each.
-  __device__ float* sum(int side, int head) {
-    return sums[head / kTileHeads][side * kTileHeads + head % kTileHeads];
-  }
-  __device__ float& weight(int side, int head) {
-    return weights[head / kTileHeads][side * kTileHeads + head % kTileHeads];
+// Of a list, the tiles that a thread block takes.
+struct Part {
+  int list, number, of;
+  int begin, end;  // tiles
+
+  // Thread block `block` of the launch. `of` of each list have some tiles, or one has none.
+  __device__ Part(const AttendRows& attend, int num_lists, int block, int tiles)
+      : list(block % num_lists), number(block / num_lists) {
+    const int wanted = (tiles + attend.least_tiles - 1) / attend.least_tiles;
+    const int parts = max(min(wanted, attend.splits), 1);
+    const int each = max((tiles + parts - 1) / parts, 1);
+    of = max((tiles + each - 1) / each, 1);
+    begin = number * each;
+    end = min(begin + each, tiles);
   }
 };
 
-// Tiles of query heads: warps are dealt to them.
+// Tiles of query heads, a power of two: warps are dealt to them.
 __device__ inline int head_tiles(const LayerView& view) {
-  return (view.group + kTileHeads - 1) / kTileHeads;
+  return view.group <= kTileHeads ? 1 : view.group <= 2 * kTileHeads ? 2 : 4;
+}
+static_assert(kMaxGroup == 4 * kTileHeads && kWarps % 4 == 0);
+
+// Over the lanes that have the same query head.
+__device__ inline float max_of_head(float value) {
+  for (int bit = 4; bit < 32; bit *= 2) {
+    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, bit));
+  }
+  return value;
 }
 
 // The weights of a query head on their way through a list, and V weighted with them.
@@ -73,41 +88,36 @@ class WeightedSum {
   __device__ WeightedSum(float shift, float limit)
       : largest_(Z::kClip ? shift : -1e30f), limit_(limit) {}
 
-  __device__ void add(const float (&scores)[4], const Scales& scales,
+  __device__ void add(const float (&scores)[2], const Scales& scales,
                       const Values<Z::kSteps>& values) {
     float rescale = 1.0f;
     if constexpr (!Z::kClip) {
-      float larger = fmaxf(fmaxf(scores[0], scores[1]), fmaxf(scores[2], scores[3]));
-      for (int bit = 1; bit < 4; bit *= 2) {
-        larger = fmaxf(larger, __shfl_xor_sync(kAllLanes, larger, bit));
-      }
-      larger = fmaxf(larger, largest_);
+      const float larger = fmaxf(max_of_head(fmaxf(scores[0], scores[1])), largest_);
       rescale = fast_exp2(largest_ - larger);
       largest_ = larger;
       weight_[0] *= rescale;
     }
-    float weights[Z::kSides][4], most = 0.0f;
+    float weights[2], clipped[2] = {}, most = 0.0f;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 2; ++i) {
       float weight = fast_exp2(scores[i] - largest_);
       if constexpr (Z::kClip) weight = fminf(weight, kMostWeight);
       weight_[0] += weight;
-      weights[0][i] = weight * scales.value[i];
-      most = fmaxf(most, weights[0][i]);
+      weights[i] = weight * scales.value[i];
+      most = fmaxf(most, weights[i]);
       if constexpr (Z::kClip) {
-        const float clipped = fminf(weight, limit_);
-        weight_[1] += clipped;
-        weights[1][i] = clipped * scales.value[i];
+        const float least = fminf(weight, limit_);
+        weight_[1] += least;
+        clipped[i] = least * scales.value[i];
       }
     }
+    // All lanes change scales_ together, those of heads in range by 1.
     if (__ballot_sync(kAllLanes, most * down_ > kRange) != 0) rescale *= fit(most);
     if (__ballot_sync(kAllLanes, rescale != 1.0f) != 0) scale_sums(rescale);
-    unsigned rows[4] = {};
+    unsigned columns[2];
 #pragma unroll
-    for (int side = 0; side < Z::kSides; ++side) {
-      const float (&w)[4] = weights[side];
-      rows[side] = floats_to_halves(w[0] * down_, w[1] * down_);
-      rows[2 + side] = floats_to_halves(w[2] * down_, w[3] * down_);
+    for (int i = 0; i < 2; ++i) {
+      columns[i] = transpose(floats_to_halves(weights[i] * down_, clipped[i] * down_));
     }
 #pragma unroll
     for (int word = 0; word < Z::kSteps; ++word) {
@@ -115,105 +125,69 @@ class WeightedSum {
       widen(one, values.words[0][word], values.words[1][word]);
       widen(other, values.words[2][word], values.words[3][word]);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const unsigned columns[2] = {one[i], other[i]};
-        multiply_add(sums_[4 * word + i], rows, columns);
+      for (int i = 0; i < 2; ++i) {
+        const unsigned rows[4] = {one[2 * i], one[2 * i + 1], other[2 * i], other[2 * i + 1]};
+        multiply_add(sums_[2 * word + i], rows, columns);
       }
     }
   }
 
-  // The thread block's sums, always in the same order.
+  // The sums of the warp's buffer; after it a barrier.
   __device__ void leave(Shared<Z>& shared, int warp, int tiles) {
     const int lane = threadIdx.x & 31, group = lane / 4, quarter = lane % 4;
     float factor = 1.0f / down_;
-    for (int bit = 1; bit < 4; bit *= 2) {
+    for (int bit = 4; bit < 32; bit *= 2) {
 #pragma unroll
       for (int side = 0; side < Z::kSides; ++side) {
         weight_[side] += __shfl_xor_sync(kAllLanes, weight_[side], bit);
       }
     }
     if constexpr (!Z::kClip) {
-      if (quarter == 0) shared.largest[warp][group] = largest_;
+      if (group == 0) shared.largest[warp][quarter] = largest_;
       __syncthreads();
       float larger = largest_;
       for (int other = warp % tiles; other < kWarps; other += tiles) {
-        larger = fmaxf(larger, shared.largest[other][group]);
+        larger = fmaxf(larger, shared.largest[other][quarter]);
       }
       const float share = fast_exp2(largest_ - larger);
-      if (warp < tiles && quarter == 0) shared.all_largest[warp][group] = larger;
       weight_[0] *= share;
       factor *= share;
+      __syncthreads();
+      if (group == 0) shared.largest[warp][quarter] = larger;
     }
 #pragma unroll 1
     for (int turn = 0; turn < kWarps / Z::kBuffers; ++turn) {
+      if (turn != 0) __syncthreads();
       if (warp / Z::kBuffers == turn) {
         const int buffer = warp % Z::kBuffers;
 #pragma unroll
         for (int side = 0; side < Z::kSides; ++side) {
-          const int row = side * kTileHeads + group;
-          if (quarter == 0) {
+          const int row = side * kTileHeads + quarter;
+          if (group == 0) {
             float& weight = shared.weights[buffer][row];
             weight = weight_[side] + (turn == 0 ? 0.0f : weight);
           }
+          auto* to = reinterpret_cast<float4*>(shared.sums[buffer][row]) + group * Z::kSteps;
 #pragma unroll
-          for (int column = 0; column < 2; ++column) {
-            auto* to = reinterpret_cast<float4*>(shared.sums[buffer][row] +
-                                                 (2 * quarter + column) * Z::kColumns);
-#pragma unroll
-            for (int word = 0; word < Z::kSteps; ++word) {
-              float4 sum{};
-              if (turn != 0) sum = to[word];
-              sum.x = fmaf(sums_[4 * word][2 * side + column], factor, sum.x);
-              sum.y = fmaf(sums_[4 * word + 1][2 * side + column], factor, sum.y);
-              sum.z = fmaf(sums_[4 * word + 2][2 * side + column], factor, sum.z);
-              sum.w = fmaf(sums_[4 * word + 3][2 * side + column], factor, sum.w);
-              to[word] = sum;
-            }
+          for (int word = 0; word < Z::kSteps; ++word) {
+            float4 sum{};
+            if (turn != 0) sum = to[word];
+            sum.x = fmaf(sums_[2 * word][side], factor, sum.x);
+            sum.y = fmaf(sums_[2 * word][2 + side], factor, sum.y);
+            sum.z = fmaf(sums_[2 * word + 1][side], factor, sum.z);
+            sum.w = fmaf(sums_[2 * word + 1][2 + side], factor, sum.w);
+            to[word] = sum;
           }
         }
       }
-      __syncthreads();
     }
-    add_buffers(shared, tiles);
-    __syncthreads();
   }
 
  private:
-  // Those of all warps of a tile of query heads to the first of them.
-  __device__ static void add_buffers(Shared<Z>& shared, int tiles) {
-    constexpr int kFours = Z::kChannels / 4, kRows = Z::kSides * kTileHeads;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < tiles * kRows * kFours; i += kThreads) {
-      const int tile = i / (kRows * kFours), row = i / kFours % kRows, four = i % kFours;
-      const auto sum_of = [&](int buffer) {
-        return reinterpret_cast<float4*>(shared.sums[buffer][row]) + four;
-      };
-      float4 sum = *sum_of(tile);
-#pragma unroll 1
-      for (int buffer = tile + tiles; buffer < Z::kBuffers; buffer += tiles) {
-        const float4 its = *sum_of(buffer);
-        sum.x += its.x;
-        sum.y += its.y;
-        sum.z += its.z;
-        sum.w += its.w;
-      }
-      *sum_of(tile) = sum;
-    }
-#pragma unroll 1
-    for (int i = threadIdx.x; i < tiles * kRows; i += kThreads) {
-      const int tile = i / kRows, row = i % kRows;
-#pragma unroll 1
-      for (int buffer = tile + tiles; buffer < Z::kBuffers; buffer += tiles) {
-        shared.weights[tile][row] += shared.weights[buffer][row];
-      }
-    }
-  }
   // Takes the largest weight of a query head that left the range to the upper end of float16.
   // Returns what sums are to be scaled with.
   __device__ float fit(float most) {
-    for (int bit = 1; bit < 4; bit *= 2) {
-      most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, bit));
-    }
+    most = max_of_head(most);
     if (most * down_ <= kRange) return 1.0f;
     const int exponent = max(static_cast<int>(__float_as_uint(most) >> 23) - 127, -100);
     const float down = __uint_as_float(static_cast<unsigned>(127 + kRangeBits - exponent) << 23);
@@ -223,9 +197,9 @@ class WeightedSum {
   }
   __device__ void scale_sums(float factor) {
 #pragma unroll
-    for (auto& column : sums_) {
+    for (auto& channels : sums_) {
 #pragma unroll
-      for (float& sum : column) sum *= factor;
+      for (float& sum : channels) sum *= factor;
     }
   }
 
@@ -233,84 +207,117 @@ class WeightedSum {
   const float limit_;
   float weight_[Z::kSides] = {};
   float down_ = 0x1p100f;  // so large that the first tile with some V makes it fit
-  float sums_[Z::kColumns][4] = {};
+  // Of two channels each: whole and clipped of the lane's query head.
+  float sums_[2 * Z::kSteps][4] = {};
 };
 
-// Leave the thread block's sums, and as the last of its list add them all up.
+// Of a query head and four channels: V weighted, and the sum of weights; whole and clipped.
 template <typename Z>
-__device__ inline bool add_parts(const LayerView& view, const AttendRows& attend, Shared<Z>& shared,
-                                 const Part& part) {
-  constexpr int kFours = Z::kChannels / 4, kAhead = 8;
-  const int rows = Z::kSides * view.group;
-  const auto sums_of = [&](int number, int row) {
-    return reinterpret_cast<float4*>(
-        attend.sums + (static_cast<int64_t>(part.place + number) * rows + row) * Z::kChannels);
-  };
-  const auto weights_of = [&](int number, int row) {
-    return reinterpret_cast<float2*>(attend.weights) +
-           (static_cast<int64_t>(part.place + number) * rows + row);
-  };
-#pragma unroll 1
-  for (int i = threadIdx.x; i < rows * kFours; i += kThreads) {
-    const int row = i / kFours, four = i % kFours;
-    sums_of(part.number, row)[four] =
-        reinterpret_cast<const float4*>(shared.sum(row / view.group, row % view.group))[four];
+struct Sums {
+  float4 four[Z::kSides] = {};
+  float weight[Z::kSides] = {};
+  float largest = 0.0f;  // without a clip: what the weights are measured by
+
+  __device__ void add(int side, const float4& its, float its_weight, float factor) {
+    four[side].x = fmaf(its.x, factor, four[side].x);
+    four[side].y = fmaf(its.y, factor, four[side].y);
+    four[side].z = fmaf(its.z, factor, four[side].z);
+    four[side].w = fmaf(its.w, factor, four[side].w);
+    weight[side] = fmaf(its_weight, factor, weight[side]);
   }
-#pragma unroll 1
-  for (int row = threadIdx.x; row < rows; row += kThreads) {
-    *weights_of(part.number, row) =
-        float2{Z::kClip ? 0.0f : shared.all_largest[row / kTileHeads][row % kTileHeads],
-               shared.weight(row / view.group, row % view.group)};
+};
+
+// Of the thread block, always in the same order.
+template <typename Z>
+__device__ inline Sums<Z> sums_of_warps(const Shared<Z>& shared, int tiles, int head, int four) {
+  const int in_tile = head % kTileHeads, tile = head / kTileHeads;
+  Sums<Z> sums;
+  if constexpr (!Z::kClip) sums.largest = shared.largest[tile][in_tile];
+#pragma unroll 4
+  for (int buffer = tile; buffer < Z::kBuffers; buffer += tiles) {
+#pragma unroll
+    for (int side = 0; side < Z::kSides; ++side) {
+      const int row = side * kTileHeads + in_tile;
+      sums.add(side, reinterpret_cast<const float4*>(shared.sums[buffer][row])[four],
+               shared.weights[buffer][row], 1.0f);
+    }
   }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    // Of all threads of the block: what came before their barrier comes before the fence.
-    fence_gpu();
-    shared.last = atomicAdd(attend.arrivals + part.list, 1) == part.of - 1;
-    fence_gpu();
-    if (shared.last) attend.arrivals[part.list] = 0;  // for the next launch
+  return sums;
+}
+
+// The sums of a list's thread blocks, in the workspace.
+template <typename Z>
+class ListParts {
+ public:
+  __device__ ListParts(const LayerView& view, const AttendRows& attend, const Part& part)
+      : first_row_(static_cast<int64_t>(part.list) * attend.splits * rows_of(view)),
+        rows_(rows_of(view)),
+        group_(view.group),
+        sums_(reinterpret_cast<float4*>(attend.sums)),
+        weights_(reinterpret_cast<float2*>(attend.weights)) {}
+
+  __device__ void store(int number, int head, int four, const Sums<Z>& sums) const {
+#pragma unroll
+    for (int side = 0; side < Z::kSides; ++side) {
+      const int64_t row = row_of(number, side, head);
+      sums_[row * Z::kFours + four] = sums.four[side];
+      if (four == 0) weights_[row] = float2{sums.largest, sums.weight[side]};
+    }
   }
-  __syncthreads();
-  if (!shared.last) return false;
-  // Loads bypass the first-level cache, which does not see what other thread blocks wrote.
+
+  // All of a list. Loads bypass the first-level cache, which does not see what other thread blocks
+  // wrote.
+  __device__ Sums<Z> add_up(int parts, int head, int four) const {
+    constexpr int kAhead = 8 / Z::kSides;
+    Sums<Z> all;
+    if constexpr (!Z::kClip) all.largest = -1e30f;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < rows * kFours; i += kThreads) {
-    const int row = i / kFours, four = i % kFours;
-    float largest = -1e30f, weight = 0.0f;
-    float4 sum{};
-#pragma unroll 1
-    for (int first = 0; first < part.of; first += kAhead) {
-      float4 sums[kAhead];
-      float2 weights[kAhead];
+    for (int first = 0; first < parts; first += kAhead) {
+      float4 fours[kAhead][Z::kSides];
+      float2 weights[kAhead][Z::kSides];
 #pragma unroll
       for (int p = 0; p < kAhead; ++p) {
-        const int number = min(first + p, part.of - 1);
-        sums[p] = __ldcg(sums_of(number, row) + four);
-        weights[p] = __ldcg(weights_of(number, row));
+#pragma unroll
+        for (int side = 0; side < Z::kSides; ++side) {
+          const int64_t row = row_of(min(first + p, parts - 1), side, head);
+          fours[p][side] = __ldcg(sums_ + row * Z::kFours + four);
+          weights[p][side] = __ldcg(weights_ + row);
+        }
       }
-      float larger = largest;
+      if constexpr (!Z::kClip) {
+        float larger = all.largest;
 #pragma unroll
-      for (int p = 0; p < kAhead; ++p) larger = fmaxf(larger, weights[p].x);
-      const float rescale = fast_exp2(largest - larger);
-      largest = larger;
-      weight *= rescale;
-      sum = float4{sum.x * rescale, sum.y * rescale, sum.z * rescale, sum.w * rescale};
+        for (int p = 0; p < kAhead; ++p) larger = fmaxf(larger, weights[p][0].x);
+        const float rescale = fast_exp2(all.largest - larger);
+        Sums<Z> rescaled;
+        rescaled.largest = larger;
+        rescaled.add(0, all.four[0], all.weight[0], rescale);
+        all = rescaled;
+      }
 #pragma unroll
       for (int p = 0; p < kAhead; ++p) {
-        const float factor = first + p < part.of ? fast_exp2(weights[p].x - larger) : 0.0f;
-        weight = fmaf(weights[p].y, factor, weight);
-        sum.x = fmaf(sums[p].x, factor, sum.x);
-        sum.y = fmaf(sums[p].y, factor, sum.y);
-        sum.z = fmaf(sums[p].z, factor, sum.z);
-        sum.w = fmaf(sums[p].w, factor, sum.w);
+        float factor = first + p < parts ? 1.0f : 0.0f;
+        if constexpr (!Z::kClip) factor *= fast_exp2(weights[p][0].x - all.largest);
+#pragma unroll
+        for (int side = 0; side < Z::kSides; ++side) {
+          all.add(side, fours[p][side], weights[p][side].y, factor);
+        }
       }
     }
-    reinterpret_cast<float4*>(shared.sum(row / view.group, row % view.group))[four] = sum;
-    if (four == 0) shared.weight(row / view.group, row % view.group) = weight;
+    return all;
   }
-  __syncthreads();
-  return true;
-}
+
+ private:
+  __device__ static int rows_of(const LayerView& view) { return Z::kSides * view.group; }
+  __device__ int64_t row_of(int number, int side, int head) const {
+    return first_row_ + number * rows_ + side * group_ + head;
+  }
+
+  const int64_t first_row_;
+  const int rows_, group_;
+  float4* const sums_;
+  float2* const weights_;
+};
 
 __device__ inline void store_four(const Heads& out, int head_size, int64_t request, int head,
                                   int four, const float (&x)[4]) {
@@ -327,35 +334,54 @@ __device__ inline void store_four(const Heads& out, int head_size, int64_t reque
   reinterpret_cast<uint2*>(to)[four] = make_uint2(bits[0] | bits[1] << 16, bits[2] | bits[3] << 16);
 }
 
-// The result of a list. With the clipped tail the dropped mass is shared out by the clipped
-// weights; without, a list of nothing gives 0.
+// The result. With the clipped tail the dropped mass is shared out by the clipped weights; without,
+// a list of nothing gives 0.
 template <typename Z>
-__device__ inline void store_result(const LayerView& view, const AttendRows& attend,
-                                    Shared<Z>& shared, int list, bool selected) {
-  const int request = list / view.num_kv_heads;
+__device__ inline void store_result(const LayerView& view, const AttendRows& attend, int list,
+                                    int head, int four, const Sums<Z>& sums) {
+  float factor, share = 0.0f;
+  if constexpr (Z::kClip) {
+    const float mass = attend.dropped[static_cast<int64_t>(list) * view.group + head];
+    const float dropped = fmaxf(mass, 0.0f) * kUnit;
+    factor = 1.0f / fmaxf(sums.weight[0] + dropped, 1e-30f);
+    share = factor * (dropped / fmaxf(sums.weight[1], 1e-30f));
+  } else {
+    factor = sums.weight[0] > 0.0f ? 1.0f / sums.weight[0] : 0.0f;
+  }
+  const float4& whole = sums.four[0];
+  float x[4] = {whole.x * factor, whole.y * factor, whole.z * factor, whole.w * factor};
+  if constexpr (Z::kClip) {
+    const float4& clipped = sums.four[1];
+    x[0] = fmaf(clipped.x, share, x[0]);
+    x[1] = fmaf(clipped.y, share, x[1]);
+    x[2] = fmaf(clipped.z, share, x[2]);
+    x[3] = fmaf(clipped.w, share, x[3]);
+  }
+  store_four(attend.out, view.head_size, list / view.num_kv_heads,
+             list % view.num_kv_heads * view.group + head, four, x);
+}
+
+// `visit` each query head of a list, and each four of its channels.
+template <typename Visit>
+__device__ inline void for_each_four(const LayerView& view, const Visit& visit) {
   const int fours = view.head_size / 4;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < view.group * fours; i += kThreads) {
-    const int in_group = i / fours, four = i % fours;
-    const int row = list * view.group + in_group;
-    float factor, share = 0.0f;
-    if constexpr (Z::kClip) {
-      const float dropped = fmaxf(attend.dropped[row], 0.0f) * kUnit;
-      factor = 1.0f / fmaxf(shared.weight(0, in_group) + dropped, 1e-30f);
-      share = factor * (dropped / fmaxf(shared.weight(1, in_group), 1e-30f));
-    } else {
-      factor = selected ? 1.0f / shared.weight(0, in_group) : 0.0f;
-    }
-    const float* from = shared.sum(0, in_group) + 4 * four;
-    float x[4];
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      x[k] = from[k] * factor;
-      if constexpr (Z::kClip) x[k] = fmaf(from[kTileHeads * Z::kStride + k], share, x[k]);
-    }
-    store_four(attend.out, view.head_size, request,
-               list % view.num_kv_heads * view.group + in_group, four, x);
+  for (int i = threadIdx.x; i < view.group * fours; i += kThreads) visit(i / fours, i % fours);
+}
+
+// Of all thread blocks of a list, the last that comes here: it sees what the others stored.
+template <typename Z>
+__device__ inline bool is_last(const AttendRows& attend, Shared<Z>& shared, const Part& part) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    // Of all threads of the block: what came before their barrier comes before the fence.
+    fence_gpu();
+    shared.last = atomicAdd(attend.arrivals + part.list, 1) == part.of - 1;
+    fence_gpu();
+    if (shared.last) attend.arrivals[part.list] = 0;  // for the next launch
   }
+  __syncthreads();
+  return shared.last;
 }
 
 // Word of the counters, from the first, that an error is counted in.
@@ -398,22 +424,24 @@ __device__ inline void count_estimate_errors(const LayerView& view, const Step& 
   const int chunk = static_cast<int>(below(of_tokens, static_cast<unsigned>(chunks)));
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
   float* all_scores = shared.sums[0][0];  // [heads, kLookedAt]
+  prepare_query(shared.query, view, attend, list, tiles * kTileHeads);
+  __syncthreads();
   if (warp < tiles) {
-    const int head = warp * kTileHeads + lane / 4;
-    const Query<Z::kSteps> query(view, attend, list, head);
+    const int head = warp * kTileHeads + lane % 4;
+    const Query<Z::kSteps> query(shared.query, warp * kTileHeads);
 #pragma unroll 1
     for (int tile = 0; tile < kTiles; ++tile) {
       const int number = chunk * kTiles + tile;
       const ListRows::Token token = rows.find(number, rows.place(number));
       Keys<Z::kSteps> keys;
       Scales scales;
-      float scores[4];
+      float scores[2];
       keys.load(token);
       scales.take(token);
       multiply(scores, query, keys, scales);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        all_scores[head * kLookedAt + tile * kTileTokens + token_of_lane(i)] = scores[i];
+      for (int i = 0; i < 2; ++i) {
+        all_scores[head * kLookedAt + tile * kTileTokens + token_of_score(i)] = scores[i];
       }
     }
   }
@@ -437,43 +465,47 @@ __device__ inline void count_estimate_errors(const LayerView& view, const Step& 
   }
 }
 
-// V of the part of a list, weighted; in shared memory, with the weights.
+// V of the part of a list, weighted; in shared memory, with the weights. A barrier comes after it.
 template <typename Z>
-__device__ inline void attend_part(const LayerView& view, const Step& step,
-                                   const AttendRows& attend, Shared<Z>& shared, const Part& part) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
-  const int tiles = head_tiles(view), head = warp % tiles * kTileHeads + lane / 4;
-  const int64_t list = part.list;
-  const int num_tokens = step.seq_lens[part.list / view.num_kv_heads];
+__device__ inline void attend_part(const LayerView& view, const AttendRows& attend,
+                                   Shared<Z>& shared, const ListRows& rows, const Part& part) {
+  const int warp = threadIdx.x / 32, tiles = head_tiles(view), workers = kWarps / tiles;
+  const int first_head = warp % tiles * kTileHeads, first = part.begin + warp / tiles;
+  const int last = first_head < view.group ? part.end : first;
+  ListRows::Token token;
+  Keys<Z::kSteps> keys;
+  Values<Z::kSteps> values, ahead;
+  ListRows::Place next;
+  if (first < last) {
+    token = rows.find(first, rows.place(first));
+    keys.load(token);
+    values.load(token, rows.value_distance());
+    // A tile ahead of what is loaded.
+    next = rows.place(first + workers);
+  }
+  prepare_query(shared.query, view, attend, part.list, tiles * kTileHeads);
   float shift = 0.0f, limit = 0.0f;
   if constexpr (Z::kClip) {
-    if (head < view.group) shift = attend.lse[list * view.group + head] * kLog2E - kUnitBits;
-    const float length = static_cast<float>(max(num_tokens, 1));
+    const int head = first_head + static_cast<int>(threadIdx.x & 3);
+    if (head < view.group) {
+      shift = attend.lse[static_cast<int64_t>(part.list) * view.group + head] * kLog2E - kUnitBits;
+    }
+    const float length = static_cast<float>(max(rows.num_tokens(), 1));
     // Beyond so many tokens the clip falls as the threshold does.
     limit = attend.clip * sqrtf(fminf(attend.clip_length / length, 1.0f)) * kUnit;
   }
   WeightedSum<Z> sum(shift, limit);
-  const ListRows rows(view, step, list, part.count, num_tokens);
-  const int workers = kWarps / tiles, first = part.begin + warp / tiles;
-  const int last = min(part.end, rows.tiles());
+  __syncthreads();
   if (first < last) {
-    ListRows::Token token = rows.find(first, rows.place(first));
-    Keys<Z::kSteps> keys;
-    Values<Z::kSteps> values, ahead;
-    Scales scales;
-    keys.load(token);
-    values.load(token, rows.value_distance());
-    // A tile ahead of what is loaded.
-    ListRows::Place next = rows.place(first + workers);
-    const Query<Z::kSteps> query(view, attend, list, head);
+    const Query<Z::kSteps> query(shared.query, first_head);
 #pragma unroll 1
     for (int tile = first; tile < last; tile += workers) {
-      const bool more = tile + workers < last;
-      float scores[4];
+      Scales scales;
+      float scores[2];
       scales.take(token);
       multiply(scores, query, keys, scales);
       // The next tile is on its way while this one is weighted.
-      if (more) {
+      if (tile + workers < last) {
         token = rows.find(tile + workers, next);
         keys.load(token);
         ahead.load(token, rows.value_distance());
@@ -493,19 +525,27 @@ __global__ void __launch_bounds__(kThreads, Z::kLeastBlocks)
   using SharedSums = Shared<Z>;
   __shared__ SharedSums shared;
   wait_for_launch_before();
-  const Runs runs(view, step, attend, shared.runs);
-#pragma unroll 1
-  for (int run = blockIdx.x; run < runs.count(); run += attend.programs) {
-#pragma unroll 1
-    for (int tile = runs.begin(run); tile < runs.end(run);) {
-      runs.find(run, tile, shared.part);
-      __syncthreads();
-      const Part part = shared.part;
-      attend_part(view, step, attend, shared, part);
-      if (part.of == 1 || add_parts(view, attend, shared, part)) {
-        store_result(view, attend, shared, part.list, part.count > 0);
-      }
-      tile = part.next;
+  const int list = static_cast<int>(blockIdx.x) % step.num_lists;
+  const ListRows rows(view, step, list, step.counts[list], step.seq_lens[list / view.num_kv_heads]);
+  const Part part(attend, step.num_lists, blockIdx.x, rows.tiles());
+  if (part.number >= part.of) return;
+  attend_part(view, attend, shared, rows, part);
+  __syncthreads();
+  const int tiles = head_tiles(view);
+  if (part.of == 1) {
+    for_each_four(view, [&](int head, int four) {
+      const Sums<Z> sums = sums_of_warps(shared, tiles, head, four);
+      store_result(view, attend, list, head, four, sums);
+    });
+  } else {
+    const ListParts<Z> parts(view, attend, part);
+    for_each_four(view, [&](int head, int four) {
+      parts.store(part.number, head, four, sums_of_warps(shared, tiles, head, four));
+    });
+    if (is_last(attend, shared, part)) {
+      for_each_four(view, [&](int head, int four) {
+        store_result(view, attend, list, head, four, parts.add_up(part.of, head, four));
+      });
     }
   }
   if (blockIdx.x != 0) return;
@@ -524,8 +564,8 @@ template <int kSteps>
 cudaError_t launch_steps(const LayerView& view, const Step& step, const AttendRows& attend,
                          bool dependent, cudaStream_t stream) {
   const auto launch = [&](auto size) {
-    return launch_kernel(dependent, attend_kernel<decltype(size)>, attend.programs, kThreads,
-                         stream, view, step, attend);
+    return launch_kernel(dependent, attend_kernel<decltype(size)>, step.num_lists * attend.splits,
+                         kThreads, stream, view, step, attend);
   };
   return attend.clip < 0 ? launch(Size<kSteps, false>{}) : launch(Size<kSteps, true>{});
 }

@@ -360,7 +360,7 @@ void score_codes(Tensor layer, Tensor query, Tensor seq_lens, Tensor block_table
 void attend_int8_rows(Tensor layer, Tensor blocks, Tensor counts, Tensor rows, Tensor seq_lens,
                       Tensor block_lse, Tensor query, Tensor bias, std::optional<Tensor> lse,
                       std::optional<Tensor> dropped, Tensor sums, Tensor weights, Tensor arrivals,
-                      Tensor out, double scale, double clip, double clip_length, int64_t programs,
+                      Tensor out, double scale, double clip, double clip_length, int64_t splits,
                       int64_t least_tiles, int64_t every, bool dependent) {
   const LayerView view = unpack_codes(layer);
   STD_TORCH_CHECK(view.int8_rows, "layer: its rows are not int8");
@@ -392,14 +392,14 @@ void attend_int8_rows(Tensor layer, Tensor blocks, Tensor counts, Tensor rows, T
     }
   }
   STD_TORCH_CHECK(clip_length > 0, "clip_length=", clip_length, ": must be above 0");
-  for (const auto& [name, value] :
-       {std::pair("programs", programs), {"least_tiles", least_tiles}}) {
+  for (const auto& [name, value] : {std::pair("splits", splits), {"least_tiles", least_tiles}}) {
     STD_TORCH_CHECK(value >= 1 && value <= kMaxBlocks, name, "=", value, ": must be 1 to ",
                     kMaxBlocks);
   }
   STD_TORCH_CHECK(every >= 1 && every < 1ll << 31, "every=", every, ": must be at least 1");
-  // Runs, of which each list may round one up, and one more part of each list.
-  const int64_t parts = (programs + 2ll * step.num_lists) * view.group * (clips ? 2 : 1);
+  STD_TORCH_CHECK(splits * step.num_lists < 1ll << 31, "splits=", splits, ": too many for ",
+                  step.num_lists, " lists");
+  const int64_t parts = splits * step.num_lists * view.group * (clips ? 2 : 1);
   const int64_t padded = (view.head_size + 31) / 32 * 32;
   for (const auto& [name, tensor, size] :
        {std::tuple("sums", &sums, parts * padded), {"weights", &weights, parts * 2}}) {
@@ -422,7 +422,7 @@ void attend_int8_rows(Tensor layer, Tensor blocks, Tensor counts, Tensor rows, T
                           static_cast<float>(scale),
                           static_cast<float>(clip),
                           static_cast<float>(clip_length),
-                          static_cast<int>(programs),
+                          static_cast<int>(splits),
                           static_cast<int>(least_tiles),
                           static_cast<int>(every)};
   if (step.num_lists == 0) return;
@@ -522,7 +522,7 @@ STABLE_TORCH_LIBRARY(kcache, library) {
       "attend_int8_rows(Tensor layer, Tensor blocks, Tensor counts, Tensor rows, Tensor seq_lens, "
       "Tensor block_lse, Tensor query, Tensor bias, Tensor? lse, Tensor? dropped, "
       "Tensor(a!) sums, Tensor(b!) weights, Tensor(c!) arrivals, Tensor(d!) out, float scale, "
-      "float clip, float clip_length, int programs, int least_tiles, int every, "
+      "float clip, float clip_length, int splits, int least_tiles, int every, "
       "bool dependent) "
       "-> ()");
   library.def(

@@ -99,4 +99,12 @@ __device__ inline void multiply_add(float (&sums)[4], const unsigned (&rows)[4],
       : "r"(rows[0]), "r"(rows[1]), "r"(rows[2]), "r"(rows[3]), "r"(columns[0]), "r"(columns[1]));
 }
 
+// 8 x 8 values of 16 bits, of which a lane has two of a row: after it, of a column. What a lane has:
+// PTX ISA, "movmatrix".
+__device__ inline unsigned transpose(unsigned two) {
+  unsigned of_column;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(of_column) : "r"(two));
+  return of_column;
+}
+
 }  // namespace kcache

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // 16 tokens of a list of int8 rows in a warp, from memory to scores.
 //
-// Of K a lane has a run of channels of two tokens, of V the same channels of two pairs of tokens:
-// any channel may be any column of a product, so nothing crosses lanes between a row in memory and
-// the tensor cores. q' are two int8 numbers, high and low, in the upper and the lower eight rows of
-// a product.
+// Tokens are the rows of the products that give scores, channels those of the products with V. Of K
+// a lane has a run of channels of two tokens, of V the same channels of two pairs of tokens: any
+// channel may be at any place of a product, so nothing crosses lanes between a row in memory and
+// the tensor cores. Columns are four query heads times two: digits of q', high and low, then
+// weights, whole and clipped.
 #pragma once
 
 #include "head.cuh"
@@ -16,45 +17,65 @@ namespace kcache {
 
 constexpr int kTileTokens = 16;  // of a warp, at once
 
-// The query heads of a lane's group of four, as a product takes them.
+constexpr int kTileHeads = 4;  // query heads of a warp
+
+// q' of the query heads of a list, in digits, for all warps of a thread block. Heads that a list
+// does not have are zeros.
+template <int kSteps>
+struct QueryShared {
+  static constexpr int kWords = 8 * kSteps;  // of four channels each
+  unsigned digits[kMaxGroup][2][kWords + 4];
+  float unit[kMaxGroup], bias[kMaxGroup];  // base-2 logarithms, of a weight in one step, and of
+                                           // what every weight has
+};
+
+// All warps of a thread block, and a barrier after it.
+template <int kSteps>
+__device__ inline void prepare_query(QueryShared<kSteps>& shared, const LayerView& view,
+                                     const AttendRows& attend, int64_t list, int num_heads) {
+  constexpr int kParts = (kSteps + 3) / 4;
+  const int lane = threadIdx.x & 31;
+#pragma unroll 1
+  for (int head = threadIdx.x / 32; head < num_heads; head += blockDim.x / 32) {
+    const int64_t in_batch = list * view.group + head;
+    const bool there = head < view.group;
+    float x[kParts][4] = {}, most = 1e-20f;
+    if (there) load_floats(x, attend.query + in_batch * view.head_size, view.head_size);
+    for_each(x, [&](int part, int i) { most = fmaxf(most, fabsf(x[part][i])); });
+    most = warp_max(most);
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      const int word = part * 32 + lane;
+      const Digits digits(x[part], 127.0f / most);
+      if (word >= shared.kWords) continue;
+      shared.digits[head][0][word] = digits.high;
+      shared.digits[head][1][word] = digits.low;
+    }
+    if (lane == 0) {
+      shared.unit[head] = unit_of(attend.scale, most);
+      shared.bias[head] = there ? attend.bias[in_batch] * kLog2E : 0.0f;
+    }
+  }
+}
+
+// The same as a warp's products take it: a digit of a query head, and what scores need of another.
 template <int kSteps>
 struct Query {
-  unsigned rows[kSteps][4];
-  float unit, bias;  // base-2 logarithms, of a weight in one step, and of what every weight has
+  unsigned columns[kSteps][2];
+  float unit, bias;
 
-  __device__ Query(const LayerView& view, const AttendRows& attend, int64_t list, int head) {
-    const int first = (threadIdx.x & 3) * 8 * kSteps;
-    const bool there = head < view.group;
-    const float* from = attend.query + (list * view.group + head) * view.head_size;
-    float x[8 * kSteps];
-#pragma unroll
-    for (int i = 0; i < 2 * kSteps; ++i) {
-      float4 four{};
-      if (there && first + 4 * i < view.head_size) {
-        four = *reinterpret_cast<const float4*>(from + first + 4 * i);
-      }
-      x[4 * i] = four.x;
-      x[4 * i + 1] = four.y;
-      x[4 * i + 2] = four.z;
-      x[4 * i + 3] = four.w;
-    }
-    float most = 1e-20f;
-#pragma unroll
-    for (int i = 0; i < 8 * kSteps; ++i) most = fmaxf(most, fabsf(x[i]));
-    for (int bit = 1; bit < 4; bit *= 2) {
-      most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, bit));
-    }
+  // Of the heads from `first_head`.
+  __device__ Query(const QueryShared<kSteps>& shared, int first_head) {
+    const int group = (threadIdx.x & 31) / 4, quarter = threadIdx.x & 3;
+    const auto* words = reinterpret_cast<const uint2*>(
+        shared.digits[first_head + group / 2][group & 1] + quarter * 2 * kSteps);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const Digits digits(x + 8 * step + 4 * half, 127.0f / most);
-        rows[step][2 * half] = digits.high;
-        rows[step][2 * half + 1] = digits.low;
-      }
+      columns[step][0] = words[step].x;
+      columns[step][1] = words[step].y;
     }
-    unit = unit_of(attend.scale, most);
-    bias = there ? attend.bias[list * view.group + head] * kLog2E : 0.0f;
+    unit = shared.unit[first_head + quarter];
+    bias = shared.bias[first_head + quarter];
   }
 };
 
@@ -75,6 +96,7 @@ class ListRows {
         num_tokens_(num_tokens),
         shift_(shift_of(view.block_tokens)) {}
 
+  __device__ int num_tokens() const { return num_tokens_; }
   __device__ int tiles() const { return ((count_ << shift_) + kTileTokens - 1) / kTileTokens; }
 
   // Which row has one of the lane's tokens of a tile, and which token of the request it is. Past
@@ -138,8 +160,8 @@ struct Keys {
   }
 };
 
-// Which token of a tile is number i of a lane's: two pairs.
-__device__ inline int token_of_lane(int i) {
+// Which token of a tile is number i of the four of a lane's V: two pairs.
+__device__ inline int token_of_value(int i) {
   return 2 * static_cast<int>(threadIdx.x & 3) + (i & 1) + 4 * (i & 2);
 }
 
@@ -152,23 +174,28 @@ struct Values {
     const int group = (threadIdx.x & 31) / 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const char* from = of_lane(token.key, token_of_lane(i)) + distance;
+      const char* from = of_lane(token.key, token_of_value(i)) + distance;
       load_words<kSteps>(words[i], from + group * 4 * kSteps);
     }
   }
 };
 
-// What scores need of a tile beside K, for the lane's four tokens.
+// Which token of a tile is number i of the two of a lane's scores.
+__device__ inline int token_of_score(int i) {
+  return static_cast<int>(threadIdx.x & 31) / 4 + 8 * i;
+}
+
+// What scores need of a tile beside K, for the lane's two tokens.
 struct Scales {
-  float key[4], value[4];
-  bool exists[4];
+  float key[2], value[2];
+  bool exists[2];
 
   __device__ void take(const ListRows::Token& token) {
     const unsigned there = __ballot_sync(kAllLanes, token.exists);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 both = halves_to_floats(__shfl_sync(kAllLanes, token.scales, token_of_lane(i)));
-      exists[i] = there >> token_of_lane(i) & 1;
+    for (int i = 0; i < 2; ++i) {
+      const float2 both = halves_to_floats(__shfl_sync(kAllLanes, token.scales, token_of_score(i)));
+      exists[i] = there >> token_of_score(i) & 1;
       // Past the length a row may hold anything, NaN too.
       key[i] = exists[i] ? both.x : 0.0f;
       value[i] = exists[i] ? both.y : 0.0f;
@@ -176,29 +203,26 @@ struct Scales {
   }
 };
 
-// Base-2 scores of the lane's four tokens with its query head; -infinity where there is no token.
+// Base-2 scores of the lane's two tokens with its query head; -infinity where there is no token.
 template <int kSteps>
-__device__ inline void multiply(float (&scores)[4], const Query<kSteps>& query,
+__device__ inline void multiply(float (&scores)[2], const Query<kSteps>& query,
                                 const Keys<kSteps>& keys, const Scales& scales) {
+  int products[4] = {};
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    int products[4] = {};
+  for (int step = 0; step < kSteps; ++step) {
+    const unsigned rows[4] = {keys.words[0][2 * step], keys.words[1][2 * step],
+                              keys.words[0][2 * step + 1], keys.words[1][2 * step + 1]};
+    multiply_add(products, rows, query.columns[step]);
+  }
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const unsigned columns[2] = {keys.words[half][2 * step], keys.words[half][2 * step + 1]};
-      multiply_add(products, query.rows[step], columns);
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int token = 2 * half + i;
-      const float product = static_cast<float>(products[i] * kLowSteps + products[2 + i]);
-      const float score = fmaf(product * query.unit, scales.key[token], query.bias);
-      scores[token] = scales.exists[token] ? score : -INFINITY;
-    }
+  for (int i = 0; i < 2; ++i) {
+    const float product = static_cast<float>(products[2 * i] * kLowSteps + products[2 * i + 1]);
+    const float score = fmaf(product * query.unit, scales.key[i], query.bias);
+    scores[i] = scales.exists[i] ? score : -INFINITY;
   }
 }
 
-// Words of two tokens, four channels each, as four columns of a product: pairs of float16.
+// Words of two tokens, four channels each, as four rows of a product: pairs of float16.
 __device__ inline void widen(unsigned (&pairs)[4], unsigned one, unsigned other) {
   // 0x6400 | (x + 128) is 1152 + x.
   constexpr unsigned kSigns = 0x80808080u, kExponents = 0x64646464u, kOffset = 0x64806480u;

@@ -100,7 +100,7 @@ def time_coded(coded: CodedBatch, counts: torch.Tensor, config: RowsConfig | Non
     shape = coded.views[0].shape
     workspace = DecodeWorkspace.make(shape, CLIPPED, p.num_requests, columns, "cuda")
     if config is not None:
-        parts = (2 * p.num_lists + config.programs) * 2 * p.group
+        parts = config.splits * p.num_lists * 2 * p.group
         sums = torch.empty(parts * padded(p.head_size), device="cuda")
         weights = torch.empty(parts * 2, device="cuda")
         workspace = replace(workspace, sums=sums, weights=weights)
@@ -141,10 +141,10 @@ def attend_times(
 
 
 def rows_times(
-    usual: RowsConfig, time: Callable[[RowsConfig], Timing]
+    time: Callable[[RowsConfig], Timing],
 ) -> Iterator[tuple[float, RowsConfig]]:
-    for factor, tiles in itertools.product((0.33, 0.67, 1, 1.33, 2), (1, 2, 4, 8)):
-        config = RowsConfig(max(1, int(usual.programs * factor)), tiles)
+    for splits, tiles in itertools.product((1, 2, 3, 4, 6, 8, 16), (8, 16, 32, 64)):
+        config = RowsConfig(splits, tiles)
         yield time(config).p50, config
 
 
@@ -200,7 +200,7 @@ def main() -> None:
                 torch.cuda.get_device_properties(0).multi_processor_count,
             )
             time_rows = functools.partial(time_coded, coded, counts)
-            sweep(problem, usual_rows, rows_times(usual_rows, time_rows))
+            sweep(problem, usual_rows, rows_times(time_rows))
         del coded, view
     report.finish()
 

@@ -103,7 +103,7 @@ def check(
     out = torch.full_like(layer.batch.query, torch.nan)
     config: AttendConfig | RowsConfig = AttendConfig(max(1, 16 // tokens), splits, 4, 2)
     if on_tensor_cores(layer.view.shape):
-        config = RowsConfig(programs=splits, least_tiles=1 if splits == 5 else 3)
+        config = RowsConfig(splits, least_tiles=1 if splits == 5 else 3)
     attend_blocks(
         layer.view, layer.batch, selected, rows.to(device), layer.workspace, out, config=config
     )

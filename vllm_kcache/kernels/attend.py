@@ -520,7 +520,7 @@ def _attend_int8(
         front(workspace.code_query, *batch.query.shape), front(workspace.code_bias, *heads),
         selected.lse, selected.dropped, workspace.sums, workspace.weights, workspace.arrivals, out,
         batch.scale, -1.0 if clip is None else clip,
-        float(view.selection.threshold_length or NO_LENGTH), config.programs, config.least_tiles,
+        float(view.selection.threshold_length or NO_LENGTH), config.splits, config.least_tiles,
         ESTIMATES_EVERY, dependent,
     )  # fmt: skip
 

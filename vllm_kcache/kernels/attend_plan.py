@@ -21,10 +21,9 @@ MAX_SPLITS = 32
 # many tokens.
 _SMALL_CHUNK, _LARGE_CHUNK = 16384, 32768
 _SHORT_LIST = 256
-# Rows of int8 (csrc/attend.cu): thread blocks that a multiprocessor holds by steps of 32 channels,
-# and tiles of 16 tokens that are worth one.
-_RESIDENT, _RESIDENT_AT_LEAST = {2: 4, 3: 4, 4: 3}, 2
-_LEAST_TILES = 4
+# Rows of int8 (csrc/attend.cu): thread blocks for each multiprocessor, at least so many for each list
+# that may be long, and tiles of 16 tokens that are worth one.
+_BLOCKS_OF_MULTIPROCESSOR, _LEAST_BLOCKS, _LEAST_TILES = 2, 4, 32
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,11 @@ class RowsConfig:
     """Launch shape for rows of int8 (csrc/attend.cu).
 
     Attributes:
-        programs: thread blocks, which share the lists out among them.
+        splits: thread blocks of a list that is long enough.
         least_tiles: 16 tokens each, that are worth a thread block.
     """
 
-    programs: int
+    splits: int
     least_tiles: int
 
 
@@ -73,11 +72,11 @@ def rows_config(
     Args:
         multiprocessors: of the GPU.
     """
-    resident = _RESIDENT.get(-(-shape.head_size // 32), _RESIDENT_AT_LEAST)
-    programs = min(max(1, multiprocessors) * resident, TARGET_PROGRAMS)
-    tiles = -(-columns * shape.block_tokens // 16)
+    programs = max(1, multiprocessors) * _BLOCKS_OF_MULTIPROCESSOR
+    splits = max(_LEAST_BLOCKS, -(-programs // max(1, num_lists)))
     # A short request has no work for more.
-    return RowsConfig(min(programs, num_lists * -(-max(1, tiles) // _LEAST_TILES)), _LEAST_TILES)
+    longest = -(-columns * shape.block_tokens // (16 * _LEAST_TILES))
+    return RowsConfig(max(1, min(splits, longest, MAX_SPLITS)), _LEAST_TILES)
 
 
 def attend_config(shape: CacheShape, num_lists: int, columns: int) -> AttendConfig:

@@ -115,4 +115,15 @@ inline void multiply_add(float (&sums)[4], const unsigned (&rows)[4],
   });
 }
 
+inline unsigned transpose(unsigned two) {
+  const unsigned lane = emulator::lane(), column = lane / 4, quarter = lane % 4;
+  unsigned found = 0;
+  emulator::publish(two);
+  for (unsigned i = 0; i < 2; ++i) {
+    const auto row = static_cast<unsigned>(emulator::published((2 * quarter + i) * 4 + column / 2));
+    found |= (row >> (16 * (column % 2)) & 0xffff) << (16 * i);
+  }
+  return found;
+}
+
 }  // namespace kcache

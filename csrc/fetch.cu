@@ -5,7 +5,7 @@
 namespace kcache {
 namespace {
 
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kMostThreads, 2)
     fetch_kernel(const __grid_constant__ LayerView view, const __grid_constant__ Step step) {
   __shared__ FetchShared shared;
   const int list = static_cast<int>(blockIdx.x), count = step.counts[list];
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 }  // namespace
 
 cudaError_t launch_fetch(const LayerView& view, const Step& step, cudaStream_t stream) {
-  fetch_kernel<<<step.num_lists, kThreads, 0, stream>>>(view, step);
+  fetch_kernel<<<step.num_lists, kMostThreads, 0, stream>>>(view, step);
   return cudaGetLastError();
 }
 

@@ -11,7 +11,7 @@
 namespace kcache {
 
 struct FetchShared {
-  int2 misses[kThreads];  // physical V block and slot
+  int2 misses[kMostThreads];  // physical V block and slot
   int num_misses;
   unsigned hits, copied, direct;
 };
@@ -88,14 +88,14 @@ __device__ inline void fetch_part(const LayerView& view, const Step& step, Fetch
                                   int list, const Block* blocks, int count, int first_block,
                                   int first_column) {
 #pragma unroll 1
-  for (int start = 0; start < count; start += kThreads) {
+  for (int start = 0; start < count; start += num_threads()) {
     const int i = start + static_cast<int>(threadIdx.x);
     look_up(view, step, shared, list, i < count, i < count ? first_block + blocks[i] : 0,
             first_column + i);
     __syncthreads();
     const int num_misses = shared.num_misses;
 #pragma unroll 1
-    for (int miss = threadIdx.x / 32; miss < num_misses; miss += kWarps) {
+    for (int miss = threadIdx.x / 32; miss < num_misses; miss += num_warps()) {
       const int2 its = shared.misses[miss];
       copy_row(view.host_rows + static_cast<int64_t>(its.x) * view.row_bytes,
                view.slots + static_cast<int64_t>(its.y) * view.row_bytes, view.row_bytes);

@@ -49,7 +49,7 @@ __device__ inline int next_wanted(int least, int missed, int existing) {
 
 // Lists are scored in ascending order, so a thread block that takes every n-th seldom waits.
 template <typename R>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kMostThreads, 2)
     follow_kernel(const __grid_constant__ LayerView view, const __grid_constant__ Step step,
                   const __grid_constant__ Follow follow) {
   __shared__ ListShared<R> shared;
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 cudaError_t launch_follow(const LayerView& view, const Step& step, const Follow& follow,
                           int num_blocks, cudaStream_t stream) {
   return with_rule(view, [&](auto rule) {
-    follow_kernel<decltype(rule)><<<num_blocks, kThreads, 0, stream>>>(view, step, follow);
+    follow_kernel<decltype(rule)><<<num_blocks, kMostThreads, 0, stream>>>(view, step, follow);
     return cudaGetLastError();
   });
 }

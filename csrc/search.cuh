@@ -33,18 +33,18 @@ template <typename R>
 template <typename Visit>
 __device__ void ListSelection<R>::each_mass(const Visit& visit) {
   if (cached_) {
-    for (int block = threadIdx.x; block < num_blocks_; block += kThreads) {
+    for (int block = threadIdx.x; block < num_blocks_; block += num_threads()) {
       visit(block, shared_.masses[block]);
     }
     return;
   }
-  constexpr int kStride = kThreads * kWide;
-  for (int start = threadIdx.x * kWide; start < num_blocks_; start += kStride * kAhead) {
+  const int stride = num_threads() * kWide;
+  for (int start = threadIdx.x * kWide; start < num_blocks_; start += stride * kAhead) {
     float logs[kBlocks][kTogether];
-    load_logs<kStride>(logs, start);
+    load_logs(logs, start, stride);
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
-      const int block = start + i / kWide * kStride + i % kWide;
+      const int block = start + i / kWide * stride + i % kWide;
       if (block < num_blocks_) visit(block, combined(logs[i]));
     }
   }
@@ -56,7 +56,7 @@ template <typename R>
 __device__ int ListSelection<R>::count_digits(int shift, unsigned long long prefix) {
   SearchShared& search = shared_;
   const int masses = view_.coverage < 0.0f ? 0 : view_.combine_max ? view_.group : 1;
-  for (int i = threadIdx.x; i < (1 + masses) * kBins; i += kThreads) {
+  for (int i = threadIdx.x; i < (1 + masses) * kBins; i += num_threads()) {
     search.histogram[i / kBins][i % kBins] = 0;
   }
   __syncthreads();
@@ -108,7 +108,7 @@ __device__ void ListSelection<R>::find_threshold() {
   for (int shift = kRankBits - 8; shift >= 0; shift -= 8) {
     const int sums = count_digits(shift, threshold_);
     // Each bin to the sum over it and all that ranks higher: a warp a row, a lane eight bins.
-    for (int row = warp_; row < sums; row += kWarps) {
+    for (int row = warp_; row < sums; row += num_warps()) {
       constexpr int kLaneBins = kBins / 32;
       unsigned* top = &search.histogram[row][kBins - 1 - lane_ * kLaneBins];
       unsigned own = 0;

@@ -6,10 +6,12 @@
 namespace kcache {
 namespace {
 
+constexpr int kLeastBlocks = 2;
+
 // One thread block for each list. With kFetches it fetches too: that saves a launch and reading the
 // list again.
 template <typename R, bool kFetches>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kMostThreads, kLeastBlocks)
     select_kernel(const __grid_constant__ LayerView view, const __grid_constant__ Step step) {
   __shared__ ListShared<R> shared;
   __shared__ bool done;
@@ -38,9 +40,18 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 cudaError_t launch_select(const LayerView& view, const Step& step, bool dependent,
                           cudaStream_t stream) {
+  int device, multiprocessors;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (error != cudaSuccess) return error;
+  // Two waves of lists take longer than one of slower lists.
+  const bool more_than_a_wave = step.num_lists > kLeastBlocks * multiprocessors;
+  const int threads = more_than_a_wave ? kMostThreads / 2 : kMostThreads;
   return with_rule(view, [&](auto rule) {
     const auto launch = [&](auto kernel) {
-      return launch_kernel(dependent, kernel, step.num_lists, kThreads, stream, view, step);
+      return launch_kernel(dependent, kernel, step.num_lists, threads, stream, view, step);
     };
     return step.rows != nullptr ? launch(select_kernel<decltype(rule), true>)
                                 : launch(select_kernel<decltype(rule), false>);

@@ -15,8 +15,14 @@
 
 namespace kcache {
 
-constexpr int kThreads = 512, kWarps = kThreads / 32;
-static_assert(kMaxGroup <= kWarps, "a warp adds up a query head");
+// Threads of a list: these, or half as many, so that more lists run at once.
+constexpr int kMostThreads = 512, kMostWarps = kMostThreads / 32;
+__device__ inline int num_threads() {
+  return static_cast<int>(blockDim.x);
+}
+__device__ inline int num_warps() {
+  return num_threads() / 32;
+}
 // Scores that a thread has in registers at once: a list is bound by the latency of its loads. More
 // take more registers than a thread may have.
 constexpr int kInFlight = 16;
@@ -66,9 +72,9 @@ struct NoSearchShared {};
 template <typename R>
 struct SelectShared : std::conditional_t<R::kSearches, SearchShared, NoSearchShared> {
   float shift[kMaxGroup];  // log2 of the sum of exp over the request, each query head
-  float covered[kMaxGroup][kWarps];
+  float covered[kMaxGroup][kMostWarps];
   unsigned kept_words[kSegment / 32];  // a bit of each block of the segment
-  NearBlock kept[kThreads];            // a part of those whose bits are set
+  NearBlock kept[kMostThreads];        // a part of those whose bits are set
 };
 
 // V blocks of a request.
@@ -80,7 +86,7 @@ __device__ inline int blocks_of(const LayerView& view, const Step& step, int req
 // Write -1 past the end of this thread block's list, for callers that do not read the counts.
 __device__ inline void pad(int* lists, int count, int columns) {
   int* list = lists + static_cast<int64_t>(blockIdx.x) * columns;
-  for (int i = count + static_cast<int>(threadIdx.x); i < columns; i += kThreads) list[i] = -1;
+  for (int i = count + static_cast<int>(threadIdx.x); i < columns; i += num_threads()) list[i] = -1;
 }
 
 template <typename R>
@@ -91,7 +97,6 @@ class ListSelection {
   static constexpr int kAhead = kInFlight / (kTogether * kWide), kBlocks = kAhead * kWide;
   // Otherwise the sums would not stay in registers.
   static constexpr bool kAddsWhileMarking = !R::kSearches && kTogether <= 8;
-  static constexpr int kSums = kAddsWhileMarking ? kWarps : 1;
 
  public:
   __device__ ListSelection(const LayerView& view, const Step& step, SelectShared<R>& shared,
@@ -114,8 +119,8 @@ class ListSelection {
   }
 
   // Write the list, and call take(kept, count, first_block, first_column) for each part of it, of
-  // kThreads blocks at most: `kept` counts from first_block, and is there until all threads have
-  // come back. Returns its length.
+  // num_threads() blocks at most: `kept` counts from first_block, and is there until all threads
+  // have come back. Returns its length.
   template <typename Take>
   __device__ int run(const Take& take) {
     int count = 0;
@@ -129,12 +134,12 @@ class ListSelection {
         int place = 0;
         const int in_segment = count_kept(first, step_.columns - count, place);
         // The last warp has the least to fetch.
-        if (kAddsWhileMarking && first + kSegment >= num_blocks_ && warp_ == kWarps - 1) {
+        if (kAddsWhileMarking && first + kSegment >= num_blocks_ && warp_ == num_warps() - 1) {
           finish(count + in_segment);
         }
 #pragma unroll 1
-        for (int part = 0; part < in_segment; part += kThreads) {
-          const int in_part = min(in_segment - part, kThreads);
+        for (int part = 0; part < in_segment; part += num_threads()) {
+          const int in_part = min(in_segment - part, num_threads());
           write(first, count, part, in_part, place);
           __syncthreads();
           if constexpr (!kAddsWhileMarking) cover(first, in_part);
@@ -146,7 +151,7 @@ class ListSelection {
         if (first + kSegment < num_blocks_) __syncthreads();
       }
     }
-    if ((!kAddsWhileMarking || num_blocks_ == 0) && warp_ == kWarps - 1) finish(count);
+    if ((!kAddsWhileMarking || num_blocks_ == 0) && warp_ == num_warps() - 1) finish(count);
     __syncthreads();
     return count;
   }
@@ -156,40 +161,44 @@ class ListSelection {
   // head. Scores are read past the first-level cache, which knows nothing of a score kernel that
   // still runs.
   __device__ void normalise() {
-    constexpr int kChunksAhead = 8;
-    const int head = warp_, chunks = (num_blocks_ + step_.chunk_blocks - 1) / step_.chunk_blocks;
-    if (head < view_.group) {
-      const int64_t query_head = static_cast<int64_t>(list_) * view_.group + head;
-      const float* lse = step_.chunk_lse + query_head * step_.max_chunks;
-      float largest = -INFINITY, sum = 0.0f;
+    const int chunks = (num_blocks_ + step_.chunk_blocks - 1) / step_.chunk_blocks;
 #pragma unroll 1
-      for (int start = lane_; start < chunks; start += 32 * kChunksAhead) {
-        float chunk[kChunksAhead];
-#pragma unroll
-        for (int i = 0; i < kChunksAhead; ++i) {
-          chunk[i] = start + 32 * i < chunks ? __ldcg(lse + start + 32 * i) * kLog2E : -INFINITY;
-        }
-        float larger = largest;
-#pragma unroll
-        for (int i = 0; i < kChunksAhead; ++i) larger = fmaxf(larger, chunk[i]);
-        sum *= fast_exp2(largest - larger);
-#pragma unroll
-        for (int i = 0; i < kChunksAhead; ++i) sum += fast_exp2(chunk[i] - larger);
-        largest = larger;
-      }
-      const float all_largest = warp_max(largest);
-      sum = warp_sum(largest > -INFINITY ? sum * exp2f(largest - all_largest) : 0.0f);
-      const float shift = all_largest + log2f(sum);
-      if (lane_ == 0) {
-        shared_.shift[head] = shift;
-        if (step_.lse != nullptr) step_.lse[query_head] = shift * kLn2;
-      }
-    } else if (head < kMaxGroup && lane_ == 0) {
-      shared_.shift[head] = 0.0f;
+    for (int head = warp_; head < kMaxGroup; head += num_warps()) {
+      const float shift = head < view_.group ? log_sum(head, chunks) : 0.0f;
+      if (lane_ != 0) continue;
+      shared_.shift[head] = shift;
+      // Where no block is kept nothing is added.
+      if (!kAddsWhileMarking) shared_.covered[head][0] = 0.0f;
     }
-    // Where no block is kept nothing is added.
-    if (!kAddsWhileMarking && head < kMaxGroup && lane_ == 0) shared_.covered[head][0] = 0.0f;
     __syncthreads();
+  }
+
+  // Base 2, of a query head's chunks.
+  __device__ float log_sum(int head, int chunks) const {
+    constexpr int kChunksAhead = 8;
+    const int64_t query_head = static_cast<int64_t>(list_) * view_.group + head;
+    const float* lse = step_.chunk_lse + query_head * step_.max_chunks;
+    float largest = -INFINITY, sum = 0.0f;
+#pragma unroll 1
+    for (int start = lane_; start < chunks; start += 32 * kChunksAhead) {
+      float chunk[kChunksAhead];
+#pragma unroll
+      for (int i = 0; i < kChunksAhead; ++i) {
+        chunk[i] = start + 32 * i < chunks ? __ldcg(lse + start + 32 * i) * kLog2E : -INFINITY;
+      }
+      float larger = largest;
+#pragma unroll
+      for (int i = 0; i < kChunksAhead; ++i) larger = fmaxf(larger, chunk[i]);
+      sum *= fast_exp2(largest - larger);
+#pragma unroll
+      for (int i = 0; i < kChunksAhead; ++i) sum += fast_exp2(chunk[i] - larger);
+      largest = larger;
+    }
+    const float all_largest = warp_max(largest);
+    sum = warp_sum(largest > -INFINITY ? sum * exp2f(largest - all_largest) : 0.0f);
+    const float shift = all_largest + log2f(sum);
+    if (lane_ == 0 && step_.lse != nullptr) step_.lse[query_head] = shift * kLn2;
+    return shift;
   }
 
   __device__ const float* scores() const {
@@ -199,15 +208,14 @@ class ListSelection {
   // Base-2 logarithms of the masses of some blocks in each query head, kWide side by side from
   // `start` in strides; -infinity for what does not exist. A shift comes from rounded products, so
   // where one block has all of the mass, that may be some 1e-7 times the score off 1.
-  template <int kStride>
-  __device__ void load_logs(float (&logs)[kBlocks][kTogether], int start) const {
+  __device__ void load_logs(float (&logs)[kBlocks][kTogether], int start, int stride) const {
     const float* row = scores() + start;
 #pragma unroll
     for (int h = 0; h < kTogether; ++h, row += step_.max_blocks) {
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
-        const int exist = h < view_.group ? num_blocks_ - start - i * kStride : 0;
-        load_wide(logs, i * kWide, h, row + i * kStride, exist);
+        const int exist = h < view_.group ? num_blocks_ - start - i * stride : 0;
+        load_wide(logs, i * kWide, h, row + i * stride, exist);
       }
     }
 #pragma unroll
@@ -278,7 +286,7 @@ class ListSelection {
   __device__ Share share(int first_block) const {
     constexpr int kUnit = 32 * kWide;
     const int units = (min(num_blocks_ - first_block, kSegment) + kUnit - 1) / kUnit;
-    const int each = (units + kWarps - 1) / kWarps, begin = min(warp_ * each, units);
+    const int each = (units + num_warps() - 1) / num_warps(), begin = min(warp_ * each, units);
     return {units * kWide, begin * kWide, min(begin + each, units) * kWide};
   }
 
@@ -290,7 +298,7 @@ class ListSelection {
     for (int start = own.begin; start < own.end; start += kBlocks) {
       float logs[kBlocks][kTogether];
       const int first = first_block + start * 32 + lane_ * kWide;
-      load_logs<32 * kWide>(logs, first);
+      load_logs(logs, first, 32 * kWide);
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         if (start + i * kWide >= own.end) break;
@@ -330,12 +338,15 @@ class ListSelection {
 
   // The same from a part of the list: a warp a query head.
   __device__ void cover(int first_block, int count) {
-    float mass = 0.0f;
 #pragma unroll 1
-    for (int i = lane_; warp_ < view_.group && i < count; i += 32) {
-      mass += head_mass(warp_, first_block + shared_.kept[i]);
+    for (int head = warp_; head < view_.group; head += num_warps()) {
+      float mass = 0.0f;
+#pragma unroll 1
+      for (int i = lane_; i < count; i += 32) {
+        mass += head_mass(head, first_block + shared_.kept[i]);
+      }
+      add_covered(head, 0, mass, true);
     }
-    add_covered(warp_, 0, mass, true);
   }
 
   // Bits that are set in a segment, `room` at most; in `place` those before this warp's share.
@@ -372,10 +383,11 @@ class ListSelection {
 
   // By one warp: the list's length and covered mass. An empty row has all of its mass.
   __device__ void finish(int count) {
+    const int sums = kAddsWhileMarking ? num_warps() : 1;
     float least = 1.0f, mean = 0.0f;
 #pragma unroll 1
     for (int h = 0; num_blocks_ > 0 && h < view_.group; ++h) {
-      const float mass = warp_sum(lane_ < kSums ? shared_.covered[h][lane_] : 0.0f);
+      const float mass = warp_sum(lane_ < sums ? shared_.covered[h][lane_] : 0.0f);
       if (step_.dropped != nullptr && lane_ == 0) {
         step_.dropped[static_cast<int64_t>(list_) * view_.group + h] =
             count == num_blocks_ ? 0.0f : fmaxf(1.0f - mass, 0.0f);

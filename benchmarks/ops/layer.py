@@ -31,6 +31,7 @@ PROBLEMS = (
     Problem("llama-3-8b 4x4K", 4, 4096, 8, 4),
     Problem("llama-3-8b 1x32K", 1, 32768, 8, 4),
     Problem("llama-3-8b 26x32K", 26, 32768, 8, 4),
+    Problem("llama-3-8b 53x32K", 53, 32768, 8, 4),
     Problem("llama-2-7b 1x16K", 1, 16384, 32, 1),
 )
 LIST_BLOCKS = 49  # of a list: what the default selects in the replay

@@ -19,7 +19,7 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kLookedAt = 32;         // tokens whose estimates are looked at
-constexpr unsigned kRangeBits = 11;   // the largest weight of V begins at 2^11,
+constexpr int kRangeBits = 11;        // the largest weight of V begins at 2^11,
 constexpr float kRange = 60000.0f;    // and may grow to this
 constexpr float kUnit = 128.0f;       // weights are in parts of the estimated total
 constexpr float kUnitBits = 7.0f;     // base-2 logarithm of it
@@ -54,13 +54,14 @@ struct Part {
   int list, number, of;
   int begin, end;  // tiles
 
-  // Thread block `block` of the launch. `of` of each list have some tiles, or one has none.
-  __device__ Part(const AttendRows& attend, int num_lists, int block, int tiles)
-      : list(block % num_lists), number(block / num_lists) {
+  // `of` thread blocks of a list have some tiles, or one has none.
+  __device__ Part(const AttendRows& attend, int list_, int number_, int tiles)
+      : list(list_), number(number_), of(1), begin(0), end(tiles) {
+    if (tiles <= attend.least_tiles || attend.splits == 1) return;
     const int wanted = (tiles + attend.least_tiles - 1) / attend.least_tiles;
-    const int parts = max(min(wanted, attend.splits), 1);
-    const int each = max((tiles + parts - 1) / parts, 1);
-    of = max((tiles + each - 1) / each, 1);
+    const int parts = min(wanted, attend.splits);
+    const int each = (tiles + parts - 1) / parts;
+    of = (tiles + each - 1) / each;
     begin = number * each;
     end = min(begin + each, tiles);
   }
@@ -122,8 +123,8 @@ class WeightedSum {
 #pragma unroll
     for (int word = 0; word < Z::kSteps; ++word) {
       unsigned one[4], other[4];
-      widen(one, values.words[0][word], values.words[1][word]);
-      widen(other, values.words[2][word], values.words[3][word]);
+      widen(one, values.word(0, word), values.word(1, word));
+      widen(other, values.word(2, word), values.word(3, word));
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const unsigned rows[4] = {one[2 * i], one[2 * i + 1], other[2 * i], other[2 * i + 1]};
@@ -135,7 +136,7 @@ class WeightedSum {
   // The sums of the warp's buffer; after it a barrier.
   __device__ void leave(Shared<Z>& shared, int warp, int tiles) {
     const int lane = threadIdx.x & 31, group = lane / 4, quarter = lane % 4;
-    float factor = 1.0f / down_;
+    float factor = power_of_two(-exponent_);
     for (int bit = 4; bit < 32; bit *= 2) {
 #pragma unroll
       for (int side = 0; side < Z::kSides; ++side) {
@@ -189,11 +190,15 @@ class WeightedSum {
   __device__ float fit(float most) {
     most = max_of_head(most);
     if (most * down_ <= kRange) return 1.0f;
-    const int exponent = max(static_cast<int>(__float_as_uint(most) >> 23) - 127, -100);
-    const float down = __uint_as_float(static_cast<unsigned>(127 + kRangeBits - exponent) << 23);
-    const float factor = down / down_;
-    down_ = down;
-    return factor;
+    const int its = max(static_cast<int>(__float_as_uint(most) >> 23) - 127, -100);
+    const int before = exponent_;
+    exponent_ = kRangeBits - its;
+    down_ = power_of_two(exponent_);
+    // Sums so small that they are lost have weights that are nothing beside this one.
+    return power_of_two(max(exponent_ - before, -126));
+  }
+  __device__ static float power_of_two(int exponent) {
+    return __uint_as_float(static_cast<unsigned>(127 + exponent) << 23);
   }
   __device__ void scale_sums(float factor) {
 #pragma unroll
@@ -206,7 +211,8 @@ class WeightedSum {
   float largest_;  // score; with the clipped tail what all are measured by
   const float limit_;
   float weight_[Z::kSides] = {};
-  float down_ = 0x1p100f;  // so large that the first tile with some V makes it fit
+  int exponent_ = 100;     // so large that the first tile with some V makes it fit
+  float down_ = 0x1p100f;  // 2^exponent_
   // Of two channels each: whole and clipped of the lane's query head.
   float sums_[2 * Z::kSteps][4] = {};
 };
@@ -334,11 +340,17 @@ __device__ inline void store_four(const Heads& out, int head_size, int64_t reque
   reinterpret_cast<uint2*>(to)[four] = make_uint2(bits[0] | bits[1] << 16, bits[2] | bits[3] << 16);
 }
 
-// The result. With the clipped tail the dropped mass is shared out by the clipped weights; without,
-// a list of nothing gives 0.
-template <typename Z>
+// The result, as float32.
 __device__ inline void store_result(const LayerView& view, const AttendRows& attend, int list,
-                                    int head, int four, const Sums<Z>& sums) {
+                                    int head, int four, const float (&x)[4]) {
+  store_four(attend.out, view.head_size, list / view.num_kv_heads,
+             list % view.num_kv_heads * view.group + head, four, x);
+}
+
+// With the clipped tail the dropped mass is shared out by the clipped weights.
+template <typename Z>
+__device__ inline void store_sums(const LayerView& view, const AttendRows& attend, int list,
+                                  int head, int four, const Sums<Z>& sums) {
   float factor, share = 0.0f;
   if constexpr (Z::kClip) {
     const float mass = attend.dropped[static_cast<int64_t>(list) * view.group + head];
@@ -346,7 +358,7 @@ __device__ inline void store_result(const LayerView& view, const AttendRows& att
     factor = 1.0f / fmaxf(sums.weight[0] + dropped, 1e-30f);
     share = factor * (dropped / fmaxf(sums.weight[1], 1e-30f));
   } else {
-    factor = sums.weight[0] > 0.0f ? 1.0f / sums.weight[0] : 0.0f;
+    factor = 1.0f / sums.weight[0];
   }
   const float4& whole = sums.four[0];
   float x[4] = {whole.x * factor, whole.y * factor, whole.z * factor, whole.w * factor};
@@ -357,8 +369,7 @@ __device__ inline void store_result(const LayerView& view, const AttendRows& att
     x[2] = fmaf(clipped.z, share, x[2]);
     x[3] = fmaf(clipped.w, share, x[3]);
   }
-  store_four(attend.out, view.head_size, list / view.num_kv_heads,
-             list % view.num_kv_heads * view.group + head, four, x);
+  store_result(view, attend, list, head, four, x);
 }
 
 // `visit` each query head of a list, and each four of its channels.
@@ -436,7 +447,7 @@ __device__ inline void count_estimate_errors(const LayerView& view, const Step& 
       Keys<Z::kSteps> keys;
       Scales scales;
       float scores[2];
-      keys.load(token);
+      keys.load(true, token);
       scales.take(token);
       multiply(scores, query, keys, scales);
 #pragma unroll
@@ -465,24 +476,60 @@ __device__ inline void count_estimate_errors(const LayerView& view, const Step& 
   }
 }
 
+// A warp's way through the tiles of a part: every n-th. A tile is on its way while the one before
+// is weighted.
+template <typename Z>
+class Tiles {
+ public:
+  __device__ Tiles(const ListRows& rows, int first, int stride, int end)
+      : rows_(rows), tile_(first), stride_(stride), end_(end), next_(rows.place(first)) {
+    load(first < end, here_, first);
+  }
+
+  __device__ void run(const Query<Z::kSteps>& query, WeightedSum<Z>& sum) {
+    // Registers cannot be numbered: two tiles a turn.
+#pragma unroll 1
+    while (take(query, sum, here_, ahead_) && take(query, sum, ahead_, here_)) {
+    }
+  }
+
+ private:
+  __device__ bool take(const Query<Z::kSteps>& query, WeightedSum<Z>& sum,
+                       const Values<Z::kSteps>& values, Values<Z::kSteps>& others) {
+    if (tile_ >= end_) return false;
+    Scales scales;
+    float scores[2];
+    scales.take(token_);
+    multiply(scores, query, keys_, scales);
+    tile_ += stride_;
+    load(tile_ < end_, others, tile_);
+    sum.add(scores, scales, values);
+    return true;
+  }
+  __device__ void load(bool wanted, Values<Z::kSteps>& values, int tile) {
+    token_ = rows_.find(tile, next_);
+    keys_.load(wanted, token_);
+    values.load(wanted, token_, rows_.value_distance());
+    next_ = rows_.place(tile + stride_);
+  }
+
+  const ListRows& rows_;
+  int tile_;
+  const int stride_, end_;
+  ListRows::Place next_;  // of the tile after those that are loaded
+  ListRows::Token token_ = {};
+  Keys<Z::kSteps> keys_;
+  Values<Z::kSteps> here_, ahead_;
+};
+
 // V of the part of a list, weighted; in shared memory, with the weights. A barrier comes after it.
 template <typename Z>
 __device__ inline void attend_part(const LayerView& view, const AttendRows& attend,
                                    Shared<Z>& shared, const ListRows& rows, const Part& part) {
-  const int warp = threadIdx.x / 32, tiles = head_tiles(view), workers = kWarps / tiles;
-  const int first_head = warp % tiles * kTileHeads, first = part.begin + warp / tiles;
-  const int last = first_head < view.group ? part.end : first;
-  ListRows::Token token;
-  Keys<Z::kSteps> keys;
-  Values<Z::kSteps> values, ahead;
-  ListRows::Place next;
-  if (first < last) {
-    token = rows.find(first, rows.place(first));
-    keys.load(token);
-    values.load(token, rows.value_distance());
-    // A tile ahead of what is loaded.
-    next = rows.place(first + workers);
-  }
+  const int warp = threadIdx.x / 32, tiles = head_tiles(view);
+  const int first_head = warp % tiles * kTileHeads;
+  Tiles<Z> way(rows, part.begin + warp / tiles, kWarps / tiles,
+               first_head < view.group ? part.end : 0);
   prepare_query(shared.query, view, attend, part.list, tiles * kTileHeads);
   float shift = 0.0f, limit = 0.0f;
   if constexpr (Z::kClip) {
@@ -496,26 +543,34 @@ __device__ inline void attend_part(const LayerView& view, const AttendRows& atte
   }
   WeightedSum<Z> sum(shift, limit);
   __syncthreads();
-  if (first < last) {
-    const Query<Z::kSteps> query(shared.query, first_head);
-#pragma unroll 1
-    for (int tile = first; tile < last; tile += workers) {
-      Scales scales;
-      float scores[2];
-      scales.take(token);
-      multiply(scores, query, keys, scales);
-      // The next tile is on its way while this one is weighted.
-      if (tile + workers < last) {
-        token = rows.find(tile + workers, next);
-        keys.load(token);
-        ahead.load(token, rows.value_distance());
-        next = rows.place(tile + 2 * workers);
-      }
-      sum.add(scores, scales, values);
-      values = ahead;
+  const Query<Z::kSteps> query(shared.query, first_head);
+  way.run(query, sum);
+  sum.leave(shared, warp, tiles);
+}
+
+// The result of the list, by the last of its thread blocks.
+template <typename Z>
+__device__ inline void attend_list(const LayerView& view, const AttendRows& attend,
+                                   Shared<Z>& shared, const ListRows& rows, const Part& part) {
+  attend_part(view, attend, shared, rows, part);
+  __syncthreads();
+  const int tiles = head_tiles(view);
+  if (part.of == 1) {
+    for_each_four(view, [&](int head, int four) {
+      const Sums<Z> sums = sums_of_warps(shared, tiles, head, four);
+      store_sums(view, attend, part.list, head, four, sums);
+    });
+  } else {
+    const ListParts<Z> parts(view, attend, part);
+    for_each_four(view, [&](int head, int four) {
+      parts.store(part.number, head, four, sums_of_warps(shared, tiles, head, four));
+    });
+    if (is_last(attend, shared, part)) {
+      for_each_four(view, [&](int head, int four) {
+        store_sums(view, attend, part.list, head, four, parts.add_up(part.of, head, four));
+      });
     }
   }
-  sum.leave(shared, warp, tiles);
 }
 
 template <typename Z>
@@ -525,30 +580,18 @@ __global__ void __launch_bounds__(kThreads, Z::kLeastBlocks)
   using SharedSums = Shared<Z>;
   __shared__ SharedSums shared;
   wait_for_launch_before();
-  const int list = static_cast<int>(blockIdx.x) % step.num_lists;
-  const ListRows rows(view, step, list, step.counts[list], step.seq_lens[list / view.num_kv_heads]);
-  const Part part(attend, step.num_lists, blockIdx.x, rows.tiles());
+  const int list = static_cast<int>(blockIdx.y * gridDim.x + blockIdx.x);
+  const ListRows rows(view, step, list, step.counts[list], step.seq_lens[blockIdx.y]);
+  const Part part(attend, list, blockIdx.z, rows.tiles());
   if (part.number >= part.of) return;
-  attend_part(view, attend, shared, rows, part);
-  __syncthreads();
-  const int tiles = head_tiles(view);
-  if (part.of == 1) {
-    for_each_four(view, [&](int head, int four) {
-      const Sums<Z> sums = sums_of_warps(shared, tiles, head, four);
-      store_result(view, attend, list, head, four, sums);
-    });
+  if (part.end == 0) {
+    // A list of nothing.
+    for_each_four(view,
+                  [&](int head, int four) { store_result(view, attend, list, head, four, {}); });
   } else {
-    const ListParts<Z> parts(view, attend, part);
-    for_each_four(view, [&](int head, int four) {
-      parts.store(part.number, head, four, sums_of_warps(shared, tiles, head, four));
-    });
-    if (is_last(attend, shared, part)) {
-      for_each_four(view, [&](int head, int four) {
-        store_result(view, attend, list, head, four, parts.add_up(part.of, head, four));
-      });
-    }
+    attend_list(view, attend, shared, rows, part);
   }
-  if (blockIdx.x != 0) return;
+  if (list != 0 || part.number != 0) return;
   // The step's epoch ends here: this is its last launch, and no other thread block of it looks at
   // the epoch.
   __syncthreads();
@@ -563,9 +606,11 @@ __global__ void __launch_bounds__(kThreads, Z::kLeastBlocks)
 template <int kSteps>
 cudaError_t launch_steps(const LayerView& view, const Step& step, const AttendRows& attend,
                          bool dependent, cudaStream_t stream) {
+  // A thread block finds its place without a division.
+  const dim3 grid(view.num_kv_heads, step.num_lists / view.num_kv_heads, attend.splits);
   const auto launch = [&](auto size) {
-    return launch_kernel(dependent, attend_kernel<decltype(size)>, step.num_lists * attend.splits,
-                         kThreads, stream, view, step, attend);
+    return launch_kernel(dependent, attend_kernel<decltype(size)>, grid, kThreads, stream, view,
+                         step, attend);
   };
   return attend.clip < 0 ? launch(Size<kSteps, false>{}) : launch(Size<kSteps, true>{});
 }

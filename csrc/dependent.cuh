@@ -23,14 +23,14 @@ __device__ inline void let_next_launch_begin() {
 }
 
 template <typename... Parameters>
-cudaError_t launch_kernel(bool dependent, void (*kernel)(Parameters...), int num_blocks,
-                          int threads, cudaStream_t stream,
+cudaError_t launch_kernel(bool dependent, void (*kernel)(Parameters...), dim3 grid, int threads,
+                          cudaStream_t stream,
                           const std::type_identity_t<Parameters>&... arguments) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(num_blocks);
+  config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.stream = stream;
   config.attrs = &attribute;

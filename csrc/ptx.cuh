@@ -99,8 +99,32 @@ __device__ inline void multiply_add(float (&sums)[4], const unsigned (&rows)[4],
       : "r"(rows[0]), "r"(rows[1]), "r"(rows[2]), "r"(rows[3]), "r"(columns[0]), "r"(columns[1]));
 }
 
-// 8 x 8 values of 16 bits, of which a lane has two of a row: after it, of a column. What a lane has:
-// PTX ISA, "movmatrix".
+// Words that are read once, from where such a load may begin; left alone unless `wanted`. Loads
+// behind a branch would be waited for where it ends.
+__device__ inline void load_if(bool wanted, unsigned (&words)[4], const char* from) {
+  asm volatile(
+      "{\n\t.reg .pred wanted;\n\tsetp.ne.b32 wanted, %5, 0;\n\t"
+      "@wanted ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
+      : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3])
+      : "l"(from), "r"(static_cast<int>(wanted)));
+}
+__device__ inline void load_if(bool wanted, unsigned (&words)[2], const char* from) {
+  asm volatile(
+      "{\n\t.reg .pred wanted;\n\tsetp.ne.b32 wanted, %3, 0;\n\t"
+      "@wanted ld.global.cs.v2.u32 {%0, %1}, [%2];\n\t}"
+      : "+r"(words[0]), "+r"(words[1])
+      : "l"(from), "r"(static_cast<int>(wanted)));
+}
+__device__ inline void load_if(bool wanted, unsigned (&words)[1], const char* from) {
+  asm volatile(
+      "{\n\t.reg .pred wanted;\n\tsetp.ne.b32 wanted, %2, 0;\n\t"
+      "@wanted ld.global.cs.u32 %0, [%1];\n\t}"
+      : "+r"(words[0])
+      : "l"(from), "r"(static_cast<int>(wanted)));
+}
+
+// 8 x 8 values of 16 bits, of which a lane has two of a row: after it, of a column. What a lane
+// has: PTX ISA, "movmatrix".
 __device__ inline unsigned transpose(unsigned two) {
   unsigned of_column;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(of_column) : "r"(two));

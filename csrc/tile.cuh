@@ -84,7 +84,7 @@ __device__ inline int shift_of(int tokens) {
   return __popc(tokens - 1);
 }
 
-// A list of rows, by tiles.
+// A list of rows, of one at least, by tiles.
 class ListRows {
  public:
   __device__ ListRows(const LayerView& view, const Step& step, int64_t list, int count,
@@ -99,41 +99,39 @@ class ListRows {
   __device__ int num_tokens() const { return num_tokens_; }
   __device__ int tiles() const { return ((count_ << shift_) + kTileTokens - 1) / kTileTokens; }
 
-  // Which row has one of the lane's tokens of a tile, and which token of the request it is. Past
-  // the end of the list: the last row, and no token.
+  // What was loaded stays as it is until it is needed, a tile later: arithmetic would wait for it.
+
+  // Which row has one of the lane's tokens of a tile, and which block of the request it is. Past
+  // the end of the list: those of the last.
   struct Place {
-    int row, token;
+    int row, block;
   };
   __device__ Place place(int tile) const {
-    const int token = tile * kTileTokens + of_lane(), column = token >> shift_;
-    const int there = min(column, count_ - 1);
-    const int in_request = (blocks_[there] << shift_) + in_row(token);
-    return {rows_[there], column < count_ ? in_request : num_tokens_};
+    const int there = min((tile * kTileTokens + of_lane()) >> shift_, count_ - 1);
+    return {rows_[there], blocks_[there]};
   }
-  __device__ bool exists(Place place) const { return place.token < num_tokens_; }
 
   // The lane's token: where its K begins, and both its scales.
   struct Token {
     const char* key;
-    unsigned scales;
+    unsigned short of_key, of_value;
     bool exists;
   };
   __device__ Token find(int tile, Place place) const {
-    const int in = in_row(tile * kTileTokens + of_lane());
+    const int token = tile * kTileTokens + of_lane(), in = token & (view_.block_tokens - 1);
     const char* row =
         place.row >= 0 ? view_.slots + static_cast<int64_t>(place.row) * view_.row_bytes
                        : view_.host_rows + static_cast<int64_t>(-2 - place.row) * view_.row_bytes;
     const char* scales = row + (view_.head_size << (shift_ + 1)) + 2 * in;
-    const unsigned of_key = *reinterpret_cast<const unsigned short*>(scales);
-    const unsigned of_value = *reinterpret_cast<const unsigned short*>(scales + (2 << shift_));
-    return {row + in * view_.head_size, of_key | of_value << 16, exists(place)};
+    const bool exists = token >> shift_ < count_ && (place.block << shift_) + in < num_tokens_;
+    return {row + in * view_.head_size, *reinterpret_cast<const unsigned short*>(scales),
+            *reinterpret_cast<const unsigned short*>(scales + (2 << shift_)), exists};
   }
 
   __device__ int value_distance() const { return view_.head_size << shift_; }
 
  private:
   __device__ static int of_lane() { return threadIdx.x & (kTileTokens - 1); }
-  __device__ int in_row(int token) const { return token & (view_.block_tokens - 1); }
 
   const LayerView& view_;
   const int *blocks_, *rows_;
@@ -149,14 +147,22 @@ __device__ inline const char* of_lane(const char* address, int lane) {
 // K of a tile: of two tokens a quarter each.
 template <int kSteps>
 struct Keys {
-  unsigned words[2][2 * kSteps];
+  static constexpr int kLoad = kSteps % 2 == 0 ? 4 : 2, kLoads = 2 * kSteps / kLoad;  // words
+  unsigned words[2][kLoads][kLoad] = {};
 
-  __device__ void load(const ListRows::Token& token) {
+  __device__ void load(bool wanted, const ListRows::Token& token) {
     const int lane = threadIdx.x & 31, group = lane / 4, quarter = lane % 4;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      load_words<2 * kSteps>(words[i], of_lane(token.key, 8 * i + group) + quarter * 8 * kSteps);
+      const char* from = of_lane(token.key, 8 * i + group) + quarter * 8 * kSteps;
+#pragma unroll
+      for (int load = 0; load < kLoads; ++load) {
+        load_if(wanted, words[i][load], from + load * 4 * kLoad);
+      }
     }
+  }
+  __device__ unsigned word(int token, int number) const {
+    return words[token][number / kLoad][number % kLoad];
   }
 };
 
@@ -168,15 +174,23 @@ __device__ inline int token_of_value(int i) {
 // V of a tile: of four tokens an eighth each.
 template <int kSteps>
 struct Values {
-  unsigned words[4][kSteps];
+  static constexpr int kLoad = kSteps % 4 == 0 ? 4 : kSteps % 2 == 0 ? 2 : 1;  // words
+  static constexpr int kLoads = kSteps / kLoad;
+  unsigned words[4][kLoads][kLoad] = {};
 
-  __device__ void load(const ListRows::Token& token, int distance) {
+  __device__ void load(bool wanted, const ListRows::Token& token, int distance) {
     const int group = (threadIdx.x & 31) / 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const char* from = of_lane(token.key, token_of_value(i)) + distance;
-      load_words<kSteps>(words[i], from + group * 4 * kSteps);
+      const char* from = of_lane(token.key, token_of_value(i)) + distance + group * 4 * kSteps;
+#pragma unroll
+      for (int load = 0; load < kLoads; ++load) {
+        load_if(wanted, words[i][load], from + load * 4 * kLoad);
+      }
     }
+  }
+  __device__ unsigned word(int token, int number) const {
+    return words[token][number / kLoad][number % kLoad];
   }
 };
 
@@ -192,9 +206,10 @@ struct Scales {
 
   __device__ void take(const ListRows::Token& token) {
     const unsigned there = __ballot_sync(kAllLanes, token.exists);
+    const unsigned scales = token.of_key | static_cast<unsigned>(token.of_value) << 16;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float2 both = halves_to_floats(__shfl_sync(kAllLanes, token.scales, token_of_score(i)));
+      const float2 both = halves_to_floats(__shfl_sync(kAllLanes, scales, token_of_score(i)));
       exists[i] = there >> token_of_score(i) & 1;
       // Past the length a row may hold anything, NaN too.
       key[i] = exists[i] ? both.x : 0.0f;
@@ -210,8 +225,8 @@ __device__ inline void multiply(float (&scores)[2], const Query<kSteps>& query,
   int products[4] = {};
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    const unsigned rows[4] = {keys.words[0][2 * step], keys.words[1][2 * step],
-                              keys.words[0][2 * step + 1], keys.words[1][2 * step + 1]};
+    const unsigned rows[4] = {keys.word(0, 2 * step), keys.word(1, 2 * step),
+                              keys.word(0, 2 * step + 1), keys.word(1, 2 * step + 1)};
     multiply_add(products, rows, query.columns[step]);
   }
 #pragma unroll

@@ -10,10 +10,10 @@ inline void wait_for_launch_before() {}
 inline void let_next_launch_begin() {}
 
 template <typename... Parameters>
-cudaError_t launch_kernel(bool, void (*kernel)(Parameters...), int num_blocks, int threads,
+cudaError_t launch_kernel(bool, void (*kernel)(Parameters...), dim3 grid, int threads,
                           cudaStream_t stream,
                           const std::type_identity_t<Parameters>&... arguments) {
-  emulator::launch(kernel, num_blocks, threads, 0, stream)(arguments...);
+  emulator::launch(kernel, grid, threads, 0, stream)(arguments...);
   return emulator::last_error();
 }
 

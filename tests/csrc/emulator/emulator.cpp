@@ -232,10 +232,11 @@ cudaError_t last_error() {
 }
 
 cudaError_t run(dim3 grid, unsigned threads, const std::function<void()>& thread) {
-  if (threads == 0 || threads > 1024 || threads % 32 != 0 || grid.x == 0 || grid.y != 1) {
+  if (threads == 0 || threads > 1024 || threads % 32 != 0 || grid.x == 0 || grid.y == 0 ||
+      grid.z == 0) {
     return error_of_launch = cudaErrorInvalidValue;
   }
-  const unsigned blocks = grid.x, seed = launches.fetch_add(1);
+  const unsigned blocks = grid.x * grid.y * grid.z, seed = launches.fetch_add(1);
   std::minstd_rand random(seed + 1);
   const unsigned host_threads = 1 + random() % kMostHostThreads;
   std::vector<unsigned> order(blocks);
@@ -246,13 +247,13 @@ cudaError_t run(dim3 grid, unsigned threads, const std::function<void()>& thread
   const auto work = [&] {
     ThreadBlock block;
     ThreadBlock::running = &block;
-    grid_size = {grid.x, 1, 1};
+    grid_size = {grid.x, grid.y, grid.z};
     block_size = {threads, 1, 1};
     for (unsigned i; !failed && (i = next.fetch_add(1)) < blocks;) {
-      block_index = {order[i], 0, 0};
+      block_index = {order[i] % grid.x, order[i] / grid.x % grid.y, order[i] / (grid.x * grid.y)};
       const std::string error = block.run(threads, thread, seed * 65537u + i + 1);
       if (!error.empty()) {
-        std::fprintf(stderr, "thread block %u: %s\n", block_index.x, error.c_str());
+        std::fprintf(stderr, "thread block %u: %s\n", order[i], error.c_str());
         failed = true;
       }
     }

@@ -2,6 +2,8 @@
 // Takes the place of csrc/ptx.cuh.
 #pragma once
 
+#include <cstring>
+
 #include "cuda_runtime.h"
 
 namespace kcache {
@@ -113,6 +115,11 @@ inline void multiply_add(float (&sums)[4], const unsigned (&rows)[4],
     const float2 one = halves_to_floats(left), other = halves_to_floats(right);
     return one.x * other.x + one.y * other.y;
   });
+}
+
+template <int kWords>
+void load_if(bool wanted, unsigned (&words)[kWords], const char* from) {
+  if (wanted) std::memcpy(words, from, sizeof(words));
 }
 
 inline unsigned transpose(unsigned two) {

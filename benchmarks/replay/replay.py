@@ -3,8 +3,8 @@
 
 Weights that are made up attend flatly, and selections of one step say nothing of the next. In
 replay a step runs as ever, scoring included; but what selection reads are other scores: recorded
-masses, written by one more kernel before scoring is launched. Selection, look-up, fetch and
-attention are those of production.
+masses, written by one more kernel, in an engine beside the layer before. Selection, look-up, fetch
+and attention are those of production.
 
 Which recording: (layer, KV head) i of n is played the recorded (layer, KV head) i * m // n of m, so
 that depth stays depth. Where its query heads were recorded, query head g is played number (g + i)
@@ -29,6 +29,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -38,6 +39,7 @@ from benchmarks.replay.record import LARGEST_CODE, OCTAVE_CODES, Recording
 from vllm_kcache import split_cache_gpu
 from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.cache.layer_view import LayerView
+from vllm_kcache.kernels.decode import decode_step
 from vllm_kcache.kernels.dependent import gdc_wait
 from vllm_kcache.kernels.score_plan import chunk_blocks, num_chunks
 from vllm_kcache.kernels.select import Lists
@@ -144,8 +146,8 @@ class Replay:
         ValueError: the recording is no longer than the recent blocks.
 
     Attributes:
-        Workspace: a `DecodeWorkspace` whose steps are played. It has a second buffer of scores, for
-            followers read while scoring writes the first.
+        Workspace: a `DecodeWorkspace` whose steps are played. It has buffers of scores of its
+            own, for scoring writes others.
     """
 
     Workspace: type[DecodeWorkspace]
@@ -162,6 +164,9 @@ class Replay:
         # By number of requests: shape and P of the last step.
         self._launched: dict[int, tuple[CacheShape, int]] = {}
         self.Workspace = self._workspace()
+        # What is written already, and the stream that it is written on; None on the CPU.
+        self._ahead: tuple[int, ...] | None = None
+        self._stream = torch.cuda.Stream() if self.codes.is_cuda else None
 
     def _workspace(self) -> type[DecodeWorkspace]:
         play = self._play
@@ -169,21 +174,48 @@ class Replay:
         @dataclass
         class Workspace(DecodeWorkspace):
             def __post_init__(self) -> None:
-                # Here, so that an engine that measures what memory is left counts them.
-                self.played = torch.zeros_like(self.block_lse), torch.zeros_like(self.chunk_lse)
+                # Here, so that an engine that measures what memory is left counts them. Two of
+                # each: a layer's are read while the next one's are written.
+                self.played = [
+                    [torch.zeros_like(self.block_lse), torch.zeros_like(self.chunk_lse)]
+                    for _ in range(2)
+                ]
 
             def selected_by(self, view: LayerView, batch: DecodeBatch, lists: Lists) -> Lists:
-                block_lse, chunk_lse = (
-                    buffer[: scores.numel()].view(scores.shape)
-                    for buffer, scores in zip(
-                        self.played, (lists.block_lse, lists.chunk_lse), strict=True
-                    )
-                )
-                played = replace(lists, block_lse=block_lse, chunk_lse=chunk_lse)
-                play(view, batch, played, self.dependent)
-                return played
+                return play(self, view, view.index, batch, self.dependent)
 
         return Workspace
+
+    def decode_step(
+        self,
+        view: LayerView,
+        workspace: DecodeWorkspace,
+        batch: DecodeBatch,
+        out: torch.Tensor,
+        **options: Any,
+    ) -> torch.Tensor:
+        """`kernels.decode.decode_step`, and beside it what the next layer selects by: behind
+        scoring it would add to each layer what no real model has.
+        """
+        following = view.index + 1
+        if following == view.shape.num_layers or batch.num_requests == 0:
+            return decode_step(view, workspace, batch, out, **options)
+        if self._stream is None:
+            decode_step(view, workspace, batch, out, **options)
+            self._play(workspace, view, following, batch)
+        else:
+            main = torch.cuda.current_stream()
+            self._stream.wait_stream(main)
+            decode_step(view, workspace, batch, out, **options)
+            with torch.cuda.stream(self._stream):
+                self._play(workspace, view, following, batch)
+            main.wait_stream(self._stream)
+        self._ahead = self._key(following, batch)
+        return out
+
+    @staticmethod
+    def _key(layer: int, batch: DecodeBatch) -> tuple[int, ...]:
+        return layer, batch.seq_lens.data_ptr(), batch.num_requests, batch.max_blocks
 
     @property
     def shortest_tokens(self) -> int:
@@ -196,14 +228,32 @@ class Replay:
         What a worker checks its kernels with before it serves is not played.
         """
         split_cache_gpu.DecodeWorkspace = self.Workspace  # type: ignore[misc]
+        split_cache_gpu.decode_step = self.decode_step
 
-    def _play(self, view: LayerView, batch: DecodeBatch, lists: Lists, dependent: bool) -> None:
-        """Write what a step selects by, on the current stream."""
-        self._launched[batch.num_requests] = view.shape, batch.max_blocks
-        self.launch(
-            view.shape, view.index, lists.seq_lens, lists.block_table, lists.block_lse,
-            lists.chunk_lse, dependent,
-        )  # fmt: skip
+    def _play(
+        self,
+        workspace: Any,
+        view: LayerView,
+        layer: int,
+        batch: DecodeBatch,
+        dependent: bool = False,
+    ) -> Lists:
+        """What a layer selects by; written on the current stream, unless it is there already."""
+        lists = workspace.views(view, batch)
+        block_lse, chunk_lse = (
+            buffer[: scores.numel()].view(scores.shape)
+            for buffer, scores in zip(
+                workspace.played[layer % 2], (lists.block_lse, lists.chunk_lse), strict=True
+            )
+        )
+        if self._ahead != self._key(layer, batch):
+            self._launched[batch.num_requests] = view.shape, batch.max_blocks
+            self.launch(
+                view.shape, layer, lists.seq_lens, lists.block_table, block_lse, chunk_lse,
+                dependent,
+            )  # fmt: skip
+        self._ahead = None
+        return replace(lists, block_lse=block_lse, chunk_lse=chunk_lse)
 
     def launch(
         self,

@@ -129,8 +129,12 @@ def check_kernel(device: str = "cpu", recorded_group: int = 1) -> int:
     return cases
 
 
-def check_step(followed: bool) -> None:
-    """A decode step that is played selects what the recorded masses say, and counts it."""
+def check_step(followed: bool, ahead: bool = False) -> None:
+    """A decode step that is played selects what the recorded masses say, and counts it.
+
+    Args:
+        ahead: each layer writes what the next one selects by, as in an engine.
+    """
     from benchmarks.replay.replay import Replay
     from vllm_kcache.kernels.decode import decode_step
     from vllm_kcache.kernels.select import packed_view
@@ -148,9 +152,9 @@ def check_step(followed: bool) -> None:
     selection, shape = Selection(None, 0.9, 1, 16, "sum"), cache_shape(case, NUM_LAYERS)
     rows = host_rows(case.v_pool, shape)
     cache = HotCache.make(256, NUM_LAYERS, rows.shape[0], shape.row.bytes, "cpu")
-    workspace = Replay(recording, "cpu").Workspace.make(
-        shape, selection, len(lengths), max_blocks, "cpu"
-    )
+    replay = Replay(recording, "cpu")
+    workspace = replay.Workspace.make(shape, selection, len(lengths), max_blocks, "cpu")
+    step = replay.decode_step if ahead else decode_step
     batch = DecodeBatch(case.query, case.block_table, case.seq_lens, case.scale, max_blocks)
     scored = score_blocks(
         case.query, case.k_pages, case.block_table, case.seq_lens, case.scale, TOKENS, max_blocks
@@ -160,7 +164,7 @@ def check_step(followed: bool) -> None:
         view = LayerView(layer, shape, selection, "renormalize", case.k_pages, rows, cache)
         view = dataclasses.replace(view, packed=packed_view(view))
         out = torch.full_like(case.query, torch.nan)
-        decode_step(view, workspace, batch, out, followers=Followers(2, 2) if followed else None)
+        step(view, workspace, batch, out, followers=Followers(2, 2) if followed else None)
         lists = workspace.views(view, batch)
         # Scoring costs what it does: it writes its own scores.
         exists = scored.isfinite()
@@ -187,13 +191,16 @@ def check_install() -> None:
     """A worker's steps are played, and what it checks its kernels with beforehand is not."""
     from benchmarks.replay.replay import Replay
     from vllm_kcache import split_cache_gpu
-    from vllm_kcache.kernels import self_check, workspace
+    from vllm_kcache.kernels import decode, self_check, workspace
 
     replay = Replay(a_recording(), "cpu")
     replay.install()
     assert split_cache_gpu.DecodeWorkspace is replay.Workspace
+    assert split_cache_gpu.decode_step == replay.decode_step
     assert self_check.DecodeWorkspace is workspace.DecodeWorkspace is not replay.Workspace
+    assert self_check.decode_step is decode.decode_step
     split_cache_gpu.DecodeWorkspace = workspace.DecodeWorkspace
+    split_cache_gpu.decode_step = decode.decode_step
 
 
 def main() -> None:
@@ -203,6 +210,7 @@ def main() -> None:
     cases = check_kernel() + check_kernel(recorded_group=2)
     for followed in (False, True):
         check_step(followed)
+        check_step(followed, ahead=True)
     check_install()
     too_short = dataclasses.replace(a_recording(), seq_lens=a_recording().seq_lens - 70)
     with pytest.raises(ValueError, match="4 V blocks were recorded; needs more than 5"):

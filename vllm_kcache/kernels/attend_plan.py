@@ -21,9 +21,9 @@ MAX_SPLITS = 32
 # many tokens.
 _SMALL_CHUNK, _LARGE_CHUNK = 16384, 32768
 _SHORT_LIST = 256
-# Rows of int8 (csrc/attend.cu): thread blocks for each multiprocessor, at least so many for each list
-# that may be long, and tiles of 16 tokens that are worth one.
-_BLOCKS_OF_MULTIPROCESSOR, _LEAST_BLOCKS, _LEAST_TILES = 2, 4, 32
+# Rows of int8 (csrc/attend.cu): thread blocks for each multiprocessor, at least so many for each
+# list that may be long, and tiles of 16 tokens that are worth one.
+_BLOCKS_OF_MULTIPROCESSOR, _LEAST_BLOCKS, _LEAST_TILES = 2, 6, 32
 
 
 @dataclass(frozen=True)

@@ -145,6 +145,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--top-n", type=int, default=None, help="V blocks per KV head")
     parser.add_argument("--coverage", type=float, help=f"in replay {REPLAY_COVERAGE} unless given")
     parser.add_argument("--mass-threshold", type=float, help="in place of a coverage")
+    parser.add_argument("--threshold-length", type=int, help="tokens beyond which that falls")
     parser.add_argument("--hot-cache-gib", type=gib, help='a number or "auto"')
     parser.add_argument("--host-memory-gib", type=gib, help='a number or "auto"')
     parser.add_argument("--host-dtype", choices=["model", "int8"], help="of rows, with k_bits 4")
@@ -202,6 +203,7 @@ def main() -> None:
         "top_n": arguments.top_n,
         "coverage": coverage,
         "mass_threshold": arguments.mass_threshold,
+        "threshold_length": arguments.threshold_length,
         "hot_cache_gib": arguments.hot_cache_gib,
         "host_memory_gib": arguments.host_memory_gib,
     }

@@ -37,30 +37,36 @@ import json
 import os
 import re
 import shlex
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks.engine.prefill import model_folder
 from benchmarks.replay.record import RECORDINGS, V_BLOCK_TOKENS, Recording
-from benchmarks.rows import RESULTS, ROOT, Row, append, command, commit, date, device, grouped, load
-from tests.serve.server import VLLM, Server, free_port
+from benchmarks.rows import RESULTS, Row, append, command, commit, date, device, grouped, load
 from vllm_kcache.config import KCacheConfig
 from vllm_kcache.types import HeadCombine
+
+if TYPE_CHECKING:
+    from benchmarks.engine.server_process import BenchmarkServer
 
 # Tokens that one id of a trace stands for (--timed-trace-chunk-hash-size).
 CHUNK_TOKENS = 16
 WARM_UP_PROMPTS, WARM_UP_OUTPUT = 2, 16
-# Of /metrics: what a measurement adds to. Those of the second line only the split cache has.
-STOCK_METRICS = ("prefix_cache_queries", "prefix_cache_hits", "num_preemptions")
+# Of /metrics: what a measurement adds to. Those of KCACHE_METRICS only the split cache has.
+STOCK_METRICS = (
+    "vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total", "vllm:num_preemptions_total"
+)  # fmt: skip
 KCACHE_METRICS = (
-    "selected_blocks_sum", "selected_blocks_count", "hot_cache_hits_total",
-    "hot_cache_misses_total", "direct_host_reads_total", "fetched_bytes_total",
-    "eager_decode_steps_total",
+    "vllm_kcache_selected_blocks_sum", "vllm_kcache_selected_blocks_count",
+    "vllm_kcache_hot_cache_hits_total", "vllm_kcache_hot_cache_misses_total",
+    "vllm_kcache_direct_host_reads_total", "vllm_kcache_fetched_bytes_total",
+    "vllm_kcache_eager_decode_steps_total",
 )  # fmt: skip
 # What makes two rows of one load, and what tells its engines apart.
 LOAD = ("gpu", "model", "layers", "workload", "num_prompts", "concurrency", "request_rate")
@@ -163,48 +169,6 @@ def add_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
     )
-
-
-class BenchmarkServer(Server):
-    """`vllm serve` as the options say, its output in a file.
-
-    Args:
-        log_path: where standard output and error go.
-        arguments: of `vllm serve`, without host and port.
-    """
-
-    def __init__(self, log_path: Path, arguments: list[str]) -> None:
-        self.log_path = log_path
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {
-            "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ,
-            "PYTHONPATH": os.pathsep.join(paths),
-        }  # fmt: skip
-        where = ["--host", "127.0.0.1", "--port", str(self.port)]
-        with log_path.open("wb") as log:
-            # A session of its own: whatever happens, the whole group can be ended.
-            self.process = subprocess.Popen(
-                [*VLLM, "serve", *arguments, *where],
-                cwd=ROOT,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
-
-    def figures(self, split: bool) -> dict[str, float]:
-        """What /metrics counts, by the names of STOCK_METRICS and KCACHE_METRICS."""
-        found = {name: self.metric(f"vllm:{name}_total") for name in STOCK_METRICS}
-        if split:
-            found |= {name: self.metric(f"vllm_kcache_{name}") for name in KCACHE_METRICS}
-        return found
-
-    def cache_tokens(self) -> int:
-        """Tokens of cache that the engine has."""
-        (info,) = self.samples("vllm:cache_config_info")
-        return int(info.labels["num_gpu_blocks"]) * int(info.labels["block_size"])
 
 
 def serve_arguments(
@@ -318,28 +282,27 @@ def figures_of(report: Row, before: dict[str, float], after: dict[str, float]) -
 
     `cached_share` is that of the prompts' tokens; times are milliseconds.
     """
-    counted = {name: after[name] - before[name] for name in after}
+    added = {name.split(":")[-1]: after[name] - before[name] for name in after}
     times = {
         f"{name}_ms": {p: round(report[f"{p}_{name}_ms"], 2) for p in ("p50", "p99")}
         for name in ("ttft", "tpot", "itl", "e2el")
     }
+    prompt_tokens = max(1.0, added["prefix_cache_queries_total"])
     row = {
         "seconds": round(report["duration"], 2),
         "requests_per_second": round(report["request_throughput"], 4),
         "output_tokens_per_second": round(report["output_throughput"], 1),
         **times,
-        "cached_share": round(
-            counted["prefix_cache_hits"] / max(1.0, counted["prefix_cache_queries"]), 4
-        ),
-        "preemptions": int(counted["num_preemptions"]),
+        "cached_share": round(added["prefix_cache_hits_total"] / prompt_tokens, 4),
+        "preemptions": int(added["num_preemptions_total"]),
     }
-    if "selected_blocks_sum" in counted:
-        hits = counted["hot_cache_hits_total"]
-        looked_up = hits + counted["hot_cache_misses_total"] + counted["direct_host_reads_total"]
-        lists = max(1.0, counted["selected_blocks_count"])
-        row["mean_selected_blocks"] = round(counted["selected_blocks_sum"] / lists, 2)
+    ours = {name: value for name, value in added.items() if name in KCACHE_METRICS}
+    if ours:
+        blocks, lists, hits, misses, direct, *_ = ours.values()
+        looked_up = hits + misses + direct
+        row["mean_selected_blocks"] = round(blocks / lists, 2) if lists else None
         row["hit_rate"] = round(hits / looked_up, 4) if looked_up else None
-        row["kcache_metrics"] = {name: counted[name] for name in KCACHE_METRICS}
+        row["kcache_metrics"] = ours
     return row
 
 
@@ -349,12 +312,14 @@ def run_engine(options: argparse.Namespace, name: str, folder: Path) -> Iterator
     import vllm
 
     from benchmarks.engine.decode import engine_options
+    from benchmarks.engine.server_process import BenchmarkServer
 
     longest = options.max_model_len or max(each.input + each.output for each in options.workloads)
     model = model_folder(Path(options.model).resolve(), folder, options.layers, longest)
     add_tokenizer(model)
     engine = engine_options(name, options.kcache_config, None)
     split = engine["engine"] == "kcache"
+    names = STOCK_METRICS + KCACHE_METRICS if split else STOCK_METRICS
     started = time.monotonic()
     arguments = serve_arguments(options, model, engine, longest)
     server = BenchmarkServer(folder / "server.log", arguments)
@@ -376,13 +341,13 @@ def run_engine(options: argparse.Namespace, name: str, folder: Path) -> Iterator
             most = options.concurrency or workload.concurrency(options.num_prompts, options.turns)
             ahead, trace = workload.traces(options.num_prompts, options.turns, number * 10**9)
             send(options, server, model, ahead, most)
-            before = server.figures(split)
+            before = server.figures(names)
             report = send(options, server, model, trace, most)
             yield {
                 **common, "workload": str(workload), "num_prompts": options.num_prompts,
                 "turns": options.turns if workload.prefix else None, "concurrency": most,
                 "request_rate": str(options.request_rate),
-                **figures_of(report, before, server.figures(split)),
+                **figures_of(report, before, server.figures(names)),
             }  # fmt: skip
     finally:
         server.close()
@@ -479,6 +444,8 @@ def main() -> None:
         sys.exit("--mode replay: plays recorded scores in the kernels of a GPU; here --mode fixed")
     if options.mode == "replay":
         check_replay(options)
+    # Whoever ends this must not leave a server behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     rows: list[Row] = []
     for engine in options.engines:
         with tempfile.TemporaryDirectory() as folder:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
 
 from benchmarks.engine import server, server_replay
 from benchmarks.engine.server import Workload
@@ -56,12 +56,11 @@ def test_conversations_take_turns() -> None:
 def test_each_token_id_is_a_word(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 300, "model_type": "llama"}))
     server.add_tokenizer(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     ids = [299, 0, 17, 17]
-    assert tokenizer("w299 w0 w17 w17").input_ids == ids
+    assert tokenizer.encode("w299 w0 w17 w17").ids == ids
     assert tokenizer.decode(ids, skip_special_tokens=True) == "w299 w0 w17 w17"
-    assert len(tokenizer.get_vocab()) == 300
-    assert tokenizer.all_special_ids == []
+    assert tokenizer.get_vocab_size() == 300
 
 
 @pytest.mark.parametrize(
@@ -132,7 +131,7 @@ def test_figures_are_of_the_measurement_alone() -> None:
     row = server.figures_of(REPORT, before, after)
     assert (row["cached_share"], row["preemptions"]) == (0.5, 1)
     assert (row["mean_selected_blocks"], row["hit_rate"]) == (50.0, 0.9)
-    assert row["kcache_metrics"]["fetched_bytes_total"] == 900
+    assert row["kcache_metrics"]["vllm_kcache_fetched_bytes_total"] == 900
     assert row["ttft_ms"] == {"p50": 10.0, "p99": 20.0}
     stock = {name: after[name] for name in server.STOCK_METRICS}
     assert "hit_rate" not in server.figures_of(REPORT, before, stock)

@@ -12,10 +12,10 @@ Each engine is a `vllm serve` with dummy weights; the client is vLLM's own (`vll
 this process), which sends token ids over HTTP and ignores the end of a text. A workload is
 INPUT/OUTPUT, new prompts of that many tokens, or PREFIX+INPUT/OUTPUT, conversations whose first
 PREFIX tokens were sent before: --num-prompts requests go to num-prompts / --turns conversations,
-each turn of all of them before the next turn. What a server compiles and caches first is not
-counted: prefixes, or two prompts of the same length, go ahead of a measurement. By default all
-requests are sent at once, or all conversations: times to the first token include the time in
-the queue. --request-rate and --concurrency say otherwise.
+each turn of all of them before the next turn, with other new tokens behind the same prefix. What a
+server compiles and caches first is not counted: prefixes, or two prompts of the same length, go
+ahead of a measurement. By default all requests are sent at once, or all conversations: times to
+the first token include the time in the queue. --request-rate and --concurrency say otherwise.
 
 --mode replay, which needs a GPU: scores of a real model, as in benchmarks.engine.decode, with the
 default selection unless --kcache-config has another. --mode fixed: scores of dummy weights, which
@@ -443,7 +443,10 @@ def main() -> None:
     if options.mode == "replay" and not options.on_gpu:
         sys.exit("--mode replay: plays recorded scores in the kernels of a GPU; here --mode fixed")
     if options.mode == "replay":
-        check_replay(options)
+        try:
+            check_replay(options)
+        except ValueError as error:
+            sys.exit(str(error))
     # Whoever ends this must not leave a server behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     rows: list[Row] = []

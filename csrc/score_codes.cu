@@ -356,9 +356,9 @@ __global__ void __launch_bounds__(kThreads, Z::kLeastBlocks)
   // On its way while the length is.
   const unsigned page = ListScores<Z>::page_of(view, step, score, list, worker);
   const int chunks = (num_tokens + kChunkTokens - 1) / kChunkTokens;
-  // Of what this reads, the launch before wrote only the code of the newest token, and of the one
-  // before it where that is the newest of another request, whose page this one shares. The first
-  // warp waits in any case, so that no launch ends before the one before it.
+  // Of what this reads, the launch before wrote only the code of the newest token, and of those just
+  // before it: the newest of another request, whose page this one shares, or those that a draft
+  // comes after. The first warp waits in any case, so that no launch ends before the one before it.
   const int last = (chunks - 1) % workers, before = last > 0 ? last - 1 : workers - 1;
   const bool waits =
       score.after_write && (worker == last || worker == before || (blockIdx.x == 0 && warp == 0));

@@ -56,7 +56,8 @@ class Step:
         query_start_loc: [requests + 1] int32, on the device.
         query_start_loc_cpu: the same on the host.
         seq_lens: [requests] int32, on the device; 0 marks a padded row.
-        seq_lens_cpu: [requests] int32, on the host; exact for rows that prefill.
+        seq_lens_cpu: [requests] int32, on the host; exact for rows that prefill. May be None where
+            none does.
         block_table: [requests, MB] int32, on the device.
         slot_mapping: [tokens] int64, on the device; -1 is padding.
         plan: What the cache works out once per step for all layers.

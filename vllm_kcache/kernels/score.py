@@ -63,9 +63,10 @@ def score_kernel(
     chunks = tl.cdiv(num_tokens, CHUNK)
     if DEPENDENT:
         if AFTER_WRITE:
-            # Of what this reads, write stored only K of the newest token, and of the one before it
-            # (the newest of another request that shares this one's page). The first program always
-            # waits, so that no launch ends before its predecessor.
+            # Of what this reads, write stored only K of the newest token, and of those just before
+            # it (the newest of another request that shares this one's page, or those that a draft
+            # comes after). The first program always waits, so that no launch ends before its
+            # predecessor.
             last, before = (chunks - 1) % splits, (chunks - 2) % splits
             if (split == last) | (split == before) | is_first_program():
                 gdc_wait()
@@ -145,8 +146,9 @@ def score_blocks(
             `signals` when its scores are there, for followers.
         dependent: launch it as kernels/dependent.py says.
         after_write: the launch before it on this stream is `write_kv`, of one token for each of
-            these requests and nothing else. Most programs need not wait for it then. Without
-            `dependent` all wait for it anyway.
+            these requests and nothing else; of rows that are tokens of one request, of fewer
+            tokens than a chunk. Most programs need not wait for it then. Without `dependent` all
+            wait for it anyway.
         config: launch shape, chosen by `score_config` unless given.
 
     Returns:

@@ -36,6 +36,9 @@ EVERYTHING = (
     "renormalize",
 )
 
+# Most tokens of a request in a step.
+DRAFTED = 4
+
 Function = Callable[..., Any]
 
 
@@ -71,6 +74,20 @@ def shifted_rows(function: Function) -> Function:
         return result
 
     return faulty
+
+
+def one_by_one(function: Function) -> Function:
+    """The write that begins a step, last token first: the others of a V block that is begun come
+    before its slot is there."""
+
+    def faulty(view: Any, key: Any, value: Any, slots: Any, **named: Any) -> None:
+        for token in reversed(range(len(slots))):
+            own = slice(token, token + 1)
+            function(view, key[own], value[own], slots[own], **{**named, "allocate_tokens": 1})
+
+    return lambda *given, **named: (faulty if "allocate_tokens" in named else function)(
+        *given, **named
+    )
 
 
 def another_rule(**changes: Any) -> Callable[[Any], Any]:
@@ -122,6 +139,7 @@ FAULTS: tuple[tuple[str, Any, str, Callable[[Function], Function]], ...] = (
     ("select", self_check, "decode_step", with_argument(0, another_rule(recent_tokens=1))),
     ("select", decode, "select_and_fetch", with_argument(1, other_scores)),
     ("select", decode, "follow_scores", with_argument(1, other_scores)),
+    ("fetch or attend", self_check, "write_kv", one_by_one),
     ("fetch or attend", decode, "select_and_fetch", shifted_rows),
     ("fetch or attend", decode, "attend_blocks", with_argument(1, scaled)),
     ("fetch or attend", decode, "attend_blocks",
@@ -132,12 +150,13 @@ FAULTS: tuple[tuple[str, Any, str, Callable[[Function], Function]], ...] = (
 def main() -> None:
     layers = (THRESHOLD, COVERAGE, FIXED, EVERYTHING)
     for layer in layers:
-        check_kernels(*layer, "cpu")
+        for decode_tokens in (1, DRAFTED):
+            check_kernels(*layer, "cpu", decode_tokens)
     for stage, module, name, fault in FAULTS:
         sound = getattr(module, name)
         setattr(module, name, fault(sound))
         with pytest.raises(KernelError, match=f"the step '{stage}'"):
-            check_kernels(*THRESHOLD, "cpu")
+            check_kernels(*THRESHOLD, "cpu", DRAFTED)
         setattr(module, name, sound)
     print(f"{len(layers)} layers pass, {len(FAULTS)} faults are found")
 

@@ -11,7 +11,6 @@ other here.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import random
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -215,7 +214,10 @@ def run(
         ours.view(1, torch.zeros(NUM_PAGES, *page, dtype=dtype))
     ours.allocate(NUM_PAGES)
     theirs.allocate(NUM_PAGES)
-    k_pages = [[torch.zeros(NUM_PAGES, *page, dtype=dtype) for _ in range(shape.num_layers)] for _ in range(2)]
+    k_pages = [
+        [torch.zeros(NUM_PAGES, *page, dtype=dtype) for _ in range(shape.num_layers)]
+        for _ in range(2)
+    ]
     assert ours.hot_cache is not None
     ours.hot_cache.slots.fill_(255)  # NaN
     torch.manual_seed(scheduler.seed)

@@ -92,11 +92,12 @@ def other_speculation(vllm_config: Any) -> str | None:
     return None
 
 
-def speculation_on_gpu(vllm_config: Any) -> str | None:
-    """Method of speculative decoding that is served on a CPU only."""
+def drafts_beside_windows(vllm_config: Any) -> str | None:
+    """Method of speculative decoding, where a GPU serves a model with window layers."""
     if vllm_config.device_config.device_type == "cpu" or other_speculation(vllm_config):
         return None
-    return getattr(vllm_config.speculative_config, "method", None)
+    method = getattr(vllm_config.speculative_config, "method", None)
+    return method if has_window_layers(vllm_config) else None
 
 
 def speculation_on_stages(vllm_config: Any) -> int | None:

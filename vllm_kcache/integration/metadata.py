@@ -52,7 +52,7 @@ class TokenRows:
 
     @classmethod
     def make(cls, rows: int, pages: int, device: torch.device) -> TokenRows:
-        """Room for so many rows of requests of up to so many pages (`GPUMemory.row_table_bytes`)."""
+        """Room for so many rows, of requests of so many pages: `GPUMemory.row_table_bytes`."""
         return cls(
             torch.zeros(rows, dtype=torch.int32, device=device),
             torch.zeros((rows, pages), dtype=torch.int32, device=device),

@@ -26,6 +26,7 @@ from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.config import KCacheConfig
 from vllm_kcache.integration.counters import Counters
 from vllm_kcache.integration.prefill import attend_torch
+from vllm_kcache.kernels.score_plan import chunk_blocks
 from vllm_kcache.memory import StepLimits
 from vllm_kcache.reference.codes import stats_of
 from vllm_kcache.split_cache import CPUSplitCache, LayerInputs, Step
@@ -311,6 +312,25 @@ def check_drafts() -> int:
     return len(cases)
 
 
+def check_when_scoring_waits() -> None:
+    """For a write that may reach behind the last two chunks of a row, and for no other."""
+    chunk_tokens = chunk_blocks(SHAPE) * SHAPE.block_tokens
+    pages = torch.zeros(3, SHAPE.num_kv_heads, SHAPE.page_tokens, SHAPE.head_size)
+    one, starts = torch.ones(1, dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+    step = Step(1, 0, 1, starts, starts, one, None, one[None], torch.tensor([16]))
+    inputs = LayerInputs(torch.zeros(1, 2, 64), *torch.zeros(2, 1, 1, 64), 1.0)
+    for decode_tokens, waits in ((chunk_tokens - 1, False), (chunk_tokens, True)):
+        cache = GPUSplitCache(
+            KCacheConfig.from_user(FEW), SHAPE, Counters(), torch.device("cpu"),
+            replace(LIMITS, decode_tokens=decode_tokens),
+            PrefillKernels("torch", attend_torch, merge),
+        )  # fmt: skip
+        with mock.patch.object(split_cache_gpu, "decode_step") as decode_step:
+            cache.attend(0, pages, inputs, step, torch.zeros(1, 2, 64))
+        assert decode_step.call_args.kwargs["after_write"] is not waits
+        cache.close()
+
+
 def main() -> None:
     ran, kinds = 0, set[str]()
     with without_cuda():
@@ -324,6 +344,7 @@ def main() -> None:
                     kinds |= run(settings, Scheduler(seed, seed), 9, (40, 3, 0)[seed])
                     ran += 1
         ran += check_drafts()
+        check_when_scoring_waits()
     assert kinds == {"decodes", "prefills", "both"}, kinds
     print(f"{ran} runs equal the CPU's")
 

@@ -90,6 +90,8 @@ def draw_accuracy(value: str, label: str) -> dict[str, Any]:
 def series_of(row: Row) -> str:
     """The curve of a row of whole engines."""
     dtype = {"auto": "bf16"}.get(row["kv_cache_dtype"], row["kv_cache_dtype"])
+    if row.get("drafts") is not None:
+        dtype += f" {row['drafts']} drafts"
     if row["engine"] == "stock":
         return f"stock {dtype}"
     settings, parts = row["kcache_config"], [f"kcache {dtype}".removesuffix(" bf16")]

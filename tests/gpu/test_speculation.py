@@ -100,13 +100,17 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
         found = Engines(folder, pool, model)
         found.start("stock", work)
         found.start("stock draft", work, speculative_config=smaller)
-        for k_bits in (16, 4):
-            everything = {**GATE, **HOT, "k_bits": k_bits}
-            graphs = EAGER if k_bits == 4 else {}
-            found.start(f"ngram {k_bits}", work, everything, speculative_config=NGRAM)
-            found.start(f"draft {k_bits}", work, everything, speculative_config=smaller, **graphs)
-        found.start("ngram eager", work, {**GATE, **HOT, "k_bits": 16}, speculative_config=NGRAM,
-                    **EAGER)  # fmt: skip
+        settings = {k_bits: {**GATE, **HOT, "k_bits": k_bits} for k_bits in (16, 4)}
+        on_gpu = {**NGRAM, "method": "ngram_gpu"}
+        for name, k_bits, drafts, engine in (
+            ("ngram 16", 16, NGRAM, {}),
+            ("ngram 4", 4, NGRAM, {}),
+            ("ngram eager", 16, NGRAM, EAGER),
+            ("ngram_gpu", 4, on_gpu, {}),
+            ("draft 16", 16, smaller, {}),
+            ("draft 4", 4, smaller, EAGER),
+        ):
+            found.start(name, work, settings[k_bits], speculative_config=drafts, **engine)
         few = {**SELECTION, **HOT, "k_bits": 4}
         found.start("selection", lambda: work()[:1], few)
         found.start("selection ngram", lambda: work()[:1], few, speculative_config=NGRAM)
@@ -119,10 +123,10 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
             texts.write_text(json.dumps(list(itertools.chain(*of_batches))))
             return [batches[0], begun(of_batches[0]), batches[1]]
 
-        for k_bits in (16, 4):
-            graphs = EAGER if k_bits == 16 else {}
-            everything = {**GATE, **HOT, "k_bits": k_bits}
-            found.start(f"known {k_bits}", known, everything, speculative_config=KNOWN, **graphs)
+        for k_bits, engine in ((16, EAGER), (4, {})):
+            found.start(
+                f"known {k_bits}", known, settings[k_bits], speculative_config=KNOWN, **engine
+            )
         yield found
 
 
@@ -140,10 +144,15 @@ def check_text(found: Result, stock: Result) -> None:
     assert found["vllm_metrics"]["vllm:num_preemptions"] > 0
 
 
-@pytest.mark.parametrize("name", ["ngram 16", "ngram 4", "ngram eager", "draft 16", "draft 4"])
+@pytest.mark.parametrize(
+    "name", ["ngram 16", "ngram 4", "ngram eager", "ngram_gpu", "draft 16", "draft 4"]
+)
 def test_the_text_is_the_one_without_drafts(name: str, engines: Engines) -> None:
     """Through captured graphs and without, under preemption, with prompts of several chunks."""
     check_text(engines[name], engines["stock"])
+    # Drafts are made while the step before is still on its way.
+    is_ahead = name == "ngram_gpu" or name.startswith("draft")
+    assert engines[name]["async_scheduling"] == is_ahead
 
 
 def test_verification_steps_are_replayed(engines: Engines) -> None:

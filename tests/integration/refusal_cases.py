@@ -86,7 +86,8 @@ CASES = {
         arguments={"kv_sharing_fast_prefill": True},
     ),
     "n-grams of a GPU": Case(
-        SPECULATION, "speculative decoding (method=ngram_gpu):", "set its method to ngram",
+        SPECULATION, "speculative decoding (method=ngram_gpu, on a CPU):",
+        "set its method to ngram",
         arguments={"speculative_config": {**NGRAM, "method": "ngram_gpu"}},
     ),
     **{

@@ -13,7 +13,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from tests.integration.builders import builder_of
 from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.config import KCacheConfig
-from vllm_kcache.integration.backend import KCacheImpl
+from vllm_kcache.integration.backend import KCacheBackend, KCacheImpl
 from vllm_kcache.integration.counters import Counters
 from vllm_kcache.integration.metadata import KCacheMetadata
 from vllm_kcache.memory import GPUMemory, StepLimits
@@ -313,6 +313,7 @@ def test_graphs_may_have_several_tokens_of_a_request() -> None:
     support = builder.get_cudagraph_support(builder.vllm_config, builder.kv_cache_spec)
     assert support == AttentionCGSupport.UNIFORM_BATCH
     assert builder.reorder_batch_threshold == 1 + DRAFTS
+    assert not KCacheBackend.supports_device_cpu_query_lens_mismatch()
 
 
 @pytest.mark.parametrize("order", ["abcABCPQ", "BaAcP"])

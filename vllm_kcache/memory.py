@@ -262,7 +262,7 @@ class GPUMemory:
         if self.limits.decode_tokens == 1:
             return 0
         pages = -(-self.limits.max_model_len // self.shape.page_tokens)
-        return 4 * (self.limits.max_rows * (pages + 2) + 1)
+        return 4 * (self.limits.max_rows * (pages + 4) + 1)
 
     @property
     def slot_bytes(self) -> int:

@@ -234,7 +234,8 @@ class GPUSplitCache(SplitCache):
             rows = slice(first, min(first + group, step.num_decodes))
             batch = DecodeBatch(
                 inputs.query[rows], step.block_table[rows], step.seq_lens[rows], inputs.scale,
-                max_blocks,
+                max_blocks, None if step.spans is None else step.spans[rows],
+                self.memory.limits.decode_tokens,
             )  # fmt: skip
             followers = plan_followers(
                 self.shape, batch.num_requests, max_blocks, self.workspace.multiprocessors

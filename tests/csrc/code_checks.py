@@ -57,6 +57,47 @@ def check_scores(
     CodedLayer.of(coded, device).check_scores(splits, dependent)
 
 
+def check_joint_scores(
+    shape: Shape, splits: int | None, first: int, device: str = "cpu", dependent: bool = False
+) -> None:
+    """Of several tokens of a request: as where each row is scored alone, to the last bit.
+
+    Args:
+        first: Rows before it belong to another batch.
+    """
+    most = 7
+    layer = CodedLayer.of(Coded.of(build_case(shape, torch.bfloat16), "model"), device)
+    lengths, tables, spans = [], [], []
+    for request, length in enumerate(shape.seq_lens):
+        # Ragged: all numbers of tokens from 1 on.
+        tokens = min(1 + (request + 4) % most, max(length, 1))
+        lengths += range(length - tokens + 1, length + 1)
+        tables += [request] * tokens
+        spans += [(at, tokens - 1 - at) for at in range(tokens)]
+    query = torch.randn(len(lengths), *layer.batch.query.shape[1:]).to(layer.batch.query)
+    alone = replace(
+        layer.batch,
+        query=query[first:],
+        block_table=layer.batch.block_table[tables][first:],
+        seq_lens=torch.tensor(lengths, dtype=torch.int32, device=device)[first:],
+    )
+    of_rows = torch.tensor(spans, dtype=torch.int32, device=device)[first:]
+    found = []
+    for batch in (alone, replace(alone, spans=of_rows, most_tokens=most)):
+        these = replace(layer, batch=batch)
+        lists, heads = these.lists(), alone.query.shape[:2]
+        outputs = [
+            torch.full(sizes, torch.nan, device=device) for sizes in (alone.query.shape, heads)
+        ]
+        score_codes.score_codes(
+            these.view, batch, lists, *outputs, splits=splits or 2, dependent=dependent
+        )
+        found.append([*outputs, lists.block_lse, lists.chunk_lse])
+    for one, other in zip(*found, strict=True):
+        assert not one.isnan().all()
+        assert torch.equal(one.nan_to_num(nan=1e9), other.nan_to_num(nan=1e9))
+
+
 def _inputs(
     layer: CodedLayer, value: float | None = None, order: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, ...]:
@@ -332,6 +373,7 @@ def check_errors(layer: CodedLayer) -> None:
         (replace(batch, scale=0.0), "scale=0: must be above 0"),
         (replace(batch, query=batch.query.double()), "query: has the wrong dtype"),
         (replace(batch, query=batch.query[:, :1]), "query: must be"),
+        (replace(batch, spans=batch.block_table[:1, :1]), "spans: has size"),
     ):
         with pytest.raises(RuntimeError, match=text):
             score_codes.score_codes(view, changed, lists, *outputs)

@@ -20,6 +20,14 @@ def test_scores(shape: Shape, splits: int | None) -> None:
     checks.check_scores(shape, splits)
 
 
+@pytest.mark.parametrize("first", [0, 2])
+@pytest.mark.parametrize(
+    "shape", [shape for shape in checks.SCORED if any(shape.seq_lens)], ids=str
+)
+def test_scores_of_several_tokens(shape: Shape, first: int) -> None:
+    checks.check_joint_scores(shape, None, first)
+
+
 @pytest.mark.parametrize("dtype", checks.DTYPES, ids=str)
 def test_scores_of_each_dtype(dtype: torch.dtype) -> None:
     checks.check_scores(checks.SCORED[0], None, dtype)

@@ -203,6 +203,14 @@ def test_drafts_are_rows_of_their_own(order: str, decodes: int, reordered: bool)
         for number in range(request.query)
     ]
     assert step.seq_lens[:decodes].tolist() == lengths
+    spans = [
+        [number, request.query - 1 - number]
+        for request in requests
+        if not request.prefilling
+        for number in range(request.query)
+    ]
+    assert (step.spans is None) == (not decodes)
+    assert step.spans is None or step.spans.tolist() == spans
     if prompts:
         assert step.seq_lens_cpu is not None
         assert torch.equal(step.seq_lens_cpu[decodes:], step.seq_lens[decodes:])
@@ -220,19 +228,25 @@ def test_drafts_are_rows_of_their_own(order: str, decodes: int, reordered: bool)
 DRAFTS = 3
 
 
-def rows_of(requests: list[Request], common: CommonAttentionMetadata) -> tuple[list[int], list]:
-    """Length and block table of each token."""
-    lengths = [r.context + 1 + number for r in requests for number in range(r.query)]
+def rows_of(requests: list[Request], common: CommonAttentionMetadata) -> tuple[list, list]:
+    """Of each token: length, its request's tokens before and after it, and block table."""
+    lengths = [
+        [r.context + 1 + number, number, r.query - 1 - number]
+        for r in requests
+        for number in range(r.query)
+    ]
     tables = [row for row, request in enumerate(requests) for _ in range(request.query)]
     return lengths, common.block_table_tensor[tables].tolist()
 
 
-def replayed(captured: KCacheMetadata, count: int) -> tuple[list[int], list]:
-    """Length and block table of the rows that a graph has, `count` of them real."""
+def replayed(captured: KCacheMetadata, count: int) -> tuple[list, list]:
+    """The same of the rows that a graph has, `count` of them real."""
     rows = captured.num_decodes
     assert captured.seq_lens.shape[0] == captured.block_table.shape[0] == rows
-    assert captured.seq_lens[count:].tolist() == [0] * (rows - count)
-    return captured.seq_lens[:count].tolist(), captured.block_table[:count].tolist()
+    assert captured.spans is not None
+    lengths = torch.cat([captured.seq_lens[:, None], captured.spans], 1)
+    assert not lengths[count:].any()
+    return lengths[:count].tolist(), captured.block_table[:count].tolist()
 
 
 @pytest.mark.parametrize(

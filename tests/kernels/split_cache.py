@@ -145,7 +145,7 @@ class Scheduler:
         for request in prefills:
             most = max(1, min(request.prompt - request.cached, budget // len(prefills)))
             queries.append(self.random.choice((1, most, most)))
-        rows, slots, lengths, starts = [], [], [], [0]
+        rows, slots, lengths, starts, spans = [], [], [], [0], []
         for request, query in zip(decodes + prefills, queries, strict=True):
             places = range(request.cached, request.cached + query)
             slots += [request.pages[at // 16] * 16 + at % 16 for at in places]
@@ -155,6 +155,7 @@ class Scheduler:
             rows += [request] * len(own)
             lengths += [places[-1] + 1] if prefilling else [at + 1 for at in places]
             starts += [starts[-1] + sum(own[: n + 1]) for n in range(len(own))]
+            spans += [] if prefilling else [(at, query - 1 - at) for at in range(query)]
             accepted = query - 1
             if not prefilling:
                 accepted, self.turn = min(self.turn % (self.drafts + 1), accepted), self.turn + 1
@@ -177,6 +178,7 @@ class Scheduler:
             seq_lens_cpu=seq_lens,
             block_table=torch.nn.functional.pad(table, (0, 0, 0, padding)),
             slot_mapping=torch.tensor(slots + [-1] * padding),
+            spans=torch.tensor([*spans, *[(0, 0)] * padding], dtype=torch.int32).view(-1, 2),
         )
 
 

@@ -44,11 +44,13 @@ class TokenRows:
         seq_lens: [rows] int32, on the device. Tokens up to a row's own; 0 marks a padded row.
         block_table: [rows, MB] int32, on the device. That of its request.
         places: [rows + 1] int32, on the device. 0, 1, 2 and so on.
+        spans: [rows, 2] int32, on the device. As `Step.spans`; 0 of a padded row.
     """
 
     seq_lens: torch.Tensor
     block_table: torch.Tensor
     places: torch.Tensor
+    spans: torch.Tensor
 
     @classmethod
     def make(cls, rows: int, pages: int, device: torch.device) -> TokenRows:
@@ -57,6 +59,7 @@ class TokenRows:
             torch.zeros(rows, dtype=torch.int32, device=device),
             torch.zeros((rows, pages), dtype=torch.int32, device=device),
             torch.arange(rows + 1, dtype=torch.int32, device=device),
+            torch.zeros((rows, 2), dtype=torch.int32, device=device),
         )
 
     def fill(self, common: CommonAttentionMetadata, count: int) -> None:
@@ -70,12 +73,15 @@ class TokenRows:
             common: vLLM's metadata of the batch.
             count: Rows; those of no token of the batch are padding.
         """
-        ends, places = common.query_start_loc[1:], self.places[:count]
+        starts, ends = common.query_start_loc[:-1], common.query_start_loc[1:]
+        places = self.places[:count]
         request = torch.searchsorted(ends, places, right=True).clamp_(max=common.num_reqs - 1)
         # Tokens of its request that come after each one; negative behind the last of the batch.
         after = ends[request] - 1 - places
-        lengths = (common.seq_lens[request] - after).masked_fill_(after < 0, 0)
-        self.seq_lens[:count] = lengths
+        of_row = torch.stack([places - starts[request], after, common.seq_lens[request] - after])
+        of_row.masked_fill_(after < 0, 0)
+        self.spans[:count] = of_row[:2].T
+        self.seq_lens[:count] = of_row[2]
         columns = min(self.block_table.shape[1], common.block_table_tensor.shape[1])
         torch.index_select(
             common.block_table_tensor[:, :columns], 0, request,
@@ -143,13 +149,14 @@ class KCacheMetadataBuilder(AttentionMetadataBuilder[KCacheMetadata]):
         num_decodes, num_prefills, decode_tokens, _ = split_decodes_and_prefills(
             common, decode_threshold=threshold, treat_short_extends_as_decodes=prefilling is None
         )
+        spans = None
         if rows is not None and num_decodes:
             if order is not None:
                 rows = TokenRows.make(decode_tokens, rows.block_table.shape[1], self.device)
             if order is not None or not is_short:
                 rows.fill(common, decode_tokens)
             common = _one_token_each(common, rows, num_decodes, decode_tokens)
-            num_decodes = decode_tokens
+            num_decodes, spans = decode_tokens, rows.spans[:decode_tokens]
         return KCacheMetadata(
             num_decodes=num_decodes,
             num_prefills=num_prefills,
@@ -163,6 +170,7 @@ class KCacheMetadataBuilder(AttentionMetadataBuilder[KCacheMetadata]):
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=common.max_query_len,
             token_order=token_order,
+            spans=spans,
         )
 
 

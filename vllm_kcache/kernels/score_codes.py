@@ -10,6 +10,7 @@ from vllm_kcache.cache.layer_view import LayerView
 from vllm_kcache.kernels.score_plan import num_chunks
 from vllm_kcache.kernels.select import Lists
 from vllm_kcache.kernels.workspace import DecodeBatch
+from vllm_kcache.types import MOST_QUERY_HEADS_GPU
 
 # Warps of a thread block, as in csrc/score_codes.cu.
 WARPS = 4
@@ -51,11 +52,17 @@ def score_codes(
         bias: [B, Hq] float32, GPU. Written: scale * (q . mean) of the same.
         dependent, after_write: as for `score.score_blocks`.
         splits: thread blocks of a list, chosen by `splits_of` unless given.
+
+    Codes are read once for several tokens of a request (`DecodeBatch.spans`), of as many as have 16
+    query heads a KV head together.
     Raises:
         RuntimeError: a tensor does not fit the view.
     """
+    together = 1
+    if batch.spans is not None:
+        together = max(1, min(batch.most_tokens, MOST_QUERY_HEADS_GPU // view.shape.group))
     if splits is None:
-        splits = splits_of(view.shape, batch.num_requests, batch.max_blocks)
+        splits = splits_of(view.shape, -(-batch.num_requests // together), batch.max_blocks)
     torch.ops.kcache.score_codes(
         view.packed,
         batch.query,
@@ -65,7 +72,9 @@ def score_codes(
         lists.chunk_lse,
         transformed,
         bias,
+        batch.spans,
         batch.scale,
+        together,
         splits,
         dependent,
         after_write,

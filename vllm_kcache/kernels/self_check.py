@@ -123,12 +123,14 @@ class _Check:
         pages_of = [-(-length // tokens) for length in requests]
         num_pages = sum(pages_of) + 1
         order = torch.randperm(num_pages, generator=generator).int()
-        tables, lengths, newest, first = [], [], [], 0
+        tables, lengths, newest, spans, first = [], [], [], [], 0
         for length, count in zip(requests, pages_of, strict=True):
             row = torch.zeros(max(pages_of), dtype=torch.int32)
             row[:count] = order[first : first + count]
             first += count
-            for seen in range(max(length - new_tokens, 0) + 1, length + 1) if length else (0,):
+            before = max(length - new_tokens, 0) + 1
+            for seen in range(before, length + 1) if length else (0,):
+                spans.append((seen - before, length - seen) if length else (0, 0))
                 tables.append(row)
                 lengths.append(seen)
                 last = seen - 1
@@ -144,8 +146,9 @@ class _Check:
         seq_lens = torch.tensor(lengths, dtype=torch.int32)
         self.batch = DecodeBatch(query, table, seq_lens, shape.head_size**-0.5, max_blocks)
         self.batch_there = DecodeBatch(
-            query.to(device), table.to(device), seq_lens.to(device), self.batch.scale, max_blocks
-        )
+            query.to(device), table.to(device), seq_lens.to(device), self.batch.scale, max_blocks,
+            torch.tensor(spans, dtype=torch.int32, device=device), new_tokens,
+        )  # fmt: skip
         rows = num_pages * shape.rows_per_page
         pinned = device.type == "cuda"
         host_rows = torch.full((rows, shape.row.bytes), 255, dtype=torch.uint8, pin_memory=pinned)

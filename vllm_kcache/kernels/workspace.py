@@ -32,6 +32,10 @@ class DecodeBatch:
         seq_lens: [B] int32, GPU. Tokens, the current one included; 0 marks a padded row.
         scale: factor on the scores.
         max_blocks: P, V blocks of the longest request there may be: part of a captured shape.
+        spans: [B, 2] int32, GPU; None where each row is a request of its own. Of a row that is one
+            of several tokens of a request, its rows before it and after it: side by side, in
+            order, of one block table. Those before may belong to another batch.
+        most_tokens: of a request there may be: part of a captured shape.
     """
 
     query: torch.Tensor
@@ -39,6 +43,8 @@ class DecodeBatch:
     seq_lens: torch.Tensor
     scale: float
     max_blocks: int
+    spans: torch.Tensor | None = None
+    most_tokens: int = 1
 
     @property
     def num_requests(self) -> int:

@@ -237,9 +237,11 @@ class GPUSplitCache(SplitCache):
                 max_blocks, None if step.spans is None else step.spans[rows],
                 self.memory.limits.decode_tokens,
             )  # fmt: skip
-            followers = plan_followers(
-                self.shape, batch.num_requests, max_blocks, self.workspace.multiprocessors
-            )
+            followers = None
+            if batch.scored_together(self.shape.group) == 1:
+                followers = plan_followers(
+                    self.shape, batch.num_requests, max_blocks, self.workspace.multiprocessors
+                )
             decode_step(
                 view, self.workspace, batch, out[rows], after_write=written and first == 0,
                 followers=followers,

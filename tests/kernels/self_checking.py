@@ -139,11 +139,16 @@ FAULTS: tuple[tuple[str, Any, str, Callable[[Function], Function]], ...] = (
     ("select", self_check, "decode_step", with_argument(0, another_rule(recent_tokens=1))),
     ("select", decode, "select_and_fetch", with_argument(1, other_scores)),
     ("select", decode, "follow_scores", with_argument(1, other_scores)),
-    ("fetch or attend", self_check, "write_kv", one_by_one),
     ("fetch or attend", decode, "select_and_fetch", shifted_rows),
     ("fetch or attend", decode, "attend_blocks", with_argument(1, scaled)),
     ("fetch or attend", decode, "attend_blocks",
      with_argument(0, lambda view: replace(view, tail="renormalize"))),
+)  # fmt: skip
+# The same, of what is seen with several tokens of a request alone.
+FAULTS_OF_DRAFTS: tuple[tuple[str, Any, str, Callable[[Function], Function]], ...] = (
+    ("fetch or attend", self_check, "write_kv", one_by_one),
+    ("score", decode, "score_blocks",
+     with_argument(1, of_batch(spans=lambda spans: (spans - 1).clamp_min(0)))),
 )  # fmt: skip
 
 
@@ -152,13 +157,14 @@ def main() -> None:
     for layer in layers:
         for decode_tokens in (1, DRAFTED):
             check_kernels(*layer, "cpu", decode_tokens)
-    for stage, module, name, fault in FAULTS:
+    cases = [(1, *case) for case in FAULTS] + [(DRAFTED, *case) for case in FAULTS_OF_DRAFTS]
+    for decode_tokens, stage, module, name, fault in cases:
         sound = getattr(module, name)
         setattr(module, name, fault(sound))
         with pytest.raises(KernelError, match=f"the step '{stage}'"):
-            check_kernels(*THRESHOLD, "cpu", DRAFTED)
+            check_kernels(*THRESHOLD, "cpu", decode_tokens)
         setattr(module, name, sound)
-    print(f"{len(layers)} layers pass, {len(FAULTS)} faults are found")
+    print(f"{len(layers)} layers pass, {len(cases)} faults are found")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from vllm_kcache.cache.layer_view import LayerView
 from vllm_kcache.kernels.score_plan import num_chunks
 from vllm_kcache.kernels.select import Lists
 from vllm_kcache.kernels.workspace import DecodeBatch
-from vllm_kcache.types import MOST_QUERY_HEADS_GPU
 
 # Warps of a thread block, as in csrc/score_codes.cu.
 WARPS = 4
@@ -58,9 +57,7 @@ def score_codes(
     Raises:
         RuntimeError: a tensor does not fit the view.
     """
-    together = 1
-    if batch.spans is not None:
-        together = max(1, min(batch.most_tokens, MOST_QUERY_HEADS_GPU // view.shape.group))
+    together = batch.scored_together(view.shape.group)
     if splits is None:
         splits = splits_of(view.shape, -(-batch.num_requests // together), batch.max_blocks)
     torch.ops.kcache.score_codes(

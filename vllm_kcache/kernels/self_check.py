@@ -91,7 +91,8 @@ def check_kernels(
     processors = check.workspace.multiprocessors
     most = min(MOST_FOLLOWERS, processors // 2) if processors else 2
     layouts = [None, Followers(most, min(LEAST_FOLLOWERS, most))]
-    for followers in layouts if shape.k_bits == 16 else layouts[:1]:
+    has_followers = shape.k_bits == 16 and check.batch_there.scored_together(shape.group) == 1
+    for followers in layouts if has_followers else layouts[:1]:
         for after_write in (False, True):
             # All is missing, then all is there, then all is missing again: demand falls and rises.
             for flush in (True, False, True):

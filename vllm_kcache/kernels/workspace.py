@@ -13,7 +13,7 @@ from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.cache.layer_view import LayerView
 from vllm_kcache.kernels import attend_plan, score_plan
 from vllm_kcache.kernels.select import Lists
-from vllm_kcache.types import Selected, Selection
+from vllm_kcache.types import MOST_QUERY_HEADS_GPU, Selected, Selection
 
 # Higher than that of the stream that scores; otherwise scoring starves the fetch.
 FETCH_PRIORITY = -1
@@ -49,6 +49,12 @@ class DecodeBatch:
     @property
     def num_requests(self) -> int:
         return self.query.shape[0]
+
+    def scored_together(self, group: int) -> int:
+        """Most rows of a request that are scored at once, by query heads of a KV head."""
+        if self.spans is None:
+            return 1
+        return max(1, min(self.most_tokens, MOST_QUERY_HEADS_GPU // group))
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,15 @@ def test_what_several_lists_miss_is_copied_once(num_slots: int) -> None:
         assert counted.direct == 0
 
 
+def test_a_slot_that_an_old_entry_names_is_not_taken() -> None:
+    """Another list might take it for filled by that entry, while its owner gives it up."""
+    batch = selected_batch(COVERAGE, 64)
+    batch.cache.table.fill_(3)
+    run(batch)
+    assert batch.cache.read_counters().misses > 30
+    assert int(batch.cache.slot_word[3]) == EMPTY_SLOT
+
+
 def test_a_slot_that_another_block_owns_is_no_hit() -> None:
     """The table still sends a block to a slot that has just been taken: its bytes are not its."""
     batch = selected_batch(COVERAGE, 1 << 14)

@@ -113,8 +113,10 @@ def decode_runs(rows: list[Row], preset: bool) -> list[Row]:
     """Runs of whole engines, of the paper's preset or of none; an engine's last commit counts."""
     runs: list[Row] = []
     for row in rows:
-        # Label "short" is of make bench-gpu: one repeat.
-        if row["label"] == "short" or ("--preset" in row["command"]) != preset:
+        # Label "short" is of make bench-gpu: one repeat. With drafts another runner is timed.
+        if row["label"] == "short" or row.get("drafts") is not None:
+            continue
+        if ("--preset" in row["command"]) != preset:
             continue
         for run in row["runs"]:
             fit, asked = row["requests_that_fit"], row.get("requests_asked", run["requests"])

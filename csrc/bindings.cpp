@@ -322,8 +322,8 @@ LayerView unpack_codes(const Tensor& layer) {
 }
 
 void score_codes(Tensor layer, Tensor query, Tensor seq_lens, Tensor block_table, Tensor block_lse,
-                 Tensor chunk_lse, Tensor transformed, Tensor bias, double scale, int64_t splits,
-                 bool dependent, bool after_write) {
+                 Tensor chunk_lse, Tensor transformed, Tensor bias, std::optional<Tensor> spans,
+                 double scale, int64_t together, int64_t splits, bool dependent, bool after_write) {
   const LayerView view = unpack_codes(layer);
   const int64_t num_requests = query.size(0), num_heads = view.num_kv_heads * view.group;
   Step step{};
@@ -338,6 +338,9 @@ void score_codes(Tensor layer, Tensor query, Tensor seq_lens, Tensor block_table
                   "transformed: must begin at a multiple of 16 bytes");
   check_tensor("bias", bias, ScalarType::Float, {num_requests, num_heads}, query);
   STD_TORCH_CHECK(scale > 0, "scale=", scale, ": must be above 0");
+  if (spans) check_tensor("spans", *spans, ScalarType::Int, {num_requests, 2}, query);
+  STD_TORCH_CHECK(together >= 1 && (together == 1 || (spans && together * view.group <= kMaxGroup)),
+                  "together=", together, ": needs spans, and at most ", kMaxGroup, " query heads");
   STD_TORCH_CHECK(splits >= 1 && splits <= kMaxBlocks, "splits=", splits, ": must be 1 to ",
                   kMaxBlocks);
   const int64_t num_lists = num_requests * view.num_kv_heads;
@@ -350,7 +353,9 @@ void score_codes(Tensor layer, Tensor query, Tensor seq_lens, Tensor block_table
                          static_cast<float>(scale),
                          static_cast<int>(splits),
                          static_cast<int>(block_table.size(1)),
-                         dependent && after_write};
+                         dependent && after_write,
+                         spans ? pointer<int2>(*spans) : nullptr,
+                         static_cast<int>(together)};
   // Without a column nobody has tokens.
   if (num_lists == 0 || block_table.size(1) == 0) return;
   const DeviceGuard guard(query.get_device_index());
@@ -517,7 +522,8 @@ STABLE_TORCH_LIBRARY(kcache, library) {
   library.def(
       "score_codes(Tensor layer, Tensor query, Tensor seq_lens, Tensor block_table, "
       "Tensor(a!) block_lse, Tensor(b!) chunk_lse, Tensor(c!) transformed, Tensor(d!) bias, "
-      "float scale, int splits, bool dependent, bool after_write) -> ()");
+      "Tensor? spans, float scale, int together, int splits, bool dependent, bool after_write) -> "
+      "()");
   library.def(
       "attend_int8_rows(Tensor layer, Tensor blocks, Tensor counts, Tensor rows, Tensor seq_lens, "
       "Tensor block_lse, Tensor query, Tensor bias, Tensor? lse, Tensor? dropped, "

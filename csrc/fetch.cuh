@@ -53,11 +53,13 @@ __device__ inline void look_up(const LayerView& view, const Step& step, FetchSha
     row = find_slot(view, view.layer_rows + physical, epoch);
   }
   const bool missing = live && row < 0;
-  const int claimed = claim_slot(view, missing, view.layer_rows + physical, epoch);
+  bool shared_slot = false;
+  const int claimed =
+      claim_slot(view, missing, view.layer_rows + physical, epoch, true, &shared_slot);
   if (missing) row = claimed;
-  const bool copies = missing && row >= 0;
+  const bool copies = missing && row >= 0 && !shared_slot;
   const unsigned copying = __ballot_sync(kAllLanes, copies);
-  const unsigned hitting = __ballot_sync(kAllLanes, live && !missing);
+  const unsigned hitting = __ballot_sync(kAllLanes, live && (!missing || shared_slot));
   const unsigned reading = __ballot_sync(kAllLanes, missing && row < 0);
   const int lane = threadIdx.x & 31;
   int place = 0;

@@ -117,6 +117,10 @@ struct ScoreCodes {
   int splits;         // thread blocks that share a list
   int table_columns;  // of the block table
   bool after_write;
+  // [B] of each row, the rows of its request before it and after it, side by side; null where each
+  // is a request of its own. `together`: most of those that are scored at once.
+  const int2* spans;
+  int together;
 };
 
 // Attention over lists of int8 rows. `Step` has the lists.

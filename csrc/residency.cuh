@@ -83,11 +83,21 @@ __device__ inline bool still_holds(const LayerView& view, int slot, int64_t owne
   return static_cast<int64_t>(load_volatile(view.slot_word + slot) >> 32) == owner;
 }
 
+// Whether `slot` was taken or found for `owner` in this epoch.
+__device__ inline bool is_stamped(const LayerView& view, int slot, int64_t owner, unsigned epoch) {
+  return slot >= 0 && load_volatile(view.slot_word + slot) == word_of(owner, epoch);
+}
+
 // Take the oldest slot of a window for `owner` in each lane with `wanted`; -1 in a lane whose tries
 // met only slots in use. Without `evicts` one that holds nothing, or none where a window has no
 // such slot. Every lane of the warp must call it.
+//
+// With `shared`: where several want a slot for one owner in an epoch, the first that the table
+// names fills it, and all others get the same; for those it becomes true. What they have taken
+// meanwhile ages away. Nobody may find that by an old entry of the table, so a slot which the table
+// names for an owner that does not hold it is not taken for him.
 __device__ inline int claim_slot(const LayerView& view, bool wanted, int64_t owner, unsigned epoch,
-                                 bool evicts = true) {
+                                 bool evicts = true, bool* shared = nullptr) {
   const int lane = threadIdx.x & 31;
   int found = -1;
   if (view.num_slots == 0) return found;
@@ -97,6 +107,8 @@ __device__ inline int claim_slot(const LayerView& view, bool wanted, int64_t own
     const bool wants = wanted && found < 0 && !full;
     const unsigned wanting = __ballot_sync(kAllLanes, wants);
     if (wanting == 0) break;
+    // On its way while the hand is moved.
+    int named = wants && shared != nullptr ? load_volatile(view.table + owner) : -1;
     unsigned hand = 0;
     if (lane == 0) {
       hand = atomicAdd(reinterpret_cast<unsigned*>(view.state + kHand),
@@ -104,6 +116,11 @@ __device__ inline int claim_slot(const LayerView& view, bool wanted, int64_t own
     }
     hand = __shfl_sync(kAllLanes, hand, 0);
     if (!wants) continue;
+    if (shared != nullptr && is_stamped(view, named, owner, epoch)) {
+      *shared = true;
+      found = named;
+      continue;
+    }
     hand += kWindow * __popc(wanting & ((1u << lane) - 1));
     unsigned slot = hand % view.num_slots;
     unsigned oldest_slot = 0;
@@ -115,7 +132,7 @@ __device__ inline int claim_slot(const LayerView& view, bool wanted, int64_t own
       const Word age = word == kEmptySlot
                            ? 1ull << 32
                            : static_cast<unsigned>(epoch - static_cast<unsigned>(word));
-      if (age > oldest_age) {
+      if (age > oldest_age && (shared == nullptr || static_cast<int>(slot) != named)) {
         oldest_age = age;
         oldest_word = word;
         oldest_slot = slot;
@@ -132,7 +149,20 @@ __device__ inline int claim_slot(const LayerView& view, bool wanted, int64_t own
     found = static_cast<int>(oldest_slot);
     // Only if the table still sends the evicted block here.
     if (oldest_word != kEmptySlot) atomicCAS(view.table + (oldest_word >> 32), found, -1);
-    atomicExch(view.table + owner, found);
+    if (shared == nullptr) {
+      atomicExch(view.table + owner, found);
+      continue;
+    }
+    for (;;) {
+      const int seen = atomicCAS(view.table + owner, named, found);
+      if (seen == named) break;
+      named = seen;
+      if (is_stamped(view, named, owner, epoch)) {
+        *shared = true;
+        found = named;
+        break;
+      }
+    }
   }
   return found;
 }

@@ -225,8 +225,9 @@ __device__ inline void write_run(const LayerView& view, const WriteRows& write,
     if (!in_slot) return;
     const bool evicts = token < write.allocate_tokens;
     // Where several runs have a part of a row, one may look for the slot before another takes it.
+    const bool alone = count == view.block_tokens || count < kPieceTokens;
     const bool fills = write.fills && count == view.block_tokens;
-    const bool allocates = in_row == 0 && (evicts || fills);
+    const bool allocates = in_row == 0 && ((evicts && alone) || fills);
     const int slot = slot_of(view, search, owner, epoch, allocates, evicts);
     if (slot >= 0) targets[1] = view.slots + static_cast<int64_t>(slot) * view.row_bytes;
   };

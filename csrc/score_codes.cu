@@ -21,11 +21,13 @@ constexpr int kRunTokens = 8 * kOwnTokens;  // of a warp, at once
 constexpr int kTileHeads = 4;               // query heads of eight columns
 static_assert(kChunkTokens == 32 * kOwnTokens, "each lane finds the place of eight tokens");
 
-// A kernel is compiled for `kSteps`, products that a head takes, and `kTiles`, fours of query
-// heads.
-template <int kSteps_, int kTiles_>
+// A kernel is compiled for `kSteps`, products that a head takes, `kTiles`, fours of query heads,
+// and for rows that are each a request, or several tokens of one (`kJoint`): their query heads are
+// taken together, so that codes are read once for all.
+template <int kSteps_, int kTiles_, bool kJoint_>
 struct Size {
   static constexpr int kSteps = kSteps_, kTiles = kTiles_;
+  static constexpr bool kJoint = kJoint_;
   static constexpr int kHeads = kTileHeads * kTiles;
   static constexpr int kParts = parts_of(32 * kSteps);
   // Loads in flight rather than warps hide the latency; heads of more values want registers.
@@ -44,14 +46,16 @@ struct QueryShared {
 // q' of a query head with one warp; heads past the group are zeros.
 template <typename Z>
 __device__ inline void prepare_head(const LayerView& view, const ScoreCodes& score,
-                                    QueryShared<Z>& shared, int list, int head, bool writes) {
+                                    QueryShared<Z>& shared, int list, int rows, int head,
+                                    bool writes) {
   const int lane = threadIdx.x & 31, kv_head = list % view.num_kv_heads;
+  const int later = Z::kJoint ? head / view.group : 0, in_group = head - later * view.group;
   float x[Z::kParts][4] = {};
   float bias = 0.0f, sum = 0.0f, most = 0.0f;
-  if (head < view.group) {
+  if (head < rows * view.group) {
     float mean[Z::kParts][4], deviation[Z::kParts][4];
-    const int query_head = kv_head * view.group + head;
-    const int64_t request = list / view.num_kv_heads;
+    const int query_head = kv_head * view.group + in_group;
+    const int64_t request = list / view.num_kv_heads + later;
     load_head(x, score.query, view.head_size, request, query_head);
     load_floats(mean, view.mean + kv_head * view.head_size, view.head_size);
     load_floats(deviation, view.deviation + kv_head * view.head_size, view.head_size);
@@ -60,7 +64,7 @@ __device__ inline void prepare_head(const LayerView& view, const ScoreCodes& sco
       x[p][i] *= deviation[p][i];
     });
     rotate(x, view.head_size, view.rotation);
-    const int64_t row = static_cast<int64_t>(list) * view.group + head;
+    const int64_t row = request * view.num_kv_heads * view.group + query_head;
     bias = warp_sum(bias) * score.scale;
     if (writes) {
       store_floats(x, score.transformed + row * view.head_size, view.head_size);
@@ -141,8 +145,9 @@ struct LogSum {
 template <typename Z>
 class ListScores {
  public:
+  // `num_tokens`: of the last of `rows`, each of which has one more than the row before.
   __device__ ListScores(const LayerView& view, const Step& step, const QueryShared<Z>& shared,
-                        int list, int num_tokens)
+                        int list, int rows, int num_tokens)
       : view_(view),
         step_(step),
         shared_(shared),
@@ -152,7 +157,17 @@ class ListScores {
         group_(static_cast<int>(threadIdx.x & 31) / 4),
         quarter_(static_cast<int>(threadIdx.x & 3)),
         out_(const_cast<float*>(step.block_lse) +
-             (static_cast<int64_t>(list) * view.group + quarter_) * step.max_blocks) {}
+             (static_cast<int64_t>(list) * view.group + quarter_) * step.max_blocks),
+        least_tokens_(num_tokens - rows + 1) {
+    if constexpr (Z::kJoint) {
+#pragma unroll
+      for (int tile = 0; tile < Z::kTiles; ++tile) {
+        const int head = tile * kTileHeads + quarter_, later = head / view.group;
+        heads_[tile] = (list + later * view.num_kv_heads) * view.group + head % view.group;
+        lengths_[tile] = head < rows * view.group ? least_tokens_ + later : 0;
+      }
+    }
+  }
 
   // What of a chunk does not need the length: the page of each lane's eight tokens. Past the length
   // it is anything that the table holds.
@@ -196,8 +211,9 @@ class ListScores {
       for (int tile = 0; tile < Z::kTiles; ++tile) {
         sums[tile].add_lanes(4, 16);
         const int head = tile * kTileHeads + quarter_;
-        if (group_ == 0 && head < view_.group) {
-          const int64_t row = static_cast<int64_t>(list_) * view_.group + head;
+        if (group_ == 0 && lives(tile) && first < tokens_of(tile)) {
+          const int64_t row =
+              Z::kJoint ? heads_[tile] : static_cast<int64_t>(list_) * view_.group + head;
           const_cast<float*>(step_.chunk_lse)[row * step_.max_chunks + chunk] =
               fmaf(sums[tile].log(), kLn2, shared_.bias[head]);
         }
@@ -206,6 +222,19 @@ class ListScores {
   }
 
  private:
+  // Of the lane's query head of a tile: whether there is one, its row's tokens, and its scores.
+  __device__ bool lives(int tile) const {
+    return Z::kJoint || tile * kTileHeads + quarter_ < view_.group;
+  }
+  __device__ int tokens_of(int tile) const { return Z::kJoint ? lengths_[tile] : num_tokens_; }
+  __device__ float* out_of(int tile) const {
+    if constexpr (Z::kJoint) {
+      return const_cast<float*>(step_.block_lse) +
+             static_cast<int64_t>(heads_[tile]) * step_.max_blocks;
+    }
+    return out_ + static_cast<int64_t>(tile) * kTileHeads * step_.max_blocks;
+  }
+
   // Of a chunk, where a lane looks eight tokens up for all.
   __device__ static unsigned first_token_of_lane() { return (threadIdx.x & 31) * kOwnTokens; }
 
@@ -272,12 +301,14 @@ class ListScores {
 
   __device__ void add_up(float (&scores)[Z::kTiles][kOwnTokens], int first_token,
                          LogSum (&sums)[Z::kTiles]) {
-    if (first_token + kOwnTokens > num_tokens_) {
+    if (first_token + kOwnTokens > (Z::kJoint ? least_tokens_ : num_tokens_)) {
 #pragma unroll
       for (int token = 0; token < kOwnTokens; ++token) {
-        if (first_token + token < num_tokens_) continue;
+        if (!Z::kJoint && first_token + token < num_tokens_) continue;
 #pragma unroll
-        for (int tile = 0; tile < Z::kTiles; ++tile) scores[tile][token] = -INFINITY;
+        for (int tile = 0; tile < Z::kTiles; ++tile) {
+          if (first_token + token >= tokens_of(tile)) scores[tile][token] = -INFINITY;
+        }
       }
     }
     switch (view_.block_tokens) {
@@ -299,8 +330,9 @@ class ListScores {
     for (int tile = 0; tile < Z::kTiles; ++tile) {
       const int head = tile * kTileHeads + quarter_;
       const float unit = shared_.unit[head], bias = shared_.bias[head];
-      float* out = out_ + static_cast<int64_t>(tile) * kTileHeads * step_.max_blocks;
-      const bool live = head < view_.group;
+      float* out = out_of(tile);
+      const bool live = lives(tile);
+      const int num_tokens = tokens_of(tile);
 #pragma unroll
       for (int first = 0; first < kOwnTokens; first += kTokens) {
         float largest = scores[tile][first];
@@ -316,12 +348,12 @@ class ListScores {
         sums[tile].add(log);
         const int token = first_token + first;
         if (kTokens < kOwnTokens || view_.block_tokens == kOwnTokens) {
-          if (live && token < num_tokens_) out[token / kTokens] = fmaf(log, kLn2, bias);
+          if (live && token < num_tokens) out[token / kTokens] = fmaf(log, kLn2, bias);
         } else {
           LogSum block;
           block.add(log);
           block.add_lanes(4, view_.block_tokens / 4);
-          if (live && token < num_tokens_ && token % view_.block_tokens == 0) {
+          if (live && token < num_tokens && token % view_.block_tokens == 0) {
             out[token / view_.block_tokens] = fmaf(block.log(), kLn2, bias);
           }
         }
@@ -335,7 +367,11 @@ class ListScores {
   const int list_, num_tokens_, chunks_;
   const int group_, quarter_;  // of the lane: which eight tokens, which quarter of their codes
   float* const out_;           // scores of the lane's query head of the first tile
-  Place here_{};               // of the chunk that is loaded, one a lane
+  const int least_tokens_;     // of the first row
+  // Of the lane's query head of each tile: which it is of all, and its row's tokens; 0 without one.
+  // Where rows are taken together.
+  int heads_[Z::kTiles], lengths_[Z::kTiles];
+  Place here_{};  // of the chunk that is loaded, one a lane
   Run<Z::kSteps> run_;
   unsigned columns_[Z::kTiles == 1 ? Z::kSteps : Z::kTiles][2];
 };
@@ -351,14 +387,25 @@ __global__ void __launch_bounds__(kThreads, Z::kLeastBlocks)
   const int split = static_cast<int>(blockIdx.x) % score.splits;
   const int warp = threadIdx.x / 32, workers = score.splits * kWarps;
   const int worker = split * kWarps + warp;
+  const int row = list / view.num_kv_heads;
+  int rows = 1;
+  if constexpr (Z::kJoint) {
+    // Those that begin before the batch belong to another one.
+    const int2 span = score.spans[row];
+    const bool leads = min(span.x, row) % score.together == 0;
+    rows =
+        leads ? min(min(span.y + 1, score.together), step.num_lists / view.num_kv_heads - row) : 0;
+  }
   const int num_tokens =
-      max(min(step.seq_lens[list / view.num_kv_heads], step.max_blocks * view.block_tokens), 0);
+      rows == 0 ? 0
+                : max(min(step.seq_lens[row + rows - 1], step.max_blocks * view.block_tokens), 0);
   // On its way while the length is.
   const unsigned page = ListScores<Z>::page_of(view, step, score, list, worker);
   const int chunks = (num_tokens + kChunkTokens - 1) / kChunkTokens;
-  // Of what this reads, the launch before wrote only the code of the newest token, and of the one
-  // before it where that is the newest of another request, whose page this one shares. The first
-  // warp waits in any case, so that no launch ends before the one before it.
+  // Of what this reads, the launch before wrote only the code of the newest token, and of those
+  // just before it: the newest of another request, whose page this one shares, or those that a
+  // draft comes after. The first warp waits in any case, so that no launch ends before the one
+  // before it.
   const int last = (chunks - 1) % workers, before = last > 0 ? last - 1 : workers - 1;
   const bool waits =
       score.after_write && (worker == last || worker == before || (blockIdx.x == 0 && warp == 0));
@@ -368,10 +415,10 @@ __global__ void __launch_bounds__(kThreads, Z::kLeastBlocks)
     if (waits) wait_for_launch_before();
     return;
   }
-  ListScores<Z> scores(view, step, shared, list, num_tokens);
+  ListScores<Z> scores(view, step, shared, list, rows, num_tokens);
   if (!waits) scores.begin(worker, page);
   for (int head = warp; head < Z::kHeads; head += kWarps) {
-    prepare_head<Z>(view, score, shared, list, head, split == 0);
+    prepare_head<Z>(view, score, shared, list, rows, head, split == 0);
   }
   // As late as can be: where there is little to score, all wait for this warp.
   if (waits) {
@@ -389,9 +436,15 @@ cudaError_t launch_steps(const LayerView& view, const Step& step, const ScoreCod
     return launch_kernel(dependent, score_kernel<decltype(size)>, step.num_lists * score.splits,
                          kThreads, stream, view, step, score);
   };
-  if (view.group <= kTileHeads) return launch(Size<kSteps, 1>{});
-  if (view.group <= 2 * kTileHeads) return launch(Size<kSteps, 2>{});
-  return launch(Size<kSteps, 4>{});
+  const int heads = view.group * score.together;
+  if (score.together > 1) {
+    if (heads <= kTileHeads) return launch(Size<kSteps, 1, true>{});
+    if (heads <= 2 * kTileHeads) return launch(Size<kSteps, 2, true>{});
+    return launch(Size<kSteps, 4, true>{});
+  }
+  if (heads <= kTileHeads) return launch(Size<kSteps, 1, false>{});
+  if (heads <= 2 * kTileHeads) return launch(Size<kSteps, 2, false>{});
+  return launch(Size<kSteps, 4, false>{});
 }
 
 }  // namespace

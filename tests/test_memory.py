@@ -167,6 +167,15 @@ def test_groups_are_as_large_as_their_buffers_allow() -> None:
             assert memory._workspace_bytes(memory.group_requests + 1) > WORKSPACE_BYTES
     few = replace(memory, limits=StepLimits(3, 8192, 4096))
     assert few.group_requests == 3
+    assert replace(few, limits=StepLimits(3, 8192, 4096, 5)).group_requests == 15
+
+
+def test_what_says_where_drafts_lie_is_taken_off() -> None:
+    plain, drafts = (planned(SHAPES[0], {}, StepLimits(7, 128, 1000, n)) for n in (1, 4))
+    assert plain.row_table_bytes == 0
+    assert drafts.row_table_bytes > 7 * 4 * 63 * 4
+    given = (SHAPES[0].host_page_bytes, 10**6, "auto")
+    assert drafts.plan(10**6 + drafts.row_table_bytes, *given) == plain.plan(10**6, *given)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from vllm_kcache.kernels.workspace import workspace_buffers
 from vllm_kcache.types import Selection
 
 # Requests that share one set of decode buffers; more of them decode one group after the other.
-# Fewer where contexts are so long that the buffers would pass WORKSPACE_BYTES.
+# Each draft that is verified is one more. Fewer where contexts are so long that the buffers would
+# pass WORKSPACE_BYTES.
 GROUP_REQUESTS = 64
 WORKSPACE_BYTES = 256 << 20
 # Bytes of one gathered piece of V (and as many for K) while a prompt chunk attends to its context.
@@ -31,11 +32,18 @@ class StepLimits:
         max_requests: Most requests of a step.
         max_tokens: Most tokens of a step.
         max_model_len: Longest request, tokens.
+        decode_tokens: Most tokens of a request that decodes: one, and its drafts.
     """
 
     max_requests: int
     max_tokens: int
     max_model_len: int
+    decode_tokens: int = 1
+
+    @property
+    def max_rows(self) -> int:
+        """Most rows of a decode batch: each token is one."""
+        return self.max_requests * self.decode_tokens
 
     def useful_pages(self, page_tokens: int) -> int:
         """Pages of the most requests of the greatest length, and one that vLLM keeps for itself."""
@@ -216,11 +224,11 @@ class GPUMemory:
 
     @property
     def group_requests(self) -> int:
-        """Requests that decode together."""
+        """Requests that decode together, each draft of theirs counted as one."""
         # Part of the buffers does not depend on the number of requests.
         one, two = self._workspace_bytes(1), self._workspace_bytes(2)
         room = 1 + max(0, WORKSPACE_BYTES - one) // (two - one)
-        return max(1, min(GROUP_REQUESTS, self.limits.max_requests, room))
+        return max(1, min(GROUP_REQUESTS, self.limits.max_rows, room))
 
     @property
     def scratch_tokens(self) -> int:
@@ -248,6 +256,15 @@ class GPUMemory:
         return 4 * (shape.num_layers * shape.rows_per_page + shape.page_tokens)
 
     @property
+    def row_table_bytes(self) -> int:
+        """Bytes of what says where each row of a decode batch lies (`TokenRows`), where there may
+        be more rows than requests. Made when vLLM has measured what is left."""
+        if self.limits.decode_tokens == 1:
+            return 0
+        pages = -(-self.limits.max_model_len // self.shape.page_tokens)
+        return 4 * (self.limits.max_rows * (pages + 4) + 1)
+
+    @property
     def slot_bytes(self) -> int:
         """Bytes of one hot slot: its row and its word."""
         return self.shape.row.bytes + 8
@@ -273,7 +290,7 @@ class GPUMemory:
             hot_cache_gib: The setting; 0 switches the cache off.
             bytes_beside_page: Of `WindowPool`; no part of the whole that the share is of.
         """
-        available = max(0, available_bytes)
+        available = max(0, available_bytes - self.row_table_bytes)
         useful = self.limits.useful_pages(self.shape.page_tokens)
         most, page = min(host_pages, useful), k_page_bytes + self.page_bytes
         share = HOT_CACHE_SHARE[self.shape.k_bits]

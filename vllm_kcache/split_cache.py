@@ -56,10 +56,13 @@ class Step:
         query_start_loc: [requests + 1] int32, on the device.
         query_start_loc_cpu: the same on the host.
         seq_lens: [requests] int32, on the device; 0 marks a padded row.
-        seq_lens_cpu: [requests] int32, on the host; exact for rows that prefill.
+        seq_lens_cpu: [requests] int32, on the host; exact for rows that prefill. May be None where
+            none does.
         block_table: [requests, MB] int32, on the device.
         slot_mapping: [tokens] int64, on the device; -1 is padding.
         plan: What the cache works out once per step for all layers.
+        spans: [decodes, 2] int32, on the device; None where each brings one token. Of a token, how
+            many of its request decode before it and after it in this step, side by side.
     """
 
     num_decodes: int
@@ -72,6 +75,7 @@ class Step:
     block_table: torch.Tensor
     slot_mapping: torch.Tensor
     plan: Any = field(default=None, kw_only=True)
+    spans: torch.Tensor | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)

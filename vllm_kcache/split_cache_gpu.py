@@ -16,6 +16,7 @@ from vllm_kcache.cache.layer_view import LayerView
 from vllm_kcache.config import KCacheConfig, KCacheConfigError
 from vllm_kcache.kernels.decode import decode_step, plan_followers
 from vllm_kcache.kernels.rows import write_rows
+from vllm_kcache.kernels.score_plan import chunk_blocks
 from vllm_kcache.kernels.select import packed_view
 from vllm_kcache.kernels.transfer import ContextPiece, PrefillTransfer, plan_pieces
 from vllm_kcache.kernels.workspace import DecodeBatch, DecodeWorkspace
@@ -223,18 +224,24 @@ class GPUSplitCache(SplitCache):
     def _decode(
         self, view: LayerView, inputs: LayerInputs, step: Step, out: torch.Tensor, written: bool
     ) -> None:
-        """Score, select, fetch, attend, for a group of requests at a time."""
+        """Score, select, fetch, attend, for a group of rows at a time."""
+        # Scoring takes what was written just before to lie in the last two chunks of a row.
+        chunk_tokens = chunk_blocks(self.shape) * self.shape.block_tokens
+        written = written and self.memory.limits.decode_tokens < chunk_tokens
         max_blocks = min(self.memory.max_blocks, self.shape.score_columns(step.max_seq_len))
         group = self.workspace.max_requests
         for first in range(0, step.num_decodes, group):
             rows = slice(first, min(first + group, step.num_decodes))
             batch = DecodeBatch(
                 inputs.query[rows], step.block_table[rows], step.seq_lens[rows], inputs.scale,
-                max_blocks,
+                max_blocks, None if step.spans is None else step.spans[rows],
+                self.memory.limits.decode_tokens,
             )  # fmt: skip
-            followers = plan_followers(
-                self.shape, batch.num_requests, max_blocks, self.workspace.multiprocessors
-            )
+            followers = None
+            if batch.scored_together(self.shape.group) == 1:
+                followers = plan_followers(
+                    self.shape, batch.num_requests, max_blocks, self.workspace.multiprocessors
+                )
             decode_step(
                 view, self.workspace, batch, out[rows], after_write=written and first == 0,
                 followers=followers,

@@ -24,11 +24,15 @@ alone is in the row, not taken off.
 --preset paper: the setting of the KCache paper (arXiv 2404.18057) as far as it is known:
 Llama-2-7B, 8 requests of up to 32K tokens (as many as fit), a small fixed N. Other options may
 change it.
+--drafts 0 3: steps that verify so many drafts a request, all of them as good as always wrong
+(drafting.py), so that a step still makes one token. With the option given, also at 0, engines run
+vLLM's first runner without asynchronous scheduling: drafts of a class of one's own need that.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -65,11 +69,12 @@ def run_in_process(options: dict[str, Any], table: Table) -> None:
     Raises:
         RuntimeError: the engine failed; the message ends with the end of its output.
     """
+    runner = {} if options["drafts"] is None else {"VLLM_USE_V2_MODEL_RUNNER": "0"}
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.engine.decode_engine", json.dumps(options)],
             cwd=ROOT,
-            env={**os.environ, **ENVIRONMENT},
+            env={**os.environ, **ENVIRONMENT, **runner},
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
@@ -107,6 +112,8 @@ class Table:
             row["kv_cache_dtype"], row["kv_cache_dtype"]
         )
         name = f"{row['engine']}-{variant}".removesuffix("-")
+        if row["drafts"]:
+            name += f"+{row['drafts']}"
         first = self.baseline.setdefault(
             (row["context"], row["requests_asked"]), run["tokens_per_second"]
         )
@@ -152,6 +159,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--utilization", type=float, default=0.9)
     parser.add_argument("--requests", type=int, nargs="+", default=[0, 1], help="0: all that fit")
     parser.add_argument("--max-requests", type=int, default=32)
+    parser.add_argument(
+        "--drafts", type=int, nargs="+", default=[None], help="of each request and step"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--engines",
@@ -222,8 +232,9 @@ def main() -> None:
         "command": command(),
     }
     table = Table(arguments.results)
-    for engine in arguments.engines:
-        run_in_process({**options, **engine_options(engine, settings, arguments.host_dtype)}, table)
+    for engine, drafts in itertools.product(arguments.engines, arguments.drafts):
+        of_engine = engine_options(engine, settings, arguments.host_dtype)
+        run_in_process({**options, **of_engine, "drafts": drafts}, table)
     print(f"step time p50: {'; '.join(table.said)}", flush=True)
 
 

@@ -40,7 +40,8 @@ def measure(options: dict[str, Any]) -> None:
     Args:
         options: model, contexts, max_model_len (None: of the longest context), output, engine
             ("stock" or "kcache"), kv_cache_dtype, kcache_config, mode, utilization, requests (0:
-            all that fit), max_requests, repeats, profile, label, command.
+            all that fit), max_requests, repeats, profile, label, command, drafts (None: vLLM's own
+            choice of a runner).
     """
     import torch
 
@@ -63,6 +64,7 @@ def measure(options: dict[str, Any]) -> None:
         "label": options["label"],
         "engine": options["engine"],
         "kv_cache_dtype": options["kv_cache_dtype"],
+        "drafts": options["drafts"],
         "mode": options["mode"] if split else None,
         "kcache_config": options["kcache_config"] if split else None,
         "hot_cache_bytes": llm.collective_rpc(_hot_cache_bytes)[0] if split else None,
@@ -108,11 +110,20 @@ def _start_engine(options: dict[str, Any]) -> Any:
     """A vllm.LLM as the options say."""
     from vllm import LLM
 
-    split = {}
+    split: dict[str, Any] = {}
     if options["engine"] == "kcache":
         split = {"kv_backend": "kcache", "kcache_config": options["kcache_config"]}
-    most = options["max_requests"]
+    most, drafts = options["max_requests"], options["drafts"]
     capture = {size for size in (*CAPTURE_SIZES, *options["requests"], most) if 0 < size <= most}
+    if drafts is not None:
+        split["async_scheduling"] = False
+    if drafts:
+        capture = {size * (1 + drafts) for size in capture}
+        split["speculative_config"] = {
+            "method": "custom_class",
+            "model": "benchmarks.engine.drafting.Constant",
+            "num_speculative_tokens": drafts,
+        }
     return LLM(
         options["model"],
         load_format="dummy",

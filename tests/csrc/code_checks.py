@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.conftest import assert_close
+from tests.conftest import TOLERANCES, assert_close
 from tests.csrc.coded_layer import RULE, CodedLayer, flat_kv
 from tests.reference.coded import SHAPES, Coded, slots_of
 from tests.shapes import Shape, build_case
@@ -43,6 +43,7 @@ SCORED = (
     Shape((0, 0), 2, 2, 64, 16, 8),
     Shape((), 2, 2, 64, 16, 8),
 )
+SOME_SCORED = SCORED[:-2]
 
 
 def check_scores(
@@ -55,6 +56,49 @@ def check_scores(
     """Scores, sums of chunks, and q'; pages with a gap after each in some."""
     coded = Coded.of(build_case(shape, dtype), "model", strided=shape.head_size == 80)
     CodedLayer.of(coded, device).check_scores(splits, dependent)
+
+
+def check_joint_scores(
+    shape: Shape, splits: int | None, first: int, device: str = "cpu", dependent: bool = False
+) -> None:
+    """Of several tokens of a request: as where each row is scored alone.
+
+    Args:
+        first: Rows before it belong to another batch.
+    """
+    most = 7
+    layer = CodedLayer.of(Coded.of(build_case(shape, torch.bfloat16), "model"), device)
+    lengths, tables, spans = [], [], []
+    for request, length in enumerate(shape.seq_lens):
+        # Ragged: all numbers of tokens from 1 on.
+        tokens = min(1 + (request + 4) % most, max(length, 1))
+        lengths += range(length - tokens + 1, length + 1)
+        tables += [request] * tokens
+        spans += [(at, tokens - 1 - at) for at in range(tokens)]
+    query = torch.randn(len(lengths), *layer.batch.query.shape[1:]).to(layer.batch.query)
+    alone = replace(
+        layer.batch,
+        query=query[first:],
+        block_table=layer.batch.block_table[tables][first:],
+        seq_lens=torch.tensor(lengths, dtype=torch.int32, device=device)[first:],
+    )
+    of_rows = torch.tensor(spans, dtype=torch.int32, device=device)[first:]
+    found = []
+    for batch in (alone, replace(alone, spans=of_rows, most_tokens=most)):
+        these = replace(layer, batch=batch)
+        lists, heads = these.lists(), alone.query.shape[:2]
+        outputs = [
+            torch.full(sizes, torch.nan, device=device) for sizes in (alone.query.shape, heads)
+        ]
+        score_codes.score_codes(
+            these.view, batch, lists, *outputs, splits=splits or 2, dependent=dependent
+        )
+        found.append([*outputs, lists.block_lse, lists.chunk_lse])
+    # A compiler may fuse the sums of two kernels in two ways.
+    relative, absolute = TOLERANCES[torch.float32] if device != "cpu" else (0, 0)
+    for one, other in zip(*found, strict=True):
+        assert not one.isnan().all()
+        torch.testing.assert_close(other, one, rtol=relative, atol=absolute, equal_nan=True)
 
 
 def _inputs(
@@ -332,6 +376,7 @@ def check_errors(layer: CodedLayer) -> None:
         (replace(batch, scale=0.0), "scale=0: must be above 0"),
         (replace(batch, query=batch.query.double()), "query: has the wrong dtype"),
         (replace(batch, query=batch.query[:, :1]), "query: must be"),
+        (replace(batch, spans=batch.block_table[:1, :1]), "spans: has size"),
     ):
         with pytest.raises(RuntimeError, match=text):
             score_codes.score_codes(view, changed, lists, *outputs)

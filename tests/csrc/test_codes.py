@@ -20,6 +20,12 @@ def test_scores(shape: Shape, splits: int | None) -> None:
     checks.check_scores(shape, splits)
 
 
+@pytest.mark.parametrize("first", [0, 2])
+@pytest.mark.parametrize("shape", checks.SOME_SCORED, ids=str)
+def test_scores_of_several_tokens(shape: Shape, first: int) -> None:
+    checks.check_joint_scores(shape, None, first)
+
+
 @pytest.mark.parametrize("dtype", checks.DTYPES, ids=str)
 def test_scores_of_each_dtype(dtype: torch.dtype) -> None:
     checks.check_scores(checks.SCORED[0], None, dtype)

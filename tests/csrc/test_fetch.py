@@ -10,6 +10,7 @@ from tests.csrc.batch import DEFAULT, EVERYTHING, POISON, Batch, Sizes
 from vllm_kcache.cache.hot_cache import EMPTY_SLOT, EPOCH
 from vllm_kcache.kernels.fetch import fetch_blocks
 from vllm_kcache.kernels.select import select_and_fetch
+from vllm_kcache.reference.paging import physical_v_blocks
 from vllm_kcache.types import Selection
 
 pytestmark = pytest.mark.usefixtures("emulated")
@@ -62,6 +63,37 @@ def test_lists_of_many_segments() -> None:
     batch = selected_batch(EVERYTHING, 1 << 15, Sizes((9001, 4096), 1, 1, 1))
     run(batch)
     assert batch.cache.read_counters().misses == 9001 + 4096
+
+
+@pytest.mark.parametrize("num_slots", [7, 1 << 14])
+def test_what_several_lists_miss_is_copied_once(num_slots: int) -> None:
+    """Lists of one request's tokens, or of requests that share pages: all find one slot."""
+    for _ in range(5):
+        batch = selected_batch(COVERAGE, num_slots, Sizes((700,) * 6, 2, 4))
+        batch.lists.block_table[1:] = batch.lists.block_table[:1]
+        run(batch)
+        counted, selected = batch.cache.read_counters(), batch.lists.selected
+        total = int(selected.counts.sum())
+        listed = torch.arange(selected.blocks.shape[2]) < selected.counts[..., None]
+        physical = physical_v_blocks(
+            selected.blocks.where(listed, -1), batch.lists.block_table, 2, 4
+        )[listed]
+        assert len(physical.unique()) < 0.6 * total
+        assert counted.hits + counted.misses + counted.direct == total
+        if num_slots < 8:
+            assert counted.misses <= num_slots
+            continue
+        assert counted.misses == len(physical.unique())
+        assert counted.direct == 0
+
+
+def test_a_slot_that_an_old_entry_names_is_not_taken() -> None:
+    """Another list might take it for filled by that entry, while its owner gives it up."""
+    batch = selected_batch(COVERAGE, 64)
+    batch.cache.table.fill_(3)
+    run(batch)
+    assert batch.cache.read_counters().misses > 30
+    assert int(batch.cache.slot_word[3]) == EMPTY_SLOT
 
 
 def test_a_slot_that_another_block_owns_is_no_hit() -> None:

@@ -27,6 +27,12 @@ def test_scores(shape: Shape, splits: int | None, dependent: bool) -> None:
     checks.check_scores(shape, splits, device="cuda", dependent=dependent)
 
 
+@pytest.mark.parametrize("first", [0, 2])
+@pytest.mark.parametrize("shape", [*checks.SOME_SCORED, LONG], ids=str)
+def test_scores_of_several_tokens(shape: Shape, first: int) -> None:
+    checks.check_joint_scores(shape, None, first, "cuda", dependent=True)
+
+
 @pytest.mark.parametrize("dtype", checks.DTYPES, ids=str)
 def test_scores_of_each_dtype(dtype: torch.dtype) -> None:
     checks.check_scores(checks.SCORED[0], None, dtype, "cuda")

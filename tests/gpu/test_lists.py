@@ -9,6 +9,7 @@ import torch
 from tests.csrc.batch import DEFAULT, POISON, RULES, Batch, Sizes
 from vllm_kcache.cache.hot_cache import ENDED, REST_UNTIL, SCORED, WANTED
 from vllm_kcache.kernels.select import follow_scores, select_and_fetch, select_blocks
+from vllm_kcache.reference.paging import physical_v_blocks
 from vllm_kcache.types import Selection
 
 pytestmark = pytest.mark.gpu
@@ -45,6 +46,30 @@ def test_lists_of_a_step(rule: Selection, group: int) -> None:
         counted = batch.cache.read_counters(reset=True)
         assert counted.lists == 12
         assert (counted.hits > 0) == followed
+
+
+@pytest.mark.parametrize("num_slots", [500, 1 << 16])
+def test_what_several_lists_miss_is_copied_once(num_slots: int) -> None:
+    """Many lists over the same pages, also where slots are taken from one another all the time."""
+    sizes = Sizes((4000,) * 32, 2, 4)
+    batch = Batch.make(sizes, DEFAULT, num_slots, device="cuda")
+    batch.lists.block_table[1:] = batch.lists.block_table[:1]
+    for _ in range(20):
+        batch = batch.again()
+        if num_slots == 1 << 16:
+            batch.cache.flush()
+        batch.cache.read_counters(reset=True)
+        select_and_fetch(batch.view, batch.lists)
+        batch.check_step()
+        batch.cache.advance_epoch()
+        counted, (lists, selected) = batch.cache.read_counters(), batch.on_host()
+        listed = torch.arange(selected.blocks.shape[2]) < selected.counts[..., None]
+        blocks = selected.blocks.where(listed, -1)
+        different = physical_v_blocks(blocks, lists.block_table, sizes.kv_heads, 4)[listed].unique()
+        assert len(different) < 0.2 * int(selected.counts.sum())
+        assert 0 < counted.misses <= len(different)
+        if num_slots == 1 << 16:
+            assert counted.misses == len(different)
 
 
 @pytest.mark.parametrize("scored", [0, 5])

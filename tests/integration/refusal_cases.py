@@ -86,7 +86,8 @@ CASES = {
         arguments={"kv_sharing_fast_prefill": True},
     ),
     "n-grams of a GPU": Case(
-        SPECULATION, "speculative decoding (method=ngram_gpu):", "set its method to ngram",
+        SPECULATION, "speculative decoding (method=ngram_gpu, on a CPU):",
+        "set its method to ngram",
         arguments={"speculative_config": {**NGRAM, "method": "ngram_gpu"}},
     ),
     **{
@@ -115,9 +116,10 @@ CASES = {
         "Use --tensor-parallel-size",
         arguments={"speculative_config": NGRAM, "pipeline_parallel_size": 2},
     ),
-    "speculative decoding on a GPU": Case(
-        "speculative decoding on a GPU (method={value})",
-        "speculative decoding on a GPU (method=ngram):", "Leave --speculative-config out",
+    "speculative decoding beside windows on a GPU": Case(
+        "speculative decoding beside sliding-window layers on a GPU (method={value})",
+        "speculative decoding beside sliding-window layers on a GPU (method=ngram):",
+        "Leave --speculative-config out", model="gemma3",
         arguments={"speculative_config": NGRAM},
         changed={"device_config.device_type": "cuda"},
     ),

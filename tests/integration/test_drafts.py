@@ -9,11 +9,11 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from tests.conftest import assert_close
+from tests.integration.builders import builder_of
 from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.config import KCacheConfig
 from vllm_kcache.integration.backend import KCacheImpl
 from vllm_kcache.integration.counters import Counters
-from vllm_kcache.integration.metadata import KCacheMetadataBuilder
 from vllm_kcache.reference.codes import stats_of
 from vllm_kcache.split_cache import CPUSplitCache
 
@@ -54,6 +54,7 @@ class Layer:
             self.pages = torch.zeros(pages, KV_HEADS, PAGE, bytes_each, dtype=torch.uint8)
         self.impl = KCacheImpl(HEADS, SIZE, SIZE**-0.5, KV_HEADS)
         self.impl.bind(self.cache, 0)
+        self.builder = builder_of(DRAFTS, PAGE)
 
     def step(self, runs: list[tuple[int, torch.Tensor]], prefills: bool = False) -> torch.Tensor:
         """One step: of each request its first new position, and [3, tokens, HEADS, SIZE].
@@ -81,12 +82,12 @@ class Layer:
             max_query_len=max(counts), max_seq_len=int(lengths.max()), block_table_tensor=table,
             slot_mapping=torch.cat(slots), is_prefilling=torch.tensor([prefills] * len(runs)),
         )  # fmt: skip
-        builder = KCacheMetadataBuilder.__new__(KCacheMetadataBuilder)
-        builder.reorder_batch_threshold = 1 + DRAFTS
         query, key, value = torch.cat([inputs for _, inputs in runs], 1)
         out = torch.full((sum(counts), HEADS * SIZE), torch.nan)
         kv = (x[:, :KV_HEADS].flatten(1) for x in (key, value))
-        self.impl.forward(None, query.flatten(1), *kv, self.pages, builder.build(0, common), out)
+        self.impl.forward(
+            None, query.flatten(1), *kv, self.pages, self.builder.build(0, common), out
+        )
         return out
 
     def close(self) -> None:

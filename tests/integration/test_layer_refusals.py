@@ -325,20 +325,26 @@ def test_layers_of_different_query_heads_are_refused(vllm_config: Any) -> None:
 # Layers of a draft model.
 
 
-def test_a_draft_models_layers_are_not_split(vllm_config: Any) -> None:
-    """vLLM takes our choice of backend away from them; its numbers are of another model."""
+@pytest.mark.parametrize("takes_choice_away", [True, False])
+def test_a_draft_models_layers_are_not_split(vllm_config: Any, takes_choice_away: bool) -> None:
+    """One of vLLM's runners takes our choice of backend away from them, the other does not; their
+    numbers are of another model."""
     add_layer(vllm_config, 0, attn_backend=stock_backend())
     add_layer(vllm_config, 1)
+    chosen = vllm_config.attention_config.backend
     for index in range(3):
-        vllm_config.attention_config.backend = None
+        vllm_config.attention_config.backend = None if takes_choice_away else chosen
         layer = add_layer(vllm_config, index, model="draft_model.model")
         assert layer.get_attn_backend() is stock_backend()
+    assert takes_choice_away or vllm_config.attention_config.backend is chosen
     assert split_layers(vllm_config, dense_layers=1) == ["model.layers.1.self_attn.attn"]
 
 
 def test_a_draft_model_that_would_be_split(vllm_config: Any) -> None:
+    from vllm_kcache.integration.backend import KCacheBackend
+
     add_layer(vllm_config, 0)
-    add_layer(vllm_config, 0, model="draft_model.model")
+    add_layer(vllm_config, 0, model="draft_model.model", attn_backend=KCacheBackend)
     with pytest.raises(RuntimeError, match=r"expected vLLM own attention \(draft layer\)"):
         split_layers(vllm_config)
 

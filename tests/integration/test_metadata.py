@@ -8,13 +8,15 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
+from tests.integration.builders import builder_of
 from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.config import KCacheConfig
-from vllm_kcache.integration.backend import KCacheImpl
+from vllm_kcache.integration.backend import KCacheBackend, KCacheImpl
 from vllm_kcache.integration.counters import Counters
-from vllm_kcache.integration.metadata import KCacheMetadata, KCacheMetadataBuilder
+from vllm_kcache.integration.metadata import KCacheMetadata
+from vllm_kcache.memory import GPUMemory, StepLimits
 from vllm_kcache.split_cache import CPUSplitCache
 
 SHAPE = CacheShape(1, 4, 2, 64, 16, 8, torch.float32)
@@ -92,9 +94,7 @@ class Batch:
         )
 
     def build(self) -> KCacheMetadata:
-        builder = KCacheMetadataBuilder.__new__(KCacheMetadataBuilder)
-        builder.reorder_batch_threshold = 1 + self.drafts
-        return builder.build(0, self.common)
+        return builder_of(self.drafts, SHAPE.page_tokens).build(0, self.common)
 
     def attend(self, shares: bool = False) -> dict[Request, torch.Tensor]:
         """The output of each request, through a layer and a fresh cache.
@@ -203,8 +203,17 @@ def test_drafts_are_rows_of_their_own(order: str, decodes: int, reordered: bool)
         for number in range(request.query)
     ]
     assert step.seq_lens[:decodes].tolist() == lengths
-    assert step.seq_lens_cpu is not None
-    assert torch.equal(step.seq_lens_cpu, step.seq_lens)
+    spans = [
+        [number, request.query - 1 - number]
+        for request in requests
+        if not request.prefilling
+        for number in range(request.query)
+    ]
+    assert (step.spans is None) == (not decodes)
+    assert step.spans is None or step.spans.tolist() == spans
+    if prompts:
+        assert step.seq_lens_cpu is not None
+        assert torch.equal(step.seq_lens_cpu[decodes:], step.seq_lens[decodes:])
     assert torch.equal(step.query_start_loc, step.query_start_loc_cpu)
     assert step.query_start_loc_cpu[: decodes + 1].tolist() == list(range(decodes + 1))
     assert int(step.query_start_loc_cpu[-1]) == batch.common.num_actual_tokens
@@ -212,6 +221,113 @@ def test_drafts_are_rows_of_their_own(order: str, decodes: int, reordered: bool)
         alone = Batch([request], drafts=3).attend()[request]
         assert not alone.isnan().any()
         torch.testing.assert_close(output, alone, rtol=0, atol=1e-5)
+
+
+# What a captured graph reads, which holds decodes alone: tensors of the batch that was captured.
+
+DRAFTS = 3
+
+
+def rows_of(requests: list[Request], common: CommonAttentionMetadata) -> tuple[list, list]:
+    """Of each token: length, its request's tokens before and after it, and block table."""
+    lengths = [
+        [r.context + 1 + number, number, r.query - 1 - number]
+        for r in requests
+        for number in range(r.query)
+    ]
+    tables = [row for row, request in enumerate(requests) for _ in range(request.query)]
+    return lengths, common.block_table_tensor[tables].tolist()
+
+
+def replayed(captured: KCacheMetadata, count: int) -> tuple[list, list]:
+    """The same of the rows that a graph has, `count` of them real."""
+    rows = captured.num_decodes
+    assert captured.seq_lens.shape[0] == captured.block_table.shape[0] == rows
+    assert captured.spans is not None
+    lengths = torch.cat([captured.seq_lens[:, None], captured.spans], 1)
+    assert not lengths[count:].any()
+    return lengths[:count].tolist(), captured.block_table[:count].tolist()
+
+
+@pytest.mark.parametrize(
+    "requests",
+    [
+        [Request(8, 46, 4, False), Request(9, 21, 4, False)],
+        [Request(8, 46, 4, False), Request(9, 21, 2, False), Request(10, 31, 1, False)],
+        # As vLLM has it where a prompt's last token comes with drafts.
+        [Request(8, 46, 4, False), Request(9, 21, 4, True), Request(10, 64, 4, False)],
+        [Request(8, 46, 4, True), Request(9, 21, 4, True)],
+        [],
+    ],
+    ids=["uniform", "ragged", "one prefills", "all prefill", "none"],
+)
+def test_a_graph_finds_every_token_of_a_batch(requests: list[Request]) -> None:
+    """Wherever the batch's own metadata lies, and whatever was there before."""
+    tokens = PAGES_EACH * SHAPE.page_tokens
+    builder = builder_of(DRAFTS, SHAPE.page_tokens, max_requests=5, max_model_len=tokens)
+    captured = {}
+    for size in (5, 4, 3):
+        dummy = [Request(number, 0, 1 + DRAFTS, False) for number in range(size)]
+        captured[size] = builder.build_for_cudagraph_capture(Batch(dummy, drafts=DRAFTS).common)
+        assert captured[size].num_decodes == size * (1 + DRAFTS)
+        assert not captured[size].num_prefills
+    for size in (5, 3, 4):
+        padding = size * (1 + DRAFTS) - sum(request.query for request in requests)
+        batch = Batch(requests, size - len(requests), padding, DRAFTS)
+        batch.common.num_actual_tokens += padding
+        step = builder.build(0, batch.common)
+        lengths, tables = rows_of(requests, batch.common)
+        assert replayed(captured[size], len(lengths)) == (lengths, tables)
+        if not any(request.prefilling for request in requests):
+            assert step.num_decodes == size * (1 + DRAFTS)
+            assert step.seq_lens.data_ptr() == captured[size].seq_lens.data_ptr()
+            assert step.block_table.data_ptr() == captured[size].block_table.data_ptr()
+
+
+def test_rows_that_pad_a_graph_answer_nothing() -> None:
+    """A batch in a graph's form is answered as without padding."""
+    requests = [Request(8, 46, 4, False), Request(9, 21, 2, False)]
+    plain = Batch(requests, drafts=DRAFTS).attend()
+    padded = Batch(requests, padded_requests=2, padded_tokens=10, drafts=DRAFTS)
+    padded.common.num_actual_tokens += 10
+    for request, output in padded.attend().items():
+        assert torch.equal(output, plain[request])
+
+
+@pytest.mark.parametrize("columns", [PAGES_EACH - 7, PAGES_EACH, PAGES_EACH + 7])
+def test_block_tables_of_any_width(columns: int) -> None:
+    """As wide as the longest request needs, vLLM's own may be wider, or narrower."""
+    requests = [*VERIFICATIONS, PROMPTS[1]]
+    batch = Batch(requests, drafts=DRAFTS)
+    table = torch.nn.functional.pad(batch.common.block_table_tensor, (0, columns - PAGES_EACH))
+    batch.common.block_table_tensor = table
+    tokens = PAGES_EACH * SHAPE.page_tokens
+    for chosen in (requests, requests[:2]):
+        batch = Batch(chosen, drafts=DRAFTS)
+        batch.common.block_table_tensor = table[: len(chosen)]
+        builder = builder_of(DRAFTS, SHAPE.page_tokens, max_model_len=tokens)
+        step = builder.build(0, batch.common)
+        needed = min(columns, PAGES_EACH)
+        assert torch.equal(step.block_table[:4, :needed], table[:1, :needed].expand(4, -1))
+        assert torch.equal(step.block_table[4:6, :needed], table[1:2, :needed].expand(2, -1))
+        assert torch.equal(step.block_table[6:, :needed], table[2 : len(chosen), :needed])
+
+
+def test_rows_take_what_is_planned() -> None:
+    rule = KCacheConfig().selection(SHAPE.block_tokens)
+    for drafts in (0, DRAFTS):
+        builder = builder_of(drafts, SHAPE.page_tokens, max_requests=5, max_model_len=500)
+        tensors = () if builder._rows is None else vars(builder._rows).values()
+        memory = GPUMemory(SHAPE, rule, StepLimits(5, 128, 500, 1 + drafts))
+        assert memory.row_table_bytes == sum(tensor.nbytes for tensor in tensors)
+
+
+def test_graphs_may_have_several_tokens_of_a_request() -> None:
+    builder = builder_of(DRAFTS, SHAPE.page_tokens)
+    support = builder.get_cudagraph_support(builder.vllm_config, builder.kv_cache_spec)
+    assert support == AttentionCGSupport.UNIFORM_BATCH
+    assert builder.reorder_batch_threshold == 1 + DRAFTS
+    assert not KCacheBackend.supports_device_cpu_query_lens_mismatch()
 
 
 @pytest.mark.parametrize("order", ["abcABCPQ", "BaAcP"])

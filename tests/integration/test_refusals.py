@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.integration.refusal_cases import CASES, FREE, PREFIX
+from tests.integration.refusal_cases import CASES, FREE, NGRAM, PREFIX
 from vllm_kcache.config import KCacheConfig, KCacheConfigError
 
 pytestmark = pytest.mark.usefixtures("quick_vllm")
@@ -258,8 +258,11 @@ def test_an_engine_knows_how_many_share_its_host(folders: Callable[[str], str]) 
     assert engines_on_host(stock_config(folders("llama"))) == 1
 
 
-def test_nothing_is_refused_on_a_gpu_either(folders: Callable[[str], str]) -> None:
-    vllm_config = stock_config(folders("llama"))
+@pytest.mark.parametrize("speculation", [None, NGRAM], ids=["", "ngram"])
+def test_nothing_is_refused_on_a_gpu_either(
+    speculation: dict[str, Any] | None, folders: Callable[[str], str]
+) -> None:
+    vllm_config = stock_config(folders("llama"), speculative_config=speculation)
     on_gpu = changed(vllm_config, {"device_config.device_type": "cuda"})
     assert messages(on_gpu, prefill="flash_attn") == []
     assert on_gpu.model_config.dtype == torch.bfloat16

@@ -248,7 +248,8 @@ def main() -> None:
         (CacheShape(1, 4, 2, 128, 16, 8, torch.float16, 4, "int8"), RULES[1], "clip"),
     )
     for layer in layers:
-        check_kernels(*layer, "cpu")
+        for decode_tokens in (1, 3):
+            check_kernels(*layer, "cpu", decode_tokens)
     print(f"{cases} steps with codes and {len(layers)} checks are as defined")
 
 

@@ -113,10 +113,13 @@ def launch_all(shape: Shape, dtype: torch.dtype, dependent: bool) -> None:
         write_kv(view, key, key, slot, allocate_tokens=1, dependent=dependent)
         write_kv(view, key, key, slot, parts=WriteParts.K | WriteParts.ROW_SLOT)
         lists = workspace.views(view, batch)
+        spans = torch.zeros(batch.num_requests, 2, dtype=torch.int32)
+        drafts = replace(batch, spans=spans, most_tokens=4)
         for after_write, signal in itertools.product({False, dependent}, (False, True)):
-            score_blocks(
-                view, batch, lists, signal=signal, dependent=dependent, after_write=after_write
-            )
+            for each in (batch, drafts):
+                score_blocks(
+                    view, each, lists, signal=signal, dependent=dependent, after_write=after_write
+                )
         # Whether lists are split is a compiled-in choice, apart from what the tail does.
         for splits in (1, 4) if tail == "clip" else (4,):
             attend(layer, splits, dependent)

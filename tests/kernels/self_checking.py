@@ -36,6 +36,9 @@ EVERYTHING = (
     "renormalize",
 )
 
+# Most tokens of a request in a step.
+DRAFTED = 4
+
 Function = Callable[..., Any]
 
 
@@ -71,6 +74,20 @@ def shifted_rows(function: Function) -> Function:
         return result
 
     return faulty
+
+
+def one_by_one(function: Function) -> Function:
+    """The write that begins a step, last token first: the others of a V block that is begun come
+    before its slot is there."""
+
+    def faulty(view: Any, key: Any, value: Any, slots: Any, **named: Any) -> None:
+        for token in reversed(range(len(slots))):
+            own = slice(token, token + 1)
+            function(view, key[own], value[own], slots[own], **{**named, "allocate_tokens": 1})
+
+    return lambda *given, **named: (faulty if "allocate_tokens" in named else function)(
+        *given, **named
+    )
 
 
 def another_rule(**changes: Any) -> Callable[[Any], Any]:
@@ -127,19 +144,27 @@ FAULTS: tuple[tuple[str, Any, str, Callable[[Function], Function]], ...] = (
     ("fetch or attend", decode, "attend_blocks",
      with_argument(0, lambda view: replace(view, tail="renormalize"))),
 )  # fmt: skip
+# The same, of what is seen with several tokens of a request alone.
+FAULTS_OF_DRAFTS: tuple[tuple[str, Any, str, Callable[[Function], Function]], ...] = (
+    ("fetch or attend", self_check, "write_kv", one_by_one),
+    ("score", decode, "score_blocks",
+     with_argument(1, of_batch(spans=lambda spans: (spans - 1).clamp_min(0)))),
+)  # fmt: skip
 
 
 def main() -> None:
     layers = (THRESHOLD, COVERAGE, FIXED, EVERYTHING)
     for layer in layers:
-        check_kernels(*layer, "cpu")
-    for stage, module, name, fault in FAULTS:
+        for decode_tokens in (1, DRAFTED):
+            check_kernels(*layer, "cpu", decode_tokens)
+    cases = [(1, *case) for case in FAULTS] + [(DRAFTED, *case) for case in FAULTS_OF_DRAFTS]
+    for decode_tokens, stage, module, name, fault in cases:
         sound = getattr(module, name)
         setattr(module, name, fault(sound))
         with pytest.raises(KernelError, match=f"the step '{stage}'"):
-            check_kernels(*THRESHOLD, "cpu")
+            check_kernels(*THRESHOLD, "cpu", decode_tokens)
         setattr(module, name, sound)
-    print(f"{len(layers)} layers pass, {len(FAULTS)} faults are found")
+    print(f"{len(layers)} layers pass, {len(cases)} faults are found")
 
 
 if __name__ == "__main__":

@@ -76,6 +76,11 @@ class KCacheBackend(AttentionBackend):
         return True
 
     @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        # A batch is put in order by lengths that the host knows (metadata.py).
+        return False
+
+    @classmethod
     def supports_kv_connector(cls) -> bool:
         # Which connectors are allowed is decided in refusals.py.
         return True

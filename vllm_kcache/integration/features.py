@@ -15,8 +15,8 @@ from vllm_kcache.types import MOST_QUERY_HEADS_GPU
 SNAPSHOT_SERVER = "vllm.snapshot.server"
 # Served with exact K, and not served.
 SINK_MODEL_TYPES, OTHER_SINK_MODEL_TYPES = ("gpt_oss",), ("openai_privacy_filter",)
-# Drafts of a custom class are taken to need no layers.
-SERVED_SPECULATION = ("ngram", "custom_class", "draft_model")
+# Drafts of a custom class are taken to need no layers. `ngram_gpu` is of a GPU alone.
+SERVED_SPECULATION = ("ngram", "ngram_gpu", "custom_class", "draft_model")
 SINK_SETTINGS = (
     "attention_sinks",
     "add_full_attention_sink_bias",
@@ -86,17 +86,20 @@ def other_speculation(vllm_config: Any) -> str | None:
     config = vllm_config.speculative_config
     if config is None or config.method not in SERVED_SPECULATION:
         return getattr(config, "method", None)
+    if config.method == "ngram_gpu" and vllm_config.device_config.device_type == "cpu":
+        return "ngram_gpu, on a CPU"
     for name in ("parallel_drafting", "use_heterogeneous_vocab"):
         if getattr(config, name):
             return f"{config.method}, {name}=True"
     return None
 
 
-def speculation_on_gpu(vllm_config: Any) -> str | None:
-    """Method of speculative decoding that is served on a CPU only."""
+def drafts_beside_windows(vllm_config: Any) -> str | None:
+    """Method of speculative decoding, where a GPU serves a model with window layers."""
     if vllm_config.device_config.device_type == "cpu" or other_speculation(vllm_config):
         return None
-    return getattr(vllm_config.speculative_config, "method", None)
+    method = getattr(vllm_config.speculative_config, "method", None)
+    return method if has_window_layers(vllm_config) else None
 
 
 def speculation_on_stages(vllm_config: Any) -> int | None:

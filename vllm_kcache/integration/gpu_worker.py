@@ -46,8 +46,9 @@ class KCacheGPUWorker(SplitCacheWorker, Worker):
         cache = self.split_cache
         begin = time.monotonic()
         self_check.check_kernels(
-            cache.shape, cache.selection, cache.config.resolved_tail, self.device
-        )
+            cache.shape, cache.selection, cache.config.resolved_tail, self.device,
+            cache.memory.limits.decode_tokens,
+        )  # fmt: skip
         # What it took is not what the model needs: vLLM measures next.
         torch.cuda.empty_cache()
         logger.info(
@@ -57,8 +58,9 @@ class KCacheGPUWorker(SplitCacheWorker, Worker):
     def _make_cache(self, shape: CacheShape) -> GPUSplitCache:
         scheduler, model = self.vllm_config.scheduler_config, self.vllm_config.model_config
         limits = StepLimits(
-            scheduler.max_num_seqs, scheduler.max_num_batched_tokens, model.max_model_len
-        )
+            scheduler.max_num_seqs, scheduler.max_num_batched_tokens, model.max_model_len,
+            1 + self.vllm_config.num_speculative_tokens,
+        )  # fmt: skip
         blocks = shape.max_blocks(limits.max_model_len)
         if blocks > MOST_BLOCKS:
             raise KCacheConfigError(

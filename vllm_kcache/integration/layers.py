@@ -16,7 +16,7 @@ BACKEND_PATH = "vllm_kcache.integration.backend.KCacheBackend"
 _LAYER_RECORD = PatchRecord(
     target="vllm.model_executor.layers.attention.attention.Attention.__init__",
     why="vLLM picks one backend for all layers, and the pick does not see the layer's name.",
-    how="While a dense or window layer is built no backend is chosen, so it gets vLLM's own.",
+    how="While a dense, window or draft layer is built none is chosen, so it gets vLLM's own.",
     upstream="backend_per_kind picks by kind of cache, not by layer.",
     until="vLLM can pick a backend by layer name.",
 )
@@ -66,8 +66,7 @@ def is_dense_layer(layer_name: str, config: KCacheConfig, num_layers: int) -> bo
 
 
 def is_draft_layer(layer_name: str) -> bool:
-    """Whether the layer is of a draft model: vLLM gives all of these one prefix, and its own
-    choice of backend.
+    """Whether the layer is of a draft model: vLLM gives all of these one prefix.
 
     Args:
         layer_name: vLLM's name.
@@ -85,15 +84,19 @@ def _some_layers_keep_stock_backend(original: Callable) -> Callable:
         config = settings_of(vllm_config)
         given = {} if config is None else signature.bind(self, *args, **kwargs).arguments
         prefix = given.get("prefix", "")
-        has_backend = given.get("attn_backend") is not None or is_draft_layer(prefix)
-        if config is None or has_backend or not prefix:
-            original(self, *args, **kwargs)
-            return
-        num_layers = vllm_config.model_config.get_total_num_hidden_layers()
-        if not _has_window(given) and not is_dense_layer(prefix, config, num_layers):
+        if config is None or given.get("attn_backend") is not None or not prefix:
             original(self, *args, **kwargs)
             return
         attention = vllm_config.attention_config
+        if is_draft_layer(prefix):
+            # One of vLLM's runners gives a draft model a backend of its own, the other the model's.
+            is_stock = getattr(attention.backend, "name", None) == "CUSTOM"
+        else:
+            num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+            is_stock = _has_window(given) or is_dense_layer(prefix, config, num_layers)
+        if not is_stock:
+            original(self, *args, **kwargs)
+            return
         chosen, attention.backend = attention.backend, None
         try:
             original(self, *args, **kwargs)

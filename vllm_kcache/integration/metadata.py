@@ -35,12 +35,64 @@ class KCacheMetadata(Step, AttentionMetadata):
     token_order: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class TokenRows:
+    """A row for each token of the requests that decode, where a request may bring several: at
+    addresses that a captured graph keeps.
+
+    Attributes:
+        seq_lens: [rows] int32, on the device. Tokens up to a row's own; 0 marks a padded row.
+        block_table: [rows, MB] int32, on the device. That of its request.
+        places: [rows + 1] int32, on the device. 0, 1, 2 and so on.
+        spans: [rows, 2] int32, on the device. As `Step.spans`; 0 of a padded row.
+    """
+
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    places: torch.Tensor
+    spans: torch.Tensor
+
+    @classmethod
+    def make(cls, rows: int, pages: int, device: torch.device) -> TokenRows:
+        """Room for so many rows, of requests of so many pages: `GPUMemory.row_table_bytes`."""
+        return cls(
+            torch.zeros(rows, dtype=torch.int32, device=device),
+            torch.zeros((rows, pages), dtype=torch.int32, device=device),
+            torch.arange(rows + 1, dtype=torch.int32, device=device),
+            torch.zeros((rows, 2), dtype=torch.int32, device=device),
+        )
+
+    def fill(self, common: CommonAttentionMetadata, count: int) -> None:
+        """Make the first rows those of a batch's first tokens, by what the device knows alone.
+
+        K and V of all tokens are stored before any of them attends, and each sees as many as its
+        request has up to it: so they are causal among themselves, and what a draft leaves behind
+        that is not accepted lies past the length of all that read before it is overwritten.
+
+        Args:
+            common: vLLM's metadata of the batch.
+            count: Rows; those of no token of the batch are padding.
+        """
+        starts, ends = common.query_start_loc[:-1], common.query_start_loc[1:]
+        places = self.places[:count]
+        request = torch.searchsorted(ends, places, right=True).clamp_(max=common.num_reqs - 1)
+        # Tokens of its request that come after each one; negative behind the last of the batch.
+        after = ends[request] - 1 - places
+        of_row = torch.stack([places - starts[request], after, common.seq_lens[request] - after])
+        of_row.masked_fill_(after < 0, 0)
+        self.spans[:count] = of_row[:2].T
+        self.seq_lens[:count] = of_row[2]
+        columns = min(self.block_table.shape[1], common.block_table_tensor.shape[1])
+        torch.index_select(
+            common.block_table_tensor[:, :columns], 0, request,
+            out=self.block_table[:count, :columns],
+        )  # fmt: skip
+
+
 class KCacheMetadataBuilder(AttentionMetadataBuilder[KCacheMetadata]):
     """Builds `KCacheMetadata` from vLLM's common metadata."""
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = (
-        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-    )
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
     # A request of at most so many query tokens decodes, unless it still prefills; the runner puts
     # those first. With speculative decoding a request brings its last token and the drafts.
     reorder_batch_threshold: int = 1
@@ -54,6 +106,13 @@ class KCacheMetadataBuilder(AttentionMetadataBuilder[KCacheMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        self._rows: TokenRows | None = None
+        if self.reorder_batch_threshold > 1:
+            self._rows = TokenRows.make(
+                vllm_config.scheduler_config.max_num_seqs * self.reorder_batch_threshold,
+                -(-vllm_config.model_config.max_model_len // kv_cache_spec.block_size),
+                device,
+            )
 
     def build(
         self,
@@ -64,12 +123,17 @@ class KCacheMetadataBuilder(AttentionMetadataBuilder[KCacheMetadata]):
         """Split the batch into decodes and prefills.
 
         A request that still prefills counts as prefill even with one token left, so that its
-        attention is exact; but a captured decode graph, which vLLM may replay for a batch of one
-        token each, holds decodes only. Of a request that verifies drafts each token decodes.
+        attention is exact; but a captured decode graph, which vLLM may replay for a batch of short
+        requests, holds decodes only. Of a request that verifies drafts each token decodes.
         """
-        common, threshold = common_attn_metadata, self.reorder_batch_threshold
+        common, threshold, rows = common_attn_metadata, self.reorder_batch_threshold, self._rows
         if common.causal is not True:
             refusals.refuse("not_causal")
+        is_short = common.max_query_len <= threshold
+        if rows is not None and is_short:
+            # For all of the batch, in vLLM's order: a graph that may be replayed reads it there,
+            # whatever is found below.
+            rows.fill(common, common.num_reqs * threshold)
         prefilling = common.is_prefilling
         if prefilling is not None and prefilling.shape[0] < common.num_reqs:
             # A batch padded for a graph: rows past the real ones prefill nothing.
@@ -82,13 +146,17 @@ class KCacheMetadataBuilder(AttentionMetadataBuilder[KCacheMetadata]):
         token_order = None
         if order is not None:
             common, token_order = _reorder(common, order)
-        num_decodes, num_prefills, _, _ = split_decodes_and_prefills(
+        num_decodes, num_prefills, decode_tokens, _ = split_decodes_and_prefills(
             common, decode_threshold=threshold, treat_short_extends_as_decodes=prefilling is None
         )
-        if threshold > 1 and num_decodes:
-            lengths = common.query_start_loc_cpu.diff()[:num_decodes]
-            if int(lengths.max()) > 1:
-                common, num_decodes = _one_token_each(common, lengths), int(lengths.sum())
+        spans = None
+        if rows is not None and num_decodes:
+            if order is not None:
+                rows = TokenRows.make(decode_tokens, rows.block_table.shape[1], self.device)
+            if order is not None or not is_short:
+                rows.fill(common, decode_tokens)
+            common = _one_token_each(common, rows, num_decodes, decode_tokens)
+            num_decodes, spans = decode_tokens, rows.spans[:decode_tokens]
         return KCacheMetadata(
             num_decodes=num_decodes,
             num_prefills=num_prefills,
@@ -102,6 +170,7 @@ class KCacheMetadataBuilder(AttentionMetadataBuilder[KCacheMetadata]):
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=common.max_query_len,
             token_order=token_order,
+            spans=spans,
         )
 
 
@@ -167,35 +236,39 @@ def _reorder(
 
 
 def _one_token_each(
-    common: CommonAttentionMetadata, lengths: torch.Tensor
+    common: CommonAttentionMetadata, rows: TokenRows, decodes: int, tokens: int
 ) -> CommonAttentionMetadata:
     """The batch with a request for each token of those that decode.
 
-    K and V of all tokens are stored before any of them attends, and each sees as many as its
-    request has up to it: so they are causal among themselves, and what a draft leaves behind that
-    is not accepted lies past the length of all that read before it is overwritten.
-
     Args:
         common: vLLM's metadata of the batch, decodes first.
-        lengths: [decodes] int32, host. Query tokens of each.
+        rows: Of its tokens. What is made of them alone stays at their addresses.
+        decodes: Requests that decode.
+        tokens: Their tokens, padding of a graph included.
     """
-    starts, decodes, tokens = common.query_start_loc_cpu, lengths.shape[0], int(lengths.sum())
-    request = torch.repeat_interleave(torch.arange(decodes), lengths)
-    rows = torch.cat([request, torch.arange(decodes, common.num_reqs)])
-    # Tokens of its request that come after each one.
-    after = torch.zeros(rows.shape[0], dtype=torch.int32)
-    after[:tokens] = starts[1:][request] - 1 - torch.arange(tokens)
-    new_starts = torch.cat([torch.arange(tokens, dtype=starts.dtype), starts[decodes:]])
-    device = common.seq_lens.device
-    after_there, starts_there = (x.to(device, non_blocking=True) for x in (after, new_starts))
-    each = _of_requests(common, rows)
-    upper = each.seq_lens_cpu_upper_bound
+    starts, prefills = common.query_start_loc_cpu, common.num_reqs - decodes
+    # Of a graph's padding no token is a request's.
+    host_starts = torch.cat([torch.arange(tokens), starts[decodes:].clamp_min(tokens)]).int()
+    each = common.replace(
+        num_reqs=tokens + prefills,
+        query_start_loc=rows.places[: tokens + 1],
+        query_start_loc_cpu=host_starts,
+        seq_lens=rows.seq_lens[:tokens],
+        seq_lens_cpu_upper_bound=None,
+        block_table_tensor=rows.block_table[:tokens],
+    )
+    if not prefills:
+        return each
+    upper, columns = common.seq_lens_cpu_upper_bound, rows.block_table.shape[1]
+    if upper is not None:
+        lengths = starts.diff()[:decodes]
+        upper = torch.cat([upper[:decodes].repeat_interleave(lengths), upper[decodes:]])
+    tables = each.block_table_tensor, common.block_table_tensor[decodes:, :columns]
     return each.replace(
-        num_reqs=rows.shape[0],
-        query_start_loc=starts_there,
-        query_start_loc_cpu=new_starts,
-        seq_lens=each.seq_lens - after_there,
-        seq_lens_cpu_upper_bound=None if upper is None else upper - after,
+        query_start_loc=torch.cat([rows.places[:tokens], common.query_start_loc[decodes:]]),
+        seq_lens=torch.cat([each.seq_lens, common.seq_lens[decodes:]]),
+        seq_lens_cpu_upper_bound=upper,
+        block_table_tensor=torch.cat([table[:, : tables[1].shape[1]] for table in tables]),
     )
 
 

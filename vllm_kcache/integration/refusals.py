@@ -199,16 +199,16 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "speculation",
         "speculative decoding (method={value})",
-        f"of all methods {', '.join(features.SERVED_SPECULATION)} were tried, on a CPU",
-        "Leave --speculative-config out, or on a CPU set its method to ngram.",
+        f"of all methods {', '.join(features.SERVED_SPECULATION)} were tried",
+        "Leave --speculative-config out, or set its method to ngram.",
         value=features.other_speculation,
     ),
     Refusal(
-        "speculation_on_gpu",
-        "speculative decoding on a GPU (method={value})",
-        "a step with several tokens of a request has not been run there",
+        "drafts_beside_windows",
+        "speculative decoding beside sliding-window layers on a GPU (method={value})",
+        "pages of their own and several tokens of a request were tried together on a CPU only",
         "Leave --speculative-config out.",
-        value=features.speculation_on_gpu,
+        value=features.drafts_beside_windows,
     ),
     Refusal(
         "speculation_on_stages",

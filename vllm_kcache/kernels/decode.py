@@ -70,7 +70,7 @@ def decode_step(
         workspace: buffers; the batch must fit. Its contents are those of the last step.
         out: [B, Hq, D] model dtype, GPU. Written and returned.
         after_write: the launch before this call on the stream is `write_kv`, `dependent` where the
-            workspace is, of one token for each of these requests and nothing else.
+            workspace is, as `score.score_blocks` says.
         followers: from `plan_followers`; never with K codes.
 
     Graph-safe: no allocation, no host sync, grids that depend on shapes only. Uses the current

@@ -47,25 +47,38 @@ def lse_by_block(scores, BLOCK_TOKENS: tl.constexpr):
 # Batch sizes differ in these numbers only, and share one compiled kernel.
 @triton.jit(do_not_specialize=["max_blocks", "max_chunks"])
 def score_kernel(
-    query, k_pages, block_table, seq_lens, block_lse, chunk_lse, signals, state, scale,
+    query, k_pages, block_table, seq_lens, spans, block_lse, chunk_lse, signals, state, scale,
     query_stride, page_stride, table_stride, max_blocks, max_chunks,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr,
     HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr, PAGE_TOKENS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
-    SIGNAL: tl.constexpr, DEPENDENT: tl.constexpr, AFTER_WRITE: tl.constexpr,
+    TOGETHER: tl.constexpr, SIGNAL: tl.constexpr, DEPENDENT: tl.constexpr,
+    AFTER_WRITE: tl.constexpr,
 ):  # fmt: skip
     if DEPENDENT and not AFTER_WRITE:
         gdc_wait()
     split, splits = tl.program_id(0), tl.num_programs(0)
     head = tl.program_id(1)
     request = tl.program_id(2).to(tl.int64)
-    num_tokens = tl.load(seq_lens + request)
+    rows = 1
+    if TOGETHER == 1:
+        num_tokens = tl.load(seq_lens + request)
+    else:
+        # Rows of a request that begin before the batch belong to another one.
+        row = tl.program_id(2)
+        before = tl.minimum(tl.load(spans + 2 * request), row)
+        after = tl.load(spans + 2 * request + 1)
+        rows = tl.minimum(tl.minimum(after + 1, TOGETHER), tl.num_programs(2) - row)
+        # Of the last of them, which has most. Other rows than the first have nothing to do.
+        num_tokens = tl.load(seq_lens + request + rows - 1)
+        num_tokens = tl.where(before % TOGETHER == 0, num_tokens, 0)
     chunks = tl.cdiv(num_tokens, CHUNK)
     if DEPENDENT:
         if AFTER_WRITE:
-            # Of what this reads, write stored only K of the newest token, and of the one before it
-            # (the newest of another request that shares this one's page). The first program always
-            # waits, so that no launch ends before its predecessor.
+            # Of what this reads, write stored only K of the newest token, and of those just before
+            # it (the newest of another request that shares this one's page, or those that a draft
+            # comes after). The first program always waits, so that no launch ends before its
+            # predecessor.
             last, before = (chunks - 1) % splits, (chunks - 2) % splits
             if (split == last) | (split == before) | is_first_program():
                 gdc_wait()
@@ -78,10 +91,20 @@ def score_kernel(
     in_chunk = tl.arange(0, CHUNK)
     chunk_blocks: tl.constexpr = CHUNK // BLOCK_TOKENS
     in_chunk_blocks = tl.arange(0, chunk_blocks)
-    group_mask = in_group < GROUP
-    heads = head * GROUP + in_group
+    if TOGETHER == 1:
+        group_mask = in_group < GROUP
+        heads = head * GROUP + in_group
+        q_rows = query + request * query_stride + heads[:, None] * HEAD_SIZE
+    else:
+        # Query heads of one row after those of another.
+        later = in_group // GROUP
+        group_mask = in_group < rows * GROUP
+        heads = later * NUM_HEADS + head * GROUP + in_group % GROUP
+        lengths = num_tokens - (rows - 1 - later)
+        q_rows = query + (request + later)[:, None] * query_stride
+        q_rows += (head * GROUP + in_group % GROUP)[:, None] * HEAD_SIZE
     q = tl.load(
-        query + request * query_stride + heads[:, None] * HEAD_SIZE + in_head[None, :],
+        q_rows + in_head[None, :],
         mask=group_mask[:, None] & (in_head < HEAD_SIZE)[None, :],
         other=0.0,
     )
@@ -99,15 +122,20 @@ def score_kernel(
             mask = mask & (in_head < HEAD_SIZE)[None, :]
         k = tl.load(k_pages + offsets[:, None] + in_head[None, :], mask=mask, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
-        scores = tl.where(exists[None, :], scores, float("-inf"))
+        chunk_mask = group_mask
+        if TOGETHER == 1:
+            scores = tl.where(exists[None, :], scores, float("-inf"))
+        else:
+            scores = tl.where(tokens[None, :] < lengths[:, None], scores, float("-inf"))
+            chunk_mask = group_mask & (chunk * CHUNK < lengths)
         blocks = chunk * chunk_blocks + in_chunk_blocks
         out_mask = group_mask[:, None] & (blocks < max_blocks)[None, :]
         lse = lse_by_block(scores, BLOCK_TOKENS)
         tl.store(out_rows[:, None] + blocks[None, :], lse, mask=out_mask)
-        # A chunk has a token, so its largest score is finite.
+        # A chunk has a token, of each row that is stored: so its largest score is finite.
         largest = tl.max(lse, 1)
         total = tl.sum(tl.exp2((lse - largest[:, None]) * LOG2_E), 1)
-        tl.store(chunk_rows + chunk, largest + tl.log2(total) * LN_2, mask=group_mask)
+        tl.store(chunk_rows + chunk, largest + tl.log2(total) * LN_2, mask=chunk_mask)
     if SIGNAL:
         # All threads' stores come before the one thread's count.
         tl.debug_barrier()
@@ -145,9 +173,13 @@ def score_blocks(
             `signals` when its scores are there, for followers.
         dependent: launch it as kernels/dependent.py says.
         after_write: the launch before it on this stream is `write_kv`, of one token for each of
-            these requests and nothing else. Most programs need not wait for it then. Without
-            `dependent` all wait for it anyway.
+            these requests and nothing else; of rows that are tokens of one request, of fewer
+            tokens than a chunk. Most programs need not wait for it then. Without `dependent` all
+            wait for it anyway.
         config: launch shape, chosen by `score_config` unless given.
+
+    K is read once for several tokens of a request (`DecodeBatch.spans`), of as many as have 16
+    query heads a KV head together; not with `signal`.
 
     Returns:
         Programs of each list.
@@ -158,13 +190,15 @@ def score_blocks(
         raise ValueError(
             f"query: has {shape.group} heads for a KV head; at most {MOST_QUERY_HEADS_GPU} on a GPU"
         )
+    together = 1 if signal else batch.scored_together(shape.group)
     if config is None:
-        config = score_config(shape, batch.num_requests, batch.max_blocks)
+        config = score_config(shape, -(-batch.num_requests // together), batch.max_blocks)
     score_kernel[(config.splits, shape.num_kv_heads, batch.num_requests)](
         query,
         k_pages,
         batch.block_table,
         batch.seq_lens,
+        batch.spans if together > 1 else batch.seq_lens,
         lists.block_lse,
         lists.chunk_lse,
         lists.signals,
@@ -184,6 +218,7 @@ def score_blocks(
         BLOCK_TOKENS=shape.block_tokens,
         CHUNK=config.chunk_tokens,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        TOGETHER=together,
         SIGNAL=signal,
         DEPENDENT=dependent,
         AFTER_WRITE=dependent and after_write,

@@ -51,11 +51,15 @@ def score_codes(
         bias: [B, Hq] float32, GPU. Written: scale * (q . mean) of the same.
         dependent, after_write: as for `score.score_blocks`.
         splits: thread blocks of a list, chosen by `splits_of` unless given.
+
+    Codes are read once for several tokens of a request (`DecodeBatch.spans`), of as many as have 16
+    query heads a KV head together.
     Raises:
         RuntimeError: a tensor does not fit the view.
     """
+    together = batch.scored_together(view.shape.group)
     if splits is None:
-        splits = splits_of(view.shape, batch.num_requests, batch.max_blocks)
+        splits = splits_of(view.shape, -(-batch.num_requests // together), batch.max_blocks)
     torch.ops.kcache.score_codes(
         view.packed,
         batch.query,
@@ -65,7 +69,9 @@ def score_codes(
         lists.chunk_lse,
         transformed,
         bias,
+        batch.spans,
         batch.scale,
+        together,
         splits,
         dependent,
         after_write,

@@ -42,6 +42,9 @@ NEAR = 1e-3
 MOST_TIES = 0.01
 # One token; enough that blocks are left out, the last of them not full; a padded row.
 REQUEST_TOKENS = (1, 397, 0)
+# With drafts: a block of any size is begun by one token and gone on with by another of a step. Of
+# more tokens no more than these are looked at.
+DRAFTED_TOKENS, MOST_DECODE_TOKENS = (1, 386, 0), 15
 # Sharpens random scores, so that a selection leaves something out.
 SHARPNESS = 3.0
 
@@ -63,7 +66,11 @@ def is_wanted() -> bool:
 
 
 def check_kernels(
-    shape: CacheShape, selection: Selection, tail: Tail, device: torch.device | str
+    shape: CacheShape,
+    selection: Selection,
+    tail: Tail,
+    device: torch.device | str,
+    decode_tokens: int = 1,
 ) -> None:
     """Write, score, select, fetch and attend a small batch, as the steps of a decode would.
 
@@ -74,16 +81,18 @@ def check_kernels(
     Args:
         shape, selection, tail: those of the model's layers.
         device: the GPU.
+        decode_tokens: most tokens of a request in a step: with drafts, each is a row of the batch.
     Raises:
         KernelError: a result is not that of the reference.
     """
     kind = _Check if shape.k_bits == 16 else _CodeCheck
-    check = kind(shape, selection, tail, torch.device(device))
+    check = kind(shape, selection, tail, torch.device(device), decode_tokens)
     check.write_all()
     processors = check.workspace.multiprocessors
     most = min(MOST_FOLLOWERS, processors // 2) if processors else 2
     layouts = [None, Followers(most, min(LEAST_FOLLOWERS, most))]
-    for followers in layouts if shape.k_bits == 16 else layouts[:1]:
+    has_followers = shape.k_bits == 16 and check.batch_there.scored_together(shape.group) == 1
+    for followers in layouts if has_followers else layouts[:1]:
         for after_write in (False, True):
             # All is missing, then all is there, then all is missing again: demand falls and rises.
             for flush in (True, False, True):
@@ -96,7 +105,12 @@ class _Check:
     """A few requests in pages of random order, on the device and as the reference takes them."""
 
     def __init__(
-        self, shape: CacheShape, selection: Selection, tail: Tail, device: torch.device
+        self,
+        shape: CacheShape,
+        selection: Selection,
+        tail: Tail,
+        device: torch.device,
+        decode_tokens: int = 1,
     ) -> None:
         self.shape, self.device = shape, device
         generator = torch.Generator().manual_seed(0)
@@ -105,27 +119,37 @@ class _Check:
             return torch.randn(sizes, generator=generator).to(shape.dtype)
 
         tokens = shape.page_tokens
-        lengths = torch.tensor(REQUEST_TOKENS, dtype=torch.int32)
-        pages_of = [-(-length // tokens) for length in REQUEST_TOKENS]
+        requests = REQUEST_TOKENS if decode_tokens == 1 else DRAFTED_TOKENS
+        new_tokens = min(decode_tokens, MOST_DECODE_TOKENS)
+        pages_of = [-(-length // tokens) for length in requests]
         num_pages = sum(pages_of) + 1
         order = torch.randperm(num_pages, generator=generator).int()
-        table = torch.zeros((len(pages_of), max(pages_of)), dtype=torch.int32)
-        newest, first = [], 0
-        for row, count in enumerate(pages_of):
-            table[row, :count] = order[first : first + count]
+        tables, lengths, newest, spans, first = [], [], [], [], 0
+        for length, count in zip(requests, pages_of, strict=True):
+            row = torch.zeros(max(pages_of), dtype=torch.int32)
+            row[:count] = order[first : first + count]
             first += count
-            last = REQUEST_TOKENS[row] - 1
-            newest.append(int(table[row, last // tokens]) * tokens + last % tokens if count else -1)
+            before = max(length - new_tokens, 0) + 1
+            for seen in range(before, length + 1) if length else (0,):
+                spans.append((seen - before, length - seen) if length else (0, 0))
+                tables.append(row)
+                lengths.append(seen)
+                last = seen - 1
+                page = int(row[last // tokens])
+                newest.append(page * tokens + last % tokens if seen else -1)
+        table = torch.stack(tables)
         pool = (num_pages, shape.num_kv_heads, tokens, shape.head_size)
         self.k_pages, self.v_pages = random(*pool), random(*pool)
-        # Newest token of each request; -1 for the padded row.
+        # The token of each row; -1 for the padded one.
         self.newest = torch.tensor(newest)
-        query = SHARPNESS * random(len(pages_of), shape.num_query_heads, shape.head_size)
+        query = SHARPNESS * random(len(lengths), shape.num_query_heads, shape.head_size)
         max_blocks = shape.score_columns(max(pages_of) * tokens)
-        self.batch = DecodeBatch(query, table, lengths, shape.head_size**-0.5, max_blocks)
+        seq_lens = torch.tensor(lengths, dtype=torch.int32)
+        self.batch = DecodeBatch(query, table, seq_lens, shape.head_size**-0.5, max_blocks)
         self.batch_there = DecodeBatch(
-            query.to(device), table.to(device), lengths.to(device), self.batch.scale, max_blocks
-        )
+            query.to(device), table.to(device), seq_lens.to(device), self.batch.scale, max_blocks,
+            torch.tensor(spans, dtype=torch.int32, device=device), new_tokens,
+        )  # fmt: skip
         rows = num_pages * shape.rows_per_page
         pinned = device.type == "cuda"
         host_rows = torch.full((rows, shape.row.bytes), 255, dtype=torch.uint8, pin_memory=pinned)
@@ -136,7 +160,7 @@ class _Check:
             0, shape, selection, tail, pages, host_rows, hot_cache=cache, k_stats=stats
         )
         self.view = replace(view, packed=packed_view(view))
-        self.workspace = DecodeWorkspace.make(shape, selection, len(pages_of), max_blocks, device)
+        self.workspace = DecodeWorkspace.make(shape, selection, len(lengths), max_blocks, device)
         self.out = torch.empty_like(query, device=device)
 
     def _empty_pages(self, generator: torch.Generator) -> tuple[torch.Tensor, KStats | None]:
@@ -159,6 +183,7 @@ class _Check:
         assert self.view.hot_cache is not None
         if flush:
             self.view.hot_cache.flush()
+            self.view.hot_cache.slots.fill_(255)
         self._poison()
         self._run(followers, after_write)
         self._compare()

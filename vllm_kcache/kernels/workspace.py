@@ -13,7 +13,7 @@ from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.cache.layer_view import LayerView
 from vllm_kcache.kernels import attend_plan, score_plan
 from vllm_kcache.kernels.select import Lists
-from vllm_kcache.types import Selected, Selection
+from vllm_kcache.types import MOST_QUERY_HEADS_GPU, Selected, Selection
 
 # Higher than that of the stream that scores; otherwise scoring starves the fetch.
 FETCH_PRIORITY = -1
@@ -32,6 +32,10 @@ class DecodeBatch:
         seq_lens: [B] int32, GPU. Tokens, the current one included; 0 marks a padded row.
         scale: factor on the scores.
         max_blocks: P, V blocks of the longest request there may be: part of a captured shape.
+        spans: [B, 2] int32, GPU; None where each row is a request of its own. Of a row that is one
+            of several tokens of a request, its rows before it and after it: side by side, in
+            order, of one block table. Those before may belong to another batch.
+        most_tokens: of a request there may be: part of a captured shape.
     """
 
     query: torch.Tensor
@@ -39,10 +43,18 @@ class DecodeBatch:
     seq_lens: torch.Tensor
     scale: float
     max_blocks: int
+    spans: torch.Tensor | None = None
+    most_tokens: int = 1
 
     @property
     def num_requests(self) -> int:
         return self.query.shape[0]
+
+    def scored_together(self, group: int) -> int:
+        """Most rows of a request that are scored at once, by query heads of a KV head."""
+        if self.spans is None:
+            return 1
+        return max(1, min(self.most_tokens, MOST_QUERY_HEADS_GPU // group))
 
 
 @dataclass(frozen=True)

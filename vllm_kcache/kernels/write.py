@@ -2,7 +2,8 @@
 """Store K and V of new tokens (Triton). Definition: reference/write.py.
 
 One program stores one token of one KV head: K to its page, V to the host pool through mapped
-memory, and V to the slot of the hot V cache when the V block is resident.
+memory, and V to the slot of the hot V cache when the V block is resident. A program that takes a
+slot for a V block stores the block's other tokens there, too: theirs may have looked before.
 """
 
 from __future__ import annotations
@@ -88,11 +89,24 @@ def write_kernel(
             # here from being claimed by another program of this kernel.
             epoch = tl.load(state + _EPOCH) + 1
             slot = find_slot(table, slot_word, owner, epoch)
-            if (slot < 0) & (offset % BLOCK_TOKENS == 0) & (token < allocate_tokens):
+            begins = (slot < 0) & (offset % BLOCK_TOKENS == 0) & (token < allocate_tokens)
+            if begins:
                 slot = claim_slot(table, slot_word, state, owner, epoch, num_slots)
             if slot >= 0:
                 in_slot = (slot.to(tl.int64) * BLOCK_TOKENS + offset % BLOCK_TOKENS) * HEAD_SIZE
                 tl.store(slots + in_slot + in_head, v, mask=mask)
+                if begins:
+                    other = token + 1
+                    while (other - token < BLOCK_TOKENS) & (
+                        tl.load(slot_mapping + other, mask=other < allocate_tokens, other=-1)
+                        == place + (other - token)
+                    ):
+                        v = tl.load(
+                            value + other * value_stride + head * HEAD_SIZE + in_head, mask=mask
+                        )
+                        in_slot += HEAD_SIZE
+                        tl.store(slots + in_slot + in_head, v, mask=mask)
+                        other += 1
 
 
 def write_kv(
@@ -113,8 +127,8 @@ def write_kv(
         slot_mapping: [Tk] int64, GPU. -1 marks padding. No slot occurs twice.
         parts: what to store. V_SLOT does nothing where the hot cache is off.
         allocate_tokens: of the first so many tokens, those that begin a V block get a slot for it,
-            so that the newest tokens never come back over the link. They must be decode tokens: of
-            a V block that gets a slot here, no other token may be in the same call.
+            so that the newest tokens never come back over the link. Tokens of one V block must lie
+            side by side among them, in order, and no other token of it may be in the same call.
         dependent: launch it as kernels/dependent.py says.
     Graph-safe: a fixed grid, no allocation, no host sync.
     """

@@ -21,7 +21,7 @@ from vllm_kcache.reference.fetch import fetch_blocks, fetch_rows
 from vllm_kcache.reference.full import attend_full, attend_full_rows
 from vllm_kcache.reference.score import score_blocks, score_codes
 from vllm_kcache.reference.select import request_lse, select_blocks
-from vllm_kcache.reference.sinks import share_of_tokens
+from vllm_kcache.reference.sinks import refine_lse, share_of_tokens
 from vllm_kcache.reference.write import write_codes_and_rows, write_kv
 from vllm_kcache.types import KStats
 
@@ -84,7 +84,7 @@ class LayerInputs:
             nothing, because it reads the pages of another.
         scale: Factor of the scores.
         sinks: [Hq], on the device. Learned scores beside those of the tokens; None where the model
-            has none. Not with codes.
+            has none.
     """
 
     query: torch.Tensor
@@ -279,7 +279,7 @@ class CPUSplitCache(SplitCache):
             chunk = inputs.key[first:last], inputs.value[first:last]
         attend_full_rows(
             query, view.host_rows, self.shape.row, view.k_stats, self.shape.page_tokens, chunk,
-            *batch,
+            *batch, inputs.sinks,
         )  # fmt: skip
 
     def _decode(self, view: LayerView, inputs: LayerInputs, step: Step, out: torch.Tensor) -> None:
@@ -303,9 +303,6 @@ class CPUSplitCache(SplitCache):
                 query, view.k_pages, view.v_pages, fetched, selected, *batch, view.tail, out=out,
                 clip=view.selection.clips(seq_lens),
             )  # fmt: skip
-            if inputs.sinks is not None:
-                lse = request_lse(block_lse, seq_lens, tokens)
-                out.mul_(share_of_tokens(lse, inputs.sinks)[..., None])
         else:
             fetched = fetch_rows(
                 selected, table, view.host_rows, shape.num_kv_heads, shape.page_tokens // tokens
@@ -317,4 +314,8 @@ class CPUSplitCache(SplitCache):
                 refined=refined,
             )  # fmt: skip
             self.figures.add_estimate_errors(estimate_errors(block_lse, refined, selected))
+            block_lse = refine_lse(block_lse, refined, selected)
+        if inputs.sinks is not None:
+            lse = request_lse(block_lse, seq_lens, tokens)
+            out.mul_(share_of_tokens(lse, inputs.sinks)[..., None])
         self.figures.add_selection(selected.counts, selected.mass, shape.row.bytes)

@@ -230,7 +230,7 @@ class GPUSplitCache(SplitCache):
             rows = slice(first, min(first + group, step.num_decodes))
             batch = DecodeBatch(
                 inputs.query[rows], step.block_table[rows], step.seq_lens[rows], inputs.scale,
-                max_blocks,
+                max_blocks, inputs.sinks,
             )  # fmt: skip
             followers = plan_followers(
                 self.shape, batch.num_requests, max_blocks, self.workspace.multiprocessors
@@ -239,12 +239,6 @@ class GPUSplitCache(SplitCache):
                 view, self.workspace, batch, out[rows], after_write=written and first == 0,
                 followers=followers,
             )  # fmt: skip
-            if inputs.sinks is not None:
-                # As reference/sinks.py. Selection has left the log-sum-exp of the exact scores, and
-                # nobody needs it any more: so nothing is allocated.
-                heads = out[rows].shape[:2]
-                lse = self.workspace.lse[: heads.numel()].view(heads)
-                out[rows].mul_(lse.sub_(inputs.sinks).sigmoid_()[..., None])
 
     def _plan(self, step: Step) -> PrefillPlan:
         """Work out once what all layers of a step with prefills need."""

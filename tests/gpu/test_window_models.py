@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,12 +13,22 @@ from tests.gpu.comparing import GRAPHS, run_both
 from tests.integration.engines import GATE, tokens_of
 from tests.integration.test_window_models import FULL, WINDOW, work
 from tests.integration.tiny_models import write_window_model
+from tests.kernels import sinks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
 
 @pytest.mark.parametrize(
-    ("model_type", "k_bits"), [("gemma3_text", 16), ("gemma3_text", 4), ("gpt_oss", 16)]
+    "case", itertools.product(sinks.SHAPES, sinks.RULES, sinks.GPU_KINDS), ids=str
+)
+def test_steps_of_codes_with_sinks(case: tuple[Any, ...]) -> None:
+    shape, rule, kind = case
+    sinks.check(shape, rule, *kind, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "k_bits"),
+    [("gemma3_text", 16), ("gemma3_text", 4), ("gpt_oss", 16), ("gpt_oss", 4)],
 )
 def test_text_equals_stock_in_float32(model_type: str, k_bits: int, tmp_path: Path) -> None:
     model = write_window_model(

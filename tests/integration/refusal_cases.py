@@ -221,11 +221,6 @@ CASES = {
         "attn_logit_softcapping={value}", "attn_logit_softcapping=50.0:",
         "Serve a model without a soft cap", model="gemma2",
     ),
-    "sinks with codes": Case(
-        "attention sinks with K codes ({value})",
-        "attention sinks with K codes (model type gpt_oss):", "Set kcache_config.k_bits to 16",
-        model="gpt-oss", settings={"k_bits": 4},
-    ),
     "sinks of Granite": Case(
         SINKS, "attention sinks (layer_types of Granite):", "Serve a model without learned sinks",
         model="granite, sinks",

@@ -98,8 +98,6 @@ class KCacheImpl(AttentionImpl[KCacheMetadata]):
         kv_sharing_target_layer_name: str | None = None,
         sinks: torch.Tensor | None = None,
     ) -> None:
-        if sinks is not None and KCacheBackend.k_bits == 4:
-            refusals.refuse("sinks_with_codes", "sinks of a layer")
         if alibi_slopes is not None:
             refusals.refuse("alibi", "slopes")
         if sliding_window is not None:

@@ -170,6 +170,7 @@ class _Recorder:
         self._window = window
         self._heads = impl.num_heads, impl.num_kv_heads
         self._scale = impl.scale
+        self._sinks = getattr(impl, "sinks", None)
         self._source = source
         # Whether K and V of a pass are kept, for layers that read them. Of all layers they would
         # take gigabytes.
@@ -202,25 +203,48 @@ class _Recorder:
         else:
             assert self._source._kv is not None
             keys, values = self._source._kv
-        result = torch.nn.functional.scaled_dot_product_attention(
-            query.view(tokens, heads, -1).transpose(0, 1)[None],
-            keys.transpose(0, 1)[None],
-            values.transpose(0, 1)[None],
-            attn_mask=self._mask(tokens, query.device),
-            is_causal=self._window is None,
-            scale=self._scale,
-            enable_gqa=heads != kv_heads,
-        )
-        output.view(tokens, heads, -1).copy_(result[0].transpose(0, 1))
+        queries = query.view(tokens, heads, -1)
+        if self._sinks is not None:
+            result = self._attend_with_sinks(self._sinks, queries, keys, values)
+        else:
+            result = torch.nn.functional.scaled_dot_product_attention(
+                queries.transpose(0, 1)[None],
+                keys.transpose(0, 1)[None],
+                values.transpose(0, 1)[None],
+                attn_mask=None if self._window is None else self._mask(tokens, query.device),
+                is_causal=self._window is None,
+                scale=self._scale,
+                enable_gqa=heads != kv_heads,
+            )[0].transpose(0, 1)
+        output.view(tokens, heads, -1).copy_(result)
         return output
 
-    def _mask(self, tokens: int, device: torch.device) -> torch.Tensor | None:
-        """[tokens, tokens] bool: who attends to whom in a window; None without one."""
-        if self._window is None:
-            return None
+    def _attend_with_sinks(
+        self,
+        sinks: torch.Tensor,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> torch.Tensor:
+        """[tokens, Hq, D], a KV head at a time: its scores are all in memory."""
+        tokens, kv_heads = keys.shape[:2]
+        unseen = ~self._mask(tokens, keys.device)
+        by_head = sinks.float().unflatten(0, (kv_heads, -1))[..., None, None]
+        grouped, parts = query.unflatten(1, (kv_heads, -1)), []
+        for head in range(kv_heads):
+            scores = grouped[:, head].float().transpose(0, 1) @ keys[:, head].float().T
+            scores = (scores * self._scale).masked_fill_(unseen, -torch.inf)
+            sink = by_head[head].expand(-1, tokens, 1)
+            weights = torch.cat([scores, sink], -1).softmax(-1)[..., :tokens]
+            parts.append((weights @ values[:, head].float()).transpose(0, 1))
+        return torch.cat(parts, 1)
+
+    def _mask(self, tokens: int, device: torch.device) -> torch.Tensor:
+        """[tokens, tokens] bool: who attends to whom."""
         before = torch.arange(tokens, device=device)
         before = before[:, None] - before
-        return (before >= 0) & (before < self._window)
+        seen = before >= 0
+        return seen if self._window is None else seen & (before < self._window)
 
     def _add(self, key: torch.Tensor) -> None:
         exact = key.double()

@@ -13,8 +13,8 @@ from typing import Any
 from vllm_kcache.types import MOST_QUERY_HEADS_GPU
 
 SNAPSHOT_SERVER = "vllm.snapshot.server"
-# Served with exact K, and not served.
-SINK_MODEL_TYPES, OTHER_SINK_MODEL_TYPES = ("gpt_oss",), ("openai_privacy_filter",)
+# With learned sinks, and not served.
+SINK_MODEL_TYPES = ("openai_privacy_filter",)
 # Drafts of a custom class are taken to need no layers.
 SERVED_SPECULATION = ("ngram", "custom_class", "draft_model")
 SINK_SETTINGS = (
@@ -215,7 +215,7 @@ def alibi(vllm_config: Any) -> str | None:
 def attention_sinks(vllm_config: Any) -> str | None:
     """Learned sinks, an extra term of the softmax that is no token, of models not tried."""
     text = text_config(vllm_config)
-    if text.model_type in OTHER_SINK_MODEL_TYPES:
+    if text.model_type in SINK_MODEL_TYPES:
         return f"model type {text.model_type}"
     # Granite has them wherever it names its layers, unless it says otherwise.
     if (
@@ -229,12 +229,6 @@ def attention_sinks(vllm_config: Any) -> str | None:
         if value:
             return f"{name}={value}"
     return None
-
-
-def served_sinks(vllm_config: Any) -> str | None:
-    """Learned sinks that are served where scores are exact."""
-    model_type = text_config(vllm_config).model_type
-    return f"model type {model_type}" if model_type in SINK_MODEL_TYPES else None
 
 
 def microbatching(vllm_config: Any) -> str | None:

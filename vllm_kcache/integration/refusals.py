@@ -344,14 +344,6 @@ REFUSALS: tuple[Refusal, ...] = (
         value=features.attention_sinks,
     ),
     Refusal(
-        "sinks_with_codes",
-        "attention sinks with K codes ({value})",
-        "a sink is weighed against all tokens, whose scores are estimates there",
-        "Set kcache_config.k_bits to 16.",
-        value=features.served_sinks,
-        codes_only=True,
-    ),
-    Refusal(
         "head_size",
         "head_size={value}",
         "the kernels take 64, 80, 96, 128 and 256",

@@ -32,6 +32,7 @@ class DecodeBatch:
         seq_lens: [B] int32, GPU. Tokens, the current one included; 0 marks a padded row.
         scale: factor on the scores.
         max_blocks: P, V blocks of the longest request there may be: part of a captured shape.
+        sinks: [Hq], GPU. Learned scores beside those of the tokens (reference/sinks.py).
     """
 
     query: torch.Tensor
@@ -39,6 +40,7 @@ class DecodeBatch:
     seq_lens: torch.Tensor
     scale: float
     max_blocks: int
+    sinks: torch.Tensor | None = None
 
     @property
     def num_requests(self) -> int:

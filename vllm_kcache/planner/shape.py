@@ -51,7 +51,6 @@ class ModelShape:
         expert_weight_bytes: One expert, over all layers.
         window: Tokens that the layers with a window attend to; 0 where there are none.
         window_layers: Their numbers, counted from 0 at the bottom.
-        has_sinks: Whether its softmax has a learned term beside the tokens.
     """
 
     name: str
@@ -71,7 +70,6 @@ class ModelShape:
     expert_weight_bytes: int = 0
     window: int = 0
     window_layers: tuple[int, ...] = ()
-    has_sinks: bool = False
 
     @property
     def num_full_layers(self) -> int:
@@ -325,5 +323,4 @@ def _shape(
             for number, kind in enumerate(_kinds(config)[:layers])
             if window and kind == "sliding_attention"
         ),
-        has_sinks=config.typed(str, "model_type", "") == "gpt_oss",
     )

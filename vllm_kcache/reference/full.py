@@ -83,11 +83,12 @@ def attend_full_rows(
     seq_lens: torch.Tensor,
     scale: float,
     out: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The same where K and V of the context lie in rows.
 
     Args:
-        query, block_table, query_start_loc, seq_lens, scale, out: as for `attend_full`.
+        query, block_table, query_start_loc, seq_lens, scale, out, sinks: as for `attend_full`.
         host_rows: [M * Hkv * S / T, row bytes] uint8, host: one layer of the host pool.
         row: What a row holds.
         stats: Constants of the layer's codes.
@@ -114,8 +115,9 @@ def attend_full_rows(
         return keys.to(query.dtype), values.to(query.dtype)
 
     return _attend_batch(
-        query, read_pages, page_tokens, chunk, block_table, query_start_loc, seq_lens, scale, out
-    )
+        query, read_pages, page_tokens, chunk, block_table, query_start_loc, seq_lens, scale, out,
+        sinks,
+    )  # fmt: skip
 
 
 def _attend_batch(

@@ -56,13 +56,15 @@ class PrefillKernels:
 
     Attributes:
         name: For the log.
-        attend: query, keys, values, ragged queries, ragged keys, causal, scale -> `Attended`.
+        attend: query, keys, values, ragged queries, ragged keys, causal, scale, soft cap ->
+            `Attended`.
         merge: attention to the union of two sets of keys, from the attention to each.
     """
 
     name: str
     attend: Callable[
-        [torch.Tensor, torch.Tensor, torch.Tensor, Ragged, Ragged, bool, float], Attended
+        [torch.Tensor, torch.Tensor, torch.Tensor, Ragged, Ragged, bool, float, float | None],
+        Attended,
     ]
     merge: Callable[[Attended, Attended], Attended]
 
@@ -230,7 +232,7 @@ class GPUSplitCache(SplitCache):
             rows = slice(first, min(first + group, step.num_decodes))
             batch = DecodeBatch(
                 inputs.query[rows], step.block_table[rows], step.seq_lens[rows], inputs.scale,
-                max_blocks, inputs.sinks,
+                max_blocks, inputs.sinks, inputs.soft_cap,
             )  # fmt: skip
             followers = plan_followers(
                 self.shape, batch.num_requests, max_blocks, self.workspace.multiprocessors
@@ -286,14 +288,16 @@ class GPUSplitCache(SplitCache):
             self.transfer.gather_ahead((layer, 0), plan.pieces[0], view, plan.page_table)
         result = attend(
             query, inputs.key[rows], inputs.value[rows], plan.queries, plan.queries, True,
-            inputs.scale,
+            inputs.scale, inputs.soft_cap,
         )  # fmt: skip
         for number, (piece, keys_at) in enumerate(zip(plan.pieces, plan.keys, strict=True)):
             keys, values = self.transfer.gather(
                 (layer, number), piece, view, (inputs.key, inputs.value), plan.page_table
             )
             self._gather_next(layer, number, plan)
-            part = attend(query, keys, values, plan.queries, keys_at, False, inputs.scale)
+            part = attend(
+                query, keys, values, plan.queries, keys_at, False, inputs.scale, inputs.soft_cap
+            )
             self.transfer.release()
             result = self.prefill.merge(part, result)
         output, lse = result

@@ -218,8 +218,10 @@ CASES = {
     ),
     "Step1": Case(ALIBI, "ALiBi (Step1ForCausalLM):", "Serve a model with rotary", model="step1"),
     "soft cap": Case(
-        "attn_logit_softcapping={value}", "attn_logit_softcapping=50.0:",
-        "Serve a model without a soft cap", model="gemma2",
+        "a soft cap on scores with K codes on a GPU (attn_logit_softcapping={value})",
+        "a soft cap on scores with K codes on a GPU (attn_logit_softcapping=50.0):",
+        "Set kcache_config.k_bits to 16", model="gemma2",
+        changed={"device_config.device_type": "cuda"}, settings={"k_bits": 4},
     ),
     "sinks of Granite": Case(
         SINKS, "attention sinks (layer_types of Granite):", "Serve a model without learned sinks",

@@ -37,10 +37,10 @@ def run(recorder: Any, tokens: int, seed: int) -> tuple[torch.Tensor, ...]:
 
 def causal(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int = 10**6,
-    sinks: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None, cap: float = 1e6,
 ) -> torch.Tensor:  # fmt: skip
     key, value = (x.double().repeat_interleave(HEADS // KV_HEADS, 1) for x in (key, value))
-    scores = SCALE * torch.einsum("nhd,thd->hnt", query.double(), key)
+    scores = cap * (SCALE * torch.einsum("nhd,thd->hnt", query.double(), key) / cap).tanh()
     before = torch.arange(key.shape[0])[:, None] - torch.arange(key.shape[0])
     unseen = (before < 0) | (before >= window)
     weights = scores.masked_fill(unseen, -torch.inf).exp()
@@ -66,6 +66,13 @@ def test_a_layer_has_its_sinks(window: int | None) -> None:
     sinks = torch.linspace(-4, 6, HEADS)
     query, key, value, result = run(recorder(window=window, sinks=sinks), 37, 0)
     assert_close(result, causal(query, key, value, window or 10**6, sinks))
+
+
+@pytest.mark.parametrize("name", ["soft_cap", "logits_soft_cap"])
+def test_a_layer_has_its_cap(name: str) -> None:
+    """Under our name, and under vLLM's own."""
+    query, key, value, result = run(recorder(**{name: 3.0}), 37, 0)
+    assert_close(result, causal(query, key, value, cap=3.0))
 
 
 def test_a_layer_that_shares_a_cache_attends_to_that() -> None:

@@ -71,17 +71,30 @@ def split_layers(vllm_config: Any, **settings: Any) -> list[str]:
     [
         ({"alibi_slopes": [0.5] * 4}, "ALiBi"),
         ({"per_layer_sliding_window": 128}, "window in a split layer (sliding_window=128)"),
-        ({"logits_soft_cap": 30.0}, "attn_logit_softcapping=30.0"),
     ],
 )
 def test_layer_refuses(vllm_config: Any, arguments: dict[str, Any], feature: str) -> None:
-    """vLLM asks no backend about the first and the last; it asks about the window of a layer."""
+    """vLLM asks no backend about the first; it asks about the window of a layer."""
     from vllm_kcache.integration.backend import KCacheBackend
 
     with pytest.raises(KCacheConfigError) as caught:
         add_layer(vllm_config, 0, attn_backend=KCacheBackend, **arguments)
     assert str(caught.value).startswith(PREFIX)
     assert feature in str(caught.value)
+
+
+def test_a_layer_takes_a_soft_cap(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms.cpu import CpuPlatform
+
+    from vllm_kcache.integration.backend import KCacheBackend
+
+    assert add_layer(vllm_config, 0, logits_soft_cap=30.0).impl.soft_cap == 30.0
+    assert add_layer(vllm_config, 1, logits_soft_cap=0.0).impl.soft_cap is None
+    monkeypatch.setattr(KCacheBackend, "k_bits", 4)
+    assert add_layer(vllm_config, 2, logits_soft_cap=30.0).impl.soft_cap == 30.0
+    monkeypatch.setattr(CpuPlatform, "is_cpu", lambda self: False)
+    with pytest.raises(KCacheConfigError, match=r"on a GPU \(attn_logit_softcapping=30.0\)"):
+        KCacheBackend.get_impl_cls()(4, 64, 0.125, logits_soft_cap=30.0)
 
 
 def test_a_layer_takes_sinks(vllm_config: Any) -> None:

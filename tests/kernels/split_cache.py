@@ -196,7 +196,9 @@ def run(
             key, value = torch.randn(2, tokens, SHAPE.num_kv_heads, SHAPE.head_size)
             # One of the layers has learned sinks.
             sinks = 2 * torch.randn(SHAPE.num_query_heads) if layer == 1 else None
-            inputs = LayerInputs(query, key, value, SHAPE.head_size**-0.5, sinks)
+            # The scores of the other have a cap, among them.
+            cap = 4.0 if layer == 0 else None
+            inputs = LayerInputs(query, key, value, SHAPE.head_size**-0.5, sinks, cap)
             outs = [torch.full_like(query, torch.nan) for _ in range(2)]
             for cache, its_pages, out in zip((ours, theirs), k_pages, outs, strict=True):
                 cache.attend(layer, its_pages[layer], inputs, step, out)

@@ -26,6 +26,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 
 from vllm_kcache.config import KCacheConfigError
 from vllm_kcache.reference.codes import stats_of
+from vllm_kcache.reference.soft_cap import cap_scores
 from vllm_kcache.types import KStats
 
 logger = init_logger(__name__)
@@ -171,6 +172,10 @@ class _Recorder:
         self._heads = impl.num_heads, impl.num_kv_heads
         self._scale = impl.scale
         self._sinks = getattr(impl, "sinks", None)
+        # Ours and vLLM's own; 0 is none.
+        self._cap = (
+            getattr(impl, "soft_cap", None) or getattr(impl, "logits_soft_cap", None) or None
+        )
         self._source = source
         # Whether K and V of a pass are kept, for layers that read them. Of all layers they would
         # take gigabytes.
@@ -204,8 +209,8 @@ class _Recorder:
             assert self._source._kv is not None
             keys, values = self._source._kv
         queries = query.view(tokens, heads, -1)
-        if self._sinks is not None:
-            result = self._attend_with_sinks(self._sinks, queries, keys, values)
+        if self._sinks is not None or self._cap is not None:
+            result = self._attend_plainly(queries, keys, values)
         else:
             result = torch.nn.functional.scaled_dot_product_attention(
                 queries.transpose(0, 1)[None],
@@ -219,21 +224,18 @@ class _Recorder:
         output.view(tokens, heads, -1).copy_(result)
         return output
 
-    def _attend_with_sinks(
-        self,
-        sinks: torch.Tensor,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+    def _attend_plainly(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
-        """[tokens, Hq, D], a KV head at a time: its scores are all in memory."""
+        """[tokens, Hq, D], with sinks and a cap: a KV head at a time, all scores in memory."""
         tokens, kv_heads = keys.shape[:2]
         unseen = ~self._mask(tokens, keys.device)
+        sinks = query.new_full(query.shape[1:2], -torch.inf) if self._sinks is None else self._sinks
         by_head = sinks.float().unflatten(0, (kv_heads, -1))[..., None, None]
         grouped, parts = query.unflatten(1, (kv_heads, -1)), []
         for head in range(kv_heads):
             scores = grouped[:, head].float().transpose(0, 1) @ keys[:, head].float().T
-            scores = (scores * self._scale).masked_fill_(unseen, -torch.inf)
+            scores = cap_scores(scores * self._scale, self._cap).masked_fill(unseen, -torch.inf)
             sink = by_head[head].expand(-1, tokens, 1)
             weights = torch.cat([scores, sink], -1).softmax(-1)[..., :tokens]
             parts.append((weights @ values[:, head].float()).transpose(0, 1))

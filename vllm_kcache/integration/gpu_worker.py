@@ -7,7 +7,9 @@ import time
 from typing import Any
 
 import torch
+from vllm.config import get_layers_from_vllm_config
 from vllm.logger import init_logger
+from vllm.model_executor.layers.attention.attention import Attention
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_kcache.cache.formats import CacheShape
@@ -66,7 +68,9 @@ class KCacheGPUWorker(SplitCacheWorker, Worker):
                 f"tokens, and a request may have {MOST_BLOCKS}. Lower --max-model-len to "
                 f"{MOST_BLOCKS * shape.block_tokens} or raise kcache_config.v_block_tokens."
             )
-        kernels = prefill.choose(self.kcache_config.prefill, shape.head_size, shape.dtype)
+        layers = get_layers_from_vllm_config(self.vllm_config, Attention).values()
+        capped = any(getattr(layer.impl, "soft_cap", None) is not None for layer in layers)
+        kernels = prefill.choose(self.kcache_config.prefill, shape.head_size, shape.dtype, capped)
         logger.info("KCache: prompts attend through %s.", kernels.name)
         return GPUSplitCache(self.kcache_config, shape, self.counters, self.device, limits, kernels)
 

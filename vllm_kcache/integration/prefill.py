@@ -13,18 +13,20 @@ from collections.abc import Callable
 import torch
 
 from vllm_kcache.config import KCacheConfigError
+from vllm_kcache.reference.soft_cap import cap_scores
 from vllm_kcache.split_cache_gpu import Attended, PrefillKernels, Ragged
 
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Ragged, Ragged, bool, float], Attended]
+Attend = Callable[..., Attended]
 
 
-def choose(name: str, head_size: int, dtype: torch.dtype) -> PrefillKernels:
+def choose(name: str, head_size: int, dtype: torch.dtype, capped: bool = False) -> PrefillKernels:
     """The kernels of exact attention for a setting.
 
     Args:
         name: `kcache_config.prefill`: "auto", "flash_attn", "xformers" or "torch".
         head_size: D.
         dtype: Model dtype. FlashAttention and xformers take float16 and bfloat16.
+        capped: Scores have a soft cap, which xformers does not know.
 
     Raises:
         KCacheConfigError: The named kernel cannot run here.
@@ -32,10 +34,10 @@ def choose(name: str, head_size: int, dtype: torch.dtype) -> PrefillKernels:
     half = dtype in (torch.float16, torch.bfloat16)
     if name == "auto":
         candidates = ("flash_attn", "xformers") if half else ()
-        fits = (it for it in candidates if _missing(it, head_size, dtype) is None)
+        fits = (it for it in candidates if _missing(it, head_size, dtype, capped) is None)
         name = next(fits, "torch")
     elif name != "torch":
-        reason = _missing(name, head_size, dtype) if half else f"it does not take {dtype}"
+        reason = _missing(name, head_size, dtype, capped) if half else f"it does not take {dtype}"
         if reason is not None:
             raise KCacheConfigError(
                 f"kcache_config.prefill={name!r}: {reason}; use 'auto' or 'torch'."
@@ -53,9 +55,11 @@ def _kernel(name: str, head_size: int) -> Attend:
     return attend_xformers if name == "xformers" else attend_torch
 
 
-def _missing(name: str, head_size: int, dtype: torch.dtype) -> str | None:
+def _missing(name: str, head_size: int, dtype: torch.dtype, capped: bool) -> str | None:
     """Why a kernel cannot run here, or None."""
     if name == "xformers":
+        if capped:
+            return "it knows no soft cap on scores"
         try:
             import xformers.ops  # noqa: F401
         except ImportError as error:
@@ -93,6 +97,8 @@ def attend_flash(
     keys_at: Ragged,
     causal: bool,
     scale: float,
+    soft_cap: float | None = None,
+    *,
     version: int,
 ) -> Attended:
     """vLLM's FlashAttention, of that version (3 on Hopper, 2 elsewhere)."""
@@ -108,6 +114,7 @@ def attend_flash(
         max_seqlen_k=keys_at.max_length,
         softmax_scale=scale,
         causal=causal,
+        softcap=soft_cap or 0.0,
         return_softmax_lse=True,
         fa_version=version,
     )[:2]
@@ -122,8 +129,10 @@ def attend_xformers(
     keys_at: Ragged,
     causal: bool,
     scale: float,
+    soft_cap: float | None = None,
 ) -> Attended:
-    """xformers' memory-efficient attention with a block-diagonal bias."""
+    """xformers' memory-efficient attention with a block-diagonal bias; without a cap on scores."""
+    assert soft_cap is None
     from xformers.ops import fmha
 
     bias_type = (
@@ -157,6 +166,7 @@ def attend_torch(
     keys_at: Ragged,
     causal: bool,
     scale: float,
+    soft_cap: float | None = None,
 ) -> Attended:
     """Plain torch, accumulated in float32: any dtype, any head size, slow."""
     output = torch.zeros_like(query, memory_format=torch.contiguous_format)
@@ -172,7 +182,7 @@ def attend_torch(
                 end = min(begin + step, num_queries)
                 rows = slice(first_query + begin, first_query + end)
                 part = query[rows].float().unflatten(1, (keys.shape[1], group)).permute(1, 2, 0, 3)
-                scores = torch.matmul(part, key[:, None]) * scale
+                scores = cap_scores(torch.matmul(part, key[:, None]) * scale, soft_cap)
                 if causal:
                     position = torch.arange(begin, end, device=query.device)
                     position = position + num_keys - num_queries

@@ -328,13 +328,12 @@ REFUSALS: tuple[Refusal, ...] = (
         value=features.alibi,
     ),
     Refusal(
-        "logit_softcap",
-        "attn_logit_softcapping={value}",
-        "scores are not capped here",
-        "Serve a model without a soft cap on attention logits.",
-        value=lambda c: features.true(
-            getattr(features.text_config(c), "attn_logit_softcapping", None)
-        ),
+        "soft_cap_with_codes",
+        "a soft cap on scores with K codes on a GPU (attn_logit_softcapping={value})",
+        "the kernel that scores codes caps nothing",
+        "Set kcache_config.k_bits to 16.",
+        value=features.soft_cap_on_gpu,
+        codes_only=True,
     ),
     Refusal(
         "attention_sinks",

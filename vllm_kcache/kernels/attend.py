@@ -33,7 +33,12 @@ from vllm_kcache.kernels.attend_plan import (
     rows_config,
 )
 from vllm_kcache.kernels.dependent import gdc_wait
-from vllm_kcache.kernels.score import check_query_strides, is_first_program, lse_by_block
+from vllm_kcache.kernels.score import (
+    cap_scores,
+    check_query_strides,
+    is_first_program,
+    lse_by_block,
+)
 from vllm_kcache.kernels.workspace import DecodeBatch, DecodeWorkspace, front
 from vllm_kcache.types import Selected
 
@@ -86,7 +91,7 @@ def read_chunk(
     head_base, scale, host_distance, page_stride, HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr, PAGE_TOKENS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     CHUNK_BLOCKS: tl.constexpr, ROW_VALUES: tl.constexpr, VALUES_OF_16_BYTES: tl.constexpr,
-    PRECISION: tl.constexpr, KEYS: tl.constexpr,
+    PRECISION: tl.constexpr, KEYS: tl.constexpr, SOFT_CAP: tl.constexpr,
 ):  # fmt: skip
     """Columns of a list from `start`: scores [G, tokens], base 2, -inf where there is no token;
     V [tokens, D] as its row has it, and V's scales [tokens], of rows of int8 only."""
@@ -127,6 +132,7 @@ def read_chunk(
         k_scale = tl.load(row_scales + at, mask=exists, other=0.0).to(tl.float32)
         v_scale = tl.load(row_scales + at + BLOCK_TOKENS, mask=exists, other=0.0)
         scores = scores * k_scale[None, :] + (bias * LOG2_E)[:, None]
+    scores = cap_scores(scores, SOFT_CAP)
     return tl.where(exists[None, :], scores, float("-inf")), v, v_scale
 
 
@@ -137,7 +143,7 @@ def attend_share(
     GROUP_PADDED: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
     PAGE_TOKENS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, CHUNK_BLOCKS: tl.constexpr,
     ROW_VALUES: tl.constexpr, VALUES_OF_16_BYTES: tl.constexpr, PRECISION: tl.constexpr,
-    CLIP: tl.constexpr, KEYS: tl.constexpr, V_DTYPE: tl.constexpr,
+    CLIP: tl.constexpr, KEYS: tl.constexpr, V_DTYPE: tl.constexpr, SOFT_CAP: tl.constexpr,
 ):  # fmt: skip
     """Attention over every `step`-th column of a list from `first`, in chunks.
 
@@ -153,7 +159,7 @@ def attend_share(
             q, bias, k_pages, row_values, row_scales, rows, blocks, table_row, start, count,
             num_tokens, head_base, scale, host_distance, page_stride, HEAD_SIZE, HEAD_PADDED,
             PAGE_TOKENS, BLOCK_TOKENS, CHUNK_BLOCKS, ROW_VALUES, VALUES_OF_16_BYTES, PRECISION,
-            KEYS,
+            KEYS, SOFT_CAP,
         )  # fmt: skip
         if CLIP:
             weights = tl.minimum(tl.exp2(scores - shift[:, None]), limit[:, None])
@@ -262,7 +268,7 @@ def count_estimate_errors(
     GROUP_PADDED: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
     PAGE_TOKENS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, CHUNK_BLOCKS: tl.constexpr,
     ROW_VALUES: tl.constexpr, VALUES_OF_16_BYTES: tl.constexpr,
-    PRECISION: tl.constexpr, KEYS: tl.constexpr, EVERY: tl.constexpr,
+    PRECISION: tl.constexpr, KEYS: tl.constexpr, SOFT_CAP: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
     """In one epoch of EVERY, drawn at random: how far the estimates are off of a chunk, drawn too.
 
@@ -290,7 +296,7 @@ def count_estimate_errors(
             block_table + request * table_stride, start, count, tl.load(seq_lens + request),
             head * (PAGE_TOKENS * HEAD_SIZE), scale, host_distance, page_stride, HEAD_SIZE,
             HEAD_PADDED, PAGE_TOKENS, BLOCK_TOKENS, CHUNK_BLOCKS, ROW_VALUES, VALUES_OF_16_BYTES,
-            PRECISION, KEYS,
+            PRECISION, KEYS, SOFT_CAP,
         )  # fmt: skip
         refined = lse_by_block(scores, BLOCK_TOKENS)
         column = start + tl.arange(0, CHUNK_BLOCKS)
@@ -319,7 +325,7 @@ def attend_kernel(
     PAGE_TOKENS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, CHUNK_BLOCKS: tl.constexpr,
     ROW_VALUES: tl.constexpr, VALUES_OF_16_BYTES: tl.constexpr, SPLIT: tl.constexpr,
     CLIP: tl.constexpr, KEYS: tl.constexpr, V_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    EVERY: tl.constexpr, SINKS: tl.constexpr, DEPENDENT: tl.constexpr,
+    SOFT_CAP: tl.constexpr, EVERY: tl.constexpr, SINKS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     if DEPENDENT:
         gdc_wait()
@@ -381,7 +387,7 @@ def attend_kernel(
         splits * CHUNK_BLOCKS, count, num_tokens, head.to(tl.int64) * (PAGE_TOKENS * HEAD_SIZE),
         scale, host_distance, page_stride, shift, limit, GROUP_PADDED, HEAD_SIZE, HEAD_PADDED,
         PAGE_TOKENS, BLOCK_TOKENS, CHUNK_BLOCKS, ROW_VALUES, VALUES_OF_16_BYTES, PRECISION, CLIP,
-        KEYS, V_DTYPE,
+        KEYS, V_DTYPE, SOFT_CAP,
     )  # fmt: skip
     last = True
     if SPLIT:
@@ -436,7 +442,7 @@ def attend_kernel(
             row_scales, rows, blocks, counts, block_table, seq_lens, scale, host_distance,
             query_stride, page_stride, table_stride, columns, max_blocks, NUM_HEADS, NUM_KV_HEADS,
             GROUP, GROUP_PADDED, HEAD_SIZE, HEAD_PADDED, PAGE_TOKENS, BLOCK_TOKENS, CHUNK_BLOCKS,
-            ROW_VALUES, VALUES_OF_16_BYTES, PRECISION, KEYS, EVERY,
+            ROW_VALUES, VALUES_OF_16_BYTES, PRECISION, KEYS, SOFT_CAP, EVERY,
         )  # fmt: skip
 
 
@@ -524,7 +530,8 @@ def attend_blocks(
         VALUES_OF_16_BYTES=16 // row.value_dtype.itemsize, SPLIT=config.splits > 1,
         CLIP=clip is not None, KEYS=keys.value, V_DTYPE=_TRITON_DTYPES[shape.dtype],
         PRECISION="ieee" if shape.dtype == torch.float32 else "tf32",
-        EVERY=ESTIMATES_EVERY, SINKS=sinks is not None, DEPENDENT=dependent, launch_pdl=dependent,
+        SOFT_CAP=batch.soft_cap or 0.0, EVERY=ESTIMATES_EVERY, SINKS=sinks is not None,
+        DEPENDENT=dependent, launch_pdl=dependent,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out

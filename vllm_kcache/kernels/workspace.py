@@ -33,6 +33,7 @@ class DecodeBatch:
         scale: factor on the scores.
         max_blocks: P, V blocks of the longest request there may be: part of a captured shape.
         sinks: [Hq], GPU. Learned scores beside those of the tokens (reference/sinks.py).
+        soft_cap: bound of the scaled scores (reference/soft_cap.py); None for none. Not with codes.
     """
 
     query: torch.Tensor
@@ -41,6 +42,7 @@ class DecodeBatch:
     scale: float
     max_blocks: int
     sinks: torch.Tensor | None = None
+    soft_cap: float | None = None
 
     @property
     def num_requests(self) -> int:

@@ -41,7 +41,7 @@ ALIBI = "ALiBi ({value})"
 HYBRID = "hybrid or attention-free models ({value})"
 CONNECTOR = "kv_connector={value}"
 MICROBATCHING = "microbatching ({value})"
-CHUNKED = "chunked local attention ({value})"
+CHUNKED = "chunked local attention in every layer ({value})"
 SPECULATION = "speculative decoding (method={value})"
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 OTHER_DRAFTS = (
@@ -152,12 +152,13 @@ CASES = {
         "Set --max-model-len", model="gemma3",
         arguments={"max_model_len": -1},
     ),
-    "chunked layers": Case(
-        CHUNKED, "chunked local attention (layer_types with 'chunked_attention'):", FULL_ATTENTION,
-        model="llama4 text",
+    "chunked layers alone": Case(
+        CHUNKED, "chunked local attention in every layer (layer_types with 'chunked_attention'):",
+        "Serve a model with full attention in some layers", model="llama4 text, chunks alone",
     ),
     "chunks in every layer": Case(
-        CHUNKED, "chunked local attention (attention_chunk_size=128):", FULL_ATTENTION,
+        CHUNKED, "chunked local attention in every layer (attention_chunk_size=128):",
+        "Serve a model with full attention in some layers",
         changed={"model_config.attention_chunk_size": 128},
     ),
     "reference window": Case(

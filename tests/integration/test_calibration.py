@@ -19,9 +19,11 @@ from vllm_kcache.types import KStats
 HEADS, KV_HEADS, HEAD_SIZE, SCALE = 6, 2, 64, 0.2
 
 
-def recorder(source: Any = None, window: int | None = None, **of_impl: Any) -> Any:
+def recorder(
+    source: Any = None, window: int | None = None, chunk: int | None = None, **of_impl: Any
+) -> Any:
     impl = SimpleNamespace(num_heads=HEADS, num_kv_heads=KV_HEADS, scale=SCALE, **of_impl)
-    return calibration._Recorder(impl, source, window)
+    return calibration._Recorder(impl, source, window, chunk)
 
 
 def run(recorder: Any, tokens: int, seed: int) -> tuple[torch.Tensor, ...]:
@@ -59,6 +61,14 @@ def test_a_layer_attends_to_the_text_itself() -> None:
 def test_a_window_layer_attends_to_its_window(window: int) -> None:
     query, key, value, result = run(recorder(window=window), 37, 0)
     assert_close(result, causal(query, key, value, window))
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 37, 100])
+def test_a_chunked_layer_attends_within_chunks(chunk: int) -> None:
+    query, key, value, result = run(recorder(chunk=chunk), 37, 0)
+    for first in range(0, 37, chunk):
+        part = slice(first, first + chunk)
+        assert_close(result[part], causal(query[part], key[part], value[part]))
 
 
 @pytest.mark.parametrize("window", [None, 8])

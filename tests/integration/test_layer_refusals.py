@@ -204,6 +204,28 @@ def test_window_layers_run_stock_attention(vllm_config: Any) -> None:
     assert split_layers(vllm_config) == [full.layer_name]
 
 
+def test_chunked_layers_run_stock_attention(vllm_config: Any) -> None:
+    """vLLM derives their backend from what it would choose."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
+
+    full = add_layer(vllm_config, 0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with set_current_vllm_config(vllm_config):
+            chunked = ChunkedLocalAttention(
+                4, 64, 0.125, 128, num_kv_heads=2, cache_config=vllm_config.cache_config,
+                prefix="model.layers.1.self_attn.attn",
+            )  # fmt: skip
+    finally:
+        torch.set_default_dtype(before)
+    backend = chunked.get_attn_backend()
+    assert issubclass(backend, stock_backend())
+    assert backend is not stock_backend()
+    assert split_layers(vllm_config) == [full.layer_name]
+
+
 def test_no_layer_but_window_layers(vllm_config: Any) -> None:
     add_layer(vllm_config, 0, per_layer_sliding_window=128)
     with pytest.raises(KCacheConfigError, match="dense or has a window"):

@@ -81,6 +81,8 @@ def work() -> list[dict[str, Any]]:
         pytest.param(("gemma3_text", ["16", "4"]), id="gemma3"),
         pytest.param(("gemma3_text", ["4, dense"]), id="gemma3, dense", marks=pytest.mark.full),
         pytest.param(("olmo3", ["16", "4"]), id="olmo3", marks=pytest.mark.full),
+        # Chunks in place of windows.
+        pytest.param(("llama4_text", ["16", "4"]), id="llama4", marks=pytest.mark.full),
         # Scores have a soft cap, in all layers.
         pytest.param(("gemma2", ["16", "4"]), id="gemma2", marks=pytest.mark.full),
         # Every other layer has a window; the full ones are split and have learned sinks.

@@ -134,6 +134,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         num_local_experts=2,
         intermediate_size_mlp=128,
     ),
+    "llama4 text, chunks alone": _llama_like(
+        "Llama4ForCausalLM",
+        "llama4_text",
+        head_dim=64,
+        attention_chunk_size=128,
+        layer_types=["chunked_attention", "chunked_attention"],
+        num_local_experts=2,
+        intermediate_size_mlp=128,
+    ),
     "whisper": {
         "architectures": ["WhisperForConditionalGeneration"],
         "model_type": "whisper",
@@ -242,7 +251,8 @@ def write_window_model(folder: Path, model_type: str, **changes: Any) -> str:
     """A random float32 model of which some layers have a window of 64 tokens; returns its folder.
 
     Args:
-        model_type: "gemma3_text", "gemma2", "olmo3" or "gpt_oss"; the last with sinks that weigh.
+        model_type: "gemma3_text", "gemma2", "olmo3", "llama4_text" or "gpt_oss"; the last with sinks
+            that weigh.
         changes: Of its configuration.
     """
     of_some: dict[str, Any] = {
@@ -254,6 +264,13 @@ def write_window_model(folder: Path, model_type: str, **changes: Any) -> str:
     }
     if model_type == "gemma2":
         of_some |= GEMMA2
+    if model_type == "llama4_text":
+        # Chunks in place of windows, and no rotary embedding in the other layers.
+        kinds = changes.pop("layer_types")
+        changes["layer_types"] = [kind.replace("sliding", "chunked") for kind in kinds]
+        changes["no_rope_layers"] = [int(kind != "full_attention") for kind in kinds]
+        of_some |= {"attention_chunk_size": of_some.pop("sliding_window")}
+        of_some["intermediate_size_mlp"] = 128
     return write_random_model(folder, model_type, **{**of_some, **changes})
 
 

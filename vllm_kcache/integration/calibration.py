@@ -25,6 +25,7 @@ from vllm.sequence import IntermediateTensors
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from vllm_kcache.config import KCacheConfigError
+from vllm_kcache.integration.layers import chunk_of
 from vllm_kcache.reference.codes import stats_of
 from vllm_kcache.reference.soft_cap import cap_scores
 from vllm_kcache.types import KStats
@@ -150,7 +151,9 @@ def _recording(layers: dict[str, Any]) -> Iterator[dict[str, _Recorder]]:
         target = layer.kv_sharing_target_layer_name
         # Layers of other stages have no target here; a target comes before those that read it.
         source = recorders.get(target)
-        recorders[name] = layer.impl = _Recorder(layer.impl, source, layer.sliding_window)
+        recorders[name] = layer.impl = _Recorder(
+            layer.impl, source, layer.sliding_window, chunk_of(layer)
+        )
     try:
         yield recorders
     finally:
@@ -165,10 +168,17 @@ class _Recorder:
         impl: The layer's own.
         source: Recorder of the layer whose K and V this one reads.
         window: Tokens that each one attends to, itself included; None for all before it.
+        chunk: Tokens of the chunks within which they attend; None for one.
     """
 
-    def __init__(self, impl: Any, source: _Recorder | None, window: int | None = None) -> None:
-        self._window = window
+    def __init__(
+        self,
+        impl: Any,
+        source: _Recorder | None,
+        window: int | None = None,
+        chunk: int | None = None,
+    ) -> None:
+        self._window, self._chunk = window, chunk
         self._heads = impl.num_heads, impl.num_kv_heads
         self._scale = impl.scale
         self._sinks = getattr(impl, "sinks", None)
@@ -209,6 +219,7 @@ class _Recorder:
             assert self._source._kv is not None
             keys, values = self._source._kv
         queries = query.view(tokens, heads, -1)
+        sees_all = self._window is None and self._chunk is None
         if self._sinks is not None or self._cap is not None:
             result = self._attend_plainly(queries, keys, values)
         else:
@@ -216,8 +227,8 @@ class _Recorder:
                 queries.transpose(0, 1)[None],
                 keys.transpose(0, 1)[None],
                 values.transpose(0, 1)[None],
-                attn_mask=None if self._window is None else self._mask(tokens, query.device),
-                is_causal=self._window is None,
+                attn_mask=None if sees_all else self._mask(tokens, query.device),
+                is_causal=sees_all,
                 scale=self._scale,
                 enable_gqa=heads != kv_heads,
             )[0].transpose(0, 1)
@@ -243,10 +254,15 @@ class _Recorder:
 
     def _mask(self, tokens: int, device: torch.device) -> torch.Tensor:
         """[tokens, tokens] bool: who attends to whom."""
-        before = torch.arange(tokens, device=device)
-        before = before[:, None] - before
+        order = torch.arange(tokens, device=device)
+        before = order[:, None] - order
         seen = before >= 0
-        return seen if self._window is None else seen & (before < self._window)
+        if self._window is not None:
+            seen &= before < self._window
+        if self._chunk is not None:
+            # A piece of the text is a request: its first token begins a chunk.
+            seen &= order[:, None] // self._chunk == order // self._chunk
+        return seen
 
     def _add(self, key: torch.Tensor) -> None:
         exact = key.double()

@@ -15,6 +15,8 @@ from vllm_kcache.types import MOST_QUERY_HEADS_GPU
 SNAPSHOT_SERVER = "vllm.snapshot.server"
 # With learned sinks, and not served.
 SINK_MODEL_TYPES = ("openai_privacy_filter",)
+# In vLLM's own attention beside split layers.
+WINDOW_KINDS = ("sliding_attention", "chunked_attention")
 # Drafts of a custom class are taken to need no layers.
 SERVED_SPECULATION = ("ngram", "custom_class", "draft_model")
 SINK_SETTINGS = (
@@ -106,19 +108,26 @@ def speculation_on_stages(vllm_config: Any) -> int | None:
     return positive(vllm_config.parallel_config.pipeline_parallel_size)
 
 
+def window_size(vllm_config: Any) -> int | None:
+    """Tokens that layers with a window or with chunks attend to at most."""
+    model_config = vllm_config.model_config
+    return model_config.get_sliding_window() or model_config.attention_chunk_size
+
+
 def has_window_layers(vllm_config: Any) -> bool:
-    """Whether the configuration gives some layers a window and others the whole context."""
+    """Whether the configuration gives some layers a window, or chunks, and others the whole
+    context."""
     kinds = {str(kind) for kind in getattr(text_config(vllm_config), "layer_types", None) or []}
-    mixed = {"sliding_attention", "full_attention"} <= kinds
-    return mixed and bool(vllm_config.model_config.get_sliding_window())
+    mixed = "full_attention" in kinds and not kinds.isdisjoint(WINDOW_KINDS)
+    return mixed and bool(window_size(vllm_config))
 
 
 def window_layers(vllm_config: Any) -> list[int]:
-    """Numbers of the layers that the configuration gives a window, where others have none."""
+    """Numbers of the layers with a window or with chunks, where others have neither."""
     if not has_window_layers(vllm_config):
         return []
     kinds = enumerate(text_config(vllm_config).layer_types)
-    return [number for number, kind in kinds if str(kind) == "sliding_attention"]
+    return [number for number, kind in kinds if str(kind) in WINDOW_KINDS]
 
 
 def beside_windows(value: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -158,7 +167,9 @@ def sliding_window(vllm_config: Any) -> str | None:
 
 
 def chunked_attention(vllm_config: Any) -> str | None:
-    """Setting that gives some layers chunks."""
+    """Setting that gives every layer chunks."""
+    if has_window_layers(vllm_config):
+        return None
     text = text_config(vllm_config)
     layer_types = getattr(text, "layer_types", None) or []
     chunked = [str(kind) for kind in layer_types if "chunked" in str(kind)]

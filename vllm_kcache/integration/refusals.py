@@ -248,9 +248,9 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "chunked_attention",
-        "chunked local attention ({value})",
-        "selection covers the whole context",
-        "Serve a model with full attention in every layer.",
+        "chunked local attention in every layer ({value})",
+        "there is no layer to split: selection covers the whole context",
+        "Serve a model with full attention in some layers.",
         value=features.chunked_attention,
     ),
     Refusal(

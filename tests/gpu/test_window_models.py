@@ -28,8 +28,8 @@ from vllm_kcache.types import Selection
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
-# gpt-oss has learned sinks, Gemma 2 a soft cap on scores, with which there are no codes, and Llama 4
-# chunks in place of windows, with which vLLM captures no decode steps.
+# gpt-oss has learned sinks, Gemma 2 a soft cap on scores, with which there are no codes; Llama 4 in
+# place of windows chunks, with which vLLM captures no decode steps.
 MODELS = {"gemma3_text": (16, 4), "gpt_oss": (16, 4), "gemma2": (16,), "llama4_text": (4,)}
 CASES = [(model, k_bits) for model, each in MODELS.items() for k_bits in each]
 

@@ -251,8 +251,8 @@ def write_window_model(folder: Path, model_type: str, **changes: Any) -> str:
     """A random float32 model of which some layers have a window of 64 tokens; returns its folder.
 
     Args:
-        model_type: "gemma3_text", "gemma2", "olmo3", "llama4_text" or "gpt_oss"; the last with sinks
-            that weigh.
+        model_type: "gemma3_text", "gemma2", "olmo3", "llama4_text", or "gpt_oss" with sinks that
+            weigh.
         changes: Of its configuration.
     """
     of_some: dict[str, Any] = {

@@ -20,8 +20,10 @@ from tests.integration.tiny_models import write_window_model
 from tests.kernels import sinks
 from tests.kernels.layers import layer_of
 from tests.shapes import Shape, build_case
+from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.integration import prefill
 from vllm_kcache.kernels.decode import decode_step
+from vllm_kcache.kernels.self_check import check_kernels
 from vllm_kcache.reference.full import attend_full
 from vllm_kcache.split_cache_gpu import Ragged
 from vllm_kcache.types import Selection
@@ -78,6 +80,27 @@ def test_text_equals_stock_in_float32(
 def test_steps_of_codes_with_sinks(case: tuple[Any, ...]) -> None:
     shape, rule, kind = case
     sinks.check(shape, rule, *kind, device="cuda")
+
+
+# Layers of gpt-oss and of Gemma 2, in bfloat16: query heads, KV heads, head size, bits of K.
+@pytest.mark.parametrize(
+    ("layer", "special"),
+    [
+        ((64, 8, 64, 4, "int8"), {"has_sinks": True}),
+        ((64, 8, 64, 16, "model"), {"has_sinks": True}),
+        ((16, 8, 256, 16, "model"), {"soft_cap": 50.0}),
+        ((32, 16, 128, 16, "model"), {"soft_cap": 50.0}),
+    ],
+    ids=str,
+)
+def test_the_check_at_start(layer: tuple[Any, ...], special: dict[str, Any]) -> None:
+    """Also replayed from graphs, and where launches depend on one another."""
+    heads, kv_heads, head_size, k_bits, host_dtype = layer
+    shape = CacheShape(
+        1, heads, kv_heads, head_size, 16, 8, torch.bfloat16, k_bits, host_dtype
+    )  # fmt: skip
+    for rule, tail in ((sinks.RULES[2], "clip"), (sinks.RULES[0], "renormalize")):
+        check_kernels(shape, rule, tail, "cuda", **special)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -128,18 +128,28 @@ FAULTS: tuple[tuple[str, Any, str, Callable[[Function], Function]], ...] = (
      with_argument(0, lambda view: replace(view, tail="renormalize"))),
 )  # fmt: skip
 
+# Where layers have sinks and a cap.
+SPECIAL_FAULTS = (
+    ("score", decode, "score_blocks", with_argument(1, of_batch(soft_cap=lambda cap: None))),
+    ("fetch or attend", decode, "attend_blocks",
+     with_argument(1, of_batch(sinks=lambda sinks: None))),
+)  # fmt: skip
+
 
 def main() -> None:
     layers = (THRESHOLD, COVERAGE, FIXED, EVERYTHING)
     for layer in layers:
         check_kernels(*layer, "cpu")
-    for stage, module, name, fault in FAULTS:
+    special = {"has_sinks": True, "soft_cap": 2.0}
+    check_kernels(*THRESHOLD, "cpu", **special)
+    cases = [(fault, {}) for fault in FAULTS] + [(fault, special) for fault in SPECIAL_FAULTS]
+    for (stage, module, name, fault), options in cases:
         sound = getattr(module, name)
         setattr(module, name, fault(sound))
         with pytest.raises(KernelError, match=f"the step '{stage}'"):
-            check_kernels(*THRESHOLD, "cpu")
+            check_kernels(*THRESHOLD, "cpu", **options)
         setattr(module, name, sound)
-    print(f"{len(layers)} layers pass, {len(FAULTS)} faults are found")
+    print(f"{len(layers)} layers pass, {len(cases)} faults are found")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ from tests.kernels.attend_rows import dropped_by
 from tests.kernels.layers import code_layer_of
 from tests.reference.coded import Coded
 from tests.shapes import Shape, build_case
+from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.kernels.decode import decode_step
+from vllm_kcache.kernels.self_check import check_kernels
 from vllm_kcache.reference.attend import attend_rows
 from vllm_kcache.reference.fetch import fetch_rows
 from vllm_kcache.reference.select import request_lse
@@ -87,7 +89,9 @@ def main() -> None:
     cases += itertools.product(SHAPES[1:], RULES[:1], KINDS)
     for shape, rule, kind in cases:
         check(shape, rule, *kind)
-    print(f"{len(cases)} steps with sinks are as defined")
+    row = CacheShape(1, 4, 2, 64, 16, 8, torch.float16, 4, "int8")
+    check_kernels(row, RULES[2], "clip", "cpu", has_sinks=True)
+    print(f"{len(cases)} steps and a check with sinks are as defined")
 
 
 if __name__ == "__main__":

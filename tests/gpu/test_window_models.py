@@ -36,9 +36,10 @@ MODELS = {"gemma3_text": (16, 4), "gpt_oss": (16, 4), "gemma2": (16,), "llama4_t
 CASES = [(model, k_bits) for model, each in MODELS.items() for k_bits in each]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Any, Future]]:
-    """Results by model and k_bits, None for stock vLLM's: all start at the same time."""
+    """Results by model and k_bits, None for stock vLLM's: all start at the same time, and kernels
+    are tested meanwhile."""
     runs: dict[Any, Future] = {}
     with ThreadPoolExecutor(len(MODELS) + len(CASES)) as pool:
         for model_type, each in MODELS.items():
@@ -59,19 +60,6 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Any, Futu
                     settings["hot_cache_gib"] = 0.25
                 runs[model_type, k_bits] = pool.submit(run_engine, own, work(), settings, **engine)
         yield runs
-
-
-@pytest.mark.parametrize(("model_type", "k_bits"), CASES)
-def test_text_equals_stock_in_float32(
-    model_type: str, k_bits: int, engines: dict[Any, Future]
-) -> None:
-    stock, split = engines[model_type, None].result(), engines[model_type, k_bits].result()
-    assert tokens_of(split) == tokens_of(stock)
-    assert max(row["cached_tokens"] for row in split["batches"][1]) > 300
-    figures = split["kcache_metrics"]
-    assert figures["dropped_mass"][0] == [1e-4, figures["selected_lists"]]
-    # Two layers of two KV heads.
-    assert figures["selected_lists"] % 4 == 0
 
 
 @pytest.mark.parametrize(
@@ -136,3 +124,16 @@ def test_prompts_with_a_soft_cap(head_size: int) -> None:
     found, expected = kernels.attend(*batch), prefill.attend_torch(*batch)
     assert_close(found[0], expected[0])
     assert_close(found[1], expected[1], torch.bfloat16)
+
+
+@pytest.mark.parametrize(("model_type", "k_bits"), CASES)
+def test_text_equals_stock_in_float32(
+    model_type: str, k_bits: int, engines: dict[Any, Future]
+) -> None:
+    stock, split = engines[model_type, None].result(), engines[model_type, k_bits].result()
+    assert tokens_of(split) == tokens_of(stock)
+    assert max(row["cached_tokens"] for row in split["batches"][1]) > 300
+    figures = split["kcache_metrics"]
+    assert figures["dropped_mass"][0] == [1e-4, figures["selected_lists"]]
+    # Two layers of two KV heads.
+    assert figures["selected_lists"] % 4 == 0

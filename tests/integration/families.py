@@ -101,7 +101,7 @@ FAMILIES = {
     "MiniMax-M2": Family(
         "minimax_m2", "norms over all of Q and K, experts",
         {"head_dim": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 32,
-         "scoring_func": "sigmoid"},
+         "scoring_func": "sigmoid", "use_routing_bias": True},
     ),
     "Gemma": Family(
         "gemma", "head size 256", {"head_dim": 256, "tie_word_embeddings": True}

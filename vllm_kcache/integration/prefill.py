@@ -42,16 +42,17 @@ def choose(name: str, head_size: int, dtype: torch.dtype, capped: bool = False) 
             raise KCacheConfigError(
                 f"kcache_config.prefill={name!r}: {reason}; use 'auto' or 'torch'."
             )
-    return PrefillKernels(name, _kernel(name, head_size), merge)
+    return PrefillKernels(name, _kernel(name, head_size, capped), merge)
 
 
-def _kernel(name: str, head_size: int) -> Attend:
+def _kernel(name: str, head_size: int, capped: bool) -> Attend:
     if name == "flash_attn":
         from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
         # Looked up once: it costs as much as a launch, and asks for vLLM's configuration, which is
         # not there when the model runs.
-        return functools.partial(attend_flash, version=get_flash_attn_version(head_size=head_size))
+        version = get_flash_attn_version(head_size=head_size, requires_softcap=capped)
+        return functools.partial(attend_flash, version=version)
     return attend_xformers if name == "xformers" else attend_torch
 
 
@@ -79,7 +80,7 @@ def _missing(name: str, head_size: int, dtype: torch.dtype, capped: bool) -> str
         )
     except ImportError as error:
         return f"vLLM's FlashAttention does not import ({error})"
-    version = get_flash_attn_version(head_size=head_size)
+    version = get_flash_attn_version(head_size=head_size, requires_softcap=capped)
     if version is None:
         return "vLLM has no FlashAttention for this GPU"
     from vllm.vllm_flash_attn.flash_attn_interface import is_fa_version_supported

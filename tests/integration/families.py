@@ -133,12 +133,11 @@ FAMILIES = {
         },
     ),
     "Qwen3-Next": Family("qwen3_next", "linear (GDN) layers", {**_GDN, **_EXPERTS}),
-    "Qwen3.5": Family("qwen3_5_text", "linear (GDN) layers", _GDN),
     "Granite 4-H": Family(
         "granitemoehybrid", "Mamba layers",
         {**_MAMBA, "layer_types": ["mamba", "attention"] * 2, "num_local_experts": 2},
     ),
-    "Falcon-H1": Family("falcon_h1", "Mamba beside attention", _MAMBA),
+    "Falcon-H1": Family("falcon_h1", "Mamba beside attention", {**_MAMBA, "mamba_d_ssm": 512}),
     "Nemotron-H": Family(
         "nemotron_h", "Mamba layers",
         {"head_dim": 64, "layers_block_type": ["mamba", "attention", "mamba", "moe"]},

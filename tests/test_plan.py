@@ -380,13 +380,6 @@ def test_both_pools_fit(k_bits: int, host_gib: int) -> None:
     assert (long > 1.1 * stock.requests(32768 + 88, 16)) == (k_bits == 4 and host_gib == 2000)
 
 
-def test_codes_beside_sinks_are_noted() -> None:
-    shape = dataclasses.replace(shape_of("llama-3-8b"), has_sinks=True)
-    plan = make_plan(dataclasses.replace(setup_of(), shape=shape), Load(32768))
-    assert plan.notes[0] == "kcache 4: refused for this model, since it has learned sinks."
-    assert not any("sinks" in note for note in plan_of().notes)
-
-
 def test_window_layers_are_noted() -> None:
     plan = make_plan(dataclasses.replace(setup_of(), shape=window_shape()), Load(32768))
     assert "24 of 32 layers have a window of 1024 tokens" in plan.notes[0]

@@ -107,10 +107,11 @@ def test_path_of_the_file_itself(tmp_path: Path) -> None:
             "layer_types ['linear_attention', 'sliding_attention']",
         ),
         ({"is_encoder_decoder": True}, "an encoder and a decoder"),
-        ({"sliding_window": 4096}, "sliding_window=4096 in every layer"),
+        ({"sliding_window": 4096}, "a window or chunks of 4096 tokens in every layer"),
+        ({"attention_chunk_size": 64}, "a window or chunks of 64 tokens in every layer"),
         (
             {"sliding_window": 4096, "layer_types": ["sliding_attention"] * 2},
-            "sliding_window=4096 in every layer",
+            "a window or chunks of 4096 tokens in every layer",
         ),
     ],
 )
@@ -132,10 +133,12 @@ def test_window_layers(tmp_path: Path) -> None:
     gemma = {**SMALL, "model_type": "gemma3_text", "sliding_window": 40, "num_hidden_layers": 14}
     shape = shape_of(tmp_path, {"text_config": gemma})
     assert shape.window_layers == (0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 12, 13)
-    assert not shape.has_sinks
-    assert shape_of(tmp_path, {**SMALL, **mixed, "model_type": "gpt_oss"}).has_sinks
     third = shape_of(tmp_path, {**gemma, "sliding_window_pattern": 3})
     assert third.num_full_layers == 4
+    # Nor does Llama 4: three of four have chunks.
+    llama = {**SMALL, "model_type": "llama4_text", "attention_chunk_size": 40}
+    shape = shape_of(tmp_path, {"text_config": {**llama, "num_hidden_layers": 8}})
+    assert (shape.window, shape.window_layers) == (40, (0, 1, 2, 4, 5, 6))
 
 
 def test_a_window_that_is_switched_off(tmp_path: Path) -> None:

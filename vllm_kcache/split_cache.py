@@ -21,7 +21,7 @@ from vllm_kcache.reference.fetch import fetch_blocks, fetch_rows
 from vllm_kcache.reference.full import attend_full, attend_full_rows
 from vllm_kcache.reference.score import score_blocks, score_codes
 from vllm_kcache.reference.select import request_lse, select_blocks
-from vllm_kcache.reference.sinks import share_of_tokens
+from vllm_kcache.reference.sinks import refine_lse, share_of_tokens
 from vllm_kcache.reference.write import write_codes_and_rows, write_kv
 from vllm_kcache.types import KStats
 
@@ -88,7 +88,8 @@ class LayerInputs:
             nothing, because it reads the pages of another.
         scale: Factor of the scores.
         sinks: [Hq], on the device. Learned scores beside those of the tokens; None where the model
-            has none. Not with codes.
+            has none.
+        soft_cap: Bound of the scaled scores (reference/soft_cap.py); None for none.
     """
 
     query: torch.Tensor
@@ -96,6 +97,7 @@ class LayerInputs:
     value: torch.Tensor | None
     scale: float
     sinks: torch.Tensor | None = None
+    soft_cap: float | None = None
 
 
 class SplitCache:
@@ -276,27 +278,28 @@ class CPUSplitCache(SplitCache):
         )  # fmt: skip
         query = inputs.query[first:last]
         if view.k_stats is None:
-            attend_full(query, view.k_pages, view.v_pages, *batch, inputs.sinks)
+            attend_full(query, view.k_pages, view.v_pages, *batch, inputs.sinks, inputs.soft_cap)
             return
         chunk = None
         if inputs.key is not None and inputs.value is not None:
             chunk = inputs.key[first:last], inputs.value[first:last]
         attend_full_rows(
             query, view.host_rows, self.shape.row, view.k_stats, self.shape.page_tokens, chunk,
-            *batch,
+            *batch, inputs.sinks, inputs.soft_cap,
         )  # fmt: skip
 
     def _decode(self, view: LayerView, inputs: LayerInputs, step: Step, out: torch.Tensor) -> None:
         """Score, select, fetch, attend: one query per request."""
         decodes, shape, tokens = step.num_decodes, self.shape, self.shape.block_tokens
         query, stats, scale = inputs.query[:decodes], view.k_stats, inputs.scale
+        cap = inputs.soft_cap
         table, seq_lens = step.block_table[:decodes], step.seq_lens[:decodes]
         batch = (table, seq_lens, scale, tokens)
         max_blocks = shape.max_blocks(int(seq_lens.max()))
         if stats is None:
-            block_lse = score_blocks(query, view.k_pages, *batch, max_blocks)
+            block_lse = score_blocks(query, view.k_pages, *batch, max_blocks, soft_cap=cap)
         else:
-            block_lse = score_codes(query, view.code_pages, stats, *batch, max_blocks)
+            block_lse = score_codes(query, view.code_pages, stats, *batch, max_blocks, soft_cap=cap)
         selected = select_blocks(
             block_lse, seq_lens, shape.num_kv_heads, tokens, view.selection,
             estimated=stats is not None,
@@ -305,11 +308,8 @@ class CPUSplitCache(SplitCache):
             fetched = fetch_blocks(selected, table, view.v_pages, tokens)
             attend_blocks(
                 query, view.k_pages, view.v_pages, fetched, selected, *batch, view.tail, out=out,
-                clip=view.selection.clips(seq_lens),
+                clip=view.selection.clips(seq_lens), soft_cap=cap,
             )  # fmt: skip
-            if inputs.sinks is not None:
-                lse = request_lse(block_lse, seq_lens, tokens)
-                out.mul_(share_of_tokens(lse, inputs.sinks)[..., None])
         else:
             fetched = fetch_rows(
                 selected, table, view.host_rows, shape.num_kv_heads, shape.page_tokens // tokens
@@ -318,7 +318,11 @@ class CPUSplitCache(SplitCache):
             attend_rows(
                 query, view.host_rows, shape.row, stats, fetched, selected, seq_lens, scale,
                 view.tail, out=out, clip=view.selection.clips(seq_lens),
-                refined=refined,
+                refined=refined, soft_cap=cap,
             )  # fmt: skip
             self.figures.add_estimate_errors(estimate_errors(block_lse, refined, selected))
+            block_lse = refine_lse(block_lse, refined, selected)
+        if inputs.sinks is not None:
+            lse = request_lse(block_lse, seq_lens, tokens)
+            out.mul_(share_of_tokens(lse, inputs.sinks)[..., None])
         self.figures.add_selection(selected.counts, selected.mass, shape.row.bytes)

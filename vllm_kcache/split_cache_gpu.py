@@ -57,13 +57,15 @@ class PrefillKernels:
 
     Attributes:
         name: For the log.
-        attend: query, keys, values, ragged queries, ragged keys, causal, scale -> `Attended`.
+        attend: query, keys, values, ragged queries, ragged keys, causal, scale, soft cap ->
+            `Attended`.
         merge: attention to the union of two sets of keys, from the attention to each.
     """
 
     name: str
     attend: Callable[
-        [torch.Tensor, torch.Tensor, torch.Tensor, Ragged, Ragged, bool, float], Attended
+        [torch.Tensor, torch.Tensor, torch.Tensor, Ragged, Ragged, bool, float, float | None],
+        Attended,
     ]
     merge: Callable[[Attended, Attended], Attended]
 
@@ -235,7 +237,7 @@ class GPUSplitCache(SplitCache):
             batch = DecodeBatch(
                 inputs.query[rows], step.block_table[rows], step.seq_lens[rows], inputs.scale,
                 max_blocks, None if step.spans is None else step.spans[rows],
-                self.memory.limits.decode_tokens,
+                self.memory.limits.decode_tokens, inputs.sinks, inputs.soft_cap,
             )  # fmt: skip
             followers = None
             if batch.scored_together(self.shape.group) == 1:
@@ -246,12 +248,6 @@ class GPUSplitCache(SplitCache):
                 view, self.workspace, batch, out[rows], after_write=written and first == 0,
                 followers=followers,
             )  # fmt: skip
-            if inputs.sinks is not None:
-                # As reference/sinks.py. Selection has left the log-sum-exp of the exact scores, and
-                # nobody needs it any more: so nothing is allocated.
-                heads = out[rows].shape[:2]
-                lse = self.workspace.lse[: heads.numel()].view(heads)
-                out[rows].mul_(lse.sub_(inputs.sinks).sigmoid_()[..., None])
 
     def _plan(self, step: Step) -> PrefillPlan:
         """Work out once what all layers of a step with prefills need."""
@@ -299,14 +295,16 @@ class GPUSplitCache(SplitCache):
             self.transfer.gather_ahead((layer, 0), plan.pieces[0], view, plan.page_table)
         result = attend(
             query, inputs.key[rows], inputs.value[rows], plan.queries, plan.queries, True,
-            inputs.scale,
+            inputs.scale, inputs.soft_cap,
         )  # fmt: skip
         for number, (piece, keys_at) in enumerate(zip(plan.pieces, plan.keys, strict=True)):
             keys, values = self.transfer.gather(
                 (layer, number), piece, view, (inputs.key, inputs.value), plan.page_table
             )
             self._gather_next(layer, number, plan)
-            part = attend(query, keys, values, plan.queries, keys_at, False, inputs.scale)
+            part = attend(
+                query, keys, values, plan.queries, keys_at, False, inputs.scale, inputs.soft_cap
+            )
             self.transfer.release()
             result = self.prefill.merge(part, result)
         output, lse = result

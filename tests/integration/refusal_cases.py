@@ -41,7 +41,7 @@ ALIBI = "ALiBi ({value})"
 HYBRID = "hybrid or attention-free models ({value})"
 CONNECTOR = "kv_connector={value}"
 MICROBATCHING = "microbatching ({value})"
-CHUNKED = "chunked local attention ({value})"
+CHUNKED = "chunked local attention in every layer ({value})"
 SPECULATION = "speculative decoding (method={value})"
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 OTHER_DRAFTS = (
@@ -154,12 +154,13 @@ CASES = {
         "Set --max-model-len", model="gemma3",
         arguments={"max_model_len": -1},
     ),
-    "chunked layers": Case(
-        CHUNKED, "chunked local attention (layer_types with 'chunked_attention'):", FULL_ATTENTION,
-        model="llama4 text",
+    "chunked layers alone": Case(
+        CHUNKED, "chunked local attention in every layer (layer_types with 'chunked_attention'):",
+        "Serve a model with full attention in some layers", model="llama4 text, chunks alone",
     ),
     "chunks in every layer": Case(
-        CHUNKED, "chunked local attention (attention_chunk_size=128):", FULL_ATTENTION,
+        CHUNKED, "chunked local attention in every layer (attention_chunk_size=128):",
+        "Serve a model with full attention in some layers",
         changed={"model_config.attention_chunk_size": 128},
     ),
     "reference window": Case(
@@ -220,13 +221,10 @@ CASES = {
     ),
     "Step1": Case(ALIBI, "ALiBi (Step1ForCausalLM):", "Serve a model with rotary", model="step1"),
     "soft cap": Case(
-        "attn_logit_softcapping={value}", "attn_logit_softcapping=50.0:",
-        "Serve a model without a soft cap", model="gemma2",
-    ),
-    "sinks with codes": Case(
-        "attention sinks with K codes ({value})",
-        "attention sinks with K codes (model type gpt_oss):", "Set kcache_config.k_bits to 16",
-        model="gpt-oss", settings={"k_bits": 4},
+        "a soft cap on scores with K codes on a GPU (attn_logit_softcapping={value})",
+        "a soft cap on scores with K codes on a GPU (attn_logit_softcapping=50.0):",
+        "Set kcache_config.k_bits to 16", model="gemma2",
+        changed={"device_config.device_type": "cuda"}, settings={"k_bits": 4},
     ),
     "sinks of Granite": Case(
         SINKS, "attention sinks (layer_types of Granite):", "Serve a model without learned sinks",

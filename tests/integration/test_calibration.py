@@ -19,9 +19,11 @@ from vllm_kcache.types import KStats
 HEADS, KV_HEADS, HEAD_SIZE, SCALE = 6, 2, 64, 0.2
 
 
-def recorder(source: Any = None, window: int | None = None) -> Any:
-    impl = SimpleNamespace(num_heads=HEADS, num_kv_heads=KV_HEADS, scale=SCALE)
-    return calibration._Recorder(impl, source, window)
+def recorder(
+    source: Any = None, window: int | None = None, chunk: int | None = None, **of_impl: Any
+) -> Any:
+    impl = SimpleNamespace(num_heads=HEADS, num_kv_heads=KV_HEADS, scale=SCALE, **of_impl)
+    return calibration._Recorder(impl, source, window, chunk)
 
 
 def run(recorder: Any, tokens: int, seed: int) -> tuple[torch.Tensor, ...]:
@@ -36,13 +38,18 @@ def run(recorder: Any, tokens: int, seed: int) -> tuple[torch.Tensor, ...]:
 
 
 def causal(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int = 10**6
-) -> torch.Tensor:
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int = 10**6,
+    sinks: torch.Tensor | None = None, cap: float = 1e6,
+) -> torch.Tensor:  # fmt: skip
     key, value = (x.double().repeat_interleave(HEADS // KV_HEADS, 1) for x in (key, value))
-    scores = SCALE * torch.einsum("nhd,thd->hnt", query.double(), key)
+    scores = cap * (SCALE * torch.einsum("nhd,thd->hnt", query.double(), key) / cap).tanh()
     before = torch.arange(key.shape[0])[:, None] - torch.arange(key.shape[0])
     unseen = (before < 0) | (before >= window)
-    return torch.einsum("hnt,thd->nhd", scores.masked_fill(unseen, -torch.inf).softmax(-1), value)
+    weights = scores.masked_fill(unseen, -torch.inf).exp()
+    total = weights.sum(-1)
+    if sinks is not None:
+        total = total + sinks.double().exp()[:, None]
+    return torch.einsum("hnt,thd->nhd", weights / total[..., None], value)
 
 
 def test_a_layer_attends_to_the_text_itself() -> None:
@@ -54,6 +61,28 @@ def test_a_layer_attends_to_the_text_itself() -> None:
 def test_a_window_layer_attends_to_its_window(window: int) -> None:
     query, key, value, result = run(recorder(window=window), 37, 0)
     assert_close(result, causal(query, key, value, window))
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 37, 100])
+def test_a_chunked_layer_attends_within_chunks(chunk: int) -> None:
+    query, key, value, result = run(recorder(chunk=chunk), 37, 0)
+    for first in range(0, 37, chunk):
+        part = slice(first, first + chunk)
+        assert_close(result[part], causal(query[part], key[part], value[part]))
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_a_layer_has_its_sinks(window: int | None) -> None:
+    sinks = torch.linspace(-4, 6, HEADS)
+    query, key, value, result = run(recorder(window=window, sinks=sinks), 37, 0)
+    assert_close(result, causal(query, key, value, window or 10**6, sinks))
+
+
+@pytest.mark.parametrize("name", ["soft_cap", "logits_soft_cap"])
+def test_a_layer_has_its_cap(name: str) -> None:
+    """Under our name, and under vLLM's own."""
+    query, key, value, result = run(recorder(**{name: 3.0}), 37, 0)
+    assert_close(result, causal(query, key, value, cap=3.0))
 
 
 def test_a_layer_that_shares_a_cache_attends_to_that() -> None:

@@ -44,7 +44,6 @@ def test_everything_at_once(folders: Callable[[str], str]) -> None:
     assert [text.split(":")[0].removeprefix(PREFIX) for text in found[:-1]] == [
         "attention_backend=FLASH_ATTN",
         "kv_offloading_size=1.0",
-        "attn_logit_softcapping=50.0",
         "block_size=8",
         "kcache_config.dense_layers=2",
     ]

@@ -71,11 +71,10 @@ def split_layers(vllm_config: Any, **settings: Any) -> list[str]:
     [
         ({"alibi_slopes": [0.5] * 4}, "ALiBi"),
         ({"per_layer_sliding_window": 128}, "window in a split layer (sliding_window=128)"),
-        ({"logits_soft_cap": 30.0}, "attn_logit_softcapping=30.0"),
     ],
 )
 def test_layer_refuses(vllm_config: Any, arguments: dict[str, Any], feature: str) -> None:
-    """vLLM asks no backend about the first and the last; it asks about the window of a layer."""
+    """vLLM asks no backend about the first; it asks about the window of a layer."""
     from vllm_kcache.integration.backend import KCacheBackend
 
     with pytest.raises(KCacheConfigError) as caught:
@@ -84,16 +83,24 @@ def test_layer_refuses(vllm_config: Any, arguments: dict[str, Any], feature: str
     assert feature in str(caught.value)
 
 
-def test_a_layer_takes_sinks_beside_k_alone(
-    vllm_config: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_layer_takes_a_soft_cap(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms.cpu import CpuPlatform
+
     from vllm_kcache.integration.backend import KCacheBackend
 
+    assert add_layer(vllm_config, 0, logits_soft_cap=30.0).impl.soft_cap == 30.0
+    assert add_layer(vllm_config, 1, logits_soft_cap=0.0).impl.soft_cap is None
+    monkeypatch.setattr(KCacheBackend, "k_bits", 4)
+    assert add_layer(vllm_config, 2, logits_soft_cap=30.0).impl.soft_cap == 30.0
+    monkeypatch.setattr(CpuPlatform, "is_cpu", lambda self: False)
+    with pytest.raises(KCacheConfigError, match=r"on a GPU \(attn_logit_softcapping=30.0\)"):
+        KCacheBackend.get_impl_cls()(4, 64, 0.125, logits_soft_cap=30.0)
+
+
+def test_a_layer_takes_sinks(vllm_config: Any) -> None:
+    """The parameter itself, which is loaded later."""
     sinks = torch.zeros(4)
     assert add_layer(vllm_config, 0, sinks=sinks).impl.sinks is sinks
-    monkeypatch.setattr(KCacheBackend, "k_bits", 4)
-    with pytest.raises(KCacheConfigError, match="attention sinks with K codes"):
-        add_layer(vllm_config, 1, sinks=sinks)
 
 
 @pytest.mark.parametrize("attn_type", ["encoder", "encoder_only", "encoder_decoder"])
@@ -194,6 +201,28 @@ def test_window_layers_run_stock_attention(vllm_config: Any) -> None:
     assert split_layers(vllm_config) == [full.layer_name]
     vllm_config.cache_config.sliding_window = 64
     assert add_layer(vllm_config, 2).get_attn_backend() is stock_backend()
+    assert split_layers(vllm_config) == [full.layer_name]
+
+
+def test_chunked_layers_run_stock_attention(vllm_config: Any) -> None:
+    """vLLM derives their backend from what it would choose."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
+
+    full = add_layer(vllm_config, 0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with set_current_vllm_config(vllm_config):
+            chunked = ChunkedLocalAttention(
+                4, 64, 0.125, 128, num_kv_heads=2, cache_config=vllm_config.cache_config,
+                prefix="model.layers.1.self_attn.attn",
+            )  # fmt: skip
+    finally:
+        torch.set_default_dtype(before)
+    backend = chunked.get_attn_backend()
+    assert issubclass(backend, stock_backend())
+    assert backend is not stock_backend()
     assert split_layers(vllm_config) == [full.layer_name]
 
 

@@ -199,16 +199,34 @@ def test_others_are_grouped_by_vllm(vllm_config: Any, folders: Callable[[str], s
 
 
 def test_other_kinds_of_layers_are_refused(vllm_config: Any) -> None:
+    from vllm.v1.kv_cache_interface import MambaSpec
+
+    state = MambaSpec(block_size=BLOCK, shapes=((4, 64),), dtypes=(torch.float32,))
+    from vllm_kcache.integration.pools import planning
+
+    with pytest.raises(KCacheConfigError, match=r"groups \(sliding_window, mamba"):
+        planning.get_kv_cache_groups(vllm_config, {**specs(), "model.layers.5.mixer": state})
+
+
+def test_chunked_layers_have_the_pool_of_window_layers(vllm_config: Any) -> None:
+    """In blocks for at least what vLLM lets a request take."""
     from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec
+
+    from vllm_kcache.integration.pools import planning, window_pool
 
     chunked = ChunkedLocalAttentionSpec(
         block_size=BLOCK, num_kv_heads=2, head_size=64, dtype=torch.bfloat16,
         attention_chunk_size=64,
     )  # fmt: skip
-    from vllm_kcache.integration.pools import planning
-
-    with pytest.raises(KCacheConfigError, match=r"groups \(sliding_window, chunked_local_att"):
-        planning.get_kv_cache_groups(vllm_config, {**specs(), "model.layers.5.attn": chunked})
+    made = {name: spec if name in FULL_NAMES else chunked for name, spec in specs().items()}
+    own, *others = planning.get_kv_cache_groups(vllm_config, dict(made))
+    assert set(own.layer_names) == set(FULL_NAMES)
+    assert {name for group in others for name in group.layer_names} == set(made) - set(FULL_NAMES)
+    pool = window_pool(vllm_config, made)
+    most = chunked.max_admission_blocks_per_request(
+        vllm_config.max_in_flight_tokens, vllm_config.model_config.max_model_len
+    )
+    assert pool.step_blocks + pool.request_blocks >= most * len(others)
 
 
 @pytest.mark.parametrize(

@@ -215,7 +215,6 @@ def test_all_refusals_are_found_at_once(folders: Callable[[str], str]) -> None:
     assert [text.split(":")[0].removeprefix(PREFIX) for text in found] == [
         "kv_sharing_fast_prefill=True",
         "pipeline stages beside sliding-window layers (pipeline_parallel_size=2)",
-        "attn_logit_softcapping=50.0",
         "kcache_config.dense_layers=2",
     ]
 

@@ -37,10 +37,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "4, dense": {**GATE, "k_bits": 4, "dense_layers": [5]},
     # Of a model in which every other layer has a window.
     "16, every other": {**GATE, "k_bits": 16},
+    "4, every other": {**GATE, "k_bits": 4},
 }
 # Blocks of window layers, few enough for a crowd to wait; and pages of the request that both pools
 # are made for, more where a page is smaller.
-POOLS = {"16": (22, 7), "4": (17, 12), "4, dense": (22, 7), "16, every other": (30, 5)}
+POOLS = {
+    "16": (22, 7),
+    "4": (17, 12),
+    "4, dense": (22, 7),
+    "16, every other": (30, 5),
+    "4, every other": (18, 11),
+}
 
 
 @dataclass(frozen=True)
@@ -74,8 +81,14 @@ def work() -> list[dict[str, Any]]:
         pytest.param(("gemma3_text", ["16", "4"]), id="gemma3"),
         pytest.param(("gemma3_text", ["4, dense"]), id="gemma3, dense", marks=pytest.mark.full),
         pytest.param(("olmo3", ["16", "4"]), id="olmo3", marks=pytest.mark.full),
+        # Chunks in place of windows.
+        pytest.param(("llama4_text", ["16", "4"]), id="llama4", marks=pytest.mark.full),
+        # Scores have a soft cap, in all layers.
+        pytest.param(("gemma2", ["16", "4"]), id="gemma2", marks=pytest.mark.full),
         # Every other layer has a window; the full ones are split and have learned sinks.
-        pytest.param(("gpt_oss", ["16, every other"]), id="gpt-oss", marks=pytest.mark.full),
+        pytest.param(
+            ("gpt_oss", ["16, every other", "4, every other"]), id="gpt-oss", marks=pytest.mark.full
+        ),
     ],
 )
 def gate(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Gate:

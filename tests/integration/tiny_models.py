@@ -134,6 +134,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         num_local_experts=2,
         intermediate_size_mlp=128,
     ),
+    "llama4 text, chunks alone": _llama_like(
+        "Llama4ForCausalLM",
+        "llama4_text",
+        head_dim=64,
+        attention_chunk_size=128,
+        layer_types=["chunked_attention", "chunked_attention"],
+        num_local_experts=2,
+        intermediate_size_mlp=128,
+    ),
     "whisper": {
         "architectures": ["WhisperForConditionalGeneration"],
         "model_type": "whisper",
@@ -230,11 +239,46 @@ def write_llama(folder: Path, **changes: Any) -> str:
     return str(folder)
 
 
+# vLLM ties its embeddings always. Scores are about as large as the cap; logits need none.
+GEMMA2 = {
+    "tie_word_embeddings": True,
+    "attn_logit_softcapping": 10.0,
+    "final_logit_softcapping": None,
+}
+
+
 def write_window_model(folder: Path, model_type: str, **changes: Any) -> str:
     """A random float32 model of which some layers have a window of 64 tokens; returns its folder.
 
     Args:
-        model_type: "gemma3_text", "olmo3" or "gpt_oss"; the last with sinks that weigh.
+        model_type: "gemma3_text", "gemma2", "olmo3", "llama4_text", or "gpt_oss" with sinks that
+            weigh.
+        changes: Of its configuration.
+    """
+    of_some: dict[str, Any] = {
+        "head_dim": 64,
+        "query_pre_attn_scalar": 64,
+        "sliding_window": 64,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+    }
+    if model_type == "gemma2":
+        of_some |= GEMMA2
+    if model_type == "llama4_text":
+        # Chunks in place of windows, and no rotary embedding in the other layers.
+        kinds = changes.pop("layer_types")
+        changes["layer_types"] = [kind.replace("sliding", "chunked") for kind in kinds]
+        changes["no_rope_layers"] = [int(kind != "full_attention") for kind in kinds]
+        of_some |= {"attention_chunk_size": of_some.pop("sliding_window")}
+        of_some["intermediate_size_mlp"] = 128
+    return write_random_model(folder, model_type, **{**of_some, **changes})
+
+
+def write_random_model(folder: Path, model_type: str, **changes: Any) -> str:
+    """A random float32 model of a family; returns its folder.
+
+    Args:
+        model_type: Transformers' name of the family.
         changes: Of its configuration.
     """
     import torch
@@ -245,24 +289,23 @@ def write_window_model(folder: Path, model_type: str, **changes: Any) -> str:
         model_type,
         **{
             **_COMMON,
-            "head_dim": 64,
-            "query_pre_attn_scalar": 64,
+            "num_hidden_layers": 4,
             "vocab_size": 512,
-            "sliding_window": 64,
             "pad_token_id": 0,
-            # Tied, a random model says one word over and over.
             "tie_word_embeddings": False,
             "initializer_range": 0.2,
-            "num_local_experts": 2,
-            "num_experts_per_tok": 1,
             "torch_dtype": "float32",
             **changes,
         },
     )
     model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
-        if name.endswith("sinks"):
-            torch.nn.init.normal_(parameter, std=2.0)
+        # What a new model has as zeros.
+        if name.endswith(("sinks", "proj.bias")):
+            torch.nn.init.normal_(parameter, std=2.0 if name.endswith("sinks") else 0.2)
+    if config.tie_word_embeddings:
+        # Otherwise a random model says the word again that it was given.
+        torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.01)
     model.save_pretrained(folder)
     return str(folder)
 

@@ -151,18 +151,31 @@ FAULTS_OF_DRAFTS: tuple[tuple[str, Any, str, Callable[[Function], Function]], ..
      with_argument(1, of_batch(spans=lambda spans: (spans - 1).clamp_min(0)))),
 )  # fmt: skip
 
+# Where layers have sinks and a cap.
+SPECIAL_FAULTS = (
+    ("score", decode, "score_blocks", with_argument(1, of_batch(soft_cap=lambda cap: None))),
+    ("fetch or attend", decode, "attend_blocks",
+     with_argument(1, of_batch(sinks=lambda sinks: None))),
+)  # fmt: skip
+
 
 def main() -> None:
     layers = (THRESHOLD, COVERAGE, FIXED, EVERYTHING)
     for layer in layers:
         for decode_tokens in (1, DRAFTED):
             check_kernels(*layer, "cpu", decode_tokens)
-    cases = [(1, *case) for case in FAULTS] + [(DRAFTED, *case) for case in FAULTS_OF_DRAFTS]
-    for decode_tokens, stage, module, name, fault in cases:
+    special = {"has_sinks": True, "soft_cap": 2.0}
+    check_kernels(*THRESHOLD, "cpu", **special)
+    cases = [
+        *((fault, {}) for fault in FAULTS),
+        *((fault, {"decode_tokens": DRAFTED}) for fault in FAULTS_OF_DRAFTS),
+        *((fault, special) for fault in SPECIAL_FAULTS),
+    ]
+    for (stage, module, name, fault), options in cases:
         sound = getattr(module, name)
         setattr(module, name, fault(sound))
         with pytest.raises(KernelError, match=f"the step '{stage}'"):
-            check_kernels(*THRESHOLD, "cpu", decode_tokens)
+            check_kernels(*THRESHOLD, "cpu", **options)
         setattr(module, name, sound)
     print(f"{len(layers)} layers pass, {len(cases)} faults are found")
 

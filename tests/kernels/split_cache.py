@@ -239,7 +239,9 @@ def run(
             key, value = torch.randn(2, tokens, shape.num_kv_heads, shape.head_size)
             # One of the layers has learned sinks.
             sinks = 2 * torch.randn(shape.num_query_heads) if layer == 1 and not coded else None
-            inputs = LayerInputs(query, key, value, shape.head_size**-0.5, sinks)
+            # The scores of the other have a cap, among them.
+            cap = 4.0 if layer == 0 and not coded else None
+            inputs = LayerInputs(query, key, value, shape.head_size**-0.5, sinks, cap)
             outs = [torch.full_like(query, torch.nan) for _ in range(2)]
             for cache, its_pages, out in zip((ours, theirs), k_pages, outs, strict=True):
                 cache.attend(layer, its_pages[layer], inputs, step, out)

@@ -17,7 +17,8 @@ from vllm_kcache.reference.fetch import fetch_rows
 from vllm_kcache.reference.full import attend_full_rows
 from vllm_kcache.reference.paging import physical_v_blocks
 from vllm_kcache.reference.score import score_codes
-from vllm_kcache.reference.select import select_blocks
+from vllm_kcache.reference.select import request_lse, select_blocks
+from vllm_kcache.reference.sinks import refine_lse, share_of_tokens
 from vllm_kcache.reference.write import write_codes_and_rows
 from vllm_kcache.types import Fetched, KStats, Selected, Selection
 
@@ -293,6 +294,29 @@ def test_attend_dtypes(dtype, host_dtype):
         out = attend(coded, selected, tail)
         for request in range(2):
             assert_close(out[request], expected_attention(coded, selected, request, tail))
+
+
+@pytest.mark.parametrize("host_dtype", HOST_DTYPES)
+def test_a_sink_is_weighed_against_the_best_that_is_known(host_dtype):
+    """The true scores of the selected tokens and the estimates of the others."""
+    coded = Coded.of(build_case(Shape((70, 0, 9), 2, 3, 64, 32, 8)), host_dtype)
+    selected, lse = selected_of(coded)
+    refined = torch.full((*lse.shape[:2], selected.blocks.shape[2]), torch.nan)
+    attend(coded, selected, "renormalize", refined=refined)
+    sinks = torch.linspace(-5, 5, 6)
+    found = request_lse(refine_lse(lse, refined, selected), coded.case.seq_lens, 8)
+    shares = share_of_tokens(found, sinks)
+    estimated = 0
+    for request in (0, 2):
+        scores, estimates = coded.scores(request), coded.estimates(request)
+        for head in range(6):
+            row = selected.blocks[request, head // 3]
+            kept = torch.isin(torch.arange(scores.shape[1]) // 8, row[row >= 0])
+            estimated += int((~kept).sum())
+            known = torch.where(kept, scores[head], estimates[head]).exp().sum()
+            share = known / (known + sinks[head].double().exp())
+            assert_close(shares[request, head], share, torch.float32)
+    assert estimated > 20
 
 
 @pytest.mark.parametrize("host_dtype", HOST_DTYPES)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -103,14 +104,12 @@ class KCacheImpl(AttentionImpl[KCacheMetadata]):
         kv_sharing_target_layer_name: str | None = None,
         sinks: torch.Tensor | None = None,
     ) -> None:
-        if sinks is not None and KCacheBackend.k_bits == 4:
-            refusals.refuse("sinks_with_codes", "sinks of a layer")
         if alibi_slopes is not None:
             refusals.refuse("alibi", "slopes")
         if sliding_window is not None:
             refusals.refuse("window_layer", f"sliding_window={sliding_window}")
-        if logits_soft_cap:
-            refusals.refuse("logit_softcap", logits_soft_cap)
+        if logits_soft_cap and KCacheBackend.k_bits == 4 and not current_platform.is_cpu():
+            refusals.refuse("soft_cap_with_codes", logits_soft_cap)
         if attn_type != AttentionType.DECODER:
             refusals.refuse("attention_type", AttentionType(attn_type).value)
         self.num_heads = num_heads
@@ -119,6 +118,8 @@ class KCacheImpl(AttentionImpl[KCacheMetadata]):
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        # vLLM says 0 for none, too.
+        self.soft_cap = logits_soft_cap or None
         # A parameter of the model, [Hq], loaded after this.
         self.sinks = sinks
         self._cache: SplitCache | None = None
@@ -180,6 +181,7 @@ class KCacheImpl(AttentionImpl[KCacheMetadata]):
             value=None if shares else value.view(kv_heads),
             scale=self.scale,
             sinks=self.sinks,
+            soft_cap=self.soft_cap,
         )
         shaped, order = output.view(heads), attn_metadata.token_order
         if order is None:
@@ -199,4 +201,5 @@ def _take(inputs: LayerInputs, order: torch.Tensor) -> LayerInputs:
         None if inputs.value is None else inputs.value[order],
         inputs.scale,
         inputs.sinks,
+        inputs.soft_cap,
     )

@@ -25,7 +25,9 @@ from vllm.sequence import IntermediateTensors
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from vllm_kcache.config import KCacheConfigError
+from vllm_kcache.integration.layers import chunk_of
 from vllm_kcache.reference.codes import stats_of
+from vllm_kcache.reference.soft_cap import cap_scores
 from vllm_kcache.types import KStats
 
 logger = init_logger(__name__)
@@ -149,7 +151,9 @@ def _recording(layers: dict[str, Any]) -> Iterator[dict[str, _Recorder]]:
         target = layer.kv_sharing_target_layer_name
         # Layers of other stages have no target here; a target comes before those that read it.
         source = recorders.get(target)
-        recorders[name] = layer.impl = _Recorder(layer.impl, source, layer.sliding_window)
+        recorders[name] = layer.impl = _Recorder(
+            layer.impl, source, layer.sliding_window, chunk_of(layer)
+        )
     try:
         yield recorders
     finally:
@@ -164,12 +168,24 @@ class _Recorder:
         impl: The layer's own.
         source: Recorder of the layer whose K and V this one reads.
         window: Tokens that each one attends to, itself included; None for all before it.
+        chunk: Tokens of the chunks within which they attend; None for one.
     """
 
-    def __init__(self, impl: Any, source: _Recorder | None, window: int | None = None) -> None:
-        self._window = window
+    def __init__(
+        self,
+        impl: Any,
+        source: _Recorder | None,
+        window: int | None = None,
+        chunk: int | None = None,
+    ) -> None:
+        self._window, self._chunk = window, chunk
         self._heads = impl.num_heads, impl.num_kv_heads
         self._scale = impl.scale
+        self._sinks = getattr(impl, "sinks", None)
+        # Ours and vLLM's own; 0 is none.
+        self._cap = (
+            getattr(impl, "soft_cap", None) or getattr(impl, "logits_soft_cap", None) or None
+        )
         self._source = source
         # Whether K and V of a pass are kept, for layers that read them. Of all layers they would
         # take gigabytes.
@@ -202,25 +218,51 @@ class _Recorder:
         else:
             assert self._source._kv is not None
             keys, values = self._source._kv
-        result = torch.nn.functional.scaled_dot_product_attention(
-            query.view(tokens, heads, -1).transpose(0, 1)[None],
-            keys.transpose(0, 1)[None],
-            values.transpose(0, 1)[None],
-            attn_mask=self._mask(tokens, query.device),
-            is_causal=self._window is None,
-            scale=self._scale,
-            enable_gqa=heads != kv_heads,
-        )
-        output.view(tokens, heads, -1).copy_(result[0].transpose(0, 1))
+        queries = query.view(tokens, heads, -1)
+        sees_all = self._window is None and self._chunk is None
+        if self._sinks is not None or self._cap is not None:
+            result = self._attend_plainly(queries, keys, values)
+        else:
+            result = torch.nn.functional.scaled_dot_product_attention(
+                queries.transpose(0, 1)[None],
+                keys.transpose(0, 1)[None],
+                values.transpose(0, 1)[None],
+                attn_mask=None if sees_all else self._mask(tokens, query.device),
+                is_causal=sees_all,
+                scale=self._scale,
+                enable_gqa=heads != kv_heads,
+            )[0].transpose(0, 1)
+        output.view(tokens, heads, -1).copy_(result)
         return output
 
-    def _mask(self, tokens: int, device: torch.device) -> torch.Tensor | None:
-        """[tokens, tokens] bool: who attends to whom in a window; None without one."""
-        if self._window is None:
-            return None
-        before = torch.arange(tokens, device=device)
-        before = before[:, None] - before
-        return (before >= 0) & (before < self._window)
+    def _attend_plainly(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        """[tokens, Hq, D], with sinks and a cap: a KV head at a time, all scores in memory."""
+        tokens, kv_heads = keys.shape[:2]
+        unseen = ~self._mask(tokens, keys.device)
+        sinks = query.new_full(query.shape[1:2], -torch.inf) if self._sinks is None else self._sinks
+        by_head = sinks.float().unflatten(0, (kv_heads, -1))[..., None, None]
+        grouped, parts = query.unflatten(1, (kv_heads, -1)), []
+        for head in range(kv_heads):
+            scores = grouped[:, head].float().transpose(0, 1) @ keys[:, head].float().T
+            scores = cap_scores(scores * self._scale, self._cap).masked_fill(unseen, -torch.inf)
+            sink = by_head[head].expand(-1, tokens, 1)
+            weights = torch.cat([scores, sink], -1).softmax(-1)[..., :tokens]
+            parts.append((weights @ values[:, head].float()).transpose(0, 1))
+        return torch.cat(parts, 1)
+
+    def _mask(self, tokens: int, device: torch.device) -> torch.Tensor:
+        """[tokens, tokens] bool: who attends to whom."""
+        order = torch.arange(tokens, device=device)
+        before = order[:, None] - order
+        seen = before >= 0
+        if self._window is not None:
+            seen &= before < self._window
+        if self._chunk is not None:
+            # A piece of the text is a request: its first token begins a chunk.
+            seen &= order[:, None] // self._chunk == order // self._chunk
+        return seen
 
     def _add(self, key: torch.Tensor) -> None:
         exact = key.double()

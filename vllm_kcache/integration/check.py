@@ -178,7 +178,7 @@ def _pages_beside_windows(vllm_config: Any, config: KCacheConfig, blocks: int) -
     split = code_bytes(head_size) if codes else head_size * itemsize
     full_layers = layers - len(windows) - len(dense)
     pool = WindowPool.plan(
-        [(model.get_sliding_window() + vllm_config.num_speculative_tokens, tokens)],
+        [(features.window_size(vllm_config) + vllm_config.num_speculative_tokens, tokens)],
         block_bytes=len(windows) * heads * tokens * both,
         page_bytes=heads * tokens * (full_layers * split + len(dense) * both),
         page_tokens=tokens,

@@ -13,8 +13,10 @@ from typing import Any
 from vllm_kcache.types import MOST_QUERY_HEADS_GPU
 
 SNAPSHOT_SERVER = "vllm.snapshot.server"
-# Served with exact K, and not served.
-SINK_MODEL_TYPES, OTHER_SINK_MODEL_TYPES = ("gpt_oss",), ("openai_privacy_filter",)
+# With learned sinks, and not served.
+SINK_MODEL_TYPES = ("openai_privacy_filter",)
+# In vLLM's own attention beside split layers.
+WINDOW_KINDS = ("sliding_attention", "chunked_attention")
 # Drafts of a custom class are taken to need no layers. `ngram_gpu` is of a GPU alone.
 SERVED_SPECULATION = ("ngram", "ngram_gpu", "custom_class", "draft_model")
 SINK_SETTINGS = (
@@ -109,19 +111,26 @@ def speculation_on_stages(vllm_config: Any) -> int | None:
     return positive(vllm_config.parallel_config.pipeline_parallel_size)
 
 
+def window_size(vllm_config: Any) -> int | None:
+    """Tokens that layers with a window or with chunks attend to at most."""
+    model_config = vllm_config.model_config
+    return model_config.get_sliding_window() or model_config.attention_chunk_size
+
+
 def has_window_layers(vllm_config: Any) -> bool:
-    """Whether the configuration gives some layers a window and others the whole context."""
+    """Whether the configuration gives some layers a window, or chunks, and others the whole
+    context."""
     kinds = {str(kind) for kind in getattr(text_config(vllm_config), "layer_types", None) or []}
-    mixed = {"sliding_attention", "full_attention"} <= kinds
-    return mixed and bool(vllm_config.model_config.get_sliding_window())
+    mixed = "full_attention" in kinds and not kinds.isdisjoint(WINDOW_KINDS)
+    return mixed and bool(window_size(vllm_config))
 
 
 def window_layers(vllm_config: Any) -> list[int]:
-    """Numbers of the layers that the configuration gives a window, where others have none."""
+    """Numbers of the layers with a window or with chunks, where others have neither."""
     if not has_window_layers(vllm_config):
         return []
     kinds = enumerate(text_config(vllm_config).layer_types)
-    return [number for number, kind in kinds if str(kind) == "sliding_attention"]
+    return [number for number, kind in kinds if str(kind) in WINDOW_KINDS]
 
 
 def beside_windows(value: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -161,7 +170,9 @@ def sliding_window(vllm_config: Any) -> str | None:
 
 
 def chunked_attention(vllm_config: Any) -> str | None:
-    """Setting that gives some layers chunks."""
+    """Setting that gives every layer chunks."""
+    if has_window_layers(vllm_config):
+        return None
     text = text_config(vllm_config)
     layer_types = getattr(text, "layer_types", None) or []
     chunked = [str(kind) for kind in layer_types if "chunked" in str(kind)]
@@ -215,10 +226,17 @@ def alibi(vllm_config: Any) -> str | None:
     return name if vllm_config.model_config.uses_alibi or name == "Step1ForCausalLM" else None
 
 
+def soft_cap_on_gpu(vllm_config: Any) -> float | None:
+    """Bound of the scores, of a model on a GPU."""
+    if vllm_config.device_config.device_type == "cpu":
+        return None
+    return true(getattr(text_config(vllm_config), "attn_logit_softcapping", None))
+
+
 def attention_sinks(vllm_config: Any) -> str | None:
     """Learned sinks, an extra term of the softmax that is no token, of models not tried."""
     text = text_config(vllm_config)
-    if text.model_type in OTHER_SINK_MODEL_TYPES:
+    if text.model_type in SINK_MODEL_TYPES:
         return f"model type {text.model_type}"
     # Granite has them wherever it names its layers, unless it says otherwise.
     if (
@@ -232,12 +250,6 @@ def attention_sinks(vllm_config: Any) -> str | None:
         if value:
             return f"{name}={value}"
     return None
-
-
-def served_sinks(vllm_config: Any) -> str | None:
-    """Learned sinks that are served where scores are exact."""
-    model_type = text_config(vllm_config).model_type
-    return f"model type {model_type}" if model_type in SINK_MODEL_TYPES else None
 
 
 def microbatching(vllm_config: Any) -> str | None:

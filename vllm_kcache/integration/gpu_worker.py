@@ -7,12 +7,15 @@ import time
 from typing import Any
 
 import torch
+from vllm.config import get_layers_from_vllm_config
 from vllm.logger import init_logger
+from vllm.model_executor.layers.attention.attention import Attention
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.config import KCacheConfigError
 from vllm_kcache.integration import pools, prefill
+from vllm_kcache.integration.backend import KCacheImpl
 from vllm_kcache.integration.worker import GIB, SplitCacheWorker
 from vllm_kcache.kernels import extension, self_check
 from vllm_kcache.kernels.select import MOST_BLOCKS
@@ -45,15 +48,23 @@ class KCacheGPUWorker(SplitCacheWorker, Worker):
         """Do not start where this GPU's kernels differ from the reference."""
         cache = self.split_cache
         begin = time.monotonic()
+        sinks, caps = self._sinks_and_caps()
         self_check.check_kernels(
             cache.shape, cache.selection, cache.config.resolved_tail, self.device,
-            cache.memory.limits.decode_tokens,
+            cache.memory.limits.decode_tokens, has_sinks=sinks, soft_cap=max(caps, default=None),
         )  # fmt: skip
         # What it took is not what the model needs: vLLM measures next.
         torch.cuda.empty_cache()
         logger.info(
             "KCache: kernels checked against the reference in %.1f s.", time.monotonic() - begin
         )
+
+    def _sinks_and_caps(self) -> tuple[bool, set[float]]:
+        """Whether split layers have learned sinks, and the bounds of their scores."""
+        layers = get_layers_from_vllm_config(self.vllm_config, Attention).values()
+        impls = [layer.impl for layer in layers if isinstance(layer.impl, KCacheImpl)]
+        sinks = any(impl.sinks is not None for impl in impls)
+        return sinks, {impl.soft_cap for impl in impls if impl.soft_cap is not None}
 
     def _make_cache(self, shape: CacheShape) -> GPUSplitCache:
         scheduler, model = self.vllm_config.scheduler_config, self.vllm_config.model_config
@@ -68,7 +79,8 @@ class KCacheGPUWorker(SplitCacheWorker, Worker):
                 f"tokens, and a request may have {MOST_BLOCKS}. Lower --max-model-len to "
                 f"{MOST_BLOCKS * shape.block_tokens} or raise kcache_config.v_block_tokens."
             )
-        kernels = prefill.choose(self.kcache_config.prefill, shape.head_size, shape.dtype)
+        capped = bool(self._sinks_and_caps()[1])
+        kernels = prefill.choose(self.kcache_config.prefill, shape.head_size, shape.dtype, capped)
         logger.info("KCache: prompts attend through %s.", kernels.name)
         return GPUSplitCache(self.kcache_config, shape, self.counters, self.device, limits, kernels)
 

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from vllm_kcache.config import KCacheConfig
@@ -20,6 +21,16 @@ _LAYER_RECORD = PatchRecord(
     upstream="backend_per_kind picks by kind of cache, not by layer.",
     until="vLLM can pick a backend by layer name.",
 )
+_CHUNKED_RECORD = PatchRecord(
+    target=(
+        "vllm.model_executor.layers.attention.chunked_local_attention.ChunkedLocalAttention"
+        ".__init__"
+    ),
+    why="It derives its backend from the one chosen for layers of the whole context.",
+    how="While it is built no backend is chosen, so it derives from vLLM's own.",
+    upstream="The same (0.33).",
+    until="vLLM can pick a backend for chunked layers.",
+)
 _CPU_RECORD = PatchRecord(
     target="vllm.platforms.cpu.CpuPlatform.get_attn_backend_cls",
     why="The CPU platform ignores the chosen backend and takes CPU_ATTN without an error.",
@@ -32,9 +43,11 @@ _CPU_RECORD = PatchRecord(
 def install() -> None:
     """Wrap the layer constructor and, on the CPU platform, the choice of backend."""
     from vllm.model_executor.layers.attention.attention import Attention
+    from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
     from vllm.platforms import current_platform
 
     wrap(Attention, "__init__", _some_layers_keep_stock_backend, _LAYER_RECORD)
+    wrap(ChunkedLocalAttention, "__init__", _chunked_layers_keep_stock_backend, _CHUNKED_RECORD)
     if current_platform.is_cpu():
         from vllm.platforms.cpu import CpuPlatform
 
@@ -87,23 +100,49 @@ def _some_layers_keep_stock_backend(original: Callable) -> Callable:
         if config is None or given.get("attn_backend") is not None or not prefix:
             original(self, *args, **kwargs)
             return
-        attention = vllm_config.attention_config
         if is_draft_layer(prefix):
             # One of vLLM's runners gives a draft model a backend of its own, the other the model's.
-            is_stock = getattr(attention.backend, "name", None) == "CUSTOM"
+            is_stock = getattr(vllm_config.attention_config.backend, "name", None) == "CUSTOM"
         else:
             num_layers = vllm_config.model_config.get_total_num_hidden_layers()
             is_stock = _has_window(given) or is_dense_layer(prefix, config, num_layers)
         if not is_stock:
             original(self, *args, **kwargs)
             return
-        chosen, attention.backend = attention.backend, None
-        try:
+        with _no_choice(vllm_config):
             original(self, *args, **kwargs)
-        finally:
-            attention.backend = chosen
 
     return __init__
+
+
+def _chunked_layers_keep_stock_backend(original: Callable) -> Callable:
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        from vllm.config import get_current_vllm_config
+
+        vllm_config = get_current_vllm_config()
+        if settings_of(vllm_config) is None:
+            original(self, *args, **kwargs)
+            return
+        with _no_choice(vllm_config):
+            original(self, *args, **kwargs)
+
+    return __init__
+
+
+@contextlib.contextmanager
+def _no_choice(vllm_config: Any) -> Iterator[None]:
+    """While this lasts vLLM chooses a backend by itself."""
+    attention = vllm_config.attention_config
+    chosen, attention.backend = attention.backend, None
+    try:
+        yield
+    finally:
+        attention.backend = chosen
+
+
+def chunk_of(layer: Any) -> int | None:
+    """Tokens of the chunks that an attention layer attends within; None for one without."""
+    return getattr(layer, "attention_chunk_size", None)
 
 
 def _has_window(given: dict[str, Any]) -> bool:

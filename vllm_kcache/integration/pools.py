@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KV cache groups of a model with sliding-window layers: its full layers get a pool of their own.
+"""KV cache groups of a model with window layers: its full layers get a pool of their own.
+
+Window layers are those with a sliding window, and those that attend within chunks (Llama 4).
 
 vLLM gives all groups of layers one pool of blocks and one allocation, which each group reads in its
 own way. Pages of K or codes are smaller than the window layers' blocks and would be padded to them;
@@ -22,6 +24,7 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.hisparse.block_pool import SharedEventQueueBlockPool
 from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
@@ -44,6 +47,7 @@ try:
 except ImportError:  # vLLM 0.32
     from vllm.v1.core import kv_cache_utils as planning
 
+WINDOW_SPECS = (SlidingWindowSpec, ChunkedLocalAttentionSpec)
 # The second pool begins at a multiple of so many bytes in the one allocation.
 ALIGNMENT = 4096
 
@@ -157,7 +161,7 @@ def window_pool(vllm_config: Any, specs: dict[str, KVCacheSpec]) -> WindowPool |
         vllm_config: vLLM's configuration, its layout of the cache resolved.
         specs: Layer name to cache spec, all layers of the rank.
     """
-    if not any(type(spec) is SlidingWindowSpec for spec in specs.values()):
+    if not any(type(spec) in WINDOW_SPECS for spec in specs.values()):
         return None
     groups = planning.get_kv_cache_groups(vllm_config, dict(specs))
     return None if _own_group(groups) is None else _window_pool(vllm_config, groups)
@@ -170,7 +174,7 @@ def _window_pool(vllm_config: Any, groups: list[KVCacheGroupSpec]) -> WindowPool
     scheduler, drafts = vllm_config.scheduler_config, vllm_config.num_speculative_tokens
     return WindowPool.plan(
         # While drafts are verified a request holds them beside its window.
-        [(spec.sliding_window + drafts, spec.block_size) for spec in specs],
+        [(_window_tokens(spec) + drafts, spec.block_size) for spec in specs],
         block_bytes=planning._pool_bytes_per_block(vllm_config, groups),
         page_bytes=planning._get_kv_cache_bytes_per_block(
             [own], vllm_config.cache_config.get_resolved_kv_cache_layout()
@@ -185,6 +189,11 @@ def _window_pool(vllm_config: Any, groups: list[KVCacheGroupSpec]) -> WindowPool
     )
 
 
+def _window_tokens(spec: Any) -> int:
+    """Tokens that a request holds at most in a window layer, beside those of a step."""
+    return getattr(spec, "sliding_window", None) or spec.attention_chunk_size
+
+
 def _own_group(groups: list[KVCacheGroupSpec]) -> KVCacheGroupSpec | None:
     """The group of the full layers, if it has its own pool."""
     for group in groups:
@@ -195,9 +204,7 @@ def _own_group(groups: list[KVCacheGroupSpec]) -> KVCacheGroupSpec | None:
 
 def _with_own_group(original: Callable) -> Callable:
     def get_kv_cache_groups(vllm_config: Any, kv_cache_spec: dict[str, Any]) -> list[Any]:
-        windows = {
-            name: spec for name, spec in kv_cache_spec.items() if type(spec) is SlidingWindowSpec
-        }
+        windows = {name: spec for name, spec in kv_cache_spec.items() if type(spec) in WINDOW_SPECS}
         if settings_of(vllm_config) is None or not windows:
             return original(vllm_config, kv_cache_spec)
         full = {name: spec for name, spec in kv_cache_spec.items() if name not in windows}

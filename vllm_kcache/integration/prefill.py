@@ -13,18 +13,20 @@ from collections.abc import Callable
 import torch
 
 from vllm_kcache.config import KCacheConfigError
+from vllm_kcache.reference.soft_cap import cap_scores
 from vllm_kcache.split_cache_gpu import Attended, PrefillKernels, Ragged
 
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Ragged, Ragged, bool, float], Attended]
+Attend = Callable[..., Attended]
 
 
-def choose(name: str, head_size: int, dtype: torch.dtype) -> PrefillKernels:
+def choose(name: str, head_size: int, dtype: torch.dtype, capped: bool = False) -> PrefillKernels:
     """The kernels of exact attention for a setting.
 
     Args:
         name: `kcache_config.prefill`: "auto", "flash_attn", "xformers" or "torch".
         head_size: D.
         dtype: Model dtype. FlashAttention and xformers take float16 and bfloat16.
+        capped: Scores have a soft cap, which xformers does not know.
 
     Raises:
         KCacheConfigError: The named kernel cannot run here.
@@ -32,30 +34,33 @@ def choose(name: str, head_size: int, dtype: torch.dtype) -> PrefillKernels:
     half = dtype in (torch.float16, torch.bfloat16)
     if name == "auto":
         candidates = ("flash_attn", "xformers") if half else ()
-        fits = (it for it in candidates if _missing(it, head_size, dtype) is None)
+        fits = (it for it in candidates if _missing(it, head_size, dtype, capped) is None)
         name = next(fits, "torch")
     elif name != "torch":
-        reason = _missing(name, head_size, dtype) if half else f"it does not take {dtype}"
+        reason = _missing(name, head_size, dtype, capped) if half else f"it does not take {dtype}"
         if reason is not None:
             raise KCacheConfigError(
                 f"kcache_config.prefill={name!r}: {reason}; use 'auto' or 'torch'."
             )
-    return PrefillKernels(name, _kernel(name, head_size), merge)
+    return PrefillKernels(name, _kernel(name, head_size, capped), merge)
 
 
-def _kernel(name: str, head_size: int) -> Attend:
+def _kernel(name: str, head_size: int, capped: bool) -> Attend:
     if name == "flash_attn":
         from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
         # Looked up once: it costs as much as a launch, and asks for vLLM's configuration, which is
         # not there when the model runs.
-        return functools.partial(attend_flash, version=get_flash_attn_version(head_size=head_size))
+        version = get_flash_attn_version(head_size=head_size, requires_softcap=capped)
+        return functools.partial(attend_flash, version=version)
     return attend_xformers if name == "xformers" else attend_torch
 
 
-def _missing(name: str, head_size: int, dtype: torch.dtype) -> str | None:
+def _missing(name: str, head_size: int, dtype: torch.dtype, capped: bool) -> str | None:
     """Why a kernel cannot run here, or None."""
     if name == "xformers":
+        if capped:
+            return "it knows no soft cap on scores"
         try:
             import xformers.ops  # noqa: F401
         except ImportError as error:
@@ -75,7 +80,7 @@ def _missing(name: str, head_size: int, dtype: torch.dtype) -> str | None:
         )
     except ImportError as error:
         return f"vLLM's FlashAttention does not import ({error})"
-    version = get_flash_attn_version(head_size=head_size)
+    version = get_flash_attn_version(head_size=head_size, requires_softcap=capped)
     if version is None:
         return "vLLM has no FlashAttention for this GPU"
     from vllm.vllm_flash_attn.flash_attn_interface import is_fa_version_supported
@@ -93,6 +98,8 @@ def attend_flash(
     keys_at: Ragged,
     causal: bool,
     scale: float,
+    soft_cap: float | None = None,
+    *,
     version: int,
 ) -> Attended:
     """vLLM's FlashAttention, of that version (3 on Hopper, 2 elsewhere)."""
@@ -108,6 +115,7 @@ def attend_flash(
         max_seqlen_k=keys_at.max_length,
         softmax_scale=scale,
         causal=causal,
+        softcap=soft_cap or 0.0,
         return_softmax_lse=True,
         fa_version=version,
     )[:2]
@@ -122,8 +130,10 @@ def attend_xformers(
     keys_at: Ragged,
     causal: bool,
     scale: float,
+    soft_cap: float | None = None,
 ) -> Attended:
-    """xformers' memory-efficient attention with a block-diagonal bias."""
+    """xformers' memory-efficient attention with a block-diagonal bias; without a cap on scores."""
+    assert soft_cap is None
     from xformers.ops import fmha
 
     bias_type = (
@@ -157,6 +167,7 @@ def attend_torch(
     keys_at: Ragged,
     causal: bool,
     scale: float,
+    soft_cap: float | None = None,
 ) -> Attended:
     """Plain torch, accumulated in float32: any dtype, any head size, slow."""
     output = torch.zeros_like(query, memory_format=torch.contiguous_format)
@@ -172,7 +183,7 @@ def attend_torch(
                 end = min(begin + step, num_queries)
                 rows = slice(first_query + begin, first_query + end)
                 part = query[rows].float().unflatten(1, (keys.shape[1], group)).permute(1, 2, 0, 3)
-                scores = torch.matmul(part, key[:, None]) * scale
+                scores = cap_scores(torch.matmul(part, key[:, None]) * scale, soft_cap)
                 if causal:
                     position = torch.arange(begin, end, device=query.device)
                     position = position + num_keys - num_queries

@@ -248,9 +248,9 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "chunked_attention",
-        "chunked local attention ({value})",
-        "selection covers the whole context",
-        "Serve a model with full attention in every layer.",
+        "chunked local attention in every layer ({value})",
+        "there is no layer to split: selection covers the whole context",
+        "Serve a model with full attention in some layers.",
         value=features.chunked_attention,
     ),
     Refusal(
@@ -328,13 +328,12 @@ REFUSALS: tuple[Refusal, ...] = (
         value=features.alibi,
     ),
     Refusal(
-        "logit_softcap",
-        "attn_logit_softcapping={value}",
-        "scores are not capped here",
-        "Serve a model without a soft cap on attention logits.",
-        value=lambda c: features.true(
-            getattr(features.text_config(c), "attn_logit_softcapping", None)
-        ),
+        "soft_cap_with_codes",
+        "a soft cap on scores with K codes on a GPU (attn_logit_softcapping={value})",
+        "the kernel that scores codes caps nothing",
+        "Set kcache_config.k_bits to 16.",
+        value=features.soft_cap_on_gpu,
+        codes_only=True,
     ),
     Refusal(
         "attention_sinks",
@@ -342,14 +341,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "these were not tried here: they are learned in another form than gpt-oss's",
         "Serve a model without learned sinks, or with those of gpt-oss.",
         value=features.attention_sinks,
-    ),
-    Refusal(
-        "sinks_with_codes",
-        "attention sinks with K codes ({value})",
-        "a sink is weighed against all tokens, whose scores are estimates there",
-        "Set kcache_config.k_bits to 16.",
-        value=features.served_sinks,
-        codes_only=True,
     ),
     Refusal(
         "head_size",

@@ -18,7 +18,12 @@ from vllm_kcache.config import KCacheConfig, KCacheConfigError
 from vllm_kcache.integration import counters, pools, refusals
 from vllm_kcache.integration.backend import KCacheBackend
 from vllm_kcache.integration.calibration import calibrate
-from vllm_kcache.integration.layers import activate_backend, is_dense_layer, is_draft_layer
+from vllm_kcache.integration.layers import (
+    activate_backend,
+    chunk_of,
+    is_dense_layer,
+    is_draft_layer,
+)
 from vllm_kcache.integration.settings import engines_on_host, settings_of
 from vllm_kcache.memory import StepLimits, WindowPool, what_limits
 from vllm_kcache.split_cache import SplitCache
@@ -338,7 +343,7 @@ def split_layers(vllm_config: Any, config: KCacheConfig) -> list[str]:
         if issubclass(backend, KCacheBackend) and not is_ours:
             # vLLM derives such classes to change what is attended, as for bidirectional prompts.
             refusals.refuse("derived_backend", f"{backend.__name__} of {name}")
-        has_window = layer.sliding_window is not None
+        has_window = layer.sliding_window is not None or chunk_of(layer) is not None
         is_draft = is_draft_layer(name)
         if is_draft and has_window:
             refusals.refuse("draft_windows", name)

@@ -12,6 +12,8 @@ rows at `r <= -2` through mapped host memory.
 With the tail "clip" the denominator is known beforehand. Each query head then has two rows of
 results, one weighted with its probabilities and one with those cut at the clip; the rows that pad a
 group for the tensor cores take them at no cost.
+
+A learned sink (reference/sinks.py) joins the denominator where the sums of a list are complete.
 """
 
 from __future__ import annotations
@@ -31,7 +33,12 @@ from vllm_kcache.kernels.attend_plan import (
     rows_config,
 )
 from vllm_kcache.kernels.dependent import gdc_wait
-from vllm_kcache.kernels.score import check_query_strides, is_first_program, lse_by_block
+from vllm_kcache.kernels.score import (
+    cap_scores,
+    check_query_strides,
+    is_first_program,
+    lse_by_block,
+)
 from vllm_kcache.kernels.workspace import DecodeBatch, DecodeWorkspace, front
 from vllm_kcache.types import Selected
 
@@ -84,7 +91,7 @@ def read_chunk(
     head_base, scale, host_distance, page_stride, HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr, PAGE_TOKENS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     CHUNK_BLOCKS: tl.constexpr, ROW_VALUES: tl.constexpr, VALUES_OF_16_BYTES: tl.constexpr,
-    PRECISION: tl.constexpr, KEYS: tl.constexpr,
+    PRECISION: tl.constexpr, KEYS: tl.constexpr, SOFT_CAP: tl.constexpr,
 ):  # fmt: skip
     """Columns of a list from `start`: scores [G, tokens], base 2, -inf where there is no token;
     V [tokens, D] as its row has it, and V's scales [tokens], of rows of int8 only."""
@@ -125,6 +132,7 @@ def read_chunk(
         k_scale = tl.load(row_scales + at, mask=exists, other=0.0).to(tl.float32)
         v_scale = tl.load(row_scales + at + BLOCK_TOKENS, mask=exists, other=0.0)
         scores = scores * k_scale[None, :] + (bias * LOG2_E)[:, None]
+    scores = cap_scores(scores, SOFT_CAP)
     return tl.where(exists[None, :], scores, float("-inf")), v, v_scale
 
 
@@ -135,7 +143,7 @@ def attend_share(
     GROUP_PADDED: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
     PAGE_TOKENS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, CHUNK_BLOCKS: tl.constexpr,
     ROW_VALUES: tl.constexpr, VALUES_OF_16_BYTES: tl.constexpr, PRECISION: tl.constexpr,
-    CLIP: tl.constexpr, KEYS: tl.constexpr, V_DTYPE: tl.constexpr,
+    CLIP: tl.constexpr, KEYS: tl.constexpr, V_DTYPE: tl.constexpr, SOFT_CAP: tl.constexpr,
 ):  # fmt: skip
     """Attention over every `step`-th column of a list from `first`, in chunks.
 
@@ -151,7 +159,7 @@ def attend_share(
             q, bias, k_pages, row_values, row_scales, rows, blocks, table_row, start, count,
             num_tokens, head_base, scale, host_distance, page_stride, HEAD_SIZE, HEAD_PADDED,
             PAGE_TOKENS, BLOCK_TOKENS, CHUNK_BLOCKS, ROW_VALUES, VALUES_OF_16_BYTES, PRECISION,
-            KEYS,
+            KEYS, SOFT_CAP,
         )  # fmt: skip
         if CLIP:
             weights = tl.minimum(tl.exp2(scores - shift[:, None]), limit[:, None])
@@ -223,13 +231,14 @@ def add_parts(
 
 @triton.jit
 def share_out(
-    weight, sums, dropped, one, GROUP_PADDED: tl.constexpr, HEAD_PADDED: tl.constexpr,
-    ESTIMATED: tl.constexpr,
+    weight, sums, dropped, sink, one, GROUP_PADDED: tl.constexpr, HEAD_PADDED: tl.constexpr,
+    ESTIMATED: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """Result [G, D] of the tail "clip", from its rows: the probabilities', then the clipped's.
 
     With ESTIMATED the mass that was dropped is given, [2 G] in the order of the rows, in units of
-    the estimated total; otherwise it is what the probabilities lack.
+    the estimated total; otherwise it is what the probabilities lack. With SINKS a sink's weight is
+    given likewise, in the unit of the weights.
     """
     weights = tl.reshape(weight, (2, GROUP_PADDED // 2))
     clipped = (tl.arange(0, 2) == 1)[:, None]
@@ -243,6 +252,9 @@ def share_out(
     # A padded row has weights and sums of 0 and gives 0.
     share = dropped_mass / tl.maximum(clipped_weight, 1e-30)
     total = tl.maximum(kept + dropped_mass, 1e-30)
+    if SINKS:
+        given = tl.reshape(sink, (2, GROUP_PADDED // 2))
+        total += tl.sum(tl.where(clipped, 0.0, given), 0)
     factors = tl.where(clipped, share[None, :], 1.0) / total[None, :]
     sums = tl.reshape(sums, (2, GROUP_PADDED // 2, HEAD_PADDED))
     return tl.sum(sums * factors[:, :, None], 0)
@@ -256,7 +268,7 @@ def count_estimate_errors(
     GROUP_PADDED: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
     PAGE_TOKENS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, CHUNK_BLOCKS: tl.constexpr,
     ROW_VALUES: tl.constexpr, VALUES_OF_16_BYTES: tl.constexpr,
-    PRECISION: tl.constexpr, KEYS: tl.constexpr, EVERY: tl.constexpr,
+    PRECISION: tl.constexpr, KEYS: tl.constexpr, SOFT_CAP: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
     """In one epoch of EVERY, drawn at random: how far the estimates are off of a chunk, drawn too.
 
@@ -284,7 +296,7 @@ def count_estimate_errors(
             block_table + request * table_stride, start, count, tl.load(seq_lens + request),
             head * (PAGE_TOKENS * HEAD_SIZE), scale, host_distance, page_stride, HEAD_SIZE,
             HEAD_PADDED, PAGE_TOKENS, BLOCK_TOKENS, CHUNK_BLOCKS, ROW_VALUES, VALUES_OF_16_BYTES,
-            PRECISION, KEYS,
+            PRECISION, KEYS, SOFT_CAP,
         )  # fmt: skip
         refined = lse_by_block(scores, BLOCK_TOKENS)
         column = start + tl.arange(0, CHUNK_BLOCKS)
@@ -305,7 +317,7 @@ def count_estimate_errors(
 @triton.jit(do_not_specialize=["columns", "max_blocks", "host_distance"])
 def attend_kernel(
     query, query_bias, k_pages, row_values, row_scales, rows, blocks, counts, block_table,
-    seq_lens, block_lse, request_lse, request_dropped, state, counters, partial_sums,
+    seq_lens, block_lse, request_lse, request_dropped, sinks, state, counters, partial_sums,
     partial_weights, arrivals, out, scale, clip, clip_length, host_distance, query_stride,
     page_stride, table_stride, out_stride, columns, max_blocks,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
@@ -313,7 +325,7 @@ def attend_kernel(
     PAGE_TOKENS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, CHUNK_BLOCKS: tl.constexpr,
     ROW_VALUES: tl.constexpr, VALUES_OF_16_BYTES: tl.constexpr, SPLIT: tl.constexpr,
     CLIP: tl.constexpr, KEYS: tl.constexpr, V_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    EVERY: tl.constexpr, DEPENDENT: tl.constexpr,
+    SOFT_CAP: tl.constexpr, EVERY: tl.constexpr, SINKS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     if DEPENDENT:
         gdc_wait()
@@ -348,10 +360,19 @@ def attend_kernel(
     shift = tl.zeros((GROUP_PADDED,), tl.float32)
     limit = tl.zeros((GROUP_PADDED,), tl.float32)
     dropped = tl.zeros((GROUP_PADDED,), tl.float32)
+    lse = tl.zeros((GROUP_PADDED,), tl.float32)
+    sink = tl.zeros((GROUP_PADDED,), tl.float32)
     unit_bits: tl.constexpr = UNIT_BITS if KEYS == K_IN_PAGE else ESTIMATED_UNIT_BITS
     one: tl.constexpr = ONE if KEYS == K_IN_PAGE else ESTIMATED_ONE
-    if CLIP:
+    if CLIP or SINKS:
         lse = tl.load(request_lse + request * NUM_HEADS + heads, mask=group_mask, other=0.0)
+        if KEYS != K_IN_PAGE:
+            dropped = tl.load(
+                request_dropped + request * NUM_HEADS + heads, mask=group_mask, other=0.0
+            )
+    if SINKS:
+        sink = tl.load(sinks + heads, mask=group_mask, other=0.0).to(tl.float32) * LOG2_E
+    if CLIP:
         shift = lse * LOG2_E - unit_bits
         # Estimates may be below the scores: a weight has no bound but the dtype's, and a product
         # with infinity would be NaN.
@@ -360,17 +381,13 @@ def attend_kernel(
         # Beyond so many tokens the clip falls as the threshold does.
         share = tl.sqrt(tl.minimum(clip_length / tl.maximum(num_tokens, 1).to(tl.float32), 1.0))
         limit = tl.where(padded_row < side_rows, most, clip * share * one)
-        if KEYS != K_IN_PAGE:
-            dropped = tl.load(
-                request_dropped + request * NUM_HEADS + heads, mask=group_mask, other=0.0
-            )
     largest, weight, sums = attend_share(
         q, bias, k_pages, row_values, row_scales, rows + list_id * columns,
         blocks + list_id * columns, block_table + request * table_stride, split * CHUNK_BLOCKS,
         splits * CHUNK_BLOCKS, count, num_tokens, head.to(tl.int64) * (PAGE_TOKENS * HEAD_SIZE),
         scale, host_distance, page_stride, shift, limit, GROUP_PADDED, HEAD_SIZE, HEAD_PADDED,
         PAGE_TOKENS, BLOCK_TOKENS, CHUNK_BLOCKS, ROW_VALUES, VALUES_OF_16_BYTES, PRECISION, CLIP,
-        KEYS, V_DTYPE,
+        KEYS, V_DTYPE, SOFT_CAP,
     )  # fmt: skip
     last = True
     if SPLIT:
@@ -394,10 +411,25 @@ def attend_kernel(
     if last:
         if CLIP:
             estimated: tl.constexpr = KEYS != K_IN_PAGE
-            result = share_out(weight, sums, dropped, one, GROUP_PADDED, HEAD_PADDED, estimated)
+            # The lse of a padded row is anything.
+            sink = tl.where(count > 0, tl.exp2(sink - shift), 0.0)
+            result = share_out(
+                weight, sums, dropped, sink, one, GROUP_PADDED, HEAD_PADDED, estimated, SINKS
+            )
         else:
             # A padded row has sums of 0 and gives 0.
-            result = sums / tl.where(count > 0, weight, 1.0)[:, None]
+            total = tl.where(count > 0, weight, 1.0)
+            if SINKS:
+                # It is weighed against all tokens: those selected, and what the others have.
+                tokens = lse * LOG2_E
+                if KEYS != K_IN_PAGE:
+                    others = tokens + tl.log2(tl.maximum(dropped, 0.0))
+                    ours = largest + tl.log2(total)
+                    more = tl.maximum(ours, others)
+                    tokens = more + tl.log2(tl.exp2(ours - more) + tl.exp2(others - more))
+                share = 1.0 / (1.0 + tl.exp2(sink - tokens))
+                sums *= tl.where(count > 0, share, 0.0)[:, None]
+            result = sums / total[:, None]
         in_side = tl.arange(0, side_rows)
         tl.store(
             out + request * out_stride + (head * GROUP + in_side)[:, None] * HEAD_SIZE + in_head,
@@ -410,7 +442,7 @@ def attend_kernel(
             row_scales, rows, blocks, counts, block_table, seq_lens, scale, host_distance,
             query_stride, page_stride, table_stride, columns, max_blocks, NUM_HEADS, NUM_KV_HEADS,
             GROUP, GROUP_PADDED, HEAD_SIZE, HEAD_PADDED, PAGE_TOKENS, BLOCK_TOKENS, CHUNK_BLOCKS,
-            ROW_VALUES, VALUES_OF_16_BYTES, PRECISION, KEYS, EVERY,
+            ROW_VALUES, VALUES_OF_16_BYTES, PRECISION, KEYS, SOFT_CAP, EVERY,
         )  # fmt: skip
 
 
@@ -431,7 +463,7 @@ def attend_blocks(
 
     Args:
         selected: the lists, GPU. `lse`, and `dropped` where K is in the rows, are read for the tail
-            "clip" only.
+            "clip" and for learned sinks only.
         rows: [B, Hkv, N] int32, GPU. Where each selected row lies (`types.Fetched`); 0 and above is
             a slot of the hot cache.
         workspace: `sums`, `weights` and `arrivals` are used; with K in the rows also the estimates,
@@ -452,10 +484,15 @@ def attend_blocks(
     num_lists, columns = batch.num_requests * shape.num_kv_heads, selected.blocks.shape[2]
     if num_lists == 0:
         return out
-    row, dropped = shape.row, selected.dropped
-    if row.has_keys and clip is not None and dropped is None:
-        raise ValueError('tail="clip": needs selected.dropped where blocks are chosen by estimates')
-    if on_tensor_cores(shape):
+    row, dropped, sinks = shape.row, selected.dropped, batch.sinks
+    if sinks is not None and selected.lse is None:
+        raise ValueError("learned sinks: need selected.lse")
+    if row.has_keys and (clip is not None or sinks is not None) and dropped is None:
+        raise ValueError(
+            'tail="clip" and sinks: need selected.dropped where blocks are chosen by estimates'
+        )
+    # csrc/attend.cu knows no sinks.
+    if on_tensor_cores(shape) and sinks is None:
         assert not isinstance(config, AttendConfig)
         _attend_int8(view, batch, selected, rows, workspace, out, clip, config, dependent)
         return out
@@ -478,7 +515,8 @@ def attend_blocks(
         query, bias, view.k_pages, base.view(row.value_dtype), base.view(torch.float16), rows,
         selected.blocks, selected.counts, batch.block_table, batch.seq_lens, workspace.block_lse,
         workspace.lse if selected.lse is None else selected.lse,
-        workspace.lse if dropped is None else dropped, cache.state, cache.counters,
+        workspace.lse if dropped is None else dropped,
+        workspace.lse if sinks is None else sinks, cache.state, cache.counters,
         workspace.sums, workspace.weights, workspace.arrivals, out, batch.scale,
         1.0 if clip is None else clip, float(view.selection.threshold_length or NO_LENGTH),
         distance // 16, query.stride(0),
@@ -492,7 +530,8 @@ def attend_blocks(
         VALUES_OF_16_BYTES=16 // row.value_dtype.itemsize, SPLIT=config.splits > 1,
         CLIP=clip is not None, KEYS=keys.value, V_DTYPE=_TRITON_DTYPES[shape.dtype],
         PRECISION="ieee" if shape.dtype == torch.float32 else "tf32",
-        EVERY=ESTIMATES_EVERY, DEPENDENT=dependent, launch_pdl=dependent,
+        SOFT_CAP=batch.soft_cap or 0.0, EVERY=ESTIMATES_EVERY, SINKS=sinks is not None,
+        DEPENDENT=dependent, launch_pdl=dependent,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out

@@ -44,6 +44,16 @@ def lse_by_block(scores, BLOCK_TOKENS: tl.constexpr):
     return (tl.log2(total) + shift) * LN_2
 
 
+@triton.jit
+def cap_scores(scores, SOFT_CAP: tl.constexpr):
+    """SOFT_CAP * tanh(score / SOFT_CAP) of scores in base 2; the scores themselves with 0."""
+    if SOFT_CAP == 0.0:
+        return scores
+    most: tl.constexpr = SOFT_CAP * LOG2_E
+    # 1 - 2 / (exp(2 x) + 1) is tanh(x), at both ends of the range, too.
+    return most - 2.0 * most / (tl.exp2(scores * (2.0 / SOFT_CAP)) + 1.0)
+
+
 # Batch sizes differ in these numbers only, and share one compiled kernel.
 @triton.jit(do_not_specialize=["max_blocks", "max_chunks"])
 def score_kernel(
@@ -52,7 +62,7 @@ def score_kernel(
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr,
     HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr, PAGE_TOKENS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
-    TOGETHER: tl.constexpr, SIGNAL: tl.constexpr, DEPENDENT: tl.constexpr,
+    SOFT_CAP: tl.constexpr, TOGETHER: tl.constexpr, SIGNAL: tl.constexpr, DEPENDENT: tl.constexpr,
     AFTER_WRITE: tl.constexpr,
 ):  # fmt: skip
     if DEPENDENT and not AFTER_WRITE:
@@ -122,6 +132,7 @@ def score_kernel(
             mask = mask & (in_head < HEAD_SIZE)[None, :]
         k = tl.load(k_pages + offsets[:, None] + in_head[None, :], mask=mask, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
+        scores = cap_scores(scores, SOFT_CAP)
         chunk_mask = group_mask
         if TOGETHER == 1:
             scores = tl.where(exists[None, :], scores, float("-inf"))
@@ -219,6 +230,7 @@ def score_blocks(
         CHUNK=config.chunk_tokens,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         TOGETHER=together,
+        SOFT_CAP=batch.soft_cap or 0.0,
         SIGNAL=signal,
         DEPENDENT=dependent,
         AFTER_WRITE=dependent and after_write,

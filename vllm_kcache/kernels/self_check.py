@@ -27,7 +27,8 @@ from vllm_kcache.reference.attend import attend_blocks, attend_rows
 from vllm_kcache.reference.codes import read_codes
 from vllm_kcache.reference.fetch import fetch_blocks, fetch_rows
 from vllm_kcache.reference.score import score_blocks, score_codes
-from vllm_kcache.reference.select import select_blocks
+from vllm_kcache.reference.select import request_lse, select_blocks
+from vllm_kcache.reference.sinks import refine_lse, share_of_tokens
 from vllm_kcache.reference.write import write_codes_and_rows
 from vllm_kcache.types import KStats, Selected, Selection, Tail
 
@@ -71,6 +72,9 @@ def check_kernels(
     tail: Tail,
     device: torch.device | str,
     decode_tokens: int = 1,
+    *,
+    has_sinks: bool = False,
+    soft_cap: float | None = None,
 ) -> None:
     """Write, score, select, fetch and attend a small batch, as the steps of a decode would.
 
@@ -82,11 +86,15 @@ def check_kernels(
         shape, selection, tail: those of the model's layers.
         device: the GPU.
         decode_tokens: most tokens of a request in a step: with drafts, each is a row of the batch.
+        has_sinks: layers have learned sinks.
+        soft_cap: bound of their scaled scores.
     Raises:
         KernelError: a result is not that of the reference.
     """
     kind = _Check if shape.k_bits == 16 else _CodeCheck
-    check = kind(shape, selection, tail, torch.device(device), decode_tokens)
+    check = kind(
+        shape, selection, tail, torch.device(device), decode_tokens, has_sinks, soft_cap
+    )  # fmt: skip
     check.write_all()
     processors = check.workspace.multiprocessors
     most = min(MOST_FOLLOWERS, processors // 2) if processors else 2
@@ -110,7 +118,9 @@ class _Check:
         selection: Selection,
         tail: Tail,
         device: torch.device,
-        decode_tokens: int = 1,
+        decode_tokens: int,
+        has_sinks: bool,
+        soft_cap: float | None,
     ) -> None:
         self.shape, self.device = shape, device
         generator = torch.Generator().manual_seed(0)
@@ -144,11 +154,16 @@ class _Check:
         self.newest = torch.tensor(newest)
         query = SHARPNESS * random(len(lengths), shape.num_query_heads, shape.head_size)
         max_blocks = shape.score_columns(max(pages_of) * tokens)
+        sinks = random(shape.num_query_heads) if has_sinks else None
         seq_lens = torch.tensor(lengths, dtype=torch.int32)
-        self.batch = DecodeBatch(query, table, seq_lens, shape.head_size**-0.5, max_blocks)
+        scale = shape.head_size**-0.5
+        self.batch = DecodeBatch(
+            query, table, seq_lens, scale, max_blocks, sinks=sinks, soft_cap=soft_cap
+        )  # fmt: skip
         self.batch_there = DecodeBatch(
-            query.to(device), table.to(device), seq_lens.to(device), self.batch.scale, max_blocks,
+            query.to(device), table.to(device), seq_lens.to(device), scale, max_blocks,
             torch.tensor(spans, dtype=torch.int32, device=device), new_tokens,
+            None if sinks is None else sinks.to(device), soft_cap,
         )  # fmt: skip
         rows = num_pages * shape.rows_per_page
         pinned = device.type == "cuda"
@@ -260,7 +275,11 @@ class _Check:
         # Past its count a list of the kernels holds anything.
         listed = torch.arange(selected.blocks.shape[2]) < selected.counts[..., None]
         selected = replace(selected, blocks=selected.blocks.masked_fill(~listed, -1))
-        expected = self._attended(selected)
+        expected, known_lse = self._attended(selected, block_lse)
+        if batch.sinks is not None:
+            lse = request_lse(known_lse, batch.seq_lens, tokens)
+            share = share_of_tokens(lse, batch.sinks)
+            expected = (expected * share[..., None]).to(expected.dtype)
         if not _close(out.cpu(), expected, TOLERANCES[shape.dtype]):
             raise self._error("fetch or attend", f"off by {_most(out.cpu(), expected):.2g}")
         if bool(self.workspace.signals.any()):
@@ -270,17 +289,22 @@ class _Check:
         """block_lse of the definition, over the pages as they were written."""
         batch = self.batch
         paged = (batch.block_table, batch.seq_lens, batch.scale, self.shape.block_tokens)
-        return score_blocks(batch.query, self.k_pages, *paged, batch.max_blocks)
+        return score_blocks(
+            batch.query, self.k_pages, *paged, batch.max_blocks, soft_cap=batch.soft_cap
+        )
 
-    def _attended(self, selected: Selected) -> torch.Tensor:
-        """The result of the definition over these lists."""
+    def _attended(
+        self, selected: Selected, block_lse: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The result of the definition over these lists, and what is known of each V block then."""
         batch, view, tokens = self.batch, self.view, self.shape.block_tokens
         fetched = fetch_blocks(selected, batch.block_table, self.v_pages, tokens)
-        return attend_blocks(
+        out = attend_blocks(
             batch.query, self.k_pages, self.v_pages, fetched, selected, batch.block_table,
             batch.seq_lens, batch.scale, tokens, view.tail,
-            clip=view.selection.clips(batch.seq_lens),
+            clip=view.selection.clips(batch.seq_lens), soft_cap=batch.soft_cap,
         )  # fmt: skip
+        return out, block_lse
 
     def _compare_lists(self, block_lse: torch.Tensor, selected: Selected, chosen: Selected) -> None:
         """The same blocks, but for those whose masses are as good as equal to the least kept."""
@@ -404,16 +428,20 @@ class _CodeCheck(_Check):
             batch.scale, self.shape.block_tokens, batch.max_blocks,
         )  # fmt: skip
 
-    def _attended(self, selected: Selected) -> torch.Tensor:
+    def _attended(
+        self, selected: Selected, block_lse: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         batch, view, shape = self.batch, self.view, self.shape
         per_page = shape.page_tokens // shape.block_tokens
         fetched = fetch_rows(
             selected, batch.block_table, view.host_rows, shape.num_kv_heads, per_page
         )
-        return attend_rows(
+        refined = torch.zeros((*batch.query.shape[:2], selected.blocks.shape[2]))
+        out = attend_rows(
             batch.query, view.host_rows, shape.row, self.stats, fetched, selected, batch.seq_lens,
-            batch.scale, view.tail, clip=view.selection.clips(batch.seq_lens),
+            batch.scale, view.tail, clip=view.selection.clips(batch.seq_lens), refined=refined,
         )  # fmt: skip
+        return out, refine_lse(block_lse, refined, selected)
 
 
 def _span(values: torch.Tensor) -> torch.Tensor:

@@ -36,6 +36,8 @@ class DecodeBatch:
             of several tokens of a request, its rows before it and after it: side by side, in
             order, of one block table. Those before may belong to another batch.
         most_tokens: of a request there may be: part of a captured shape.
+        sinks: [Hq], GPU. Learned scores beside those of the tokens (reference/sinks.py).
+        soft_cap: bound of the scaled scores (reference/soft_cap.py); None for none. Not with codes.
     """
 
     query: torch.Tensor
@@ -45,6 +47,8 @@ class DecodeBatch:
     max_blocks: int
     spans: torch.Tensor | None = None
     most_tokens: int = 1
+    sinks: torch.Tensor | None = None
+    soft_cap: float | None = None
 
     @property
     def num_requests(self) -> int:

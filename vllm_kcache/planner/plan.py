@@ -329,8 +329,6 @@ def _notes(setup: Setup, load: Load, splits: list[SplitPrediction]) -> list[str]
             "share of the memory is fixed at start: a lower --max-num-seqs leaves more for pages, "
             "a lower --max-model-len more for windows."
         )
-    if shape.has_sinks:
-        notes.append("kcache 4: refused for this model, since it has learned sinks.")
     if setup.hardware.source != "measured":
         notes.append(f"{setup.hardware.name}: {setup.hardware.source}.")
     config = setup.config

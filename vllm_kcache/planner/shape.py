@@ -19,7 +19,9 @@ _UNGATED = frozenset(
     ("opt", "gpt2", "gptj", "gpt_neox", "gpt_bigcode", "starcoder2", "phi", "nemotron")
 )
 # Families whose configurations may leave out which layers have a window: every so many-th has none.
-_FULL_EVERY = {"gemma3_text": 6}
+_FULL_EVERY = {"gemma3_text": 6, "llama4_text": 4}
+# Kinds of layers whose K and V stay in GPU memory.
+WINDOW_KINDS = ("sliding_attention", "chunked_attention")
 # Sizes are bounded so that no sum of theirs passes what a float holds, and no list of layers
 # fills the memory.
 _MOST, _MOST_LAYERS = 2**31 - 1, 10_000
@@ -51,7 +53,6 @@ class ModelShape:
         expert_weight_bytes: One expert, over all layers.
         window: Tokens that the layers with a window attend to; 0 where there are none.
         window_layers: Their numbers, counted from 0 at the bottom.
-        has_sinks: Whether its softmax has a learned term beside the tokens.
     """
 
     name: str
@@ -71,7 +72,6 @@ class ModelShape:
     expert_weight_bytes: int = 0
     window: int = 0
     window_layers: tuple[int, ...] = ()
-    has_sinks: bool = False
 
     @property
     def num_full_layers(self) -> int:
@@ -221,11 +221,11 @@ def _refuse(config: _Config) -> None:
             "kv_lora_rank", default=0, least=0
         ),
         f"layer_types {_shown(sorted(set(kinds)))}": set(kinds)
-        - {"full_attention", "attention", *(["sliding_attention"] if window else [])},
+        - {"full_attention", "attention", *(WINDOW_KINDS if window else ())},
         "an encoder and a decoder (is_encoder_decoder)": config.typed(
             bool, "is_encoder_decoder", False
         ),
-        f"sliding_window={window} in every layer": window
+        f"a window or chunks of {window} tokens in every layer": window
         and not any(kind == "full_attention" for kind in _kinds(config)),
     }
     for feature, is_there in found.items():
@@ -237,9 +237,11 @@ def _refuse(config: _Config) -> None:
 
 
 def _window(config: _Config) -> int:
-    """Tokens of the window that some or all layers have; 0 for none."""
+    """Tokens of the window, or of the chunks, that some or all layers have; 0 for none."""
     window = config.whole("sliding_window", default=0, least=0)
-    return window if config.typed(bool, "use_sliding_window", True) else 0
+    if window and config.typed(bool, "use_sliding_window", True):
+        return window
+    return config.whole("attention_chunk_size", default=0, least=0)
 
 
 def _kinds(config: _Config) -> list[str]:
@@ -323,7 +325,6 @@ def _shape(
         window_layers=tuple(
             number
             for number, kind in enumerate(_kinds(config)[:layers])
-            if window and kind == "sliding_attention"
+            if window and kind in WINDOW_KINDS
         ),
-        has_sinks=config.typed(str, "model_type", "") == "gpt_oss",
     )

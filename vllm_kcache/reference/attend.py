@@ -13,6 +13,7 @@ from vllm_kcache.reference.paging import (
     physical_v_blocks,
     request_groups,
 )
+from vllm_kcache.reference.soft_cap import cap_scores
 from vllm_kcache.types import FIRST_HOST_ROW, Fetched, KStats, Selected, Tail
 
 
@@ -29,6 +30,7 @@ def attend_blocks(
     tail: Tail,
     out: torch.Tensor | None = None,
     clip: float | torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> torch.Tensor:
     """Softmax over the selected tokens and the product with their V.
 
@@ -56,6 +58,7 @@ def attend_blocks(
         tail: "renormalize" or "clip".
         out: [B, Hq, D] model dtype, written and returned when given.
         clip: in (0, 1], or [B] of such. Only for tail "clip", which needs `selected.lse`, too.
+        soft_cap: bound of the scaled scores (reference/soft_cap.py); None for none.
     Returns:
         [B, Hq, D] model dtype. 0 for a padded row.
 
@@ -79,6 +82,7 @@ def attend_blocks(
         )
         keys = gather_v_blocks(k_pages, rows, v_block_tokens).flatten(2, 3).to(dtype)
         scores = (grouped_query[group].to(dtype) * scale) @ keys.mT
+        scores = cap_scores(scores, soft_cap)
         scores.masked_fill_((tokens < 0)[:, :, None], -torch.inf)
         values = _values(v_pool, fetched.v_rows, fetched.rows[group, :, :width]).to(dtype)
         # V past the length may hold NaN, and a weight of 0 does not cancel it.
@@ -100,6 +104,7 @@ def attend_rows(
     out: torch.Tensor | None = None,
     clip: float | torch.Tensor | None = None,
     refined: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> torch.Tensor:
     """The same from rows that hold K beside V, where the selection was by estimates.
 
@@ -115,7 +120,7 @@ def attend_rows(
     With everything selected both are full attention, whatever the codes say.
 
     Args:
-        query, seq_lens, scale, tail, out, clip: as for `attend_blocks`.
+        query, seq_lens, scale, tail, out, clip, soft_cap: as for `attend_blocks`.
         host_rows: [M * Hkv * S / T, row bytes] uint8, host. Read for rows that lie there only.
         row: What a row holds.
         stats: Constants of the layer's codes.
@@ -144,6 +149,7 @@ def attend_rows(
             scores = (transformed[group] @ keys.mT + bias[group][..., None]) * scale
         else:
             scores = (grouped[group] * scale) @ keys.mT
+        scores = cap_scores(scores, soft_cap)
         scores.masked_fill_((positions < 0)[:, :, None], -torch.inf)
         values[positions < 0] = 0.0
         if refined is not None:

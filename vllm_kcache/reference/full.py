@@ -9,11 +9,15 @@ import torch
 
 from vllm_kcache.cache.formats import RowFormat
 from vllm_kcache.reference.codes import restore_keys
+from vllm_kcache.reference.paging import accumulation_dtype
 from vllm_kcache.reference.sinks import share_of_tokens
+from vllm_kcache.reference.soft_cap import cap_scores
 from vllm_kcache.types import KStats
 
 # Tokens of context gathered at once: bounds the scratch, however long the context is.
 CONTEXT_PIECE_TOKENS = 4096
+# Scores held at once where they are capped.
+_SCORE_VALUES = 1 << 24
 
 # K and V of whole pages, from their ids, [n] int: [Hkv, n * S, D] each, copies.
 ReadPages = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -31,6 +35,7 @@ def attend_full(
     scale: float,
     out: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> torch.Tensor:
     """Exact attention of a ragged batch of prompt chunks to everything before them.
 
@@ -52,6 +57,7 @@ def attend_full(
         out: [Tq, Hq, D] model dtype, host, written and returned when given. Rows past the last
             chunk are left alone.
         sinks: [Hq], host. Learned scores beside those of the tokens (reference/sinks.py).
+        soft_cap: bound of the scaled scores (reference/soft_cap.py); None for none.
     Returns:
         [Tq, Hq, D] model dtype. Without `out`, rows past the last chunk are 0.
     Raises:
@@ -67,7 +73,7 @@ def attend_full(
 
     return _attend_batch(
         query, read_pages, page_tokens, None, block_table, query_start_loc, seq_lens, scale, out,
-        sinks,
+        sinks, soft_cap,
     )  # fmt: skip
 
 
@@ -83,11 +89,14 @@ def attend_full_rows(
     seq_lens: torch.Tensor,
     scale: float,
     out: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> torch.Tensor:
     """The same where K and V of the context lie in rows.
 
     Args:
-        query, block_table, query_start_loc, seq_lens, scale, out: as for `attend_full`.
+        query, block_table, query_start_loc, seq_lens, scale, out, sinks, soft_cap: as for
+            `attend_full`.
         host_rows: [M * Hkv * S / T, row bytes] uint8, host: one layer of the host pool.
         row: What a row holds.
         stats: Constants of the layer's codes.
@@ -114,8 +123,9 @@ def attend_full_rows(
         return keys.to(query.dtype), values.to(query.dtype)
 
     return _attend_batch(
-        query, read_pages, page_tokens, chunk, block_table, query_start_loc, seq_lens, scale, out
-    )
+        query, read_pages, page_tokens, chunk, block_table, query_start_loc, seq_lens, scale, out,
+        sinks, soft_cap,
+    )  # fmt: skip
 
 
 def _attend_batch(
@@ -129,6 +139,7 @@ def _attend_batch(
     scale: float,
     out: torch.Tensor | None,
     sinks: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> torch.Tensor:
     if out is None:
         out = torch.zeros_like(query, memory_format=torch.contiguous_format)
@@ -147,7 +158,7 @@ def _attend_batch(
             own = chunk[0][first:last].transpose(0, 1), chunk[1][first:last].transpose(0, 1)
         out[first:last] = _attend_request(
             query[first:last], read_pages, page_tokens, own, block_table[request], seq_len, scale,
-            sinks,
+            sinks, soft_cap,
         )  # fmt: skip
     return out
 
@@ -161,6 +172,7 @@ def _attend_request(
     seq_len: int,
     scale: float,
     sinks: torch.Tensor | None,
+    soft_cap: float | None,
 ) -> torch.Tensor:
     """[n, Hq, D] for the n tokens of one chunk, [n, Hq, D]; `own` is its K and V, [Hkv, n, D]."""
     context = seq_len - query.shape[0]
@@ -171,7 +183,7 @@ def _attend_request(
     keys, values = gather(context, seq_len) if own is None else own
     # The G heads that share a KV head become the batch: K and V are expanded, never repeated.
     heads_first = query.unflatten(1, (keys.shape[0], -1)).permute(2, 1, 0, 3)
-    result, lse = _attend_piece(heads_first, keys, values, True, scale)
+    result, lse = _attend_piece(heads_first, keys, values, True, scale, soft_cap)
     # Pieces end on page boundaries, so no page is gathered twice for the context.
     piece_tokens = max(CONTEXT_PIECE_TOKENS // page_tokens, 1) * page_tokens
     if context:
@@ -179,7 +191,7 @@ def _attend_request(
     for first_token in range(0, context, piece_tokens):
         past_token = min(first_token + piece_tokens, context)
         piece, piece_lse = _attend_piece(
-            heads_first, *gather(first_token, past_token), False, scale
+            heads_first, *gather(first_token, past_token), False, scale, soft_cap
         )
         merged_lse = torch.logaddexp(lse, piece_lse)
         result = result * (lse - merged_lse).exp()[..., None]
@@ -207,12 +219,19 @@ def _gather_tokens(
 
 
 def _attend_piece(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, causal: bool, scale: float
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    causal: bool,
+    scale: float,
+    soft_cap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of [G, Hkv, n, D] to one piece, [Hkv, t, D], and its log-sum-exp, [G, Hkv, n].
 
     The public scaled_dot_product_attention gives no log-sum-exp; this is the kernel behind it.
     """
+    if soft_cap is not None:
+        return _attend_capped_piece(query, keys, values, causal, scale, soft_cap)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query,
         keys.expand(query.shape[0], -1, -1, -1),
@@ -221,3 +240,27 @@ def _attend_piece(
         causal,
         scale=scale,
     )
+
+
+def _attend_capped_piece(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    causal: bool,
+    scale: float,
+    soft_cap: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same with a cap on scores, which that kernel does not know: some queries at a time."""
+    dtype, num_keys = accumulation_dtype(query.dtype), keys.shape[1]
+    keys, values = keys.to(dtype), values.to(dtype)
+    parts = []
+    step = max(1, _SCORE_VALUES // (num_keys * query.shape[0] * query.shape[1]))
+    for first, part in enumerate(query.split(step, 2)):
+        scores = cap_scores((part.to(dtype) * scale) @ keys.mT, soft_cap)
+        if causal:
+            positions = first * step + torch.arange(part.shape[2])
+            scores.masked_fill_(torch.arange(num_keys) > positions[:, None], -torch.inf)
+        lse = scores.logsumexp(-1)
+        parts.append(((scores - lse[..., None]).exp() @ values, lse))
+    results, lses = zip(*parts, strict=True)
+    return torch.cat(results, 2), torch.cat(lses, 2)

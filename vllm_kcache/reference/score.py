@@ -10,6 +10,7 @@ import torch
 from vllm_kcache.cache.formats import code_bytes
 from vllm_kcache.reference.codes import read_codes, transform_query
 from vllm_kcache.reference.paging import accumulation_dtype, physical_pages, request_groups
+from vllm_kcache.reference.soft_cap import cap_scores
 from vllm_kcache.types import KStats
 
 # Page ids, int64, to K of those pages: [pages, Hkv, S, D] in the dtype of accumulation.
@@ -25,6 +26,7 @@ def score_blocks(
     v_block_tokens: int,
     max_blocks: int,
     out: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> torch.Tensor:
     """Log-sum-exp of the scaled scores of each logical V block, in one pass over K.
 
@@ -37,6 +39,7 @@ def score_blocks(
         v_block_tokens: T, tokens of a V block: a power of two that divides S.
         max_blocks: P, columns of the result. Covers the longest row.
         out: [B, Hq, P] float32, written and returned when given.
+        soft_cap: bound of the scaled scores (reference/soft_cap.py); None for none.
     Returns:
         [B, Hq, P] float32 (float64 for a float64 model). -inf past `seq_lens`.
 
@@ -51,7 +54,7 @@ def score_blocks(
     grouped = query.to(dtype).unflatten(1, (k_pages.shape[1], -1))
     return _score(
         grouped, None, keys_of, k_pages.shape[2], block_table, seq_lens, scale, v_block_tokens,
-        max_blocks, out,
+        max_blocks, out, soft_cap,
     )  # fmt: skip
 
 
@@ -65,6 +68,7 @@ def score_codes(
     v_block_tokens: int,
     max_blocks: int,
     out: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> torch.Tensor:
     """The same from K codes: log-sum-exp of estimates, on the scale of true scores.
 
@@ -72,7 +76,8 @@ def score_codes(
     and the zero z of the token (reference/codes.py).
 
     Args:
-        query, block_table, seq_lens, scale, v_block_tokens, max_blocks, out: as `score_blocks`.
+        query, block_table, seq_lens, scale, v_block_tokens, max_blocks, out, soft_cap: as
+            `score_blocks`. An estimate is capped as a score is.
         code_pages: [M, Hkv, S * (Dp / 2 + 4)] uint8. May be strided over M.
         stats: Constants of the layer's codes.
     Returns:
@@ -88,7 +93,7 @@ def score_codes(
     page_tokens = code_pages.shape[-1] // code_bytes(head_size)
     return _score(
         transformed.unflatten(1, heads), bias.unflatten(1, heads), keys_of, page_tokens,
-        block_table, seq_lens, scale, v_block_tokens, max_blocks, out,
+        block_table, seq_lens, scale, v_block_tokens, max_blocks, out, soft_cap,
     )  # fmt: skip
 
 
@@ -103,6 +108,7 @@ def _score(
     v_block_tokens: int,
     max_blocks: int,
     out: torch.Tensor | None,
+    soft_cap: float | None,
 ) -> torch.Tensor:
     """Both, for a query [B, Hkv, G, D] in the dtype of accumulation and what a head's scores have
     in common, [B, Hkv, G]."""
@@ -115,11 +121,9 @@ def _score(
     for first, last, num_pages in request_groups(page_counts, cost):
         group = slice(first, last)
         scores = _score_group(
-            query[group] * scale, keys_of, page_tokens, block_table[group], seq_lens[group],
-            num_pages, v_block_tokens,
+            query[group] * scale, None if bias is None else bias[group] * scale, keys_of,
+            page_tokens, block_table[group], seq_lens[group], num_pages, v_block_tokens, soft_cap,
         )  # fmt: skip
-        if bias is not None:
-            scores += (bias[group] * scale).flatten(1)[..., None]
         num_blocks = min(scores.shape[-1], max_blocks)
         out[group, :, :num_blocks] = scores[..., :num_blocks]
     return out
@@ -127,15 +131,17 @@ def _score(
 
 def _score_group(
     query: torch.Tensor,
+    bias: torch.Tensor | None,
     keys_of: KeysOfPages,
     page_tokens: int,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     num_pages: int,
     v_block_tokens: int,
+    soft_cap: float | None,
 ) -> torch.Tensor:
-    """[g, Hq, num_pages * S / T] for the g requests of one group; the query, [g, Hkv, G, D], holds
-    the scale."""
+    """[g, Hq, num_pages * S / T] for the g requests of one group; the query, [g, Hkv, G, D], and
+    the bias, [g, Hkv, G], hold the scale."""
     num_requests, num_kv_heads, group_size, _ = query.shape
     logical_pages = torch.arange(num_pages, device=query.device).expand(num_requests, -1)
     starts = logical_pages * page_tokens
@@ -143,6 +149,9 @@ def _score_group(
     keys = keys_of(pages.flatten()).unflatten(0, (num_requests, num_pages))
     # [g, pages, Hkv, G, S]: the query of a KV head's group is the short side of each product.
     scores = query[:, None] @ keys.mT
+    if bias is not None:
+        scores += bias[:, None, ..., None]
+    scores = cap_scores(scores, soft_cap)
     tokens = starts[..., None] + torch.arange(page_tokens, device=query.device)
     past_end = tokens >= seq_lens[:, None, None]
     # Filled, not added to: K past the length may hold NaN.

@@ -199,13 +199,34 @@ def test_others_are_grouped_by_vllm(vllm_config: Any, folders: Callable[[str], s
 
 
 def test_other_kinds_of_layers_are_refused(vllm_config: Any) -> None:
-    from vllm.v1.kv_cache_interface import MambaSpec
+    from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
-    state = MambaSpec(block_size=BLOCK, shapes=((4, 64),), dtypes=(torch.float32,))
+    latent = MLAAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=64, dtype=torch.bfloat16)
     from vllm_kcache.integration.pools import planning
 
-    with pytest.raises(KCacheConfigError, match=r"groups \(sliding_window, mamba"):
-        planning.get_kv_cache_groups(vllm_config, {**specs(), "model.layers.5.mixer": state})
+    with pytest.raises(KCacheConfigError, match=r"groups \(sliding_window, mla"):
+        planning.get_kv_cache_groups(vllm_config, {**specs(), "model.layers.5.attn": latent})
+
+
+def test_states_have_the_pool_of_window_layers(vllm_config: Any) -> None:
+    """One block a request, and pages of the full layers are no larger for them."""
+    from vllm.v1.kv_cache_interface import MambaSpec
+
+    from vllm_kcache.integration.pools import planning, window_pool
+
+    length = vllm_config.model_config.max_model_len
+    state = MambaSpec(block_size=length, shapes=((999, 64),), dtypes=(torch.float32,))
+    made = {name: spec if name in FULL_NAMES else state for name, spec in specs().items()}
+    own, others = planning.get_kv_cache_groups(vllm_config, dict(made))
+    assert set(own.layer_names) == set(FULL_NAMES)
+    assert own.kv_cache_spec.block_size == BLOCK
+    assert set(others.layer_names) == set(made) - set(FULL_NAMES)
+    pool = window_pool(vllm_config, made)
+    assert pool.request_blocks == 1
+    assert pool.block_bytes == len(others.layer_names) * 999 * 64 * 4
+    (config,) = planning.get_kv_cache_configs(vllm_config, [made], [2**24])
+    assert config.has_mamba_layers
+    assert not config.needs_kv_cache_zeroing
 
 
 def test_chunked_layers_have_the_pool_of_window_layers(vllm_config: Any) -> None:

@@ -133,9 +133,31 @@ def window_layers(vllm_config: Any) -> list[int]:
     return [number for number, kind in kinds if str(kind) in WINDOW_KINDS]
 
 
+def has_second_pool(vllm_config: Any) -> bool:
+    """Whether some layers keep a window, chunks or a state, in a pool beside that of the others."""
+    return has_window_layers(vllm_config) or vllm_config.model_config.is_hybrid
+
+
 def beside_windows(value: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """The value of a setting that cannot be beside window layers, where there are any."""
-    return lambda vllm_config: value(vllm_config) if has_window_layers(vllm_config) else None
+    """The value of a setting that cannot be beside a second pool, where there is one."""
+    return lambda vllm_config: value(vllm_config) if has_second_pool(vllm_config) else None
+
+
+def beside_states(value: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The value of a setting that cannot be beside layers with a state, where there are any."""
+    return lambda c: value(c) if c.model_config.is_hybrid else None
+
+
+def states_on_gpu(vllm_config: Any) -> str | None:
+    """Model with layers that keep a state, on a GPU."""
+    on_cpu = vllm_config.device_config.device_type == "cpu"
+    return None if on_cpu else architecture(vllm_config)
+
+
+def state_caching(vllm_config: Any) -> str | None:
+    """How states are kept for prefixes."""
+    mode = vllm_config.cache_config.mamba_cache_mode
+    return None if mode == "none" else mode
 
 
 def one_pool(vllm_config: Any) -> str | None:

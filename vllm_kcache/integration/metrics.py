@@ -184,7 +184,7 @@ class KCacheStatLogger(StatLoggerBase):
         if settings_of(vllm_config) is None:
             return
         parallel = vllm_config.parallel_config
-        one_pool = not features.has_window_layers(vllm_config)
+        one_pool = not features.has_second_pool(vllm_config)
         self._engine = _Engine(vllm_config.instance_id, engine_index, parallel.world_size, one_pool)
         _shared_collector(parallel._api_process_count).engines[engine_index] = self._engine
 

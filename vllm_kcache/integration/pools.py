@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """KV cache groups of a model with window layers: its full layers get a pool of their own.
 
-Window layers are those with a sliding window, and those that attend within chunks (Llama 4).
+Window layers are those with a sliding window, and those that attend within chunks (Llama 4). Layers
+that keep a state (linear attention, Mamba) are beside the full ones as window layers are: their
+blocks hold the state of one request.
 
 vLLM gives all groups of layers one pool of blocks and one allocation, which each group reads in its
 own way. Pages of K or codes are smaller than the window layers' blocks and would be padded to them;
@@ -16,9 +18,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from vllm.platforms.interface import Platform
 from vllm.utils.math_utils import round_up
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
@@ -29,6 +32,7 @@ from vllm.v1.kv_cache_interface import (
     KVCacheConfig,
     KVCacheGroupSpec,
     KVCacheSpec,
+    MambaSpec,
     SlidingWindowSpec,
     UniformTypeKVCacheSpecs,
     get_kv_cache_spec_kind,
@@ -47,7 +51,7 @@ try:
 except ImportError:  # vLLM 0.32
     from vllm.v1.core import kv_cache_utils as planning
 
-WINDOW_SPECS = (SlidingWindowSpec, ChunkedLocalAttentionSpec)
+WINDOW_SPECS = (SlidingWindowSpec, ChunkedLocalAttentionSpec, MambaSpec)
 # The second pool begins at a multiple of so many bytes in the one allocation.
 ALIGNMENT = 4096
 
@@ -83,6 +87,14 @@ _USAGE_RECORD = PatchRecord(
     until=_UNTIL,
 )
 
+_ALIGN_RECORD = PatchRecord(
+    target="vllm.platforms.interface.Platform._align_hybrid_block_size",
+    why="It makes pages of K as large as the states of other layers: thousands of tokens.",
+    how="It does nothing where the two have pools of their own.",
+    upstream=_UPSTREAM,
+    until=_UNTIL,
+)
+
 # Whether the worker of this process measures the memory of graphs, on a tiny cache.
 _measuring = False
 
@@ -96,6 +108,15 @@ class OwnPoolSpec(FullAttentionSpec):
     """
 
     num_pages: int | None = None
+
+
+class OwnPoolConfig(KVCacheConfig):
+    """Layout of a cache whose full layers have their own pool."""
+
+    @property
+    def needs_kv_cache_zeroing(self) -> bool:
+        """No: no block is read in another way than it was written."""
+        return False
 
 
 class OwnPoolManager(FullAttentionManager):
@@ -131,6 +152,7 @@ def install() -> None:
     wrap(planning, "get_kv_cache_groups", _with_own_group, _GROUPS_RECORD)
     wrap(planning, "get_kv_cache_config_from_groups", _with_own_pool, _CONFIG_RECORD)
     wrap(BlockPool, "get_usage", _of_the_fuller, _USAGE_RECORD)
+    wrap(Platform, "_align_hybrid_block_size", _unless_apart, _ALIGN_RECORD)
     with contextlib.suppress(ImportError):
         from vllm.v1.core.kv_cache_config_builder import KVCacheConfigBuilder
 
@@ -174,7 +196,7 @@ def _window_pool(vllm_config: Any, groups: list[KVCacheGroupSpec]) -> WindowPool
     scheduler, drafts = vllm_config.scheduler_config, vllm_config.num_speculative_tokens
     return WindowPool.plan(
         # While drafts are verified a request holds them beside its window.
-        [(_window_tokens(spec) + drafts, spec.block_size) for spec in specs],
+        [_window_and_block(spec, drafts) for spec in specs],
         block_bytes=planning._pool_bytes_per_block(vllm_config, groups),
         page_bytes=planning._get_kv_cache_bytes_per_block(
             [own], vllm_config.cache_config.get_resolved_kv_cache_layout()
@@ -189,9 +211,14 @@ def _window_pool(vllm_config: Any, groups: list[KVCacheGroupSpec]) -> WindowPool
     )
 
 
-def _window_tokens(spec: Any) -> int:
-    """Tokens that a request holds at most in a window layer, beside those of a step."""
-    return getattr(spec, "sliding_window", None) or spec.attention_chunk_size
+def _window_and_block(spec: Any, drafts: int) -> tuple[int, int]:
+    """Tokens that a request holds at most in a window layer, beside those of a step, and tokens of
+    a block; of a state as many as a request may have, in one block."""
+    if isinstance(spec, MambaSpec):
+        return 1, spec.block_size
+    return (getattr(spec, "sliding_window", None) or spec.attention_chunk_size) + drafts, (
+        spec.block_size
+    )
 
 
 def _own_group(groups: list[KVCacheGroupSpec]) -> KVCacheGroupSpec | None:
@@ -247,7 +274,7 @@ def _with_own_pool(original: Callable) -> Callable:
             cache_config.num_gpu_blocks_override = override
         begin = round_up(config.kv_cache_tensors[0].size, ALIGNMENT)
         size = begin + second.kv_cache_tensors[0].size
-        return replace(
+        changed = replace(
             config,
             kv_cache_groups=[own, *others],
             kv_cache_tensors=[
@@ -260,8 +287,17 @@ def _with_own_pool(original: Callable) -> Callable:
             # vLLM's name for the blocks of the pool that is not its own.
             hisparse_host_num_blocks=pages,
         )
+        return OwnPoolConfig(**{each.name: getattr(changed, each.name) for each in fields(changed)})
 
     return get_kv_cache_config_from_groups
+
+
+def _unless_apart(original: Callable) -> Callable:
+    def _align_hybrid_block_size(cls: Any, vllm_config: Any, backend_cls: Any) -> None:
+        if settings_of(vllm_config) is None:
+            original(cls, vllm_config, backend_cls)
+
+    return _align_hybrid_block_size
 
 
 def _of_first_pool(original: Callable) -> Callable:

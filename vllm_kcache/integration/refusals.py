@@ -276,12 +276,39 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "no_kv_cache",
-        "hybrid or attention-free models ({value})",
+        "attention-free models ({value})",
         "their state is not a KV cache",
-        "Serve a model with attention in every layer.",
-        value=features.architecture_if(
-            lambda c: c.model_config.is_hybrid or c.model_config.is_attention_free
-        ),
+        "Serve a model with attention in some layers.",
+        value=features.architecture_if(lambda c: c.model_config.is_attention_free),
+    ),
+    Refusal(
+        "states_on_gpu",
+        "layers with a state, linear or Mamba, on a GPU ({value})",
+        "these were not run there",
+        _STOCK,
+        value=features.beside_states(features.states_on_gpu),
+    ),
+    Refusal(
+        "states_cached",
+        "prefix caching beside layers with a state (mamba_cache_mode={value})",
+        "vLLM copies blocks of K there, and their V would stay behind",
+        "Set --no-enable-prefix-caching.",
+        value=features.beside_states(features.state_caching),
+    ),
+    Refusal(
+        "states_with_codes",
+        "K codes beside layers with a state ({value})",
+        "the pass that measures K runs without states",
+        "Set kcache_config.k_bits to 16.",
+        value=features.beside_states(features.architecture),
+        codes_only=True,
+    ),
+    Refusal(
+        "states_with_drafts",
+        "speculative decoding beside layers with a state (method={value})",
+        "these were not tried together",
+        "Leave --speculative-config out.",
+        value=features.beside_states(lambda c: getattr(c.speculative_config, "method", None)),
     ),
     Refusal(
         "diffusion",

@@ -182,6 +182,24 @@ class Scheduler:
         )
 
 
+def pages(shape: CacheShape, count: int) -> torch.Tensor:
+    """Of K or of codes, empty."""
+    coded = shape.k_bits == 4
+    width = shape.k_token_bytes if coded else shape.head_size
+    dtype = torch.uint8 if coded else torch.float32
+    return torch.zeros(count, shape.num_kv_heads, shape.page_tokens, width, dtype=dtype)
+
+
+def random_inputs(shape: CacheShape, layer: int, tokens: int) -> LayerInputs:
+    """With exact K one of the layers has learned sinks, and the scores of another have a cap."""
+    query = 3 * torch.randn(tokens, shape.num_query_heads, shape.head_size)
+    key, value = torch.randn(2, tokens, shape.num_kv_heads, shape.head_size)
+    special = shape.k_bits == 16
+    sinks = 2 * torch.randn(shape.num_query_heads) if layer == 1 and special else None
+    cap = 4.0 if layer == 0 and special else None
+    return LayerInputs(query, key, value, shape.head_size**-0.5, sinks, cap)
+
+
 def run(
     settings: dict[str, Any],
     scheduler: Scheduler,
@@ -205,22 +223,16 @@ def run(
     if coded:
         ones = torch.ones(shape.num_kv_heads, shape.head_size, dtype=torch.float64)
         ours.k_stats = theirs.k_stats = [stats_of(0 * ones, ones)] * shape.num_layers
-    dtype = torch.uint8 if coded else torch.float32
-    width = shape.k_token_bytes if coded else shape.head_size
-    page = (shape.num_kv_heads, shape.page_tokens, width)
     for small in (3, 3, 2):
-        ours.view(1, torch.zeros(small, *page, dtype=dtype))
+        ours.view(1, pages(shape, small))
         assert ours.pool is not None
         assert ours.pool.num_rows == small * shape.rows_per_page
     ours.hot_slots, ours.is_final = hot_slots, True
     with pytest.raises(RuntimeError, match="the K pages need"):
-        ours.view(1, torch.zeros(NUM_PAGES, *page, dtype=dtype))
+        ours.view(1, pages(shape, NUM_PAGES))
     ours.allocate(NUM_PAGES)
     theirs.allocate(NUM_PAGES)
-    k_pages = [
-        [torch.zeros(NUM_PAGES, *page, dtype=dtype) for _ in range(shape.num_layers)]
-        for _ in range(2)
-    ]
+    k_pages = [[pages(shape, NUM_PAGES) for _ in range(shape.num_layers)] for _ in range(2)]
     assert ours.hot_cache is not None
     ours.hot_cache.slots.fill_(255)  # NaN
     torch.manual_seed(scheduler.seed)
@@ -235,14 +247,8 @@ def run(
                 cache.reconfigure({**ANOTHER, "v_block_tokens": shape.block_tokens})
         tokens = step.slot_mapping.shape[0]
         for layer in range(shape.num_layers):
-            query = 3 * torch.randn(tokens, shape.num_query_heads, shape.head_size)
-            key, value = torch.randn(2, tokens, shape.num_kv_heads, shape.head_size)
-            # One of the layers has learned sinks.
-            sinks = 2 * torch.randn(shape.num_query_heads) if layer == 1 and not coded else None
-            # The scores of the other have a cap, among them.
-            cap = 4.0 if layer == 0 and not coded else None
-            inputs = LayerInputs(query, key, value, shape.head_size**-0.5, sinks, cap)
-            outs = [torch.full_like(query, torch.nan) for _ in range(2)]
+            inputs = random_inputs(shape, layer, tokens)
+            outs = [torch.full_like(inputs.query, torch.nan) for _ in range(2)]
             for cache, its_pages, out in zip((ours, theirs), k_pages, outs, strict=True):
                 cache.attend(layer, its_pages[layer], inputs, step, out)
             where = f"step {number}, layer {layer}, {settings}, seed {scheduler.seed}"

@@ -43,6 +43,8 @@ CASES = (
     (Shape((300,), 1, 4, 64, 16, 1), torch.bfloat16),
     (Shape((300,), 1, 16, 256, 32, 32), torch.float32),
 )
+# With learned sinks and a soft cap, too.
+SPECIAL = (CASES[0], CASES[-1])
 RULES: tuple[tuple[Selection, Tail], ...] = (
     (Selection(4, None, 1, 1, "sum"), "renormalize"),
     (Selection(None, None, 1, 1, "max", 0.002), "clip"),
@@ -102,6 +104,12 @@ def attend(layer: Layer, splits: int, dependent: bool) -> None:
     )  # fmt: skip
 
 
+def with_sinks_and_cap(layer: Layer) -> Layer:
+    """The same, with what some models have besides."""
+    sinks = torch.zeros(layer.view.shape.num_query_heads, dtype=layer.view.shape.dtype)
+    return replace(layer, batch=replace(layer.batch, sinks=sinks, soft_cap=4.0))
+
+
 def launch_all(shape: Shape, dtype: torch.dtype, dependent: bool) -> None:
     """Every launch that a layer of this shape may make."""
     case = build_case(shape, dtype)
@@ -123,10 +131,17 @@ def launch_all(shape: Shape, dtype: torch.dtype, dependent: bool) -> None:
         # Whether lists are split is a compiled-in choice, apart from what the tail does.
         for splits in (1, 4) if tail == "clip" else (4,):
             attend(layer, splits, dependent)
+        if (shape, dtype) in SPECIAL:
+            layer = with_sinks_and_cap(layer)
+            score_blocks(view, layer.batch, lists, dependent=dependent)
+            attend(layer, 4, dependent)
     for host_dtype, (selection, tail) in zip(("model", "int8"), RULES, strict=True):
+        layer = code_layer_of(Coded.of(case, host_dtype), selection, tail, 64)
+        if (shape, dtype) in SPECIAL:
+            attend(with_sinks_and_cap(layer), 4, dependent)
         if host_dtype == "int8" and dtype != torch.float32:
             continue  # csrc/attend.cu
-        attend(code_layer_of(Coded.of(case, host_dtype), selection, tail, 64), 4, dependent)
+        attend(layer, 4, dependent)
     heads = shape.num_kv_heads
     context = torch.zeros(shape.seq_lens[0], heads, shape.head_size, dtype=dtype)
     one = (case.block_table, case.seq_lens * 0, case.seq_lens, case.seq_lens * 0)

@@ -47,11 +47,11 @@ def lse_by_block(scores, BLOCK_TOKENS: tl.constexpr):
 @triton.jit
 def cap_scores(scores, SOFT_CAP: tl.constexpr):
     """SOFT_CAP * tanh(score / SOFT_CAP) of scores in base 2; the scores themselves with 0."""
-    if SOFT_CAP == 0.0:
-        return scores
-    most: tl.constexpr = SOFT_CAP * LOG2_E
-    # 1 - 2 / (exp(2 x) + 1) is tanh(x), at both ends of the range, too.
-    return most - 2.0 * most / (tl.exp2(scores * (2.0 / SOFT_CAP)) + 1.0)
+    if SOFT_CAP != 0.0:
+        most: tl.constexpr = SOFT_CAP * LOG2_E
+        # 1 - 2 / (exp(2 x) + 1) is tanh(x), at both ends of the range, too.
+        scores = most - 2.0 * most / (tl.exp2(scores * (2.0 / SOFT_CAP)) + 1.0)
+    return scores
 
 
 # Batch sizes differ in these numbers only, and share one compiled kernel.

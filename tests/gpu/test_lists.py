@@ -67,7 +67,9 @@ def test_what_several_lists_miss_is_copied_once(num_slots: int) -> None:
         blocks = selected.blocks.where(listed, -1)
         different = physical_v_blocks(blocks, lists.block_table, sizes.kv_heads, 4)[listed].unique()
         assert len(different) < 0.2 * int(selected.counts.sum())
-        assert 0 < counted.misses <= len(different)
+        # Where nothing is flushed all slots may be of blocks that are selected again.
+        assert counted.misses <= len(different)
+        assert counted.misses > 0 or num_slots == 500
         if num_slots == 1 << 16:
             assert counted.misses == len(different)
 

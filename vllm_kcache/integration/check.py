@@ -127,7 +127,8 @@ def _host_memory(vllm_config: Any, config: KCacheConfig) -> Iterator[str]:
         yield str(error)
         return
     blocks = vllm_config.cache_config.num_gpu_blocks_override
-    if blocks is not None:
+    # How many pages go with so many states, the worker says.
+    if blocks is not None and not vllm_config.model_config.is_hybrid:
         with contextlib.suppress(KCacheConfigError):  # among the refusals already
             rows, row_bytes = _page_sizes(vllm_config, config)
             pages = _pages_beside_windows(vllm_config, config, blocks)

@@ -28,7 +28,7 @@ _CHUNKED_RECORD = PatchRecord(
     ),
     why="It derives its backend from the one chosen for layers of the whole context.",
     how="While it is built no backend is chosen, so it derives from vLLM's own.",
-    upstream="The same (0.33).",
+    upstream="So in 0.32; not looked at in 0.33.",
     until="vLLM can pick a backend for chunked layers.",
 )
 _CPU_RECORD = PatchRecord(
@@ -43,11 +43,16 @@ _CPU_RECORD = PatchRecord(
 def install() -> None:
     """Wrap the layer constructor and, on the CPU platform, the choice of backend."""
     from vllm.model_executor.layers.attention.attention import Attention
-    from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
     from vllm.platforms import current_platform
 
     wrap(Attention, "__init__", _some_layers_keep_stock_backend, _LAYER_RECORD)
-    wrap(ChunkedLocalAttention, "__init__", _chunked_layers_keep_stock_backend, _CHUNKED_RECORD)
+    # Elsewhere, a backend derived from ours would be refused (worker.py).
+    with contextlib.suppress(ImportError):
+        from vllm.model_executor.layers.attention.chunked_local_attention import (
+            ChunkedLocalAttention,
+        )
+
+        wrap(ChunkedLocalAttention, "__init__", _chunked_layers_keep_stock_backend, _CHUNKED_RECORD)
     if current_platform.is_cpu():
         from vllm.platforms.cpu import CpuPlatform
 

@@ -51,7 +51,8 @@ def _kernel(name: str, head_size: int, capped: bool) -> Attend:
 
         # Looked up once: it costs as much as a launch, and asks for vLLM's configuration, which is
         # not there when the model runs.
-        version = get_flash_attn_version(head_size=head_size, requires_softcap=capped)
+        needs = {"requires_softcap": True} if capped else {}
+        version = get_flash_attn_version(head_size=head_size, **needs)
         return functools.partial(attend_flash, version=version)
     return attend_xformers if name == "xformers" else attend_torch
 
@@ -80,7 +81,8 @@ def _missing(name: str, head_size: int, dtype: torch.dtype, capped: bool) -> str
         )
     except ImportError as error:
         return f"vLLM's FlashAttention does not import ({error})"
-    version = get_flash_attn_version(head_size=head_size, requires_softcap=capped)
+    needs = {"requires_softcap": True} if capped else {}
+    version = get_flash_attn_version(head_size=head_size, **needs)
     if version is None:
         return "vLLM has no FlashAttention for this GPU"
     from vllm.vllm_flash_attn.flash_attn_interface import is_fa_version_supported

@@ -15,8 +15,7 @@ cudaError_t launch_fetch(const LayerView& view, const Step& step, cudaStream_t s
 cudaError_t launch_follow(const LayerView& view, const Step& step, const Follow& follow,
                           int num_blocks, cudaStream_t stream);
 
-// Score every V block from K codes: `block_lse` and `chunk_lse`, and `lists` where the step has
-// them.
+// Score every V block from K codes: `block_lse` and `chunk_lse`.
 cudaError_t launch_score_codes(const LayerView& view, const Step& step, const ScoreCodes& score,
                                bool dependent, cudaStream_t stream);
 // Attend over lists of int8 rows, and end the epoch.

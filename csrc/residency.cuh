@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The hot V cache's protocol (docs/design.md, "Residency and coherence"). The same in Triton:
-// vllm_kcache/kernels/residency.py. Constants of the state tensors: vllm_kcache/cache/hot_cache.py.
+// The hot V cache's protocol (docs/design.md, "Residency and coherence"). The same in Triton,
+// where every claim takes a slot of its own: vllm_kcache/kernels/residency.py. Constants of the
+// state tensors: vllm_kcache/cache/hot_cache.py.
 #pragma once
 
 #include "layer_view.h"

@@ -29,6 +29,7 @@ constexpr int kInFlight = 16;
 // Digits of a rank, and its values. Sums of masses are integers of 2^-30: the same in any
 // order, and off by half of that for each block at most.
 constexpr int kBins = 256, kMaxSums = 1 + kMaxGroup;
+static_assert(kMostThreads / 2 >= kBins, "a thread has a bin of its own");
 
 // V blocks of a segment. Of each there is one bit in shared memory and no more: a list must fit
 // beside the thread blocks of the kernel before it, or it begins only when those have ended.

@@ -34,7 +34,7 @@ struct Size {
 
 // What a thread block leaves: sums of each warp, or of each two.
 template <typename Z>
-struct Shared {
+struct alignas(16) Shared {
   float sums[Z::kBuffers][Z::kSides * kTileHeads][Z::kStride];
   float weights[Z::kBuffers][Z::kSides * kTileHeads];
   float largest[kWarps][kTileHeads];

@@ -178,6 +178,16 @@ def test_what_says_where_drafts_lie_is_taken_off() -> None:
     assert drafts.plan(10**6 + drafts.row_table_bytes, *given) == plain.plan(10**6, *given)
 
 
+def test_drafts_do_not_take_the_hot_cache_of_a_given_number_of_pages() -> None:
+    """Their rows once took more than 64 pages have, and nothing was hot."""
+    shape = CacheShape(32, 32, 8, 128, 16, 8, torch.bfloat16, 4, "int8")
+    plain, drafts = (planned(shape, {}, StepLimits(256, 8192, 131072, n)) for n in (1, 5))
+    page = shape.k_token_bytes * shape.num_kv_heads * shape.page_tokens * shape.num_layers
+    assert drafts.row_table_bytes > 64 * page
+    slots = [memory.least_slots(page, 64, "auto") for memory in (plain, drafts)]
+    assert slots[0] == slots[1] > 1000
+
+
 @pytest.mark.parametrize(
     ("pages", "host_pages", "changes", "limit", "remedy"),
     [

@@ -107,11 +107,11 @@ def test_path_of_the_file_itself(tmp_path: Path) -> None:
             "layer_types ['linear_attention', 'sliding_attention']",
         ),
         ({"is_encoder_decoder": True}, "an encoder and a decoder"),
-        ({"sliding_window": 4096}, "a window or chunks of 4096 tokens in every layer"),
-        ({"attention_chunk_size": 64}, "a window or chunks of 64 tokens in every layer"),
+        ({"sliding_window": 4096}, "sliding_window or attention_chunk_size 4096 in every layer"),
+        ({"attention_chunk_size": 64}, "sliding_window or attention_chunk_size 64 in every layer"),
         (
             {"sliding_window": 4096, "layer_types": ["sliding_attention"] * 2},
-            "a window or chunks of 4096 tokens in every layer",
+            "sliding_window or attention_chunk_size 4096 in every layer",
         ),
     ],
 )

@@ -304,6 +304,14 @@ class GPUMemory:
             slots = min((available - pages * page) // self.slot_bytes, pages * self._rows_of_page)
         return pages, slots
 
+    def least_slots(
+        self, k_page_bytes: int, pages: int, hot_cache_gib: float | Literal["auto"]
+    ) -> int:
+        """Slots of the hot cache where the number of pages is given: those of GPU memory that is
+        just enough for as many. Arguments as those of `plan`."""
+        available = pages * k_page_bytes + self.row_table_bytes
+        return self.plan(available, k_page_bytes, pages, hot_cache_gib)[1]
+
     @property
     def _rows_of_page(self) -> int:
         """Rows of one page in all layers: more slots than there are rows hold nothing."""

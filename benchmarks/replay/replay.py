@@ -301,7 +301,9 @@ class Replay:
         )  # fmt: skip
 
     def cost_ms(self, num_requests: int, tokens: int) -> float:
-        """What the kernel adds to a step, measured alone on an idle GPU.
+        """What the kernel takes in a step, measured alone on an idle GPU.
+
+        In an engine it runs beside the step, which is longer by less than this.
 
         Graphs hold its launches of all layers, for as many requests as a step had, or the next
         larger number that there was (a padded batch). More requests than any call had decode in

@@ -112,8 +112,8 @@ class KCacheGPUWorker(SplitCacheWorker, Worker):
             # With --num-gpu-blocks-override the plan above may not have run: the least share.
             page_bytes, _ = self._page_bytes()
             blocks = pools.own_pool_pages(kv_cache_config) or kv_cache_config.num_blocks
-            _, cache.hot_slots = cache.memory.plan(
-                blocks * page_bytes, page_bytes, blocks, self.kcache_config.hot_cache_gib
+            cache.hot_slots = cache.memory.least_slots(
+                page_bytes, blocks, self.kcache_config.hot_cache_gib
             )
         cache.is_final = True
         super().initialize_from_config(kv_cache_config)

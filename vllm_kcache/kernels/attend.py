@@ -492,6 +492,8 @@ def attend_blocks(
             'tail="clip" and sinks: need selected.dropped where blocks are chosen by estimates'
         )
     # csrc/attend.cu knows no sinks.
+    if row.host_dtype == "int8" and batch.soft_cap is not None:
+        raise ValueError(f"soft_cap={batch.soft_cap}: scores of rows of int8 have none")
     if on_tensor_cores(shape) and sinks is None:
         assert not isinstance(config, AttendConfig)
         _attend_int8(view, batch, selected, rows, workspace, out, clip, config, dependent)
@@ -529,12 +531,19 @@ def attend_blocks(
         CHUNK_BLOCKS=config.chunk_blocks, ROW_VALUES=row.bytes // row.value_dtype.itemsize,
         VALUES_OF_16_BYTES=16 // row.value_dtype.itemsize, SPLIT=config.splits > 1,
         CLIP=clip is not None, KEYS=keys.value, V_DTYPE=_TRITON_DTYPES[shape.dtype],
-        PRECISION="ieee" if shape.dtype == torch.float32 else "tf32",
+        PRECISION=_precision(shape.dtype, keys.value),
         SOFT_CAP=batch.soft_cap or 0.0, EVERY=ESTIMATES_EVERY, SINKS=sinks is not None,
         DEPENDENT=dependent, launch_pdl=dependent,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out
+
+
+def _precision(dtype: torch.dtype, keys: int) -> str:
+    """Of the products of scores. q' keeps more bits than a query of the model's dtype has."""
+    if dtype == torch.float32:
+        return "ieee"
+    return "tf32x3" if keys == K_INT8.value else "tf32"
 
 
 def _attend_int8(

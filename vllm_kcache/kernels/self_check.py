@@ -18,6 +18,8 @@ import torch
 from vllm_kcache.cache.formats import SCALE_BYTES, CacheShape, code_bytes
 from vllm_kcache.cache.hot_cache import HotCache
 from vllm_kcache.cache.layer_view import LayerView
+from vllm_kcache.kernels import attend
+from vllm_kcache.kernels.attend_plan import RowsConfig, on_tensor_cores
 from vllm_kcache.kernels.decode import LEAST_FOLLOWERS, MOST_FOLLOWERS, decode_step
 from vllm_kcache.kernels.rows import write_rows
 from vllm_kcache.kernels.select import packed_view
@@ -282,6 +284,15 @@ class _Check:
             expected = (expected * share[..., None]).to(expected.dtype)
         if not _close(out.cpu(), expected, TOLERANCES[shape.dtype]):
             raise self._error("fetch or attend", f"off by {_most(out.cpu(), expected):.2g}")
+        if on_tensor_cores(shape) and batch.sinks is None:
+            # Lists of a check are short: again, so that each has several thread blocks.
+            out.fill_(torch.nan)
+            attend.attend_blocks(
+                view, self.batch_there, lists.selected, lists.rows, self.workspace, out,
+                config=RowsConfig(splits=4, least_tiles=1),
+            )  # fmt: skip
+            if not _close(out.cpu(), expected, TOLERANCES[shape.dtype]):
+                raise self._error("attend", f"off by {_most(out.cpu(), expected):.2g}")
         if bool(self.workspace.signals.any()):
             raise self._error("select", "signals of this step are left for the next")
 

@@ -211,8 +211,7 @@ class DecodeWorkspace:
         """What is selected by: the scores that scoring writes.
 
         Benchmarks override this to select by recorded scores, with random K in the pages. It is
-        called behind scoring, whose results are then as near as those of real scores; with
-        followers before it, since they do not wait for another kernel.
+        called behind scoring; with followers before it, since they do not wait for another kernel.
         """
         return lists
 

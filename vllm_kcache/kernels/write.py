@@ -125,7 +125,7 @@ def write_kv(
         view: The layer.
         key, value: [Tk, Hkv, D] model dtype, GPU. May be strided over tokens.
         slot_mapping: [Tk] int64, GPU. -1 marks padding. No slot occurs twice.
-        parts: what to store. V_SLOT does nothing where the hot cache is off.
+        parts: what to store. ROW_SLOT does nothing where the hot cache is off.
         allocate_tokens: of the first so many tokens, those that begin a V block get a slot for it,
             so that the newest tokens never come back over the link. Tokens of one V block must lie
             side by side among them, in order, and no other token of it may be in the same call.

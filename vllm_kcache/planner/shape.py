@@ -225,7 +225,7 @@ def _refuse(config: _Config) -> None:
         "an encoder and a decoder (is_encoder_decoder)": config.typed(
             bool, "is_encoder_decoder", False
         ),
-        f"a window or chunks of {window} tokens in every layer": window
+        f"sliding_window or attention_chunk_size {window} in every layer": window
         and not any(kind == "full_attention" for kind in _kinds(config)),
     }
     for feature, is_there in found.items():

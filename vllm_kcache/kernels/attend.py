@@ -492,8 +492,6 @@ def attend_blocks(
             'tail="clip" and sinks: need selected.dropped where blocks are chosen by estimates'
         )
     # csrc/attend.cu knows no sinks.
-    if row.host_dtype == "int8" and batch.soft_cap is not None:
-        raise ValueError(f"soft_cap={batch.soft_cap}: scores of rows of int8 have none")
     if on_tensor_cores(shape) and sinks is None:
         assert not isinstance(config, AttendConfig)
         _attend_int8(view, batch, selected, rows, workspace, out, clip, config, dependent)
@@ -558,6 +556,8 @@ def _attend_int8(
     dependent: bool,
 ) -> None:
     """Rows of int8 (csrc/attend.cu)."""
+    if batch.soft_cap is not None:
+        raise ValueError(f"soft_cap={batch.soft_cap}: csrc/attend.cu knows none")
     if config is None:
         num_lists, columns = selected.counts.numel(), selected.blocks.shape[2]
         config = rows_config(view.shape, num_lists, columns, workspace.multiprocessors)

@@ -63,6 +63,8 @@ def draw_accuracy(value: str, label: str) -> dict[str, Any]:
                     curves.setdefault(family, []).append(point)
             if any(len(points) > 1 for points in curves.values()):  # points alone: see the table
                 panels[key] = {name: sorted(points) for name, points in curves.items()}
+        if not panels:
+            continue
         sizes, lengths = (sorted({key[i] for key in panels}) for i in (0, 1))
         figure, axes = plt.subplots(
             len(sizes), len(lengths), sharex=True, sharey=True, squeeze=False,

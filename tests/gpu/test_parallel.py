@@ -11,7 +11,7 @@ import torch
 
 from tests.gpu.comparing import GRAPHS
 from tests.gpu.test_serve import SHARE
-from tests.integration.test_tensor_parallel import RANKS, check_two_ranks
+from tests.integration.test_tensor_parallel import RANKS, check_ranks
 from tests.serve import test_data_parallel as data_parallel
 from tests.serve.server import serving
 
@@ -25,7 +25,7 @@ pytestmark = [
 @pytest.mark.parametrize("split", ["tensor_parallel_size", "pipeline_parallel_size"])
 def test_text_equals_stock_on_two_gpus(tmp_path: Path, split: str) -> None:
     graphs = {name: value for name, value in GRAPHS.items() if name != "block_size"}
-    check_two_ranks(tmp_path, GRAPHS["block_size"], dtype="float32", **{split: RANKS}, **graphs)
+    check_ranks(tmp_path, GRAPHS["block_size"], dtype="float32", **{split: RANKS}, **graphs)
 
 
 def test_two_engines_behind_one_port(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def arguments_of(folder: Path, block_tokens: int) -> dict[str, Any]:
     }
 
 
-def check_two_ranks(
+def check_ranks(
     tmp_path: Path, block_tokens: int, stock: dict[str, Any] | None = None, **engine: Any
 ) -> None:
     """The text of stock vLLM, and host memory for the V of all heads and layers, once.
@@ -93,9 +93,15 @@ def unbound_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_text_equals_stock_on_two_ranks(tmp_path: Path, stock: dict[str, Any]) -> None:
-    check_two_ranks(tmp_path, 32, stock)
+    check_ranks(tmp_path, 32, stock)
+
+
+@pytest.mark.full
+def test_text_equals_stock_on_four_ranks(tmp_path: Path, stock: dict[str, Any]) -> None:
+    """Each has one KV head."""
+    check_ranks(tmp_path, 32, stock, tensor_parallel_size=KV_HEADS)
 
 
 def test_text_equals_stock_on_two_stages(tmp_path: Path, stock: dict[str, Any]) -> None:
     """One stage has a layer more. vLLM on a CPU runs stages only where it compiles the model."""
-    check_two_ranks(tmp_path, 32, stock, pipeline_parallel_size=RANKS, enforce_eager=False)
+    check_ranks(tmp_path, 32, stock, pipeline_parallel_size=RANKS, enforce_eager=False)

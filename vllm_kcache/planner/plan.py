@@ -349,8 +349,4 @@ def _notes(setup: Setup, load: Load, splits: list[SplitPrediction]) -> list[str]
         if load.requests is not None and load.requests > split.fits:
             asked = f"{load.requests} requests were asked for, {split.fits} fit"
             notes.append(f"{split.engine}: {asked}.")
-    notes.append(
-        "kcache 4: kernels were measured one by one, steps of a whole engine not yet; what a layer "
-        "takes beside them is that of kcache 16."
-    )
     return notes

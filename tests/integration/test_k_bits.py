@@ -113,6 +113,7 @@ def test_text_equals_stock_on_two_ranks(model: str, stock: dict[str, Any], tmp_p
 
 
 @pytest.mark.usefixtures("unbound_ranks")
+@pytest.mark.full
 def test_text_equals_stock_on_two_stages(model: str, stock: dict[str, Any], tmp_path: Path) -> None:
     """Each stage measures its own layers, on what the one before sends it; and the model that
     serves is compiled, as vLLM on a CPU needs it for stages."""

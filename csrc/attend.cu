@@ -262,7 +262,7 @@ __device__ inline void count_estimate_errors(const LayerView& view, const Step& 
       Keys<Z::kSteps> keys;
       Scales scales;
       float scores[2];
-      keys.load(true, token);
+      keys.load_tile(true, token);
       scales.take(token);
       multiply(scores, query, keys, scales);
 #pragma unroll
@@ -323,8 +323,8 @@ class Tiles {
   }
   __device__ void load(bool wanted, Values<Z::kSteps>& values, int tile) {
     token_ = rows_.find(tile, next_);
-    keys_.load(wanted, token_);
-    values.load(wanted, token_, rows_.value_distance());
+    keys_.load_tile(wanted, token_);
+    values.load_tile(wanted, token_, rows_.value_distance());
     next_ = rows_.place(tile + stride_);
   }
 

@@ -144,25 +144,30 @@ __device__ inline const char* of_lane(const char* address, int lane) {
       __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(address), lane));
 }
 
+// Words of some tokens in registers, in loads of kLoad.
+template <int kTokens, int kWords, int kLoad>
+struct Words {
+  unsigned loaded[kTokens][kWords / kLoad][kLoad] = {};
+
+  __device__ void load(bool wanted, int token, const char* from) {
+#pragma unroll
+    for (int i = 0; i < kWords / kLoad; ++i)
+      load_if(wanted, loaded[token][i], from + i * 4 * kLoad);
+  }
+  __device__ unsigned word(int token, int number) const {
+    return loaded[token][number / kLoad][number % kLoad];
+  }
+};
+
 // K of a tile: of two tokens a quarter each.
 template <int kSteps>
-struct Keys {
-  static constexpr int kLoad = kSteps % 2 == 0 ? 4 : 2, kLoads = 2 * kSteps / kLoad;  // words
-  unsigned words[2][kLoads][kLoad] = {};
-
-  __device__ void load(bool wanted, const ListRows::Token& token) {
+struct Keys : Words<2, 2 * kSteps, kSteps % 2 == 0 ? 4 : 2> {
+  __device__ void load_tile(bool wanted, const ListRows::Token& token) {
     const int lane = threadIdx.x & 31, group = lane / 4, quarter = lane % 4;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const char* from = of_lane(token.key, 8 * i + group) + quarter * 8 * kSteps;
-#pragma unroll
-      for (int load = 0; load < kLoads; ++load) {
-        load_if(wanted, words[i][load], from + load * 4 * kLoad);
-      }
+      this->load(wanted, i, of_lane(token.key, 8 * i + group) + quarter * 8 * kSteps);
     }
-  }
-  __device__ unsigned word(int token, int number) const {
-    return words[token][number / kLoad][number % kLoad];
   }
 };
 
@@ -173,24 +178,17 @@ __device__ inline int token_of_value(int i) {
 
 // V of a tile: of four tokens an eighth each.
 template <int kSteps>
-struct Values {
-  static constexpr int kLoad = kSteps % 4 == 0 ? 4 : kSteps % 2 == 0 ? 2 : 1;  // words
-  static constexpr int kLoads = kSteps / kLoad;
-  unsigned words[4][kLoads][kLoad] = {};
-
-  __device__ void load(bool wanted, const ListRows::Token& token, int distance) {
+struct Values : Words<4, kSteps,
+                      kSteps % 4 == 0   ? 4
+                      : kSteps % 2 == 0 ? 2
+                                        : 1> {
+  __device__ void load_tile(bool wanted, const ListRows::Token& token, int distance) {
     const int group = (threadIdx.x & 31) / 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const char* from = of_lane(token.key, token_of_value(i)) + distance + group * 4 * kSteps;
-#pragma unroll
-      for (int load = 0; load < kLoads; ++load) {
-        load_if(wanted, words[i][load], from + load * 4 * kLoad);
-      }
+      const char* from = of_lane(token.key, token_of_value(i)) + distance;
+      this->load(wanted, i, from + group * 4 * kSteps);
     }
-  }
-  __device__ unsigned word(int token, int number) const {
-    return words[token][number / kLoad][number % kLoad];
   }
 };
 

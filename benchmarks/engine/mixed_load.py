@@ -8,7 +8,8 @@ with everything selected, in float32, with few blocks (requests are preempted) a
 cache (slots are reused). Some ask for several completions, some are cancelled before their first
 token or in mid-stream. What is delivered, of cancelled requests too, must be the beginning of what
 stock vLLM said once, alone with the prompt set. In the end no block may be held, and every resident
-copy of V must be what the host pool holds.
+copy of V must be what the host pool holds. With --drafts n-grams are drafted and verified all the
+while.
 
 Tie rule: sums of float32 in another order may turn two tokens around that are as good as equal. A
 first difference is a tie, and counted, where stock itself puts the two less than TIE_NATS apart;
@@ -151,16 +152,19 @@ class Load:
     Args:
         engine: vLLM's AsyncLLM.
         expected: Rows of stock vLLM, one for each prompt.
+        alone: One completion a request. n > 1 takes top_k (see `stream`), and with that a step of
+            vLLM 0.32 on a CPU in which nothing was drafted fails.
     """
 
     def __init__(
         self, engine: Any, prompts: list[str], expected: list[dict[str, Any]], sizes: Sizes,
-        seed: int,
+        seed: int, alone: bool = False,
     ) -> None:  # fmt: skip
         self.engine = engine
         self.prompts = prompts
         self.expected = expected
         self.sizes = sizes
+        self.alone = alone
         self.random = random.Random(seed)
         self.tally = Tally()
         self.started = 0
@@ -188,6 +192,8 @@ class Load:
         number = self.random.randrange(len(self.prompts))
         asked = self.random.randint(1, self.sizes.tokens)
         several = self.random.choice((2, 3, 4)) if self.random.random() < 0.2 else 1
+        if self.alone:
+            several = 1
         fate = self.random.random()
         self.started += 1
         name = f"load-{self.started}"
@@ -294,10 +300,14 @@ async def run_load(options: argparse.Namespace, sizes: Sizes, expected: list[Any
         num_gpu_blocks_override=options.blocks or sizes.blocks, worker_extension_cls=PROBE,
         **sizes.engine,
     )  # fmt: skip
+    if options.drafts:
+        arguments.speculative_config = {
+            "method": "ngram", "num_speculative_tokens": options.drafts, "prompt_lookup_max": 3,
+        }  # fmt: skip
     engine = AsyncLLM.from_engine_args(arguments)
     try:
         say(f"loading the engine for {options.minutes} minutes")
-        load = Load(engine, prompt_set(sizes), expected, sizes, options.seed)
+        load = Load(engine, prompt_set(sizes), expected, sizes, options.seed, bool(options.drafts))
         await load.run(options.minutes * 60)
         held = await drain(load)
         (copies,) = await engine.collective_rpc("kcache_compare_copies")
@@ -306,6 +316,8 @@ async def run_load(options: argparse.Namespace, sizes: Sizes, expected: list[Any
             "minutes": options.minutes, "requests": load.started, "counts": load.tally.counts,
             "tokens": load.tally.tokens, "wrong": load.tally.wrong, "held_in_the_end": held,
             "preemptions": int(metric("vllm:num_preemptions")), "copies": copies,
+            "drafts": options.drafts, "drafted": int(metric("vllm:spec_decode_num_draft_tokens")),
+            "accepted": int(metric("vllm:spec_decode_num_accepted_tokens")),
             "kcache_metrics": dict(zip(counters.SCALARS, figures, strict=False)),
         }  # fmt: skip
     finally:
@@ -323,6 +335,9 @@ def verdicts(result: dict[str, Any]) -> list[str]:
         "no request was cancelled": result["counts"]["cancelled in mid-stream"] > 0,
         f"blocks or requests are held: {result['held_in_the_end']}": not result["held_in_the_end"],
         "no request was preempted: fewer --blocks": result["preemptions"] > 0,
+        "drafts were all accepted, all rejected, or not made": (
+            not result["drafts"] or 0 < result["accepted"] < result["drafted"]
+        ),
         f"{copies['stale']} resident copies are stale": not copies["stale"],
         f"the pool has {copies['pool_pages']} pages for {copies['k_pages']} K pages": (
             copies["pool_pages"] == copies["k_pages"]
@@ -366,6 +381,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, help="of the split cache")
     parser.add_argument("--hot-cache-gib", type=float, default=0.002)
     parser.add_argument("--k-bits", type=int, choices=(4, 16), default=16)
+    parser.add_argument("--drafts", type=int, default=0, help="n-grams, so many tokens a step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--expected", type=Path, help="keeps stock's texts between runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON line")

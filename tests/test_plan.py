@@ -189,6 +189,9 @@ def measured_rows() -> list[Any]:
     for path in sorted(RESULTS.glob("decode*.jsonl")):
         for number, line in enumerate(path.read_text().splitlines(), 1):
             row = json.loads(line)
+            # With --drafts engines run without asynchronous scheduling: the planner's run with it.
+            if row.get("drafts") is not None:
+                continue
             for run in row["runs"]:
                 name = f"{path.stem}:{number} {row['engine']} x{run['requests']}"
                 missed = (row["engine"], row["context"], run["requests"]) in MISSED

@@ -162,6 +162,33 @@ __device__ inline void store_result(const LayerView& view, const AttendRows& att
              list % view.num_kv_heads * view.group + head, four, x);
 }
 
+// Base-2 score of a query head's learned sink.
+__device__ inline float sink_of(const AttendRows& attend, int head) {
+  if (attend.sinks_dtype == Dtype::kFloat32) {
+    return reinterpret_cast<const float*>(attend.sinks)[head] * kLog2E;
+  }
+  const unsigned bits = reinterpret_cast<const unsigned short*>(attend.sinks)[head];
+  const bool is_half = attend.sinks_dtype == Dtype::kFloat16;
+  return (is_half ? halves_to_floats(bits).x : __uint_as_float(bits << 16)) * kLog2E;
+}
+
+// What a sink leaves to the tokens of a list: vllm_kcache/reference/sinks.py. Those selected have
+// the sum of weights, the others what is estimated.
+template <typename Z>
+__device__ inline float share_of_tokens(const LayerView& view, const AttendRows& attend, int list,
+                                        int head, const Sums<Z>& sums) {
+  const int64_t in_batch = static_cast<int64_t>(list) * view.group + head;
+  const float sink = sink_of(attend, list % view.num_kv_heads * view.group + head);
+  const float estimated = attend.lse[in_batch] * kLog2E;
+  const float unit = Z::kClip ? estimated - kUnitBits : sums.largest;
+  const float ours = unit + fast_log2(fmaxf(sums.weight[0], 1e-30f));
+  // -infinity where nothing is left out.
+  const float others = estimated + fast_log2(fmaxf(attend.dropped[in_batch], 0.0f));
+  const float more = fmaxf(ours, others);
+  const float tokens = more + fast_log2(fast_exp2(ours - more) + fast_exp2(others - more));
+  return fast_reciprocal(1.0f + fast_exp2(sink - tokens));
+}
+
 // With the clipped tail the dropped mass is shared out by the clipped weights.
 template <typename Z>
 __device__ inline void store_sums(const LayerView& view, const AttendRows& attend, int list,
@@ -174,6 +201,11 @@ __device__ inline void store_sums(const LayerView& view, const AttendRows& atten
     share = factor * (dropped / fmaxf(sums.weight[1], 1e-30f));
   } else {
     factor = 1.0f / sums.weight[0];
+  }
+  if (attend.sinks != nullptr) {
+    const float tokens = share_of_tokens(view, attend, list, head, sums);
+    factor *= tokens;
+    share *= tokens;
   }
   const float4& whole = sums.four[0];
   float x[4] = {whole.x * factor, whole.y * factor, whole.z * factor, whole.w * factor};
@@ -264,7 +296,7 @@ __device__ inline void count_estimate_errors(const LayerView& view, const Step& 
       float scores[2];
       keys.load_tile(true, token);
       scales.take(token);
-      multiply(scores, query, keys, scales);
+      multiply<Z::kCapped>(scores, query, keys, scales, attend.cap);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         all_scores[head * kLookedAt + tile * kTileTokens + token_of_score(i)] = scores[i];
@@ -296,8 +328,8 @@ __device__ inline void count_estimate_errors(const LayerView& view, const Step& 
 template <typename Z>
 class Tiles {
  public:
-  __device__ Tiles(const ListRows& rows, int first, int stride, int end)
-      : rows_(rows), tile_(first), stride_(stride), end_(end), next_(rows.place(first)) {
+  __device__ Tiles(const ListRows& rows, const SoftCap& cap, int first, int stride, int end)
+      : rows_(rows), cap_(cap), tile_(first), stride_(stride), end_(end), next_(rows.place(first)) {
     load(first < end, here_, first);
   }
 
@@ -315,7 +347,7 @@ class Tiles {
     Scales scales;
     float scores[2];
     scales.take(token_);
-    multiply(scores, query, keys_, scales);
+    multiply<Z::kCapped>(scores, query, keys_, scales, cap_);
     tile_ += stride_;
     load(tile_ < end_, others, tile_);
     sum.add(scores, scales, values);
@@ -329,6 +361,7 @@ class Tiles {
   }
 
   const ListRows& rows_;
+  const SoftCap& cap_;
   int tile_;
   const int stride_, end_;
   ListRows::Place next_;  // of the tile after those that are loaded
@@ -343,7 +376,7 @@ __device__ inline void attend_part(const LayerView& view, const AttendRows& atte
                                    Shared<Z>& shared, const ListRows& rows, const Part& part) {
   const int warp = threadIdx.x / 32, tiles = head_tiles(view);
   const int first_head = warp % tiles * kTileHeads;
-  Tiles<Z> way(rows, part.begin + warp / tiles, kWarps / tiles,
+  Tiles<Z> way(rows, attend.cap, part.begin + warp / tiles, kWarps / tiles,
                first_head < view.group ? part.end : 0);
   prepare_query(shared.query, view, attend, part.list, tiles * kTileHeads);
   float shift = 0.0f, limit = 0.0f;
@@ -418,7 +451,7 @@ __global__ void __launch_bounds__(kThreads, Z::kLeastBlocks)
   count_estimate_errors(view, step, attend, shared);
 }
 
-template <int kSteps>
+template <int kSteps, bool kCapped>
 cudaError_t launch_steps(const LayerView& view, const Step& step, const AttendRows& attend,
                          bool dependent, cudaStream_t stream) {
   // A thread block finds its place without a division.
@@ -427,25 +460,33 @@ cudaError_t launch_steps(const LayerView& view, const Step& step, const AttendRo
     return launch_kernel(dependent, attend_kernel<decltype(size)>, grid, kThreads, stream, view,
                          step, attend);
   };
-  return attend.clip < 0 ? launch(Size<kSteps, false>{}) : launch(Size<kSteps, true>{});
+  return attend.clip < 0 ? launch(Size<kSteps, false, kCapped>{})
+                         : launch(Size<kSteps, true, kCapped>{});
+}
+
+template <bool kCapped>
+cudaError_t launch_sizes(const LayerView& view, const Step& step, const AttendRows& attend,
+                         bool dependent, cudaStream_t stream) {
+  switch ((view.head_size + 31) / 32) {
+    case 2:
+      return launch_steps<2, kCapped>(view, step, attend, dependent, stream);
+    case 3:
+      return launch_steps<3, kCapped>(view, step, attend, dependent, stream);
+    case 4:
+      return launch_steps<4, kCapped>(view, step, attend, dependent, stream);
+    case 8:
+      return launch_steps<8, kCapped>(view, step, attend, dependent, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
 }
 
 }  // namespace
 
 cudaError_t launch_attend_rows(const LayerView& view, const Step& step, const AttendRows& attend,
                                bool dependent, cudaStream_t stream) {
-  switch ((view.head_size + 31) / 32) {
-    case 2:
-      return launch_steps<2>(view, step, attend, dependent, stream);
-    case 3:
-      return launch_steps<3>(view, step, attend, dependent, stream);
-    case 4:
-      return launch_steps<4>(view, step, attend, dependent, stream);
-    case 8:
-      return launch_steps<8>(view, step, attend, dependent, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return attend.cap.most == 0 ? launch_sizes<false>(view, step, attend, dependent, stream)
+                              : launch_sizes<true>(view, step, attend, dependent, stream);
 }
 
 }  // namespace kcache

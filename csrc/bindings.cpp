@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numbers>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -291,17 +292,21 @@ void follow_scores(Tensor layer, Tensor seq_lens, Tensor block_table, Tensor blo
   STD_CUDA_CHECK(launch_follow(view, step, follow, most, current_stream(blocks)));
 }
 
-// Where the heads of a tensor of the model lie: [n, heads, D], strided over the first dimension.
-Heads heads_of(const char* name, const Tensor& tensor, const LayerView& view, int64_t size,
-               int64_t heads, const Tensor& beside) {
-  check_gpu(name, tensor, beside);
+Dtype dtype_of(const char* name, const Tensor& tensor) {
   const ScalarType type = tensor.scalar_type();
   STD_TORCH_CHECK(
       type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, name,
       ": has the wrong dtype; must be float32, float16 or bfloat16");
-  const Dtype dtype = type == ScalarType::Float  ? Dtype::kFloat32
-                      : type == ScalarType::Half ? Dtype::kFloat16
-                                                 : Dtype::kBFloat16;
+  return type == ScalarType::Float  ? Dtype::kFloat32
+         : type == ScalarType::Half ? Dtype::kFloat16
+                                    : Dtype::kBFloat16;
+}
+
+// Where the heads of a tensor of the model lie: [n, heads, D], strided over the first dimension.
+Heads heads_of(const char* name, const Tensor& tensor, const LayerView& view, int64_t size,
+               int64_t heads, const Tensor& beside) {
+  check_gpu(name, tensor, beside);
+  const Dtype dtype = dtype_of(name, tensor);
   const int64_t bytes = dtype == Dtype::kFloat32 ? 4 : 2;
   STD_TORCH_CHECK(bytes == view.value_bytes, name, ": has ", bytes,
                   " bytes a value; the layer has ", view.value_bytes);
@@ -315,6 +320,12 @@ Heads heads_of(const char* name, const Tensor& tensor, const LayerView& view, in
   return {pointer<char>(tensor), stride, dtype};
 }
 
+SoftCap soft_cap_of(std::optional<double> cap) {
+  if (!cap) return {};
+  STD_TORCH_CHECK(*cap > 0, "soft_cap=", *cap, ": must be above 0");
+  return {static_cast<float>(*cap * std::numbers::log2e), static_cast<float>(2 / *cap)};
+}
+
 LayerView unpack_codes(const Tensor& layer) {
   const LayerView view = unpack(layer);
   STD_TORCH_CHECK(view.codes != nullptr, "layer: has no K codes");
@@ -323,7 +334,8 @@ LayerView unpack_codes(const Tensor& layer) {
 
 void score_codes(Tensor layer, Tensor query, Tensor seq_lens, Tensor block_table, Tensor block_lse,
                  Tensor chunk_lse, Tensor transformed, Tensor bias, std::optional<Tensor> spans,
-                 double scale, int64_t together, int64_t splits, bool dependent, bool after_write) {
+                 double scale, std::optional<double> soft_cap, int64_t together, int64_t splits,
+                 bool dependent, bool after_write) {
   const LayerView view = unpack_codes(layer);
   const int64_t num_requests = query.size(0), num_heads = view.num_kv_heads * view.group;
   Step step{};
@@ -355,7 +367,8 @@ void score_codes(Tensor layer, Tensor query, Tensor seq_lens, Tensor block_table
                          static_cast<int>(block_table.size(1)),
                          dependent && after_write,
                          spans ? pointer<int2>(*spans) : nullptr,
-                         static_cast<int>(together)};
+                         static_cast<int>(together),
+                         soft_cap_of(soft_cap)};
   // Without a column nobody has tokens.
   if (num_lists == 0 || block_table.size(1) == 0) return;
   const DeviceGuard guard(query.get_device_index());
@@ -364,9 +377,10 @@ void score_codes(Tensor layer, Tensor query, Tensor seq_lens, Tensor block_table
 
 void attend_int8_rows(Tensor layer, Tensor blocks, Tensor counts, Tensor rows, Tensor seq_lens,
                       Tensor block_lse, Tensor query, Tensor bias, std::optional<Tensor> lse,
-                      std::optional<Tensor> dropped, Tensor sums, Tensor weights, Tensor arrivals,
-                      Tensor out, double scale, double clip, double clip_length, int64_t splits,
-                      int64_t least_tiles, int64_t every, bool dependent) {
+                      std::optional<Tensor> dropped, std::optional<Tensor> sinks, Tensor sums,
+                      Tensor weights, Tensor arrivals, Tensor out, double scale,
+                      std::optional<double> soft_cap, double clip, double clip_length,
+                      int64_t splits, int64_t least_tiles, int64_t every, bool dependent) {
   const LayerView view = unpack_codes(layer);
   STD_TORCH_CHECK(view.int8_rows, "layer: its rows are not int8");
   const int64_t num_requests = blocks.size(0), num_heads = view.num_kv_heads * view.group;
@@ -390,12 +404,14 @@ void attend_int8_rows(Tensor layer, Tensor blocks, Tensor counts, Tensor rows, T
   check_tensor("bias", bias, ScalarType::Float, {num_requests, num_heads}, blocks);
   STD_TORCH_CHECK(scale > 0, "scale=", scale, ": must be above 0");
   const bool clips = clip >= 0;
-  STD_TORCH_CHECK(!clips || (lse && dropped), "clip=", clip, ": needs lse and dropped");
+  STD_TORCH_CHECK((!clips && !sinks) || (lse && dropped), "clip=", clip,
+                  ", sinks: need lse and dropped");
   for (const auto& [name, tensor] : {std::pair("lse", &lse), {"dropped", &dropped}}) {
     if (*tensor) {
       check_tensor(name, **tensor, ScalarType::Float, {num_requests, num_heads}, blocks);
     }
   }
+  if (sinks) check_tensor("sinks", *sinks, sinks->scalar_type(), {num_heads}, blocks);
   STD_TORCH_CHECK(clip_length > 0, "clip_length=", clip_length, ": must be above 0");
   for (const auto& [name, value] : {std::pair("splits", splits), {"least_tiles", least_tiles}}) {
     STD_TORCH_CHECK(value >= 1 && value <= kMaxBlocks, name, "=", value, ": must be 1 to ",
@@ -418,8 +434,8 @@ void attend_int8_rows(Tensor layer, Tensor blocks, Tensor counts, Tensor rows, T
                   " entries; must have at least ", step.num_lists);
   const AttendRows attend{pointer<float>(query),
                           pointer<float>(bias),
-                          clips ? pointer<float>(*lse) : nullptr,
-                          clips ? pointer<float>(*dropped) : nullptr,
+                          lse ? pointer<float>(*lse) : nullptr,
+                          dropped ? pointer<float>(*dropped) : nullptr,
                           pointer<float>(sums),
                           pointer<float>(weights),
                           pointer<int>(arrivals),
@@ -429,7 +445,10 @@ void attend_int8_rows(Tensor layer, Tensor blocks, Tensor counts, Tensor rows, T
                           static_cast<float>(clip_length),
                           static_cast<int>(splits),
                           static_cast<int>(least_tiles),
-                          static_cast<int>(every)};
+                          static_cast<int>(every),
+                          soft_cap_of(soft_cap),
+                          sinks ? pointer<char>(*sinks) : nullptr,
+                          sinks ? dtype_of("sinks", *sinks) : Dtype::kFloat32};
   if (step.num_lists == 0) return;
   const DeviceGuard guard(blocks.get_device_index());
   STD_CUDA_CHECK(launch_attend_rows(view, step, attend, dependent, current_stream(blocks)));
@@ -522,15 +541,14 @@ STABLE_TORCH_LIBRARY(kcache, library) {
   library.def(
       "score_codes(Tensor layer, Tensor query, Tensor seq_lens, Tensor block_table, "
       "Tensor(a!) block_lse, Tensor(b!) chunk_lse, Tensor(c!) transformed, Tensor(d!) bias, "
-      "Tensor? spans, float scale, int together, int splits, bool dependent, bool after_write) -> "
-      "()");
+      "Tensor? spans, float scale, float? soft_cap, int together, int splits, bool dependent, "
+      "bool after_write) -> ()");
   library.def(
       "attend_int8_rows(Tensor layer, Tensor blocks, Tensor counts, Tensor rows, Tensor seq_lens, "
-      "Tensor block_lse, Tensor query, Tensor bias, Tensor? lse, Tensor? dropped, "
+      "Tensor block_lse, Tensor query, Tensor bias, Tensor? lse, Tensor? dropped, Tensor? sinks, "
       "Tensor(a!) sums, Tensor(b!) weights, Tensor(c!) arrivals, Tensor(d!) out, float scale, "
-      "float clip, float clip_length, int splits, int least_tiles, int every, "
-      "bool dependent) "
-      "-> ()");
+      "float? soft_cap, float clip, float clip_length, int splits, int least_tiles, int every, "
+      "bool dependent) -> ()");
   library.def(
       "write_rows(Tensor layer, Tensor key, Tensor value, Tensor slot_mapping, int parts, "
       "int allocate_tokens, bool fills, int most_thread_blocks, bool dependent) -> ()");

@@ -159,6 +159,14 @@ __device__ inline float unit_of(float scale, float most) {
   return scale * kLog2E * most / (127.0f * kLowSteps);
 }
 
+// cap * tanh(score / cap) of a base-2 score: vllm_kcache/reference/soft_cap.py. Within 2^-20 of the
+// cap (2^-11 with tanh.approx, which is 0.02 of a cap of 50).
+__device__ inline float cap_score(const SoftCap& cap, float score) {
+  // 1 - 2 / (exp(2 x) + 1) is tanh(x), at both ends of the range, too.
+  const float share = fast_reciprocal(fast_exp2(score * cap.slope) + 1.0f);
+  return fmaf(-2.0f * cap.most, share, cap.most);
+}
+
 // Words that are read once, in the widest loads that their number allows; they begin where those
 // may.
 template <int kWords>

@@ -105,6 +105,12 @@ struct GatherRows {
   Heads keys, values;
 };
 
+// A soft cap on scores; none where `most` is 0.
+struct SoftCap {
+  float most;   // the cap, of base-2 scores
+  float slope;  // 2 / cap
+};
+
 // Tokens that a warp of the score kernel leaves one sum of.
 constexpr int kChunkTokens = 256;
 
@@ -121,14 +127,15 @@ struct ScoreCodes {
   // is a request of its own. `together`: most of those that are scored at once.
   const int2* spans;
   int together;
+  SoftCap cap;
 };
 
 // Attention over lists of int8 rows. `Step` has the lists.
 struct AttendRows {
   const float* query;    // [B, Hq, D] q', as scoring left it
   const float* bias;     // [B, Hq] scale * (q . mean)
-  const float* lse;      // [B, Hq] estimated, over the request; null without a clip
-  const float* dropped;  // [B, Hq] estimated mass of what is not selected; null without a clip
+  const float* lse;      // [B, Hq] estimated, over the request; for a clip and for sinks
+  const float* dropped;  // [B, Hq] estimated mass of what is not selected; for the same
   float* sums;           // [parts, rows of a list, padded D]
   float* weights;        // [parts, rows of a list, 2] largest score and sum of weights
   int* arrivals;         // [B * Hkv], zero between launches
@@ -139,6 +146,9 @@ struct AttendRows {
   int splits;         // thread blocks of a list that is long enough
   int least_tiles;    // 16 tokens each, that are worth a thread block
   int every;          // one launch of so many looks at how far the estimates are off
+  SoftCap cap;
+  const char* sinks;  // [Hq] learned scores beside those of the tokens; null without
+  Dtype sinks_dtype;
 };
 
 // Beside a score kernel that adds to `Step::lists`.

@@ -20,6 +20,13 @@ __device__ inline float fast_log2(float value) {
   return log;
 }
 
+// Within 2^-23 of it.
+__device__ inline float fast_reciprocal(float value) {
+  float reciprocal;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(value));
+  return reciprocal;
+}
+
 // What other thread blocks see of this thread's stores, and it of theirs: in the order of the
 // atomics between. __threadfence() orders more, and takes longer.
 __device__ inline void fence_gpu() {

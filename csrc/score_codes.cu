@@ -22,12 +22,12 @@ constexpr int kTileHeads = 4;               // query heads of eight columns
 static_assert(kChunkTokens == 32 * kOwnTokens, "each lane finds the place of eight tokens");
 
 // A kernel is compiled for `kSteps`, products that a head takes, `kTiles`, fours of query heads,
-// and for rows that are each a request, or several tokens of one (`kJoint`): their query heads are
-// taken together, so that codes are read once for all.
-template <int kSteps_, int kTiles_, bool kJoint_>
+// for rows that are each a request, or several tokens of one (`kJoint`): their query heads are
+// taken together, so that codes are read once for all; and for scores with a soft cap.
+template <int kSteps_, int kTiles_, bool kJoint_, bool kCapped_>
 struct Size {
   static constexpr int kSteps = kSteps_, kTiles = kTiles_;
-  static constexpr bool kJoint = kJoint_;
+  static constexpr bool kJoint = kJoint_, kCapped = kCapped_;
   static constexpr int kHeads = kTileHeads * kTiles;
   static constexpr int kParts = parts_of(32 * kSteps);
   // Loads in flight rather than warps hide the latency; heads of more values want registers.
@@ -200,7 +200,7 @@ class ListScores {
 #pragma unroll 1
       for (int run = 0; run < runs; ++run) {
         float scores[Z::kTiles][kOwnTokens];
-        multiply(scores);
+        multiply(scores, score.cap);
         // The next run's are on their way while this one's are added up.
         const bool ends = run + 1 == runs;
         if (ends && more) here_ = place_of(next, next_page);
@@ -215,13 +215,18 @@ class ListScores {
           const int64_t row =
               Z::kJoint ? heads_[tile] : static_cast<int64_t>(list_) * view_.group + head;
           const_cast<float*>(step_.chunk_lse)[row * step_.max_chunks + chunk] =
-              fmaf(sums[tile].log(), kLn2, shared_.bias[head]);
+              fmaf(sums[tile].log(), kLn2, bias(head));
         }
       }
     }
   }
 
  private:
+  // Of scores as `multiply` leaves them: base-2 logarithm of a weight in 1, and what all have
+  // beside it. A cap needs both before.
+  __device__ float unit(int head) const { return Z::kCapped ? 1.0f : shared_.unit[head]; }
+  __device__ float bias(int head) const { return Z::kCapped ? 0.0f : shared_.bias[head]; }
+
   // Of the lane's query head of a tile: whether there is one, its row's tokens, and its scores.
   __device__ bool lives(int tile) const {
     return Z::kJoint || tile * kTileHeads + quarter_ < view_.group;
@@ -268,8 +273,9 @@ class ListScores {
     }
   }
 
-  // Scores of the thread's tokens with one query head of each tile, in units of that head.
-  __device__ void multiply(float (&scores)[Z::kTiles][kOwnTokens]) {
+  // Scores of the thread's tokens with one query head of each tile, in units of that head; capped
+  // ones are base-2.
+  __device__ void multiply(float (&scores)[Z::kTiles][kOwnTokens], const SoftCap& cap) {
     constexpr unsigned kNibbles = 0x0f0f0f0fu;
     int products[Z::kTiles][kOwnTokens / 2][4] = {};
 #pragma unroll
@@ -288,13 +294,18 @@ class ListScores {
     }
 #pragma unroll
     for (int tile = 0; tile < Z::kTiles; ++tile) {
-      const float sum = shared_.sum[tile * kTileHeads + quarter_];
+      const int head = tile * kTileHeads + quarter_;
+      const float sum = shared_.sum[head];
 #pragma unroll
       for (int token = 0; token < kOwnTokens; ++token) {
         const int* parts = products[tile][token / 2] + token % 2 * 2;
         const float product = static_cast<float>(parts[0] * kLowSteps + parts[1]);
         const float2 scales = halves_to_floats(run_.scales[token]);  // scale and zero
-        scores[tile][token] = fmaf(scales.x, product, scales.y * sum);
+        float& score = scores[tile][token];
+        score = fmaf(scales.x, product, scales.y * sum);
+        if constexpr (Z::kCapped) {
+          score = cap_score(cap, fmaf(score, shared_.unit[head], shared_.bias[head] * kLog2E));
+        }
       }
     }
   }
@@ -329,7 +340,7 @@ class ListScores {
 #pragma unroll
     for (int tile = 0; tile < Z::kTiles; ++tile) {
       const int head = tile * kTileHeads + quarter_;
-      const float unit = shared_.unit[head], bias = shared_.bias[head];
+      const float unit = this->unit(head), bias = this->bias(head);
       float* out = out_of(tile);
       const bool live = lives(tile);
       const int num_tokens = tokens_of(tile);
@@ -429,7 +440,7 @@ __global__ void __launch_bounds__(kThreads, Z::kLeastBlocks)
   if (worker < chunks) scores.run(score, worker, workers);
 }
 
-template <int kSteps>
+template <int kSteps, bool kCapped>
 cudaError_t launch_steps(const LayerView& view, const Step& step, const ScoreCodes& score,
                          bool dependent, cudaStream_t stream) {
   const auto launch = [&](auto size) {
@@ -438,31 +449,38 @@ cudaError_t launch_steps(const LayerView& view, const Step& step, const ScoreCod
   };
   const int heads = view.group * score.together;
   if (score.together > 1) {
-    if (heads <= kTileHeads) return launch(Size<kSteps, 1, true>{});
-    if (heads <= 2 * kTileHeads) return launch(Size<kSteps, 2, true>{});
-    return launch(Size<kSteps, 4, true>{});
+    if (heads <= kTileHeads) return launch(Size<kSteps, 1, true, kCapped>{});
+    if (heads <= 2 * kTileHeads) return launch(Size<kSteps, 2, true, kCapped>{});
+    return launch(Size<kSteps, 4, true, kCapped>{});
   }
-  if (heads <= kTileHeads) return launch(Size<kSteps, 1, false>{});
-  if (heads <= 2 * kTileHeads) return launch(Size<kSteps, 2, false>{});
-  return launch(Size<kSteps, 4, false>{});
+  if (heads <= kTileHeads) return launch(Size<kSteps, 1, false, kCapped>{});
+  if (heads <= 2 * kTileHeads) return launch(Size<kSteps, 2, false, kCapped>{});
+  return launch(Size<kSteps, 4, false, kCapped>{});
+}
+
+template <bool kCapped>
+cudaError_t launch_sizes(const LayerView& view, const Step& step, const ScoreCodes& score,
+                         bool dependent, cudaStream_t stream) {
+  switch ((view.head_size + 31) / 32) {
+    case 2:
+      return launch_steps<2, kCapped>(view, step, score, dependent, stream);
+    case 3:
+      return launch_steps<3, kCapped>(view, step, score, dependent, stream);
+    case 4:
+      return launch_steps<4, kCapped>(view, step, score, dependent, stream);
+    case 8:
+      return launch_steps<8, kCapped>(view, step, score, dependent, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
 }
 
 }  // namespace
 
 cudaError_t launch_score_codes(const LayerView& view, const Step& step, const ScoreCodes& score,
                                bool dependent, cudaStream_t stream) {
-  switch ((view.head_size + 31) / 32) {
-    case 2:
-      return launch_steps<2>(view, step, score, dependent, stream);
-    case 3:
-      return launch_steps<3>(view, step, score, dependent, stream);
-    case 4:
-      return launch_steps<4>(view, step, score, dependent, stream);
-    case 8:
-      return launch_steps<8>(view, step, score, dependent, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return score.cap.most == 0 ? launch_sizes<false>(view, step, score, dependent, stream)
+                             : launch_sizes<true>(view, step, score, dependent, stream);
 }
 
 }  // namespace kcache

@@ -217,9 +217,10 @@ struct Scales {
 };
 
 // Base-2 scores of the lane's two tokens with its query head; -infinity where there is no token.
-template <int kSteps>
+template <bool kCapped, int kSteps>
 __device__ inline void multiply(float (&scores)[2], const Query<kSteps>& query,
-                                const Keys<kSteps>& keys, const Scales& scales) {
+                                const Keys<kSteps>& keys, const Scales& scales,
+                                const SoftCap& cap) {
   int products[4] = {};
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
@@ -230,7 +231,8 @@ __device__ inline void multiply(float (&scores)[2], const Query<kSteps>& query,
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float product = static_cast<float>(products[2 * i] * kLowSteps + products[2 * i + 1]);
-    const float score = fmaf(product * query.unit, scales.key[i], query.bias);
+    float score = fmaf(product * query.unit, scales.key[i], query.bias);
+    if constexpr (kCapped) score = cap_score(cap, score);
     scores[i] = scales.exists[i] ? score : -INFINITY;
   }
 }

@@ -19,11 +19,12 @@ constexpr float kUnit = 128.0f;       // weights are in parts of the estimated t
 constexpr float kUnitBits = 7.0f;     // base-2 logarithm of it
 constexpr float kMostWeight = 1e30f;  // an estimate may be far below a score
 
-// A kernel is compiled for `kSteps`, products that a head of K takes, and for the clipped tail.
-template <int kSteps_, bool kClip_>
+// A kernel is compiled for `kSteps`, products that a head of K takes, for the clipped tail, and for
+// scores with a soft cap.
+template <int kSteps_, bool kClip_, bool kCapped_>
 struct Size {
   static constexpr int kSteps = kSteps_;
-  static constexpr bool kClip = kClip_;
+  static constexpr bool kClip = kClip_, kCapped = kCapped_;
   static constexpr int kSides = kClip ? 2 : 1;
   static constexpr int kChannels = 32 * kSteps;  // of a head, with those that pad it
   static constexpr int kFours = kChannels / 4;

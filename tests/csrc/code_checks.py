@@ -44,6 +44,8 @@ SCORED = (
     Shape((), 2, 2, 64, 16, 8),
 )
 SOME_SCORED = SCORED[:-2]
+# Bends all scores; leaves nothing of them but their signs.
+SOFT_CAPS = 2.0, 1e-3
 
 
 def check_scores(
@@ -52,15 +54,19 @@ def check_scores(
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cpu",
     dependent: bool = False,
+    soft_cap: float | None = None,
 ) -> None:
     """Scores, sums of chunks, and q'; pages with a gap after each in some."""
     coded = Coded.of(build_case(shape, dtype), "model", strided=shape.head_size == 80)
-    CodedLayer.of(coded, device).check_scores(splits, dependent)
+    layer = CodedLayer.of(coded, device)
+    layer = replace(layer, batch=replace(layer.batch, soft_cap=soft_cap))
+    layer.check_scores(splits, dependent)
 
 
 def check_joint_scores(
-    shape: Shape, splits: int | None, first: int, device: str = "cpu", dependent: bool = False
-) -> None:
+    shape: Shape, splits: int | None, first: int, device: str = "cpu", dependent: bool = False,
+    soft_cap: float | None = None,
+) -> None:  # fmt: skip
     """Of several tokens of a request: as where each row is scored alone.
 
     Args:
@@ -81,6 +87,7 @@ def check_joint_scores(
         query=query[first:],
         block_table=layer.batch.block_table[tables][first:],
         seq_lens=torch.tensor(lengths, dtype=torch.int32, device=device)[first:],
+        soft_cap=soft_cap,
     )
     of_rows = torch.tensor(spans, dtype=torch.int32, device=device)[first:]
     found = []
@@ -374,6 +381,7 @@ def check_errors(layer: CodedLayer) -> None:
     outputs = transformed, torch.zeros(heads, device=layer.device)
     for changed, text in (
         (replace(batch, scale=0.0), "scale=0: must be above 0"),
+        (replace(batch, soft_cap=0.0), "soft_cap=0: must be above 0"),
         (replace(batch, query=batch.query.double()), "query: has the wrong dtype"),
         (replace(batch, query=batch.query[:, :1]), "query: must be"),
         (replace(batch, spans=batch.block_table[:1, :1]), "spans: has size"),

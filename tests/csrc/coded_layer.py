@@ -120,6 +120,7 @@ class CodedLayer:
         expected = score.score_codes(
             case.query.double(), self.coded.code_pages, self.coded.stats, case.block_table,
             case.seq_lens, case.scale, shape.block_tokens, lists.block_lse.shape[2],
+            soft_cap=self.batch.soft_cap,
         )  # fmt: skip
         found = lists.block_lse.cpu()
         is_block = torch.isfinite(expected)

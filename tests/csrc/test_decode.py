@@ -23,9 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
         ("tests.kernels.split_cache", "runs equal the CPU's"),
         ("tests.kernels.attend_rows", "attend as defined"),
         ("tests.kernels.code_steps", "checks are as defined"),
-        pytest.param(
-            "tests.kernels.sinks", "check with sinks are as defined", marks=pytest.mark.full
-        ),
+        ("tests.kernels.sinks", "checks with sinks are as defined"),
         ("tests.kernels.self_checking", "faults are found"),
         ("tests.kernels.test_replay", "equal the definition"),
     ],

@@ -4,6 +4,8 @@ requests of thousands of tokens."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from tests.kernels.code_steps import (
     HOW_OFTEN_CASES,
     RULES,
     SHAPES,
+    SOFT_CAP,
     check_estimate_errors,
     check_how_often,
     check_step,
@@ -46,6 +49,14 @@ def test_steps_of_each_dtype(host_dtype: str, dtype: torch.dtype) -> None:
         check_step(SHAPES[2], host_dtype, rule, 64, "cuda", dtype=dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("host_dtype", ["model", "int8"])
+@pytest.mark.parametrize("shape", [*SHAPES, LONG], ids=str)
+def test_steps_with_a_soft_cap(shape: Shape, host_dtype: str, dtype: torch.dtype) -> None:
+    for rule in RULES[:2]:
+        check_step(shape, host_dtype, rule, 256, "cuda", dtype, SOFT_CAP)
+
+
 @pytest.mark.parametrize("host_dtype", ["model", "int8"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_written(shape: Shape, host_dtype: str) -> None:
@@ -60,12 +71,10 @@ def test_the_check_at_start(host_dtype: str, dtype: torch.dtype) -> None:
         check_kernels(shape, rule, tail, "cuda")
 
 
-@pytest.mark.parametrize(("host_dtype", "rule", "dtype"), ESTIMATE_CASES, ids=str)
-def test_errors_of_estimates(
-    host_dtype: str, rule: Selection, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("case", ESTIMATE_CASES, ids=str)
+def test_errors_of_estimates(case: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attend, "ESTIMATES_EVERY", 1)
-    check_estimate_errors(ESTIMATED, host_dtype, rule, dtype, "cuda")
+    check_estimate_errors(ESTIMATED, *case, device="cuda")
 
 
 @pytest.mark.parametrize(("host_dtype", "dtype", "first"), HOW_OFTEN_CASES, ids=str)

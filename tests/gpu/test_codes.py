@@ -33,6 +33,13 @@ def test_scores_of_several_tokens(shape: Shape, first: int) -> None:
     checks.check_joint_scores(shape, None, first, "cuda", dependent=True)
 
 
+@pytest.mark.parametrize("shape", [*checks.SOME_SCORED, LONG], ids=str)
+def test_scores_with_a_soft_cap(shape: Shape) -> None:
+    for soft_cap in checks.SOFT_CAPS:
+        checks.check_scores(shape, None, device="cuda", soft_cap=soft_cap)
+        checks.check_joint_scores(shape, None, 2, "cuda", dependent=True, soft_cap=soft_cap)
+
+
 @pytest.mark.parametrize("dtype", checks.DTYPES, ids=str)
 def test_scores_of_each_dtype(dtype: torch.dtype) -> None:
     checks.check_scores(checks.SCORED[0], None, dtype, "cuda")

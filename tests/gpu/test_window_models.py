@@ -30,9 +30,9 @@ from vllm_kcache.types import Selection
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
-# gpt-oss has learned sinks, Gemma 2 a soft cap on scores, with which there are no codes; Llama 4 in
-# place of windows chunks, with which vLLM captures no decode steps.
-MODELS = {"gemma3_text": (16, 4), "gpt_oss": (16, 4), "gemma2": (16,), "llama4_text": (4,)}
+# gpt-oss has learned sinks, Gemma 2 a soft cap on scores; Llama 4 in place of windows chunks, with
+# which vLLM captures no decode steps.
+MODELS = {"gemma3_text": (16, 4), "gpt_oss": (16, 4), "gemma2": (16, 4), "llama4_text": (4,)}
 CASES = [(model, k_bits) for model, each in MODELS.items() for k_bits in each]
 
 
@@ -63,11 +63,13 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Any, Futu
 
 
 @pytest.mark.parametrize(
-    "case", itertools.product(sinks.SHAPES[:1], sinks.RULES[::2], sinks.GPU_KINDS), ids=str
+    "case",
+    itertools.product(sinks.SHAPES[:1], sinks.RULES[::2], sinks.GPU_KINDS, sinks.SOFT_CAPS),
+    ids=str,
 )
 def test_steps_of_codes_with_sinks(case: tuple[Any, ...]) -> None:
-    shape, rule, kind = case
-    sinks.check(shape, rule, *kind, device="cuda")
+    shape, rule, kind, soft_cap = case
+    sinks.check(shape, rule, *kind, soft_cap, device="cuda")
 
 
 # Layers of gpt-oss and of Gemma 2, in bfloat16: query heads, KV heads, head size, bits of K.
@@ -77,7 +79,9 @@ def test_steps_of_codes_with_sinks(case: tuple[Any, ...]) -> None:
         ((64, 8, 64, 4, "int8"), {"has_sinks": True}),
         ((64, 8, 64, 16, "model"), {"has_sinks": True}),
         ((16, 8, 256, 16, "model"), {"soft_cap": 50.0}),
+        ((16, 8, 256, 4, "int8"), {"soft_cap": 50.0}),
         ((32, 16, 128, 16, "model"), {"soft_cap": 50.0}),
+        ((32, 16, 128, 4, "int8"), {"soft_cap": 50.0}),
     ],
     ids=str,
 )

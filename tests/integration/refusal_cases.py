@@ -245,12 +245,6 @@ CASES = {
         ALIBI, "ALiBi (FalconForCausalLM):", "Serve a model with rotary", model="falcon, ALiBi"
     ),
     "Step1": Case(ALIBI, "ALiBi (Step1ForCausalLM):", "Serve a model with rotary", model="step1"),
-    "soft cap": Case(
-        "a soft cap on scores with K codes on a GPU (attn_logit_softcapping={value})",
-        "a soft cap on scores with K codes on a GPU (attn_logit_softcapping=50.0):",
-        "Set kcache_config.k_bits to 16", model="gemma2",
-        changed={"device_config.device_type": "cuda"}, settings={"k_bits": 4},
-    ),
     "sinks of Granite": Case(
         SINKS, "attention sinks (layer_types of Granite):", "Serve a model without learned sinks",
         model="granite, sinks",

@@ -24,6 +24,8 @@ from vllm_kcache.reference.codes import transform_query
 from vllm_kcache.reference.fetch import fetch_rows
 from vllm_kcache.reference.paging import physical_v_blocks
 from vllm_kcache.reference.score import score_codes
+from vllm_kcache.reference.select import request_lse
+from vllm_kcache.reference.sinks import refine_lse, share_of_tokens
 from vllm_kcache.types import Selected, Selection
 
 SHAPES = (
@@ -55,12 +57,14 @@ def dropped_by(block_lse: torch.Tensor, lse: torch.Tensor, chosen: Selected) -> 
 
 def check(
     shape: Shape, host_dtype: str, rule: Selection, splits: int, device: str = "cpu",
-    case: Case | None = None, off: torch.Tensor | None = None,
+    case: Case | None = None, off: torch.Tensor | None = None, sinks: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Half of the rows in slots in random order, the others read straight from the host.
 
     Args:
-        off: [Hq], how far the estimated totals are off.
+        off: [Hq], how far the estimates are off.
+        sinks: [Hq].
     Returns:
         The output, and what it should be.
     """
@@ -70,19 +74,25 @@ def check(
     tokens, chosen = shape.v_block_tokens, some_blocks(shape)
     block_lse = score_codes(
         case.query, coded.code_pages, coded.stats, case.block_table, case.seq_lens, case.scale,
-        tokens, shape.max_blocks,
+        tokens, shape.max_blocks, soft_cap=soft_cap,
     )  # fmt: skip
+    if off is not None:
+        block_lse = block_lse + off[:, None]
     lse = block_lse.logsumexp(-1)
     dropped = dropped_by(block_lse, lse, chosen)
-    lse = lse if off is None else lse + off
     chosen = replace(chosen, lse=lse, dropped=dropped)
     tail = "renormalize" if rule.clip is None else "clip"
     per_page = shape.page_tokens // tokens
     fetched = fetch_rows(chosen, case.block_table, coded.host_rows, shape.num_kv_heads, per_page)
+    refined = torch.empty(*case.query.shape[:2], chosen.blocks.shape[2])
     expected = attend_rows(
         case.query, coded.host_rows, coded.row, coded.stats, fetched, chosen, case.seq_lens,
-        case.scale, tail, clip=rule.clip,
+        case.scale, tail, clip=rule.clip, refined=refined, soft_cap=soft_cap,
     )  # fmt: skip
+    if sinks is not None:
+        known = refine_lse(block_lse, refined, chosen)
+        share = share_of_tokens(request_lse(known, case.seq_lens, tokens), sinks)
+        expected = (expected * share[..., None]).to(expected.dtype)
     there = len(fetched.v_rows)
     layer = code_layer_of(coded, rule, tail, max(1, there), device)
     order = torch.randperm(max(1, there))
@@ -104,9 +114,9 @@ def check(
     config: AttendConfig | RowsConfig = AttendConfig(max(1, 16 // tokens), splits, 4, 2)
     if on_tensor_cores(layer.view.shape):
         config = RowsConfig(splits, least_tiles=1 if splits == 5 else 3)
-    attend_blocks(
-        layer.view, layer.batch, selected, rows.to(device), layer.workspace, out, config=config
-    )
+    at = None if sinks is None else sinks.to(device)
+    batch = replace(layer.batch, sinks=at, soft_cap=soft_cap)
+    attend_blocks(layer.view, batch, selected, rows.to(device), layer.workspace, out, config=config)
     assert not layer.workspace.arrivals.any()
     return out.cpu(), expected
 
@@ -132,7 +142,11 @@ def check_tiles(shape: Shape, device: str = "cpu") -> None:
     for dtype, rule, splits in itertools.product(
         (torch.bfloat16, torch.float16), (EVERY, CLIPPED), (2, 5, 90)
     ):
-        assert_close(*check(shape, "int8", rule, splits, device, build_case(shape, dtype)))
+        case = build_case(shape, dtype)
+        assert_close(*check(shape, "int8", rule, splits, device, case))
+        # From nearly nothing to nearly all of the mass, in each dtype that a model may have.
+        sinks = torch.linspace(-6, 14, shape.num_heads).to(dtype if splits == 5 else torch.float32)
+        assert_close(*check(shape, "int8", rule, splits, device, case, sinks=sinks, soft_cap=2.0))
 
 
 def check_ranges(factor: float, device: str = "cpu") -> None:
@@ -159,6 +173,9 @@ def check_far_estimates(device: str = "cpu") -> None:
     case = build_case(shape, torch.bfloat16)
     for splits in (1, 3):
         assert_close(*check(shape, "int8", CLIPPED, splits, device, case, off))
+        for rule in (EVERY, CLIPPED):
+            sinks = torch.linspace(-6, 14, 16)
+            assert_close(*check(shape, "int8", rule, splits, device, case, off, sinks))
 
 
 def main() -> None:
@@ -172,7 +189,7 @@ def main() -> None:
         check_ranges(factor)
     check_small_values()
     check_far_estimates()
-    print(f"{len(cases) + 12 * len(TILED_SHAPES)} lists of rows attend as defined")
+    print(f"{len(cases) + 24 * len(TILED_SHAPES)} lists of rows attend as defined")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,12 +48,15 @@ RULES = (
 # A list of several chunks, an empty one and one of a single chunk; with the last rule two rows for
 # each query head.
 ESTIMATED = Shape((300, 0, 33), 1, 3, 64, 16, 8)
+# Of the scores of a case it bends most.
+SOFT_CAP = 4.0
 _THRESHOLD = Selection(None, None, 1, 8, "max", 0.002)
 ESTIMATE_CASES = (
-    ("model", RULES[0], torch.float32),
-    ("model", RULES[2], torch.float32),
-    ("int8", _THRESHOLD, torch.float32),
-    ("int8", _THRESHOLD, torch.bfloat16),
+    ("model", RULES[0], torch.float32, None),
+    ("model", RULES[2], torch.float32, SOFT_CAP),
+    ("int8", _THRESHOLD, torch.float32, None),
+    ("int8", _THRESHOLD, torch.bfloat16, None),
+    ("int8", _THRESHOLD, torch.bfloat16, SOFT_CAP),
 )
 # And a first epoch, near which as many numbers are drawn as usual.
 HOW_OFTEN_CASES = (("model", torch.float32, 500), ("int8", torch.bfloat16, 700))
@@ -61,7 +65,7 @@ ESTIMATES_EVERY = attend.ESTIMATES_EVERY
 
 def check_step(
     shape: Shape, host_dtype: str, rule: Selection, num_slots: int, device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32, soft_cap: float | None = None,
 ) -> None:  # fmt: skip
     """Twice over one hot cache: misses first, hits after, the same answer."""
     case = build_case(shape, dtype, sharpness=3.0)
@@ -69,16 +73,18 @@ def check_step(
     tail = "renormalize" if rule.clip is None else "clip"
     paged = (case.block_table, case.seq_lens, case.scale)
     block_lse = score_codes(
-        case.query.double(), coded.code_pages, coded.stats, *paged, tokens, shape.max_blocks
-    )
+        case.query.double(), coded.code_pages, coded.stats, *paged, tokens, shape.max_blocks,
+        soft_cap=soft_cap,
+    )  # fmt: skip
     queries, _ = transform_query(case.query.double(), coded.stats)
     relative, absolute = TOLERANCES[torch.float32]
     slack = absolute + relative * block_lse.abs() + most_rounding(coded, queries)[..., None]
     layer = code_layer_of(coded, rule, tail, num_slots, device)
+    batch = replace(layer.batch, soft_cap=soft_cap)
     for number in (1, 2):
-        out = torch.full_like(layer.batch.query, torch.nan)
-        decode_step(layer.view, layer.workspace, layer.batch, out)
-        lists = layer.workspace.views(layer.view, layer.batch)
+        out = torch.full_like(batch.query, torch.nan)
+        decode_step(layer.view, layer.workspace, batch, out)
+        lists = layer.workspace.views(layer.view, batch)
         exists = block_lse.isfinite()
         ours = lists.block_lse.cpu()
         assert bool(((ours - block_lse).abs() <= slack)[exists].all())
@@ -95,7 +101,7 @@ def check_step(
         )  # fmt: skip
         expected = attend_rows(
             attended_query(coded, dtype), coded.host_rows, coded.row, coded.stats, fetched, chosen,
-            case.seq_lens, case.scale, tail, clip=rule.clips(case.seq_lens),
+            case.seq_lens, case.scale, tail, clip=rule.clips(case.seq_lens), soft_cap=soft_cap,
         )  # fmt: skip
         assert_close(out.cpu(), expected)
         assert int(layer.cache.state[EPOCH]) == number
@@ -143,17 +149,19 @@ def check_write(shape: Shape, host_dtype: str, device: str = "cpu") -> None:
 
 
 def check_estimate_errors(
-    shape: Shape, host_dtype: str, rule: Selection, dtype: torch.dtype, device: str = "cpu"
-) -> None:
+    shape: Shape, host_dtype: str, rule: Selection, dtype: torch.dtype, soft_cap: float | None,
+    device: str = "cpu",
+) -> None:  # fmt: skip
     """Where every step looks at its estimates, it counts one chunk of one list by their errors; in
     time each chunk of each list has its turn."""
     coded = Coded.of(build_case(shape, dtype, sharpness=3.0), host_dtype)
     case, tokens, group = coded.case, shape.v_block_tokens, shape.group_size
     tail = "renormalize" if rule.clip is None else "clip"
     layer = code_layer_of(coded, rule, tail, 64, device)
-    out = torch.empty_like(layer.batch.query)
-    decode_step(layer.view, layer.workspace, layer.batch, out)
-    lists = layer.workspace.views(layer.view, layer.batch)
+    batch = replace(layer.batch, soft_cap=soft_cap)
+    out = torch.empty_like(batch.query)
+    decode_step(layer.view, layer.workspace, batch, out)
+    lists = layer.workspace.views(layer.view, batch)
     estimates = lists.block_lse.cpu()
     exists = torch.arange(shape.max_blocks) < -(-case.seq_lens[:, None] // tokens)
     chosen = select_blocks(
@@ -166,7 +174,7 @@ def check_estimate_errors(
     refined = torch.empty(*case.query.shape[:2], chosen.blocks.shape[2])
     attend_rows(
         case.query, coded.host_rows, coded.row, coded.stats, fetched, chosen, case.seq_lens,
-        case.scale, tail, clip=rule.clips(case.seq_lens), refined=refined,
+        case.scale, tail, clip=rule.clips(case.seq_lens), refined=refined, soft_cap=soft_cap,
     )  # fmt: skip
     # How many errors are at most each edge: roundings decide about those within `slack` of it.
     slack = 1e-3 if host_dtype == "model" else 2e-2
@@ -187,7 +195,7 @@ def check_estimate_errors(
             expected[request, head, first] = least, most
     seen, before = set(), layer.cache.read_counters().estimate_errors
     for _ in range(10 * len(expected)):
-        decode_step(layer.view, layer.workspace, layer.batch, out)
+        decode_step(layer.view, layer.workspace, batch, out)
         after = layer.cache.read_counters().estimate_errors
         found = (torch.tensor(after) - torch.tensor(before)).cumsum(0)
         these = {
@@ -234,10 +242,12 @@ def main() -> None:
         check_step(shape, host_dtype, RULES[1], 0)
         for dtype in (torch.bfloat16, torch.float16) if host_dtype == "int8" else ():
             check_step(shape, host_dtype, RULES[3], 256, dtype=dtype)
-            cases += 1
+            check_step(shape, host_dtype, RULES[3], 256, dtype=dtype, soft_cap=SOFT_CAP)
+            cases += 2
+        check_step(shape, host_dtype, RULES[0], 256, soft_cap=SOFT_CAP)
         check_step(shape, host_dtype, RULES[1], 3)
         check_write(shape, host_dtype)
-        cases += 3
+        cases += 4
     for kernel in HOW_OFTEN_CASES:
         check_how_often(*kernel)
     check_refused()
@@ -251,9 +261,12 @@ def main() -> None:
     )
     for layer in layers:
         for decode_tokens in (1, 3):
-            # One of the layers has learned sinks.
-            has_sinks = layer[0].host_dtype == "model"
-            check_kernels(*layer, "cpu", decode_tokens, has_sinks=has_sinks)
+            # One of the layers has learned sinks, the other a cap on scores.
+            special = layer[0].host_dtype == "model"
+            check_kernels(
+                *layer, "cpu", decode_tokens, has_sinks=special,
+                soft_cap=None if special else SOFT_CAP,
+            )  # fmt: skip
     print(f"{cases} steps with codes and {len(layers)} checks are as defined")
 
 

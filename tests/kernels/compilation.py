@@ -137,10 +137,10 @@ def launch_all(shape: Shape, dtype: torch.dtype, dependent: bool) -> None:
             attend(layer, 4, dependent)
     for host_dtype, (selection, tail) in zip(("model", "int8"), RULES, strict=True):
         layer = code_layer_of(Coded.of(case, host_dtype), selection, tail, 64)
-        if (shape, dtype) in SPECIAL:
-            attend(with_sinks_and_cap(layer), 4, dependent)
         if host_dtype == "int8" and dtype != torch.float32:
             continue  # csrc/attend.cu
+        if (shape, dtype) in SPECIAL:
+            attend(with_sinks_and_cap(layer), 4, dependent)
         attend(layer, 4, dependent)
     heads = shape.num_kv_heads
     context = torch.zeros(shape.seq_lens[0], heads, shape.head_size, dtype=dtype)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The check at start (vllm_kcache/kernels/self_check.py) under Triton's interpreter.
 
-    TRITON_INTERPRET=1 python -m tests.kernels.self_checking
+    TRITON_INTERPRET=1 python -m tests.csrc.interpreted LIBRARY tests.kernels.self_checking
 
 It passes over kernels that are right, whatever the rule, and names the stage of each fault.
 """
@@ -34,6 +34,12 @@ EVERYTHING = (
     replace(SHAPE, num_query_heads=2, num_kv_heads=2, dtype=torch.float16),
     Selection(None, None, 1, 32, "sum"),
     "renormalize",
+)
+
+CODED = (
+    CacheShape(1, 4, 2, 64, 16, 8, torch.float16, 4, "int8"),
+    Selection(None, None, 1, 8, "max", 0.02),
+    "clip",
 )
 
 # Most tokens of a request in a step.
@@ -151,11 +157,15 @@ FAULTS_OF_DRAFTS: tuple[tuple[str, Any, str, Callable[[Function], Function]], ..
      with_argument(1, of_batch(spans=lambda spans: (spans - 1).clamp_min(0)))),
 )  # fmt: skip
 
-# Where layers have sinks and a cap.
+# Where layers have sinks and a cap, with K itself in the pages and with codes.
+no_cap, no_sinks = of_batch(soft_cap=lambda cap: None), of_batch(sinks=lambda sinks: None)
 SPECIAL_FAULTS = (
-    ("score", decode, "score_blocks", with_argument(1, of_batch(soft_cap=lambda cap: None))),
-    ("fetch or attend", decode, "attend_blocks",
-     with_argument(1, of_batch(sinks=lambda sinks: None))),
+    (THRESHOLD, "score", decode, "score_blocks", no_cap),
+    (CODED, "score", decode, "score_codes", no_cap),
+    *((layer, "fetch or attend", decode, "attend_blocks", fault)
+      for layer in (THRESHOLD, CODED) for fault in (no_cap, no_sinks)),
+    # Only in the launch of lists in several parts.
+    (CODED, "attend", self_check.attend, "attend_blocks", no_sinks),
 )  # fmt: skip
 
 
@@ -165,17 +175,18 @@ def main() -> None:
         check_kernels(*layer, "cpu")
     check_kernels(*THRESHOLD, "cpu", DRAFTED)
     special = {"has_sinks": True, "soft_cap": 2.0}
-    check_kernels(*THRESHOLD, "cpu", **special)
+    for layer in (THRESHOLD, CODED):
+        check_kernels(*layer, "cpu", **special)
     cases = [
-        *((fault, {}) for fault in FAULTS),
-        *((fault, {"decode_tokens": DRAFTED}) for fault in FAULTS_OF_DRAFTS),
-        *((fault, special) for fault in SPECIAL_FAULTS),
+        *((THRESHOLD, *fault, {}) for fault in FAULTS),
+        *((THRESHOLD, *fault, {"decode_tokens": DRAFTED}) for fault in FAULTS_OF_DRAFTS),
+        *((*fault[:4], with_argument(1, fault[4]), special) for fault in SPECIAL_FAULTS),
     ]
-    for (stage, module, name, fault), options in cases:
+    for layer, stage, module, name, fault, options in cases:
         sound = getattr(module, name)
         setattr(module, name, fault(sound))
         with pytest.raises(KernelError, match=f"the step '{stage}'"):
-            check_kernels(*THRESHOLD, "cpu", **options)
+            check_kernels(*layer, "cpu", **options)
         setattr(module, name, sound)
     print(f"{len(layers)} layers pass, {len(cases)} faults are found")
 

@@ -36,19 +36,21 @@ RULES = (
 )
 # What rows hold, the model's dtype, and how sharp attention is. At 60 the mass of a head may lie in
 # blocks that others of its group did not want; the weights of estimates that are so far off leave
-# float16. The interpreter multiplies no bfloat16.
+# float16.
 KINDS = (
     ("model", torch.float32, 3.0),
     ("model", torch.float32, 60.0),
     ("int8", torch.float32, 3.0),
     ("int8", torch.float16, 3.0),
+    ("int8", torch.bfloat16, 3.0),
 )
-GPU_KINDS = (KINDS[0], *KINDS[2:], ("int8", torch.bfloat16, 3.0))
+GPU_KINDS = (KINDS[0], *KINDS[2:])
+SOFT_CAPS = (None, 4.0)
 
 
 def check(
     shape: Shape, rule: Selection, host_dtype: str, dtype: torch.dtype, sharpness: float,
-    device: str = "cpu",
+    soft_cap: float | None, device: str = "cpu",
 ) -> None:  # fmt: skip
     """A step: the sinks have from nearly nothing to nearly all of the mass."""
     case = build_case(shape, dtype, sharpness=sharpness)
@@ -56,7 +58,7 @@ def check(
     tail = "renormalize" if rule.clip is None else "clip"
     layer = code_layer_of(coded, rule, tail, 64, device)
     sinks = torch.linspace(-6, 3 * sharpness, shape.num_heads).to(dtype)
-    batch = replace(layer.batch, sinks=sinks.to(device))
+    batch = replace(layer.batch, sinks=sinks.to(device), soft_cap=soft_cap)
     out = torch.full_like(batch.query, torch.nan)
     decode_step(layer.view, layer.workspace, batch, out)
     # By the estimates and the lists of the kernels, which have tests of their own.
@@ -76,6 +78,7 @@ def check(
     expected = attend_rows(
         case.query.float(), coded.host_rows, coded.row, coded.stats, fetched, chosen,
         case.seq_lens, case.scale, tail, clip=rule.clips(case.seq_lens), refined=refined,
+        soft_cap=soft_cap,
     )  # fmt: skip
     lse = request_lse(refine_lse(block_lse, refined, chosen), case.seq_lens, tokens)
     expected = expected * share_of_tokens(lse, sinks)[..., None]
@@ -85,13 +88,14 @@ def check(
 
 def main() -> None:
     """Any difference raises."""
-    cases = [*itertools.product(SHAPES[:1], RULES, KINDS)]
-    cases += itertools.product(SHAPES[1:], RULES[:1], KINDS)
-    for shape, rule, kind in cases:
-        check(shape, rule, *kind)
+    cases = [*itertools.product(SHAPES[:1], RULES, KINDS, SOFT_CAPS[:1])]
+    cases += itertools.product(SHAPES[1:], RULES[:1], KINDS, SOFT_CAPS)
+    for shape, rule, kind, soft_cap in cases:
+        check(shape, rule, *kind, soft_cap)
     row = CacheShape(1, 4, 2, 64, 16, 8, torch.float16, 4, "int8")
-    check_kernels(row, RULES[2], "clip", "cpu", has_sinks=True)
-    print(f"{len(cases)} steps and a check with sinks are as defined")
+    for soft_cap in SOFT_CAPS:
+        check_kernels(row, RULES[2], "clip", "cpu", has_sinks=True, soft_cap=soft_cap)
+    print(f"{len(cases)} steps and {len(SOFT_CAPS)} checks with sinks are as defined")
 
 
 if __name__ == "__main__":

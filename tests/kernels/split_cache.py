@@ -191,12 +191,11 @@ def pages(shape: CacheShape, count: int) -> torch.Tensor:
 
 
 def random_inputs(shape: CacheShape, layer: int, tokens: int) -> LayerInputs:
-    """With exact K one of the layers has learned sinks, and the scores of another have a cap."""
+    """One of the layers has learned sinks, and the scores of another have a cap."""
     query = 3 * torch.randn(tokens, shape.num_query_heads, shape.head_size)
     key, value = torch.randn(2, tokens, shape.num_kv_heads, shape.head_size)
-    special = shape.k_bits == 16
-    sinks = 2 * torch.randn(shape.num_query_heads) if layer == 1 and special else None
-    cap = 4.0 if layer == 0 and special else None
+    sinks = 2 * torch.randn(shape.num_query_heads) if layer == 1 else None
+    cap = 4.0 if layer == 0 else None
     return LayerInputs(query, key, value, shape.head_size**-0.5, sinks, cap)
 
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from vllm.platforms import current_platform
 from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -108,8 +107,6 @@ class KCacheImpl(AttentionImpl[KCacheMetadata]):
             refusals.refuse("alibi", "slopes")
         if sliding_window is not None:
             refusals.refuse("window_layer", f"sliding_window={sliding_window}")
-        if logits_soft_cap and KCacheBackend.k_bits == 4 and not current_platform.is_cpu():
-            refusals.refuse("soft_cap_with_codes", logits_soft_cap)
         if attn_type != AttentionType.DECODER:
             refusals.refuse("attention_type", AttentionType(attn_type).value)
         self.num_heads = num_heads

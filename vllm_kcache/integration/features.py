@@ -248,13 +248,6 @@ def alibi(vllm_config: Any) -> str | None:
     return name if vllm_config.model_config.uses_alibi or name == "Step1ForCausalLM" else None
 
 
-def soft_cap_on_gpu(vllm_config: Any) -> float | None:
-    """Bound of the scores, of a model on a GPU."""
-    if vllm_config.device_config.device_type == "cpu":
-        return None
-    return true(getattr(text_config(vllm_config), "attn_logit_softcapping", None))
-
-
 def attention_sinks(vllm_config: Any) -> str | None:
     """Learned sinks, an extra term of the softmax that is no token, of models not tried."""
     text = text_config(vllm_config)

@@ -355,14 +355,6 @@ REFUSALS: tuple[Refusal, ...] = (
         value=features.alibi,
     ),
     Refusal(
-        "soft_cap_with_codes",
-        "a soft cap on scores with K codes on a GPU (attn_logit_softcapping={value})",
-        "the kernel that scores codes caps nothing",
-        "Set kcache_config.k_bits to 16.",
-        value=features.soft_cap_on_gpu,
-        codes_only=True,
-    ),
-    Refusal(
         "attention_sinks",
         "attention sinks ({value})",
         "these were not tried here: they are learned in another form than gpt-oss's",

@@ -491,8 +491,7 @@ def attend_blocks(
         raise ValueError(
             'tail="clip" and sinks: need selected.dropped where blocks are chosen by estimates'
         )
-    # csrc/attend.cu knows no sinks.
-    if on_tensor_cores(shape) and sinks is None:
+    if on_tensor_cores(shape):
         assert not isinstance(config, AttendConfig)
         _attend_int8(view, batch, selected, rows, workspace, out, clip, config, dependent)
         return out
@@ -529,19 +528,12 @@ def attend_blocks(
         CHUNK_BLOCKS=config.chunk_blocks, ROW_VALUES=row.bytes // row.value_dtype.itemsize,
         VALUES_OF_16_BYTES=16 // row.value_dtype.itemsize, SPLIT=config.splits > 1,
         CLIP=clip is not None, KEYS=keys.value, V_DTYPE=_TRITON_DTYPES[shape.dtype],
-        PRECISION=_precision(shape.dtype, keys.value),
+        PRECISION="ieee" if shape.dtype == torch.float32 else "tf32",
         SOFT_CAP=batch.soft_cap or 0.0, EVERY=ESTIMATES_EVERY, SINKS=sinks is not None,
         DEPENDENT=dependent, launch_pdl=dependent,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out
-
-
-def _precision(dtype: torch.dtype, keys: int) -> str:
-    """Of the products of scores. q' keeps more bits than a query of the model's dtype has."""
-    if dtype == torch.float32:
-        return "ieee"
-    return "tf32x3" if keys == K_INT8.value else "tf32"
 
 
 def _attend_int8(
@@ -556,8 +548,6 @@ def _attend_int8(
     dependent: bool,
 ) -> None:
     """Rows of int8 (csrc/attend.cu)."""
-    if batch.soft_cap is not None:
-        raise ValueError(f"soft_cap={batch.soft_cap}: csrc/attend.cu knows none")
     if config is None:
         num_lists, columns = selected.counts.numel(), selected.blocks.shape[2]
         config = rows_config(view.shape, num_lists, columns, workspace.multiprocessors)
@@ -566,8 +556,8 @@ def _attend_int8(
         view.packed, selected.blocks, selected.counts, rows, batch.seq_lens,
         front(workspace.block_lse, *heads, batch.max_blocks),
         front(workspace.code_query, *batch.query.shape), front(workspace.code_bias, *heads),
-        selected.lse, selected.dropped, workspace.sums, workspace.weights, workspace.arrivals, out,
-        batch.scale, -1.0 if clip is None else clip,
+        selected.lse, selected.dropped, batch.sinks, workspace.sums, workspace.weights,
+        workspace.arrivals, out, batch.scale, batch.soft_cap, -1.0 if clip is None else clip,
         float(view.selection.threshold_length or NO_LENGTH), config.splits, config.least_tiles,
         ESTIMATES_EVERY, dependent,
     )  # fmt: skip

@@ -81,8 +81,6 @@ def decode_step(
     assert view.packed is not None
     if followers is not None and view.shape.k_bits == 4:
         raise ValueError("followers: scores from K codes have none (plan_followers)")
-    if batch.soft_cap is not None and view.shape.k_bits == 4:
-        raise ValueError("soft_cap: csrc/score_codes.cu caps no scores")
     dependent = workspace.dependent
     lists = workspace.views(view, batch)
     try:

@@ -71,6 +71,7 @@ def score_codes(
         bias,
         batch.spans,
         batch.scale,
+        batch.soft_cap,
         together,
         splits,
         dependent,

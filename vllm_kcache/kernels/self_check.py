@@ -284,7 +284,7 @@ class _Check:
             expected = (expected * share[..., None]).to(expected.dtype)
         if not _close(out.cpu(), expected, TOLERANCES[shape.dtype]):
             raise self._error("fetch or attend", f"off by {_most(out.cpu(), expected):.2g}")
-        if on_tensor_cores(shape) and batch.sinks is None:
+        if on_tensor_cores(shape):
             # Lists of a check are short: again, so that each has several thread blocks.
             out.fill_(torch.nan)
             attend.attend_blocks(
@@ -436,7 +436,7 @@ class _CodeCheck(_Check):
         batch = self.batch
         return score_codes(
             batch.query, self.view.code_pages.cpu(), self.stats, batch.block_table, batch.seq_lens,
-            batch.scale, self.shape.block_tokens, batch.max_blocks,
+            batch.scale, self.shape.block_tokens, batch.max_blocks, soft_cap=batch.soft_cap,
         )  # fmt: skip
 
     def _attended(
@@ -451,6 +451,7 @@ class _CodeCheck(_Check):
         out = attend_rows(
             batch.query, view.host_rows, shape.row, self.stats, fetched, selected, batch.seq_lens,
             batch.scale, view.tail, clip=view.selection.clips(batch.seq_lens), refined=refined,
+            soft_cap=batch.soft_cap,
         )  # fmt: skip
         return out, refine_lse(block_lse, refined, selected)
 

@@ -37,7 +37,7 @@ class DecodeBatch:
             order, of one block table. Those before may belong to another batch.
         most_tokens: of a request there may be: part of a captured shape.
         sinks: [Hq], GPU. Learned scores beside those of the tokens (reference/sinks.py).
-        soft_cap: bound of the scaled scores (reference/soft_cap.py); None for none. Not with codes.
+        soft_cap: bound of the scaled scores (reference/soft_cap.py); None for none.
     """
 
     query: torch.Tensor

@@ -16,6 +16,10 @@ inline float fast_log2(float value) {
   return log2f(value);
 }
 
+inline float fast_reciprocal(float value) {
+  return 1.0f / value;
+}
+
 inline void fence_gpu() {
   std::atomic_thread_fence(std::memory_order_acq_rel);
 }

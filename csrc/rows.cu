@@ -177,7 +177,8 @@ __device__ inline void write_run(const LayerView& view, const WriteRows& write,
     }
   };
   load(0);
-  const Transform<kParts> transform(view, head);
+  Transform<kParts> transform;
+  transform.prepare(view, head);
 #pragma unroll 1
   for (int first = 0; first < count; first += kAhead) {
 #pragma unroll

@@ -52,8 +52,8 @@ struct Runs {
     const int token = first + static_cast<int>(threadIdx.x & 31);
     const bool exists = token >= 0 && token < static_cast<int>(write.num_tokens);
     place = exists ? write.slot_mapping[token] : -1;
-    const bool goes_on =
-        place == __shfl_up_sync(kAllLanes, place, 1) + 1 && (place & (piece_tokens(view) - 1)) != 0;
+    const bool in_piece = (place & (piece_tokens(view) - 1)) != 0;
+    const bool goes_on = (place == __shfl_up_sync(kAllLanes, place, 1) + 1) & in_piece;
     going_on = __ballot_sync(kAllLanes, place >= 0 && goes_on);
     begins = __ballot_sync(kAllLanes, place >= 0 && !goes_on);
   }
@@ -69,10 +69,12 @@ template <int kParts>
 struct Transform {
   float mean[kParts][4], deviation[kParts][4], inverse[kParts][4];
 
-  __device__ Transform(const LayerView& view, int head) {
+  // Now, and not where it is needed.
+  __device__ void prepare(const LayerView& view, int head) {
     load_floats(mean, view.mean + head * view.head_size, view.head_size);
     load_floats(deviation, view.deviation + head * view.head_size, view.head_size);
     for_each(inverse, [&](int part, int i) { inverse[part][i] = 1.0f / deviation[part][i]; });
+    for_each(inverse, [&](int part, int i) { make_now(inverse[part][i]); });
   }
 
   __device__ void apply(const LayerView& view, float (&x)[kParts][4]) const {

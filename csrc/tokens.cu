@@ -13,45 +13,39 @@
 namespace kcache {
 namespace {
 
-// Divides by what the host knows: the GPU would make the reciprocal first.
-class Divisor {
+// Finds tokens in pages by what the host has prepared: the GPU would make a reciprocal first.
+class Places {
  public:
-  // Of at least 1 and below 2^31; 2^shift / divisor, rounded up, has 32 bits.
-  explicit Divisor(unsigned divisor) {
-    while ((1u << (shift_ - 31)) < divisor) ++shift_;
-    factor_ = static_cast<unsigned>(((1ull << shift_) + divisor - 1) / divisor);
+  explicit Places(const LayerView& view) : block_tokens_(view.block_tokens) {
+    while ((1 << (shift_ - 31)) < view.page_tokens) ++shift_;
+    while ((1 << block_shift_) < view.block_tokens) ++block_shift_;
+    const uint64_t tokens = static_cast<uint64_t>(view.page_tokens);
+    factor_ = static_cast<unsigned>(((1ull << shift_) + tokens - 1) / tokens);
   }
-  // Of what is below 2^31.
-  __device__ unsigned quotient(unsigned dividend) const {
-    return static_cast<unsigned>((static_cast<uint64_t>(dividend) * factor_) >> shift_);
+  // Of a place in the pool, which is below 2^31.
+  __device__ unsigned page(unsigned place) const {
+    return static_cast<unsigned>((static_cast<uint64_t>(place) * factor_) >> shift_);
   }
+  // Of a place in a page: its row, and its place there.
+  __device__ int row(int offset) const { return offset >> block_shift_; }
+  __device__ int in_row(int offset) const { return offset & (block_tokens_ - 1); }
 
  private:
-  int shift_ = 31;
+  // 2^shift / page_tokens, rounded up: it has 32 bits, and is off by less than 2^(shift - 31) pages.
   unsigned factor_;
+  int shift_ = 31, block_shift_ = 0, block_tokens_;
 };
 
-// A head as the model has it: of kBytes a value.
+// A head as the model has it, of kBytes a value; zeros past its size.
 template <int kParts, int kBytes>
 struct Raw {
-  unsigned words[kParts][kBytes];
+  unsigned words[kParts][kBytes] = {};
 
-  // Lanes past the head's size load its first values: no load has a branch.
   __device__ void load(const char* head, int head_size) {
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      const char* from = head + max(first_value(part, head_size), 0) * kBytes;
-      if constexpr (kBytes == 4) {
-        const uint4 four = *reinterpret_cast<const uint4*>(from);
-        words[part][0] = four.x;
-        words[part][1] = four.y;
-        words[part][2] = four.z;
-        words[part][3] = four.w;
-      } else {
-        const uint2 two = *reinterpret_cast<const uint2*>(from);
-        words[part][0] = two.x;
-        words[part][1] = two.y;
-      }
+      const int first = first_value(part, head_size);
+      load_now(first >= 0, words[part], head + first * kBytes);
     }
   }
 
@@ -69,24 +63,17 @@ struct Raw {
     }
   }
 
-  __device__ void to_floats(float (&x)[kParts][4], int head_size, bool is_half) const {
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      const bool exists = first_value(part, head_size) >= 0;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float value;
-        if constexpr (kBytes == 4) {
-          value = __uint_as_float(words[part][i]);
-        } else {
-          const unsigned two = words[part][i / 2];
-          const float2 halves = halves_to_floats(two);
-          const float half = i % 2 == 0 ? halves.x : halves.y;
-          value = is_half ? half : __uint_as_float(i % 2 == 0 ? two << 16 : two & 0xffff0000u);
-        }
-        x[part][i] = exists ? value : 0.0f;
+  __device__ void to_floats(float (&x)[kParts][4], bool is_half) const {
+    for_each(x, [&](int part, int i) {
+      if constexpr (kBytes == 4) {
+        x[part][i] = __uint_as_float(words[part][i]);
+      } else {
+        const unsigned two = words[part][i / 2];
+        const float2 halves = halves_to_floats(two);
+        const float half = i % 2 == 0 ? halves.x : halves.y;
+        x[part][i] = is_half ? half : __uint_as_float(i % 2 == 0 ? two << 16 : two & 0xffff0000u);
       }
-    }
+    });
   }
 };
 
@@ -117,68 +104,81 @@ struct RowPart {
 template <int kParts, int kBytes>
 __global__ void __launch_bounds__(64)
     write_kernel(const __grid_constant__ LayerView view, const __grid_constant__ WriteRows write,
-                 const __grid_constant__ Divisor page_tokens) {
+                 const __grid_constant__ Places places) {
   __shared__ int found;
   const int head = static_cast<int>(blockIdx.x), token = static_cast<int>(blockIdx.y);
   const bool is_value = threadIdx.x >= 32, is_half = write.key.dtype == Dtype::kFloat16;
   const Heads& heads = is_value ? write.value : write.key;
   const char* from = head_of(heads, view.head_size, token, head);
-  // No launch of a step writes these.
-  const Transform<kParts> transform(view, head);
+  make_now(from);
+  Transform<kParts> transform;
+  // No launch of a step writes these, and nothing writes through a prefetch.
+  if (!is_value) transform.prepare(view, head);
+  if (is_value) prefetch(write.slot_mapping + token);
+  if (is_value) prefetch(view.state + kEpoch);
   // In this order: what begins now may take it that all launches before this one have ended.
   wait_for_launch_before();
   let_next_launch_begin();
   RowPart<kParts, kBytes> part;
   part.raw.load(from, view.head_size);
-  const unsigned epoch = epoch_of(view);
-  const Runs runs(view, write, token - 1);
-  const unsigned place = static_cast<unsigned>(__shfl_sync(kAllLanes, runs.place, 1));
-  if ((runs.begins & 2) == 0) return;
-  const int count = runs.tokens(1);
-  const unsigned page = page_tokens.quotient(place), offset = place - page * view.page_tokens;
-  const int block = static_cast<int>(offset) / view.block_tokens;
-  const int64_t row =
-      (static_cast<int64_t>(page) * view.num_kv_heads + head) * view.blocks_per_page + block;
-  const int in_row = static_cast<int>(offset) - block * view.block_tokens;
-  const bool in_host = write.parts & kRowHost;
+  const int64_t its_place = load_volatile(write.slot_mapping + token);
+  const unsigned epoch = static_cast<unsigned>(load_volatile(view.state + kEpoch)) + 1;
+  const unsigned place = static_cast<unsigned>(its_place), page = places.page(place);
+  const int offset = static_cast<int>(place - page * view.page_tokens);
+  const unsigned in_layer = (page * view.num_kv_heads + head) * view.blocks_per_page;
+  const int64_t row = in_layer + places.row(offset);  // 31 bits, as in the table
+  const int in_row = places.in_row(offset);
   // The stamp keeps a slot that is written here from being claimed by another warp.
   const bool in_slot = (write.parts & kRowSlot) && view.num_slots > 0;
-  const int64_t owner = view.layer_rows + row;
   const bool searches = in_slot && threadIdx.x == 32;
-  SlotSearch search(view, owner, epoch, searches);
-  const bool quantises = view.int8_rows && (in_host || in_slot);
-  int slot = -1;
-#pragma unroll 1
-  for (int i = 0; i < count; ++i) {
+  const int64_t owner = view.layer_rows + row;
+  SlotSearch search(view, owner, epoch, searches && its_place >= 0);
+  const Runs runs(view, write, token - 1);
+  if ((runs.begins & 2) == 0) return;
+  const int count = runs.tokens(1);
+  char* const host_row =
+      write.parts & kRowHost ? view.host_rows + row * view.row_bytes : nullptr;
+  const bool quantises = view.int8_rows && (host_row != nullptr || in_slot);
+  const auto make = [&](int i) {
     float x[kParts][4], magnitude = 0.0f;
-    part.raw.to_floats(x, view.head_size, is_half);
+    part.raw.to_floats(x, is_half);
     if (is_value) {
       if (quantises) magnitude = magnitude_of(x);
-      if (i == 0) search.read_word();
+      if (i == 0) search.read_word();  // goes on between what it does not wait for
     } else if (quantises || (write.parts & kCodes)) {
       transform.apply(view, x);
       const Range range(x, view.head_size);
       magnitude = range.magnitude();
       if (write.parts & kCodes) {
-        write_code(view, x, range, codes_of(view, page, head), static_cast<int>(offset) + i);
+        write_code(view, x, range, codes_of(view, page, head), offset + i);
       }
     }
     if (quantises) part.scale = quantise_int8(part.words, x, magnitude);
-    if (in_host) part.store(view, view.host_rows + row * view.row_bytes, in_row + i, is_value);
-    if (i == 0 && in_slot) {
-      if (is_value) {
-        search.stamp();
-        slot = slot_of(view, write, search, owner, epoch, token, in_row, count);
-        if (searches) found = slot;
-      }
-      __syncthreads();
-      slot = found;
+    if (host_row != nullptr) part.store(view, host_row, in_row + i, is_value);
+  };
+  Raw<kParts, kBytes> next;
+  const auto load = [&](int i) {
+    if (i < count) next.load(from + i * heads.stride, view.head_size);
+  };
+  make(0);
+  load(1);
+  char* slot_row = nullptr;
+  if (in_slot) {
+    if (is_value) {
+      search.stamp();
+      const int slot = slot_of(view, write, search, owner, epoch, token, in_row, count);
+      if (searches) found = slot;
     }
-    if (slot >= 0) {
-      part.store(view, view.slots + static_cast<int64_t>(slot) * view.row_bytes, in_row + i,
-                 is_value);
-    }
-    if (i + 1 < count) part.raw.load(from + (i + 1) * heads.stride, view.head_size);
+    __syncthreads();
+    if (found >= 0) slot_row = view.slots + static_cast<int64_t>(found) * view.row_bytes;
+  }
+  if (slot_row != nullptr) part.store(view, slot_row, in_row, is_value);
+#pragma unroll 1
+  for (int i = 1; i < count; ++i) {
+    part.raw = next;
+    load(i + 1);
+    make(i);
+    if (slot_row != nullptr) part.store(view, slot_row, in_row + i, is_value);
   }
 }
 
@@ -186,10 +186,10 @@ __global__ void __launch_bounds__(64)
 
 cudaError_t launch_write_tokens(const LayerView& view, const WriteRows& write, bool dependent,
                                 cudaStream_t stream) {
-  const Divisor page_tokens(static_cast<unsigned>(view.page_tokens));
+  const Places places(view);
   const dim3 grid(static_cast<unsigned>(view.num_kv_heads), static_cast<unsigned>(write.num_tokens));
   const auto launch = [&](auto kernel) {
-    return launch_kernel(dependent, kernel, grid, 64, stream, view, write, page_tokens);
+    return launch_kernel(dependent, kernel, grid, 64, stream, view, write, places);
   };
   const bool is_float = write.key.dtype == Dtype::kFloat32;
   if (parts_of(view.head_size) == 2) {

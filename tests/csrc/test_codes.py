@@ -59,6 +59,12 @@ def test_slots(host_dtype: str) -> None:
 
 
 @pytest.mark.parametrize("host_dtype", checks.HOST_DTYPES)
+@pytest.mark.parametrize("shape", SHAPES[:-2], ids=str)
+def test_slots_of_several_tokens(shape: Shape, host_dtype: str) -> None:
+    checks.check_drafts(shape, host_dtype)
+
+
+@pytest.mark.parametrize("host_dtype", checks.HOST_DTYPES)
 def test_prompts_fill_slots(host_dtype: str) -> None:
     checks.check_fills(host_dtype)
 

@@ -122,6 +122,14 @@ void load_if(bool wanted, unsigned (&words)[kWords], const char* from) {
   if (wanted) std::memcpy(words, from, sizeof(words));
 }
 
+template <int kWords>
+void load_now(bool wanted, unsigned (&words)[kWords], const char* from) {
+  load_if(wanted, words, from);
+}
+template <typename T>
+void make_now(T&) {}
+inline void prefetch(const void*) {}
+
 inline unsigned transpose(unsigned two) {
   const unsigned lane = emulator::lane(), column = lane / 4, quarter = lane % 4;
   unsigned found = 0;

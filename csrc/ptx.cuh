@@ -123,7 +123,8 @@ __device__ inline void load_if(bool wanted, unsigned (&words)[1], const char* fr
       : "l"(from), "r"(static_cast<int>(wanted)));
 }
 
-// Words of the same, which the compiler would otherwise load after a branch that may end the thread.
+// Words of the same, which the compiler would otherwise load after a branch that may end the
+// thread.
 __device__ inline void load_now(bool wanted, unsigned (&words)[4], const char* from) {
   asm volatile(
       "{\n\t.reg .pred wanted;\n\tsetp.ne.b32 wanted, %5, 0;\n\t"

@@ -31,7 +31,8 @@ class Places {
   __device__ int in_row(int offset) const { return offset & (block_tokens_ - 1); }
 
  private:
-  // 2^shift / page_tokens, rounded up: it has 32 bits, and is off by less than 2^(shift - 31) pages.
+  // 2^shift / page_tokens, rounded up: it has 32 bits, and is off by less than 2^(shift - 31)
+  // pages.
   unsigned factor_;
   int shift_ = 31, block_shift_ = 0, block_tokens_;
 };
@@ -136,8 +137,7 @@ __global__ void __launch_bounds__(64)
   const Runs runs(view, write, token - 1);
   if ((runs.begins & 2) == 0) return;
   const int count = runs.tokens(1);
-  char* const host_row =
-      write.parts & kRowHost ? view.host_rows + row * view.row_bytes : nullptr;
+  char* const host_row = write.parts & kRowHost ? view.host_rows + row * view.row_bytes : nullptr;
   const bool quantises = view.int8_rows && (host_row != nullptr || in_slot);
   const auto make = [&](int i) {
     float x[kParts][4], magnitude = 0.0f;
@@ -187,7 +187,8 @@ __global__ void __launch_bounds__(64)
 cudaError_t launch_write_tokens(const LayerView& view, const WriteRows& write, bool dependent,
                                 cudaStream_t stream) {
   const Places places(view);
-  const dim3 grid(static_cast<unsigned>(view.num_kv_heads), static_cast<unsigned>(write.num_tokens));
+  const dim3 grid(static_cast<unsigned>(view.num_kv_heads),
+                  static_cast<unsigned>(write.num_tokens));
   const auto launch = [&](auto kernel) {
     return launch_kernel(dependent, kernel, grid, 64, stream, view, write, places);
   };

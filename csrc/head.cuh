@@ -121,9 +121,7 @@ __device__ inline void rotate(float (&x)[kParts][4], int head_size, float factor
     butterfly(x[part][0], x[part][2]);
     butterfly(x[part][1], x[part][3]);
   }
-#pragma unroll
-  for (int lanes = 1; lanes < 32; lanes *= 2) {
-    if (lanes >= block / 4) break;
+  for (int lanes = 1; lanes < min(block / 4, 32); lanes *= 2) {
     for_each(x, [&](int part, int i) {
       const float other = __shfl_xor_sync(kAllLanes, x[part][i], lanes);
       x[part][i] = lane & lanes ? other - x[part][i] : x[part][i] + other;

@@ -140,10 +140,7 @@ __device__ inline void load_now(bool wanted, unsigned (&words)[2], const char* f
       : "l"(from), "r"(static_cast<int>(wanted)));
 }
 
-// The compiler would make a value where it is used first.
-__device__ inline void make_now(float& value) {
-  asm volatile("" : "+f"(value));
-}
+// The compiler would make it where it is used first.
 __device__ inline void make_now(const char*& pointer) {
   asm volatile("" : "+l"(pointer));
 }

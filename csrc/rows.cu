@@ -178,7 +178,8 @@ __device__ inline void write_run(const LayerView& view, const WriteRows& write,
   };
   load(0);
   Transform<kParts> transform;
-  transform.prepare(view, head);
+  transform.load(view, head);
+  transform.invert();
 #pragma unroll 1
   for (int first = 0; first < count; first += kAhead) {
 #pragma unroll

@@ -69,12 +69,13 @@ template <int kParts>
 struct Transform {
   float mean[kParts][4], deviation[kParts][4], inverse[kParts][4];
 
-  // Now, and not where it is needed.
-  __device__ void prepare(const LayerView& view, int head) {
+  __device__ void load(const LayerView& view, int head) {
     load_floats(mean, view.mean + head * view.head_size, view.head_size);
     load_floats(deviation, view.deviation + head * view.head_size, view.head_size);
+  }
+
+  __device__ void invert() {
     for_each(inverse, [&](int part, int i) { inverse[part][i] = 1.0f / deviation[part][i]; });
-    for_each(inverse, [&](int part, int i) { make_now(inverse[part][i]); });
   }
 
   __device__ void apply(const LayerView& view, float (&x)[kParts][4]) const {

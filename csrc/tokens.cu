@@ -31,8 +31,7 @@ class Places {
   __device__ int in_row(int offset) const { return offset & (block_tokens_ - 1); }
 
  private:
-  // 2^shift / page_tokens, rounded up: it has 32 bits, and is off by less than 2^(shift - 31)
-  // pages.
+  // 2^shift / page_tokens, rounded up to what has 32 bits: exact for each dividend of 31.
   unsigned factor_;
   int shift_ = 31, block_shift_ = 0, block_tokens_;
 };
@@ -114,7 +113,7 @@ __global__ void __launch_bounds__(64)
   make_now(from);
   Transform<kParts> transform;
   // No launch of a step writes these, and nothing writes through a prefetch.
-  if (!is_value) transform.prepare(view, head);
+  if (!is_value) transform.load(view, head);
   if (is_value) prefetch(write.slot_mapping + token);
   if (is_value) prefetch(view.state + kEpoch);
   // In this order: what begins now may take it that all launches before this one have ended.
@@ -160,6 +159,7 @@ __global__ void __launch_bounds__(64)
   const auto load = [&](int i) {
     if (i < count) next.load(from + i * heads.stride, view.head_size);
   };
+  if (!is_value) transform.invert();
   make(0);
   load(1);
   char* slot_row = nullptr;

@@ -44,6 +44,8 @@ SCORED = (
     Shape((), 2, 2, 64, 16, 8),
 )
 SOME_SCORED = SCORED[:-2]
+# Pages of tokens that are no power of two, beside the others' sizes.
+WRITTEN = (*SHAPES, Shape((100, 33), 1, 2, 64, 48, 8), Shape((113, 9), 2, 2, 128, 112, 16))
 
 
 def check_scores(
@@ -213,9 +215,11 @@ def check_slots(host_dtype: str, device: str = "cpu") -> None:
         assert int(layer.cache.state[EPOCH]) == len(slots)
 
 
-def check_drafts(shape: Shape, host_dtype: str, device: str = "cpu") -> None:
+def check_drafts(
+    shape: Shape, host_dtype: str, device: str = "cpu", dependent: bool = False
+) -> None:
     """Several tokens of a request at once, and of the next: each row gets a slot with its first
-    token, and every token goes there, too."""
+    token, and every token goes there, too. What ends the epoch is the launch just before."""
     coded = Coded.of(build_case(shape, torch.bfloat16), host_dtype)
     tokens = sum(shape.seq_lens)
     # Without the padding among them, which would part the tokens of a row.
@@ -227,7 +231,7 @@ def check_drafts(shape: Shape, host_dtype: str, device: str = "cpu") -> None:
             some = slice(first, first + together)
             write_rows(
                 layer.view, key[some], value[some], slots[some], allocate_tokens=together,
-                fills=True,
+                fills=True, dependent=dependent,
             )  # fmt: skip
             layer.cache.advance_epoch()
         table = layer.cache.table.cpu()  # and waits for what the host reads below

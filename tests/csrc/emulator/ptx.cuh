@@ -126,8 +126,7 @@ template <int kWords>
 void load_now(bool wanted, unsigned (&words)[kWords], const char* from) {
   load_if(wanted, words, from);
 }
-template <typename T>
-void make_now(T&) {}
+inline void make_now(const char*&) {}
 inline void prefetch(const void*) {}
 
 inline unsigned transpose(unsigned two) {

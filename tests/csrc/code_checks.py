@@ -26,6 +26,8 @@ from vllm_kcache.types import Selected
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HOST_DTYPES = ["model", "int8"]
+# Pages of tokens that are no power of two, beside the others' sizes.
+WRITTEN = (*SHAPES, Shape((100, 33), 1, 2, 64, 48, 8), Shape((113, 9), 2, 2, 128, 112, 16))
 # Every head size, group and block size; lengths around runs of 64 and chunks of 256 tokens, pages
 # that divide neither, a padded row, an empty batch.
 SCORED = (
@@ -44,8 +46,6 @@ SCORED = (
     Shape((), 2, 2, 64, 16, 8),
 )
 SOME_SCORED = SCORED[:-2]
-# Pages of tokens that are no power of two, beside the others' sizes.
-WRITTEN = (*SHAPES, Shape((100, 33), 1, 2, 64, 48, 8), Shape((113, 9), 2, 2, 128, 112, 16))
 
 
 def check_scores(

@@ -28,6 +28,13 @@ inline long long now_ns() {
   return emulator::now_ns();
 }
 
+template <int kWords>
+void load_now(bool wanted, unsigned (&words)[kWords], const char* from) {
+  if (wanted) std::memcpy(words, from, sizeof(words));
+}
+inline void make_now(const char*&) {}
+inline void prefetch(const void*) {}
+
 inline float2 halves_to_floats(unsigned bits) {
   return {static_cast<float>(emulator::from_word<_Float16>(bits & 0xffff)),
           static_cast<float>(emulator::from_word<_Float16>(bits >> 16))};
@@ -121,13 +128,6 @@ template <int kWords>
 void load_if(bool wanted, unsigned (&words)[kWords], const char* from) {
   if (wanted) std::memcpy(words, from, sizeof(words));
 }
-
-template <int kWords>
-void load_now(bool wanted, unsigned (&words)[kWords], const char* from) {
-  load_if(wanted, words, from);
-}
-inline void make_now(const char*&) {}
-inline void prefetch(const void*) {}
 
 inline unsigned transpose(unsigned two) {
   const unsigned lane = emulator::lane(), column = lane / 4, quarter = lane % 4;

@@ -38,8 +38,8 @@ __device__ inline long long now_ns() {
   return time;
 }
 
-// Words from where such a load may begin; left alone unless `wanted`. The compiler would put another
-// load behind a branch that may end the thread.
+// Words from where such a load may begin; left alone unless `wanted`. The compiler would put
+// another load behind a branch that may end the thread.
 __device__ inline void load_now(bool wanted, unsigned (&words)[4], const char* from) {
   asm volatile(
       "{\n\t.reg .pred wanted;\n\tsetp.ne.b32 wanted, %5, 0;\n\t"

@@ -24,6 +24,9 @@ cudaError_t launch_attend_rows(const LayerView& view, const Step& step, const At
 // At most so many thread blocks; 0: as many as there is work for.
 cudaError_t launch_write_rows(const LayerView& view, const WriteRows& write, int most_blocks,
                               bool dependent, cudaStream_t stream);
+// The same of tokens of decodes: at most 65535, and all may take slots.
+cudaError_t launch_write_tokens(const LayerView& view, const WriteRows& write, bool dependent,
+                                cudaStream_t stream);
 cudaError_t launch_gather_rows(const LayerView& view, const GatherRows& gather, int most_blocks,
                                cudaStream_t stream);
 

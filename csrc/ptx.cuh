@@ -45,6 +45,33 @@ __device__ inline long long now_ns() {
   return time;
 }
 
+// Words from where such a load may begin; left alone unless `wanted`. The compiler would put
+// another load behind a branch that may end the thread.
+__device__ inline void load_now(bool wanted, unsigned (&words)[4], const char* from) {
+  asm volatile(
+      "{\n\t.reg .pred wanted;\n\tsetp.ne.b32 wanted, %5, 0;\n\t"
+      "@wanted ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
+      : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3])
+      : "l"(from), "r"(static_cast<int>(wanted)));
+}
+__device__ inline void load_now(bool wanted, unsigned (&words)[2], const char* from) {
+  asm volatile(
+      "{\n\t.reg .pred wanted;\n\tsetp.ne.b32 wanted, %3, 0;\n\t"
+      "@wanted ld.volatile.global.v2.u32 {%0, %1}, [%2];\n\t}"
+      : "+r"(words[0]), "+r"(words[1])
+      : "l"(from), "r"(static_cast<int>(wanted)));
+}
+
+// The compiler would make it where it is used first.
+__device__ inline void make_now(const char*& pointer) {
+  asm volatile("" : "+l"(pointer));
+}
+
+// To the second-level cache.
+__device__ inline void prefetch(const void* pointer) {
+  asm volatile("prefetch.global.L2 [%0];" : : "l"(pointer));
+}
+
 // Of the lower and the upper 16 bits.
 __device__ inline float2 halves_to_floats(unsigned bits) {
   float2 values;

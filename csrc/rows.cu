@@ -1,51 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// K codes and rows of new tokens, and rows back as K and V. Definitions:
-// vllm_kcache/reference/{codes,write,full}.py.
+// K codes and rows of new tokens (those of decodes: csrc/tokens.cu), and rows back as K and V.
+// Definitions: vllm_kcache/reference/{codes,write,full}.py.
 #include <algorithm>
 
 #include "dependent.cuh"
-#include "head.cuh"
 #include "launch.h"
-#include "residency.cuh"
+#include "rows.cuh"
 
 namespace kcache {
 namespace {
 
 constexpr int kWarps = 8;
-// Tokens of a row that a warp takes at once, where it has as many.
-constexpr int kPieceTokens = 8;
 // Beyond so many warps, a warp looks for pieces among more tokens than one.
 constexpr int kManyWarps = 2048;
-constexpr float kLevels = 15.0f, kInt8Most = 127.0f;
-// The least normal float16, and the largest: vllm_kcache/reference/codes.py.
-constexpr float kLeastScale = 6.103515625e-5f, kMostHalf = 65504.0f;
-
-__device__ inline unsigned half_scale(float scale) {
-  return float_to_half(fminf(fmaxf(scale, kLeastScale), kMostHalf));
-}
-
-// x / y to the nearest, as the definition divides, with 1 / y at hand: that of many x is made once,
-// and no quotient has a branch. Of what is finite and not tiny.
-__device__ inline float divide(float x, float y, float inverse) {
-  float quotient = x * inverse;
-  quotient = fmaf(fmaf(-quotient, y, x), inverse, quotient);
-  return fmaf(fmaf(-quotient, y, x), inverse, quotient);
-}
-
-// Where the parts of a row lie.
-struct RowParts {
-  int head_bytes, values, key_scales, value_scales;
-
-  __device__ explicit RowParts(const LayerView& view)
-      : head_bytes(view.head_size * (view.int8_rows ? 1 : view.value_bytes)),
-        values(view.block_tokens * head_bytes),
-        key_scales(2 * values),
-        value_scales(2 * values + 2 * view.block_tokens) {}
-};
-
-__host__ __device__ inline int piece_tokens(const LayerView& view) {
-  return view.block_tokens < kPieceTokens ? view.block_tokens : kPieceTokens;
-}
 
 // A piece of an int8 row on its way between the host and a warp's registers: k', V and the scales
 // of both. Over the link it goes 16 bytes a lane, from one multiple of 128 bytes to the next where
@@ -97,6 +64,19 @@ struct alignas(16) Piece {
         words(view, 2 * tokens, false))[is_value ? tokens + token : token];
   }
 
+  // A token's k' or V, as int8.
+  __device__ void quantise(const LayerView& view, const float (&x)[kParts][4], float magnitude,
+                           int token, bool is_value) {
+    unsigned own[kParts];
+    const uint16_t its_scale = quantise_int8(own, x, magnitude);
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      const int first = first_value(part, view.head_size);
+      if (first >= 0) words(view, token, is_value)[first / 4] = own[part];
+    }
+    if ((threadIdx.x & 31) == 0) scale(view, token, is_value) = its_scale;
+  }
+
   // The piece of a row that begins with token `first`. Past the first-level cache, as in
   // copy_heads: it may still have what a slot held before another kernel filled it.
   __device__ void load(const LayerView& view, const char* row, int first) {
@@ -125,83 +105,6 @@ struct alignas(16) Piece {
   }
 };
 
-// A token's code: 4 bits a value, then scale and zero of all.
-template <int kParts>
-__device__ inline void write_code(const LayerView& view, const float (&x)[kParts][4], char* head,
-                                  int offset) {
-  const int lane = threadIdx.x & 31, words = (view.head_size + 31) / 32 * 4;
-  float most = -INFINITY, least = INFINITY;
-#pragma unroll
-  for (int part = 0; part < kParts; ++part) {
-    if (first_value(part, view.head_size) < 0) continue;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      most = fmaxf(most, x[part][i]);
-      least = fminf(least, x[part][i]);
-    }
-  }
-  most = warp_max(most);
-  least = -warp_max(-least);
-  const unsigned zero_bits = float_to_half(fminf(fmaxf(least, -kMostHalf), kMostHalf));
-  const unsigned scale_bits = half_scale((most - least) / kLevels);
-  const float zero = halves_to_floats(zero_bits).x, scale = halves_to_floats(scale_bits).x;
-  const float inverse = 1.0f / scale;
-  unsigned* codes = reinterpret_cast<unsigned*>(head) + offset * words;
-#pragma unroll
-  for (int part = 0; part < kParts; ++part) {
-    unsigned own = 0;
-    if (first_value(part, view.head_size) >= 0) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float step = rintf(divide(x[part][i] - zero, scale, inverse));
-        own |= static_cast<unsigned>(fminf(fmaxf(step, 0.0f), kLevels)) << (8 * i);
-      }
-    }
-    // Low nibbles of a word are of the even lane, high ones of the odd.
-    const unsigned other = __shfl_xor_sync(kAllLanes, own, 1);
-    const int word = part * 16 + lane / 2;
-    if (lane % 2 == 0 && word < words) codes[word] = own | other << 4;
-  }
-  if (lane == 0) {
-    unsigned* scales = reinterpret_cast<unsigned*>(head) + view.page_tokens * words;
-    scales[offset] = scale_bits | zero_bits << 16;
-  }
-}
-
-// A token's k' or V as int8, in its place of a piece.
-template <int kParts>
-__device__ inline void quantise_int8(const LayerView& view, const float (&x)[kParts][4],
-                                     Piece<kParts>& piece, int token, bool is_value) {
-  float most = 0.0f;
-  for_each(x, [&](int part, int i) { most = fmaxf(most, fabsf(x[part][i])); });
-  const unsigned bits = half_scale(warp_max(most) / kInt8Most);
-  const float scale = halves_to_floats(bits).x, inverse = 1.0f / scale;
-#pragma unroll
-  for (int part = 0; part < kParts; ++part) {
-    const int first = first_value(part, view.head_size);
-    if (first < 0) continue;
-    unsigned word = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float value =
-          fminf(fmaxf(rintf(divide(x[part][i], scale, inverse)), -kInt8Most), kInt8Most);
-      word |= (static_cast<unsigned>(static_cast<int>(value)) & 255u) << (8 * i);
-    }
-    piece.words(view, token, is_value)[first / 4] = word;
-  }
-  if ((threadIdx.x & 31) == 0) piece.scale(view, token, is_value) = static_cast<uint16_t>(bits);
-}
-
-// The slot that was found for a row, or one taken for it where it is to be; -1 without. In every
-// lane.
-__device__ inline int slot_of(const LayerView& view, const SlotSearch& search, int64_t owner,
-                              unsigned epoch, bool allocates, bool evicts) {
-  const bool first = (threadIdx.x & 31) == 0;
-  const int found = search.slot();
-  const int claimed = claim_slot(view, first && allocates && found < 0, owner, epoch, evicts);
-  return __shfl_sync(kAllLanes, found >= 0 ? found : claimed, 0);
-}
-
 // `count` tokens that follow each other in a piece of a row; the first goes to slot `place`. Of K
 // and of V kAhead tokens, or vectors, are in flight.
 template <int kParts, int kAhead>
@@ -223,12 +126,7 @@ __device__ inline void write_run(const LayerView& view, const WriteRows& write,
   SlotSearch search(view, owner, epoch, in_slot && lane == 0);
   const auto find_target = [&] {
     if (!in_slot) return;
-    const bool evicts = token < write.allocate_tokens;
-    // Where several runs have a part of a row, one may look for the slot before another takes it.
-    const bool alone = count == view.block_tokens || count < kPieceTokens;
-    const bool fills = write.fills && count == view.block_tokens;
-    const bool allocates = in_row == 0 && ((evicts && alone) || fills);
-    const int slot = slot_of(view, search, owner, epoch, allocates, evicts);
+    const int slot = slot_of(view, write, search, owner, epoch, token, in_row, count);
     if (slot >= 0) targets[1] = view.slots + static_cast<int64_t>(slot) * view.row_bytes;
   };
   if (!view.int8_rows) {
@@ -279,36 +177,25 @@ __device__ inline void write_run(const LayerView& view, const WriteRows& write,
     }
   };
   load(0);
-  float mean[kParts][4], deviation[kParts][4], inverse[kParts][4];
-  load_floats(mean, view.mean + head * view.head_size, view.head_size);
-  load_floats(deviation, view.deviation + head * view.head_size, view.head_size);
-  for_each(inverse, [&](int part, int i) { inverse[part][i] = 1.0f / deviation[part][i]; });
+  Transform<kParts> transform;
+  transform.load(view, head);
+  transform.invert();
 #pragma unroll 1
   for (int first = 0; first < count; first += kAhead) {
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       if (first + i >= count) continue;
-      float (&x)[kParts][4] = keys[i];
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        if (first_value(part, view.head_size) < 0) continue;
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-          x[part][j] = divide(x[part][j] - mean[part][j], deviation[part][j], inverse[part][j]);
-      }
-      rotate(x, view.head_size, view.rotation);
+      transform.apply(view, keys[i]);
+      const Range range(keys[i], view.head_size);
       if (write.parts & kCodes) {
-        const int64_t head_bytes =
-            static_cast<int64_t>(view.page_tokens) * ((view.head_size + 31) / 32 * 16 + 4);
-        write_code(view, x, view.codes + page * view.code_page_bytes + head * head_bytes,
-                   offset + first + i);
+        write_code(view, keys[i], range, codes_of(view, page, head), offset + first + i);
       }
       if (!stores_int8) continue;
       // The search goes on between what it does not wait for.
       if (first + i == 0) search.read_word();
-      quantise_int8(view, x, piece, begin + first + i, false);
+      piece.quantise(view, keys[i], range.magnitude(), begin + first + i, false);
       if (first + i == 0) search.stamp();
-      quantise_int8(view, values[i], piece, begin + first + i, true);
+      piece.quantise(view, values[i], magnitude_of(values[i]), begin + first + i, true);
     }
     if (first + kAhead < count) load(first + kAhead);
   }
@@ -332,26 +219,21 @@ __global__ void __launch_bounds__(32 * kWarps)
   // In this order: what begins now may take it that all launches before this one have ended.
   wait_for_launch_before();
   let_next_launch_begin();
-  const int lane = static_cast<int>(threadIdx.x & 31), warp = static_cast<int>(threadIdx.x / 32);
+  const int warp = static_cast<int>(threadIdx.x / 32);
   // In 32 bits, which the binding has checked: a division of 64 takes as long as a load.
   const int tokens = static_cast<int>(write.num_tokens), warps = gridDim.x * kWarps;
   const int items = (tokens + window - 1) / window * view.num_kv_heads;
 #pragma unroll 1
   for (int item = blockIdx.x * kWarps + warp; item < items; item += warps) {
-    // A lane looks at one token, from the one before the window to the end of the last run.
-    const int before = item / view.num_kv_heads * window - 1, token = before + lane;
-    const bool exists = token >= 0 && token < tokens;
-    const int64_t place = exists ? write.slot_mapping[token] : -1;
-    const bool goes_on =
-        place == __shfl_up_sync(kAllLanes, place, 1) + 1 && (place & (piece_tokens(view) - 1)) != 0;
-    const unsigned going_on = __ballot_sync(kAllLanes, place >= 0 && goes_on);
-    unsigned begins = __ballot_sync(kAllLanes, place >= 0 && !goes_on) & ((2u << window) - 2);
+    // From the token before the window to the end of the last run.
+    const int before = item / view.num_kv_heads * window - 1;
+    const Runs runs(view, write, before);
+    unsigned begins = runs.begins & ((2u << window) - 2);
 #pragma unroll 1
     for (; begins != 0; begins &= begins - 1) {
       const int first = __ffs(static_cast<int>(begins)) - 1;
-      const int count = __ffs(static_cast<int>(~(going_on >> (first + 1))));
       write_run<kParts, kAhead>(view, write, pieces[warp], before + first,
-                                __shfl_sync(kAllLanes, place, first), count,
+                                __shfl_sync(kAllLanes, runs.place, first), runs.tokens(first),
                                 item % view.num_kv_heads);
     }
   }
@@ -475,18 +357,21 @@ int blocks_for(int64_t items, int most) {
 
 cudaError_t launch_write_rows(const LayerView& view, const WriteRows& write, int most_blocks,
                               bool dependent, cudaStream_t stream) {
-  // Tokens of a decode step have a warp each, those of a prompt one for each of their rows.
+  // A warp for each row of a prompt.
   const int64_t warps = most_blocks > 0 ? static_cast<int64_t>(most_blocks) * kWarps : kManyWarps;
   const int window = static_cast<int>(
       std::clamp<int64_t>(write.num_tokens * view.num_kv_heads / warps, 1, piece_tokens(view)));
+  // Runs of decodes are a token each, or a few.
+  const bool of_decodes = write.allocate_tokens >= write.num_tokens;
+  if (of_decodes && window == 1 && most_blocks == 0) {
+    return launch_write_tokens(view, write, dependent, stream);
+  }
   const int64_t items = (write.num_tokens + window - 1) / window * view.num_kv_heads;
   const auto launch = [&](auto kernel) {
     return launch_kernel(dependent, kernel, blocks_for(items, most_blocks), 32 * kWarps, stream,
                          view, write, window);
   };
-  if (parts_of(view.head_size) == 2) return launch(write_kernel<2, 1>);
-  // In a step of decodes a run is one token: less code, all of which has to be fetched for it.
-  return window == 1 ? launch(write_kernel<1, 1>) : launch(write_kernel<1, 2>);
+  return parts_of(view.head_size) == 2 ? launch(write_kernel<2, 1>) : launch(write_kernel<1, 2>);
 }
 
 cudaError_t launch_gather_rows(const LayerView& view, const GatherRows& gather, int most_blocks,

@@ -12,7 +12,7 @@ import torch
 
 from tests.conftest import TOLERANCES, assert_close
 from tests.csrc.coded_layer import RULE, CodedLayer, flat_kv
-from tests.reference.coded import SHAPES, Coded, slots_of
+from tests.reference.coded import POISON, SHAPES, Coded, slots_of
 from tests.shapes import Shape, build_case
 from vllm_kcache.cache.hot_cache import EPOCH
 from vllm_kcache.kernels import score_codes
@@ -26,6 +26,8 @@ from vllm_kcache.types import Selected
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HOST_DTYPES = ["model", "int8"]
+# Pages of tokens that are no power of two, beside the others' sizes.
+WRITTEN = (*SHAPES, Shape((100, 33), 1, 2, 64, 48, 8), Shape((113, 9), 2, 2, 128, 112, 16))
 # Every head size, group and block size; lengths around runs of 64 and chunks of 256 tokens, pages
 # that divide neither, a padded row, an empty batch.
 SCORED = (
@@ -137,7 +139,8 @@ def check_write(
     shape: Shape, dtype: torch.dtype, host_dtype: str, value: float | None = None,
     device: str = "cpu",
 ) -> None:  # fmt: skip
-    """Pages and rows byte by byte, and poison where nothing was written."""
+    """Pages and rows byte by byte, and poison where nothing was written: as prompts write them,
+    with many thread blocks and few, and as decodes do."""
     case = build_case(shape, dtype)
     if value is not None:
         keys = tuple(torch.full_like(key, value) for key in case.keys)
@@ -149,10 +152,13 @@ def check_write(
     shuffled = torch.randperm(len(in_order), generator=torch.Generator().manual_seed(1))
     # Whole rows, rows that begin elsewhere in a warp's window, and rows in parts.
     orders = in_order, in_order.roll(5), shuffled
-    for most_thread_blocks, order in itertools.product((0, 2), orders):
+    no_slots = WriteParts.K | WriteParts.ROW_HOST
+    for (blocks, decodes), order in itertools.product(((0, 0), (2, 0), (0, 1 << 20)), orders):
         layer = CodedLayer.of(coded, device, pages=False)
-        inputs = _inputs(layer, value, order)
-        write_rows(layer.view, *inputs, most_thread_blocks=most_thread_blocks)
+        write_rows(
+            layer.view, *_inputs(layer, value, order), most_thread_blocks=blocks,
+            parts=no_slots if decodes else WriteParts.ALL, allocate_tokens=decodes,
+        )  # fmt: skip
         assert torch.equal(layer.view.code_pages.cpu(), coded.code_pages)
         assert torch.equal(_used(layer, layer.view.host_rows), _used(layer, coded.host_rows))
         # Nothing was resident, and no slot was to be taken.
@@ -168,11 +174,14 @@ def _used(layer: CodedLayer, rows: torch.Tensor) -> torch.Tensor:
 
 
 def check_parts(host_dtype: str, device: str = "cpu") -> None:
-    """Each part alone."""
+    """Each part alone, of decodes and beside prompts."""
     coded = Coded.of(build_case(SHAPES[4], torch.float16), host_dtype)
-    for part in (WriteParts.K, WriteParts.ROW_HOST, WriteParts.ROW_SLOT):
+    parts = WriteParts.K, WriteParts.ROW_HOST, WriteParts.ROW_SLOT
+    for part, beside in itertools.product(parts, (0, 1)):
         layer = CodedLayer.of(coded, device, pages=False)
-        write_rows(layer.view, *_inputs(layer), parts=part, allocate_tokens=1 << 20)
+        inputs = _inputs(layer)
+        decodes = inputs[-1].shape[0] - beside
+        write_rows(layer.view, *inputs, parts=part, allocate_tokens=decodes)
         pages = layer.view.code_pages.cpu()
         rows = _used(layer, layer.view.host_rows)
         wrote_rows = torch.equal(rows, _used(layer, coded.host_rows))
@@ -211,6 +220,36 @@ def check_slots(host_dtype: str, device: str = "cpu") -> None:
         is_written = expected != 0xFF
         assert torch.equal(in_slots[is_written], expected[is_written])
         assert int(layer.cache.state[EPOCH]) == len(slots)
+
+
+def check_drafts(
+    shape: Shape, host_dtype: str, device: str = "cpu", dependent: bool = False
+) -> None:
+    """Several tokens of a request at once, and of the next: each row gets a slot with its first
+    token, and every token goes there, too. What ends the epoch is the launch just before."""
+    coded = Coded.of(build_case(shape, torch.bfloat16), host_dtype)
+    tokens = sum(shape.seq_lens)
+    # Without the padding among them, which would part the tokens of a row.
+    order = torch.tensor([*range(3), *range(4, tokens + 1), tokens + 1])
+    for together in (2, 7):
+        layer = CodedLayer.of(coded, device, 256, pages=False)
+        key, value, slots = _inputs(layer, order=order)
+        for first in range(0, len(slots), together):
+            some = slice(first, first + together)
+            write_rows(
+                layer.view, key[some], value[some], slots[some], allocate_tokens=together,
+                fills=True, dependent=dependent,
+            )  # fmt: skip
+            layer.cache.advance_epoch()
+        table = layer.cache.table.cpu()  # and waits for what the host reads below
+        assert torch.equal(layer.view.code_pages.cpu(), coded.code_pages)
+        assert torch.equal(_used(layer, layer.view.host_rows), _used(layer, coded.host_rows))
+        resident = (table[1] >= 0).nonzero().flatten()
+        assert torch.equal(resident, (coded.host_rows != POISON).any(1).nonzero().flatten())
+        in_slots = _used(layer, layer.cache.slots.cpu()[table[1][resident].long()])
+        expected = _used(layer, coded.host_rows[resident])
+        is_written = expected != POISON
+        assert torch.equal(in_slots[is_written], expected[is_written])
 
 
 def check_gather(shape: Shape, dtype: torch.dtype, host_dtype: str, device: str = "cpu") -> None:

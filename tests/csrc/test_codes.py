@@ -39,7 +39,7 @@ def test_scores_of_each_dtype(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("host_dtype", checks.HOST_DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", checks.WRITTEN, ids=str)
 def test_writes_are_those_of_the_definition(shape: Shape, host_dtype: str) -> None:
     checks.check_write(shape, torch.bfloat16, host_dtype)
 
@@ -63,6 +63,12 @@ def test_parts(host_dtype: str) -> None:
 @pytest.mark.parametrize("host_dtype", checks.HOST_DTYPES)
 def test_slots(host_dtype: str) -> None:
     checks.check_slots(host_dtype)
+
+
+@pytest.mark.parametrize("host_dtype", checks.HOST_DTYPES)
+@pytest.mark.parametrize("shape", SHAPES[:-2], ids=str)
+def test_slots_of_several_tokens(shape: Shape, host_dtype: str) -> None:
+    checks.check_drafts(shape, host_dtype)
 
 
 @pytest.mark.parametrize("host_dtype", checks.HOST_DTYPES)

@@ -47,7 +47,7 @@ def test_scores_of_each_dtype(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("host_dtype", checks.HOST_DTYPES)
 @pytest.mark.parametrize("dtype", checks.DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", checks.WRITTEN, ids=str)
 def test_writes_are_those_of_the_definition(
     shape: Shape, dtype: torch.dtype, host_dtype: str
 ) -> None:
@@ -67,6 +67,13 @@ def test_parts(host_dtype: str) -> None:
 @pytest.mark.parametrize("host_dtype", checks.HOST_DTYPES)
 def test_slots(host_dtype: str) -> None:
     checks.check_slots(host_dtype, "cuda")
+
+
+@pytest.mark.parametrize("dependent", [False, True], ids=["", "dependent"])
+@pytest.mark.parametrize("host_dtype", checks.HOST_DTYPES)
+@pytest.mark.parametrize("shape", SHAPES[:-2], ids=str)
+def test_slots_of_several_tokens(shape: Shape, host_dtype: str, dependent: bool) -> None:
+    checks.check_drafts(shape, host_dtype, "cuda", dependent)
 
 
 @pytest.mark.parametrize("host_dtype", checks.HOST_DTYPES)

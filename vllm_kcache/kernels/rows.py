@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""K codes and rows of new tokens, and rows back as K and V (csrc/rows.cu).
+"""K codes and rows of new tokens, and rows back as K and V (csrc/rows.cu, csrc/tokens.cu).
 
 Definitions: reference/write.py and reference/full.py. All calls run on the current stream, allocate
 nothing and wait for nothing.

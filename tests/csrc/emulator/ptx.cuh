@@ -32,6 +32,13 @@ inline long long now_ns() {
   return emulator::now_ns();
 }
 
+template <int kWords>
+void load_now(bool wanted, unsigned (&words)[kWords], const char* from) {
+  if (wanted) std::memcpy(words, from, sizeof(words));
+}
+inline void make_now(const char*&) {}
+inline void prefetch(const void*) {}
+
 inline float2 halves_to_floats(unsigned bits) {
   return {static_cast<float>(emulator::from_word<_Float16>(bits & 0xffff)),
           static_cast<float>(emulator::from_word<_Float16>(bits >> 16))};

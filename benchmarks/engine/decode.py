@@ -156,6 +156,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--hot-cache-gib", type=gib, help='a number or "auto"')
     parser.add_argument("--host-memory-gib", type=gib, help='a number or "auto"')
     parser.add_argument("--host-dtype", choices=["model", "int8"], help="of rows, with k_bits 4")
+    parser.add_argument("--v-block-tokens", type=int, help="of V blocks; replay plays those of 8")
     parser.add_argument("--utilization", type=float, default=0.9)
     parser.add_argument("--requests", type=int, nargs="+", default=[0, 1], help="0: all that fit")
     parser.add_argument("--max-requests", type=int, default=32)
@@ -216,6 +217,7 @@ def main() -> None:
         "threshold_length": arguments.threshold_length,
         "hot_cache_gib": arguments.hot_cache_gib,
         "host_memory_gib": arguments.host_memory_gib,
+        "v_block_tokens": arguments.v_block_tokens,
     }
     options = {
         "model": str(Path(arguments.model).resolve()),

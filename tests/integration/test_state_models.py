@@ -57,7 +57,8 @@ def measured(spec: dict[str, Any]) -> list[list[Any]]:
     from vllm import LLM
 
     def stats(worker: Any) -> list[list[Any]]:
-        return [[each.mean.tolist(), each.deviation.tolist()] for each in worker.split_cache.k_stats]
+        of_layers = worker.split_cache.k_stats
+        return [[each.mean.tolist(), each.deviation.tolist()] for each in of_layers]
 
     return LLM(**spec["engine"]).collective_rpc(stats)[0]
 

@@ -148,6 +148,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mode", choices=["fixed", "replay"], default="fixed")
     parser.add_argument("--context", type=int, nargs="+", default=[16384], help="tokens a request")
     parser.add_argument("--max-model-len", type=int, help="else as the longest context needs")
+    parser.add_argument(
+        "--max-num-batched-tokens", type=int, help="of a step; else vLLM's choice for this GPU"
+    )
     parser.add_argument("--output", type=int, default=72, help="steps of the long run")
     parser.add_argument("--top-n", type=int, default=None, help="V blocks per KV head")
     parser.add_argument("--coverage", type=float, help=f"in replay {REPLAY_COVERAGE} unless given")
@@ -224,6 +227,7 @@ def main() -> None:
         "mode": arguments.mode,
         "contexts": arguments.context,
         "max_model_len": arguments.max_model_len,
+        "max_num_batched_tokens": arguments.max_num_batched_tokens,
         "output": arguments.output,
         "utilization": arguments.utilization,
         "requests": arguments.requests,

@@ -39,10 +39,11 @@ def measure(options: dict[str, Any]) -> None:
     Prints a line "RESULT {row}" for each context and number of requests.
 
     Args:
-        options: model, contexts, max_model_len (None: of the longest context), output, engine
-            ("stock" or "kcache"), kv_cache_dtype, kcache_config, mode, utilization, requests (0:
-            all that fit), max_requests, repeats, profile, label, command, drafts (None: vLLM's own
-            choice of a runner).
+        options: model, contexts, max_model_len (None: of the longest context),
+            max_num_batched_tokens (None: vLLM's choice), output, engine ("stock" or "kcache"),
+            kv_cache_dtype, kcache_config, mode, utilization, requests (0: all that fit),
+            max_requests, repeats, profile, label, command, drafts (None: vLLM's own choice of a
+            runner).
     """
     split = options["engine"] == "kcache"
     replay = None
@@ -158,6 +159,7 @@ def _start_engine(options: dict[str, Any]) -> Any:
         dtype="bfloat16",
         max_model_len=_longest(options),
         max_num_seqs=most,
+        max_num_batched_tokens=options["max_num_batched_tokens"],
         gpu_memory_utilization=options["utilization"],
         enable_prefix_caching=False,
         kv_cache_dtype=options["kv_cache_dtype"],

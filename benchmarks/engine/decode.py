@@ -4,6 +4,8 @@
     python -m benchmarks.engine.decode SHAPES/llama-2-7b --context 16384 --top-n 16
     python -m benchmarks.engine.decode SHAPES/llama-3-8b --mode replay --context 8192 16384 32768
         --requests 0 1 8 --engines stock stock-fp8 kcache
+    python -m benchmarks.engine.decode SHAPES/gpt-oss-20b --mode replay --mass-threshold 0.002
+        --context 32768 130000 --max-requests 192 --engines stock stock-fp8 kcache-4
     python -m benchmarks.engine.decode --preset paper
 
 Each engine runs in a process of its own on the same GPU at the same --gpu-memory-utilization, with
@@ -21,6 +23,9 @@ from step to step: the worst case for the hot V cache.
 (replay/record.py), written over those of the dummy weights (replay/replay.py). Coverage .95 unless
 another rule is given. The kernel that overwrites them is part of the step as timed; what it costs
 alone is in the row, not taken off.
+Of models with window layers or states the split layers alone are played; window layers keep the
+connector's random K and V, states its zeros. With heads of 256 say --v-block-tokens 8: V blocks of
+8 tokens are what was recorded.
 --preset paper: the setting of the KCache paper (arXiv 2404.18057) as far as it is known:
 Llama-2-7B, 8 requests of up to 32K tokens (as many as fit), a small fixed N. Other options may
 change it.

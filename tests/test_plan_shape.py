@@ -53,6 +53,32 @@ def test_known_models(name: str, parameters: int) -> None:
     assert (shape.name, shape.num_layers, shape.head_size) == (name, 32, 128)
 
 
+@pytest.mark.parametrize(
+    ("name", "billions", "full", "windows", "states"),
+    [
+        ("gpt-oss-20b", 20.91, 12, 12, 0),
+        ("gemma-3-27b", 27.01, 10, 52, 0),
+        ("qwen3.5-27b", 26.90, 16, 0, 48),
+    ],
+)
+def test_models_of_several_kinds_of_layers(
+    name: str, billions: float, full: int, windows: int, states: int
+) -> None:
+    """Parameters of the text models, as they are published."""
+    shape = read_shape(str(SHAPES / name))
+    assert shape.weight_bytes / 2e9 == pytest.approx(billions, rel=0.001)
+    found = shape.num_full_layers, len(shape.window_layers), len(shape.state_layers)
+    assert found == (full, windows, states)
+    assert shape.num_layers == full + windows + states
+
+
+def test_a_state_is_the_one_that_vllm_keeps() -> None:
+    """48 matrices of 128 x 128 in float32, and 3 inputs of a convolution of 10240 channels."""
+    shape = read_shape(str(SHAPES / "qwen3.5-27b"))
+    assert shape.state_bytes == 48 * 128 * 128 * 4 + 3 * 10240 * 2
+    assert shape.request_state_bytes == 48 * shape.state_bytes
+
+
 def test_experts(tmp_path: Path) -> None:
     shape = shape_of(tmp_path, MIXTRAL)
     assert shape.weight_bytes / 2 == pytest.approx(46.7e9, rel=0.002)
@@ -105,6 +131,14 @@ def test_path_of_the_file_itself(tmp_path: Path) -> None:
         (
             {"layer_types": ["linear_attention", "sliding_attention"], "sliding_window": 9},
             "layer_types ['linear_attention', 'sliding_attention']",
+        ),
+        (
+            {
+                "layer_types": ["linear_attention", "sliding_attention"],
+                "sliding_window": 9,
+                "linear_num_value_heads": 2,
+            },
+            "windows and states",
         ),
         ({"is_encoder_decoder": True}, "an encoder and a decoder"),
         ({"sliding_window": 4096}, "sliding_window or attention_chunk_size 4096 in every layer"),

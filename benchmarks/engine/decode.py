@@ -4,6 +4,8 @@
     python -m benchmarks.engine.decode SHAPES/llama-2-7b --context 16384 --top-n 16
     python -m benchmarks.engine.decode SHAPES/llama-3-8b --mode replay --context 8192 16384 32768
         --requests 0 1 8 --engines stock stock-fp8 kcache
+    python -m benchmarks.engine.decode SHAPES/gpt-oss-20b --mode replay --mass-threshold 0.002
+        --context 32768 130000 --max-requests 192 --engines stock stock-fp8 kcache-4
     python -m benchmarks.engine.decode --preset paper
 
 Each engine runs in a process of its own on the same GPU at the same --gpu-memory-utilization, with
@@ -21,6 +23,9 @@ from step to step: the worst case for the hot V cache.
 (replay/record.py), written over those of the dummy weights (replay/replay.py). Coverage .95 unless
 another rule is given. The kernel that overwrites them is part of the step as timed; what it costs
 alone is in the row, not taken off.
+Of models with window layers or states the split layers alone are played; window layers keep the
+connector's random K and V, states its zeros. With heads of 256 say --v-block-tokens 8: V blocks of
+8 tokens are what was recorded.
 --preset paper: the setting of the KCache paper (arXiv 2404.18057) as far as it is known:
 Llama-2-7B, 8 requests of up to 32K tokens (as many as fit), a small fixed N. Other options may
 change it.
@@ -148,6 +153,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mode", choices=["fixed", "replay"], default="fixed")
     parser.add_argument("--context", type=int, nargs="+", default=[16384], help="tokens a request")
     parser.add_argument("--max-model-len", type=int, help="else as the longest context needs")
+    parser.add_argument(
+        "--max-num-batched-tokens", type=int, help="of a step; else vLLM's choice for this GPU"
+    )
     parser.add_argument("--output", type=int, default=72, help="steps of the long run")
     parser.add_argument("--top-n", type=int, default=None, help="V blocks per KV head")
     parser.add_argument("--coverage", type=float, help=f"in replay {REPLAY_COVERAGE} unless given")
@@ -156,6 +164,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--hot-cache-gib", type=gib, help='a number or "auto"')
     parser.add_argument("--host-memory-gib", type=gib, help='a number or "auto"')
     parser.add_argument("--host-dtype", choices=["model", "int8"], help="of rows, with k_bits 4")
+    parser.add_argument("--v-block-tokens", type=int, help="of V blocks; replay plays those of 8")
     parser.add_argument("--utilization", type=float, default=0.9)
     parser.add_argument("--requests", type=int, nargs="+", default=[0, 1], help="0: all that fit")
     parser.add_argument("--max-requests", type=int, default=32)
@@ -216,12 +225,14 @@ def main() -> None:
         "threshold_length": arguments.threshold_length,
         "hot_cache_gib": arguments.hot_cache_gib,
         "host_memory_gib": arguments.host_memory_gib,
+        "v_block_tokens": arguments.v_block_tokens,
     }
     options = {
         "model": str(Path(arguments.model).resolve()),
         "mode": arguments.mode,
         "contexts": arguments.context,
         "max_model_len": arguments.max_model_len,
+        "max_num_batched_tokens": arguments.max_num_batched_tokens,
         "output": arguments.output,
         "utilization": arguments.utilization,
         "requests": arguments.requests,

@@ -6,6 +6,7 @@ python -m benchmarks.engine.decode_engine OPTIONS    # JSON, see `measure`
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 import statistics
@@ -38,13 +39,12 @@ def measure(options: dict[str, Any]) -> None:
     Prints a line "RESULT {row}" for each context and number of requests.
 
     Args:
-        options: model, contexts, max_model_len (None: of the longest context), output, engine
-            ("stock" or "kcache"), kv_cache_dtype, kcache_config, mode, utilization, requests (0:
-            all that fit), max_requests, repeats, profile, label, command, drafts (None: vLLM's own
-            choice of a runner).
+        options: model, contexts, max_model_len (None: of the longest context),
+            max_num_batched_tokens (None: vLLM's choice), output, engine ("stock" or "kcache"),
+            kv_cache_dtype, kcache_config, mode, utilization, requests (0: all that fit),
+            max_requests, repeats, profile, label, command, drafts (None: vLLM's own choice of a
+            runner).
     """
-    import torch
-
     split = options["engine"] == "kcache"
     replay = None
     if split and options["mode"] == "replay":
@@ -54,7 +54,7 @@ def measure(options: dict[str, Any]) -> None:
     llm = _start_engine(options)
     start_seconds = time.monotonic() - started
     if split:
-        llm.collective_rpc(_fill_cache)
+        llm.collective_rpc(fill_cache)
     cache = llm.llm_engine.vllm_config.cache_config
     common = {
         **origin("torch", "vllm"),
@@ -70,11 +70,11 @@ def measure(options: dict[str, Any]) -> None:
         "hot_cache_bytes": llm.collective_rpc(_hot_cache_bytes)[0] if split else None,
         "max_model_len": _longest(options),
         "num_blocks": cache.num_gpu_blocks,
+        "num_pages": llm.collective_rpc(_num_pages)[0] if split else None,
         "start_seconds": round(start_seconds, 1),
     }
     for context in options["contexts"]:
-        pages = -(-(context + options["output"] + SPARE_TOKENS) // cache.block_size)
-        fits = (cache.num_gpu_blocks - 1) // pages  # one block is vLLM's null block
+        fits = requests_that_fit(llm, context + options["output"] + SPARE_TOKENS)
         most = min(fits, options["max_requests"])
         for asked, count in _counts(options["requests"], most).items():
             run = _time_steps(llm, options, context, count)
@@ -85,10 +85,35 @@ def measure(options: dict[str, Any]) -> None:
                 "context": context,
                 "requests_that_fit": fits,
                 "requests_asked": asked,
-                "peak_gpu_bytes": torch.cuda.max_memory_allocated(),
+                "peak_gpu_bytes": _peak_gpu_bytes(),
                 "runs": [run],
             }
             print("RESULT " + json.dumps(row), flush=True)
+
+
+def requests_that_fit(llm: Any, tokens: int) -> int:
+    """Requests of so many tokens that the engine holds at once.
+
+    Counted as its scheduler does: a request takes blocks of each group of layers, for all of its
+    tokens or for those that the group still needs, out of the pool that the group draws from.
+
+    Args:
+        llm: A `vllm.LLM` with its engine in this process.
+        tokens: Of a request, with all that it is to make.
+    """
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    # Blocks that left the window are freed when the steps that were on their way have ended.
+    behind = scheduler.vllm_config.max_concurrent_batches
+    needed: Counter[int] = Counter()
+    free = {}
+    for manager in scheduler.kv_cache_manager.coordinator.single_type_managers:
+        pool = manager.block_pool
+        seen = tokens - manager.get_num_skipped_tokens(tokens) + behind
+        blocks, all_blocks = (-(-n // manager.block_size) for n in (seen, tokens))
+        # One more, where what is seen begins within a block.
+        needed[id(pool)] += min(blocks + 1, all_blocks)
+        free[id(pool)] = pool.num_gpu_blocks - 1  # vLLM keeps one
+    return min(free[pool] // needed[pool] for pool in free)
 
 
 def _counts(requests: list[int], most: int) -> dict[int, int]:
@@ -124,6 +149,9 @@ def _start_engine(options: dict[str, Any]) -> Any:
             "model": "benchmarks.engine.drafting.Constant",
             "num_speculative_tokens": drafts,
         }
+    if importlib.util.find_spec("flashinfer") is None:
+        # On Hopper vLLM takes FlashInfer's kernel for prompts of linear layers, there or not.
+        split["gdn_prefill_backend"] = "triton"
     return LLM(
         options["model"],
         load_format="dummy",
@@ -131,6 +159,7 @@ def _start_engine(options: dict[str, Any]) -> Any:
         dtype="bfloat16",
         max_model_len=_longest(options),
         max_num_seqs=most,
+        max_num_batched_tokens=options["max_num_batched_tokens"],
         gpu_memory_utilization=options["utilization"],
         enable_prefix_caching=False,
         kv_cache_dtype=options["kv_cache_dtype"],
@@ -163,9 +192,10 @@ def _install_replay(shortest_context: int, combine: str) -> Any:
     return replay
 
 
-def _fill_cache(worker: Any) -> None:
+def fill_cache(worker: Any) -> None:
     """Overwrite the rows of all pages, and with K codes the pages, with random values; forget all
-    copies. In place of what the connector wrote, which is meant for pages of K and V."""
+    copies. In place of what the connector wrote, which is meant for pages of K and V; so those of
+    layers that are not split keep it."""
     import torch
 
     cache = worker.split_cache
@@ -184,14 +214,27 @@ def _fill_cache(worker: Any) -> None:
         for rows in cache.pool.layer(index).split(len(sample)):
             rows.copy_(sample[: len(rows)])
     if row.has_keys:
-        for pages in worker.model_runner.kv_caches:
+        for pages in split_pages(worker):
             codes, scales = code_parts(pages.view(torch.uint8).flatten(2), cache.shape.head_size)
             codes.random_(0, 256)
             scales.view(torch.float16)[..., 0] = 1 / 3
             scales.view(torch.float16)[..., 1] = -2.5
+    if not hasattr(cache, "hot_cache"):
+        return  # the CPU has none
     cache.invalidate()
     if row.has_keys:
         _keep_first_pages(cache.hot_cache, sample)
+
+
+def split_pages(worker: Any) -> list[Any]:
+    """Pages of the split layers, [M, Hkv, S, C] each."""
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention.attention import Attention
+
+    from vllm_kcache.integration.backend import KCacheImpl
+
+    layers = get_layers_from_vllm_config(worker.vllm_config, Attention).values()
+    return [layer.kv_cache for layer in layers if isinstance(layer.impl, KCacheImpl)]
 
 
 def _keep_first_pages(hot_cache: Any, sample: Any) -> None:
@@ -212,8 +255,27 @@ def _keep_first_pages(hot_cache: Any, sample: Any) -> None:
 
 def _hot_cache_bytes(worker: Any) -> int:
     """GPU memory of the hot V cache's slots."""
-    cache = worker.split_cache.hot_cache
-    return cache.slots.nbytes + cache.slot_word.nbytes
+    cache = getattr(worker.split_cache, "hot_cache", None)
+    return 0 if cache is None else cache.slots.nbytes + cache.slot_word.nbytes
+
+
+def _num_pages(worker: Any) -> int:
+    """Pages of the split layers: beside window layers others than vLLM's blocks."""
+    cache = worker.split_cache
+    return cache.pool.num_rows // cache.shape.rows_per_page
+
+
+def _peak_gpu_bytes() -> int:
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
+def _synchronize() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _v_block_tokens(worker: Any) -> int:
@@ -238,8 +300,6 @@ def _time_steps(llm: Any, options: dict[str, Any], context: int, count: int) -> 
     which bring rows to the hot cache, are part of them. The split cache's figures are of the same
     steps.
     """
-    import torch
-
     generator = random.Random(0)
     prompts = [generator.choices(range(3, 31000), k=context) for _ in range(count)]
     steps = options["output"] - SHORT_STEPS
@@ -249,11 +309,11 @@ def _time_steps(llm: Any, options: dict[str, Any], context: int, count: int) -> 
         for _ in range(SHORT_STEPS):
             llm.llm_engine.step()
         before = _figures(llm)
-        torch.cuda.synchronize()
+        _synchronize()
         begin = time.perf_counter()
         for _ in range(steps):
             llm.llm_engine.step()
-        torch.cuda.synchronize()
+        _synchronize()
         step_ms.append((time.perf_counter() - begin) / steps * 1e3)
         running = llm.llm_engine.get_num_unfinished_requests()
         if running != count:

@@ -38,7 +38,6 @@ KV_DTYPE = "kv_cache_dtype={value}"
 WINDOW = "sliding-window attention in every layer ({value})"
 SINKS = "attention sinks ({value})"
 ALIBI = "ALiBi ({value})"
-STATES_ON_GPU = "layers with a state, linear or Mamba, on a GPU ({value})"
 UNCACHED = {"enable_prefix_caching": False}
 CONNECTOR = "kv_connector={value}"
 MICROBATCHING = "microbatching ({value})"
@@ -179,21 +178,11 @@ CASES = {
         "multi-head latent attention, MLA (DeepseekV2ForCausalLM):", OWN_BACKEND,
         model="deepseek v2",
     ),
-    "states on a GPU": Case(
-        STATES_ON_GPU, "layers with a state, linear or Mamba, on a GPU (JambaForCausalLM):",
-        OWN_BACKEND, model="jamba", arguments=UNCACHED,
-        changed={"device_config.device_type": "cuda"},
-    ),
     "states of prefixes": Case(
         "prefix caching beside layers with a state (mamba_cache_mode={value})",
         "prefix caching beside layers with a state (mamba_cache_mode=align):",
         "Set --no-enable-prefix-caching", model="jamba",
         arguments={"enable_prefix_caching": True},
-    ),
-    "states beside codes": Case(
-        "K codes beside layers with a state ({value})",
-        "K codes beside layers with a state (JambaForCausalLM):", "Set kcache_config.k_bits to 16",
-        model="jamba", arguments=UNCACHED, settings={"k_bits": 4},
     ),
     "states and drafts": Case(
         "speculative decoding beside layers with a state (method={value})",
@@ -365,7 +354,7 @@ FREE: dict[str, tuple[str, dict[str, Any]]] = {
         {"weight_transfer_config": {"backend": "nccl"}},
     ),
     "Transformers' model code": ("llama", {"model_impl": "transformers"}),
-    "layers with a state on a CPU": ("jamba", UNCACHED),
+    "layers with a state": ("jamba", UNCACHED),
     "n-grams": ("llama", {"speculative_config": NGRAM}),
     "drafts of a class of one's own": (
         "llama",

@@ -7,7 +7,9 @@ With vLLM's own planning and its own manager of blocks, on specs made by hand; w
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -45,15 +47,17 @@ def vllm_config(folders: Callable[[str], str]) -> Any:
     return make_config(folders("gemma3"), kv_backend="kcache")
 
 
-def specs(dense: bool = False) -> dict[str, Any]:
-    """As the layers of a model ask for them; the second full one dense where that is wanted."""
+def specs(dense: bool = False, windows: int = 1) -> dict[str, Any]:
+    """As the layers of a model ask for them; the second full one dense where that is wanted, and
+    windows of so many sizes."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
     shape = {"block_size": BLOCK, "num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16}
     made: dict[str, Any] = {}
     for name in sorted([*FULL_NAMES, *WINDOW_NAMES]):
         if name in WINDOW_NAMES:
-            made[name] = SlidingWindowSpec(**shape, sliding_window=WINDOW)
+            window = WINDOW - BLOCK * (WINDOW_NAMES.index(name) % windows)
+            made[name] = SlidingWindowSpec(**shape, sliding_window=window)
         else:
             keeps_v = dense and name == FULL_NAMES[1]
             made[name] = FullAttentionSpec(**shape, state_content_bytes=None if keeps_v else 36)
@@ -88,6 +92,42 @@ def test_full_layers_are_one_group_with_its_own_pool(vllm_config: Any) -> None:
     assert not config.needs_kv_cache_zeroing
 
 
+def test_warming_up_stays_within_both_pools(
+    vllm_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM gives ids to the steps that it makes by the number of blocks, whatever the group."""
+    from vllm.v1.worker.gpu import warmup
+
+    from vllm_kcache.integration.pools import ids_of_both, own_pool_pages
+
+    vllm_config.scheduler_config.max_num_seqs = 256
+    # Requests take blocks of each size of window: of pages there are fewer.
+    config = planned(vllm_config, room(9), windows=3)
+    blocks, pages = config.num_blocks, own_pool_pages(config)
+    assert pages < blocks
+    vllm_config.scheduler_config.max_num_batched_tokens = 1024
+    runner = SimpleNamespace(
+        vllm_config=vllm_config, scheduler_config=vllm_config.scheduler_config,
+        kv_cache_config=config, max_model_len=LENGTH, num_speculative_steps=0, decode_query_len=1,
+        is_pooling_model=False, is_encoder_decoder=False, is_last_pp_rank=False,
+        model_state=None, kv_block_zeroer=None, kv_connector=Mock(), adaptive_verification=None,
+        rejection_sampler=None,
+    )  # fmt: skip
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
+    given: list[list[int]] = []
+
+    def execute(step: Any) -> None:
+        ids = [request.block_ids for request in step.scheduled_new_reqs]
+        ids += [each for each in step.scheduled_cached_reqs.new_block_ids if each is not None]
+        given.extend(own for own, *_ in ids)
+
+    with ids_of_both(config):
+        warmup.warmup_kernels(runner, execute, lambda grammar: None)
+    assert config.num_blocks == blocks
+    # As many as there are pages for, of all groups together, and none behind.
+    assert pages - 8 < max(max(ids) for ids in given) < pages
+
+
 @pytest.mark.parametrize("dense", [False, True])
 def test_no_byte_is_in_both_pools(vllm_config: Any, dense: bool) -> None:
     from vllm.v1.worker.utils import allocate_kv_cache
@@ -111,7 +151,7 @@ def test_no_byte_is_in_both_pools(vllm_config: Any, dense: bool) -> None:
 
 def test_an_override_is_of_window_blocks(vllm_config: Any) -> None:
     vllm_config.cache_config.num_gpu_blocks_override = STEP_BLOCKS + 2 * REQUEST_BLOCKS
-    config = planned(vllm_config, 0)
+    config = planned(vllm_config, 50 * (BLOCK_BYTES + PAGE_BYTES))
     assert config.num_blocks == STEP_BLOCKS + 2 * REQUEST_BLOCKS
     assert config.hisparse_host_num_blocks == 2 * PAGES + 1
 

@@ -3,8 +3,8 @@
 
 One pass over a text that ships with the package, the same always, before the first page is written:
 so answers do not depend on what a server was asked first. In that pass every layer attends to the
-text itself. After the zeros that vLLM's profile run puts in place of attention, K of later layers
-would be another.
+text itself, and every layer with a state, linear or Mamba, runs as in a first chunk of a prompt.
+After the zeros that vLLM's profile run puts in place of both, K of later layers would be another.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from vllm.distributed import get_pp_group
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention.attention import Attention
+from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.sequence import IntermediateTensors
 from vllm.tokenizers import cached_tokenizer_from_config
+from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_kcache.config import KCacheConfigError
 from vllm_kcache.integration.layers import chunk_of
@@ -63,9 +65,12 @@ def calibrate(
     piece_tokens = min(CALIBRATION_TOKENS, limits[0], limits[1].max_num_batched_tokens)
     try:
         tokens = _tokens(vllm_config.model_config)
-        with _recording(layers) as recorders:
+        with _recording(layers) as recorders, _states(vllm_config, device) as builders:
             for piece in tokens.split(piece_tokens):
-                _run(runner, vllm_config, piece.to(device))
+                metadata = _metadata(builders, piece.shape[0], device) if builders else None
+                if metadata is not None:
+                    metadata |= dict.fromkeys(layers)
+                _run(runner, vllm_config, piece.to(device), metadata)
         stats = [recorders[name].stats() for name in names]
     except Exception as error:
         # A model class may ask for anything, and raise anything where it does not get it.
@@ -114,8 +119,11 @@ def _tokens(model_config: Any) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def _run(runner: Any, vllm_config: Any, tokens: torch.Tensor) -> None:
-    """One piece through the stages of the model that this rank holds."""
+def _run(
+    runner: Any, vllm_config: Any, tokens: torch.Tensor, metadata: dict[str, Any] | None
+) -> None:
+    """One piece through the stages of the model that this rank holds, with what layers by name
+    need to know of it; None where none needs anything."""
     model, group, count = runner.get_model(), get_pp_group(), tokens.shape[0]
     config = vllm_config.model_config
     positions = torch.arange(count, device=tokens.device)
@@ -131,7 +139,7 @@ def _run(runner: Any, vllm_config: Any, tokens: torch.Tensor) -> None:
         # No adapter for any token.
         runner._set_active_loras((0,), (0,) * count, set())
     # Not compiled: the first shape that a compiled model sees is vLLM's own choice.
-    with set_forward_context(None, vllm_config, num_tokens=count, skip_compiled=True):
+    with set_forward_context(metadata, vllm_config, num_tokens=count, skip_compiled=True):
         result = model(
             input_ids=None if embeds is not None else tokens,
             positions=positions,
@@ -159,6 +167,53 @@ def _recording(layers: dict[str, Any]) -> Iterator[dict[str, _Recorder]]:
     finally:
         for name, layer in layers.items():
             layer.impl = impls[name]
+
+
+# vLLM's block 0 stands for none.
+_STATE_BLOCK = 1
+
+
+@contextlib.contextmanager
+def _states(vllm_config: Any, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Room for the state of one request in each layer that keeps one; and vLLM's builder of what
+    the layer needs to know of a batch, by the layer's name. There is no cache of states yet."""
+    layers = get_layers_from_vllm_config(vllm_config, MambaBase)
+    kept = {name: getattr(layer, "kv_cache", ()) for name, layer in layers.items()}
+    builders, by_kind = {}, {}
+    try:
+        for name, layer in layers.items():
+            spec, backend = layer.get_kv_cache_spec(vllm_config), layer.get_attn_backend()
+            pages = (_STATE_BLOCK + 1, 1, 1, spec.page_size_bytes)
+            layer.bind_kv_cache(torch.zeros(pages, dtype=torch.int8, device=device))
+            kind = backend, spec
+            if kind not in by_kind:
+                by_kind[kind] = backend.get_builder_cls()(spec, [name], vllm_config, device)
+            builders[name] = by_kind[kind]
+        yield builders
+    finally:
+        for name, layer in layers.items():
+            layer.kv_cache = kept[name]
+
+
+def _metadata(builders: dict[str, Any], tokens: int, device: torch.device) -> dict[str, Any]:
+    """Of one request that prefills all of its so many tokens, by the layer's name."""
+    starts = torch.tensor([0, tokens], dtype=torch.int32)
+    lengths = starts[1:]
+    batch = CommonAttentionMetadata(
+        query_start_loc=starts.to(device),
+        query_start_loc_cpu=starts,
+        seq_lens=lengths.to(device),
+        num_reqs=1,
+        num_actual_tokens=tokens,
+        max_query_len=tokens,
+        max_seq_len=tokens,
+        block_table_tensor=torch.full((1, 1), _STATE_BLOCK, dtype=torch.int32, device=device),
+        slot_mapping=torch.arange(tokens, device=device),
+        is_prefilling=torch.ones(1, dtype=torch.bool),
+        seq_lens_cpu_upper_bound=lengths,
+    )
+    made = {builder: builder.build(0, batch) for builder in set(builders.values())}
+    return {name: made[builder] for name, builder in builders.items()}
 
 
 class _Recorder:

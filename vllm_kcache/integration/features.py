@@ -148,12 +148,6 @@ def beside_states(value: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda c: value(c) if c.model_config.is_hybrid else None
 
 
-def states_on_gpu(vllm_config: Any) -> str | None:
-    """Model with layers that keep a state, on a GPU."""
-    on_cpu = vllm_config.device_config.device_type == "cpu"
-    return None if on_cpu else architecture(vllm_config)
-
-
 def state_caching(vllm_config: Any) -> str | None:
     """How states are kept for prefixes."""
     mode = vllm_config.cache_config.mamba_cache_mode

@@ -119,7 +119,8 @@ class KCacheGPUWorker(SplitCacheWorker, Worker):
         super().initialize_from_config(kv_cache_config)
 
     def compile_or_warm_up_model(self) -> Any:
-        times = super().compile_or_warm_up_model()
+        with pools.ids_of_both(self.model_runner.kv_cache_config):
+            times = super().compile_or_warm_up_model()
         # Warm-up wrote to the null block and counted steps that no user asked for.
         cache = self.split_cache
         if cache.hot_cache is not None:

@@ -170,6 +170,21 @@ def measuring() -> Iterator[None]:
         _measuring = False
 
 
+@contextlib.contextmanager
+def ids_of_both(kv_cache_config: Any) -> Iterator[None]:
+    """While this lasts the configuration has no more blocks than pages.
+
+    To warm up, vLLM's second runner makes steps of its own: of one count of ids, up to the number
+    of blocks, each group gets some. Where pages are fewer, K would be written behind the last one.
+    """
+    blocks, pages = kv_cache_config.num_blocks, own_pool_pages(kv_cache_config)
+    kv_cache_config.num_blocks = blocks if pages is None else min(blocks, pages)
+    try:
+        yield
+    finally:
+        kv_cache_config.num_blocks = blocks
+
+
 def own_pool_pages(kv_cache_config: Any) -> int | None:
     """Pages of the full layers' own pool; None where all layers share one."""
     own = _own_group(kv_cache_config.kv_cache_groups)

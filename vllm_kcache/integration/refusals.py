@@ -282,26 +282,11 @@ REFUSALS: tuple[Refusal, ...] = (
         value=features.architecture_if(lambda c: c.model_config.is_attention_free),
     ),
     Refusal(
-        "states_on_gpu",
-        "layers with a state, linear or Mamba, on a GPU ({value})",
-        "these were not run there",
-        _STOCK,
-        value=features.beside_states(features.states_on_gpu),
-    ),
-    Refusal(
         "states_cached",
         "prefix caching beside layers with a state (mamba_cache_mode={value})",
         "vLLM copies blocks of K there, and their V would stay behind",
         "Set --no-enable-prefix-caching.",
         value=features.beside_states(features.state_caching),
-    ),
-    Refusal(
-        "states_with_codes",
-        "K codes beside layers with a state ({value})",
-        "the pass that measures K runs without states",
-        "Set kcache_config.k_bits to 16.",
-        value=features.beside_states(features.architecture),
-        codes_only=True,
     ),
     Refusal(
         "states_with_drafts",

@@ -119,7 +119,8 @@ class StepCost:
 
     Attributes:
         weights: Reading the weights, or computing with them.
-        cache: Stock attention over K and V; of a split layer, scoring all K or its codes.
+        cache: Stock attention over K and V; of a split layer, scoring all K or its codes; of a
+            linear layer, reading and writing its state.
         fixed: What a stock step spends beside reading.
         fetch: What the fetch of rows from the host adds to the step.
         attend: Attention over the selected tokens.
@@ -162,16 +163,23 @@ def stock_step(
     itemsize, ranks = kv_itemsize or shape.itemsize, engine.tensor_parallel_size
     row = 2 * kv_heads_of_rank(shape, engine) * shape.head_size * itemsize
     cache_bytes = requests * (context * shape.num_full_layers + shape.window_tokens(context)) * row
+    state_bytes = _state_bytes(shape, engine, requests)
     weight_bytes = shape.weight_bytes_of_step(requests)
     computed = requests * shape.flops_of_token() / hardware.flops
     reduces = 2 * ALL_REDUCE_SECONDS if ranks > 1 else 0.0
     return StepCost(
         weights=max(weight_bytes / hardware.hbm_bytes_per_s, computed) / ranks,
         cache=cache_bytes
-        / (hardware.hbm_bytes_per_s * (hardware.fp8_share if itemsize == 1 else 1.0)),
+        / (hardware.hbm_bytes_per_s * (hardware.fp8_share if itemsize == 1 else 1.0))
+        + state_bytes / hardware.hbm_bytes_per_s,
         fixed=shape.num_layers * (hardware.layer_seconds + reduces),
-        hbm_bytes=weight_bytes / ranks + cache_bytes,
+        hbm_bytes=weight_bytes / ranks + cache_bytes + state_bytes,
     )
+
+
+def _state_bytes(shape: ModelShape, engine: Engine, requests: float) -> float:
+    """Bytes that a step reads and writes of the states of its requests."""
+    return 2 * requests * shape.request_state_bytes / engine.tensor_parallel_size
 
 
 def split_step(
@@ -205,17 +213,20 @@ def split_step(
     attended = context * shape.num_full_layers + shape.window_tokens(context)
     dense_share = 1 - context * cache.num_layers / attended
     weight_bytes = shape.weight_bytes_of_step(requests) / engine.tensor_parallel_size
+    state_bytes = _state_bytes(shape, engine, requests)
+    state = state_bytes / hardware.hbm_bytes_per_s
     launch = hardware.split_layer_seconds - (CODE_START_SECONDS if cache.k_bits == 4 else 0)
     return StepCost(
         weights=stock.weights,
-        cache=score + stock.cache * dense_share,
+        cache=score + (stock.cache - state) * dense_share + state,
         fixed=stock.fixed,
         fetch=noticed,
         attend=attended_bytes / (hardware.hbm_bytes_per_s * ATTEND_SHARE),
         launches=launches * launch,
         fetch_hidden=fetch - noticed,
         hbm_bytes=weight_bytes
-        + (stock.hbm_bytes - weight_bytes) * dense_share
+        + (stock.hbm_bytes - weight_bytes - state_bytes) * dense_share
+        + state_bytes
         + cache.num_layers * score_bytes
         + attended_bytes,
         pcie_bytes=fetched_bytes,

@@ -63,6 +63,7 @@ class Fit:
         window_groups: Groups that take a block for each of its window.
         window_blocks: Most blocks of a request in one of those.
         window_pool_blocks: Blocks that are for those alone; 0 where they take of `num_blocks`.
+        block_tokens: Tokens of a block; 0 for those of the engine.
     """
 
     num_blocks: int
@@ -76,10 +77,11 @@ class Fit:
     window_groups: int = 0
     window_blocks: int = 0
     window_pool_blocks: int = 0
+    block_tokens: int = 0
 
     def requests(self, context: int, block_size: int) -> float:
         """Requests of `context` tokens that fit at once. vLLM keeps one block to itself."""
-        blocks = -(-context // block_size)
+        blocks = -(-context // (self.block_tokens or block_size))
         within = self.window_groups * min(blocks, self.window_blocks)
         free = max(0, self.num_blocks - 1)
         if self.window_pool_blocks:
@@ -94,7 +96,8 @@ def kv_heads_of_rank(shape: ModelShape, engine: Engine) -> int:
 
 def cache_shape(shape: ModelShape, engine: Engine, config: KCacheConfig) -> CacheShape:
     """Geometry of the split layers of a rank."""
-    dense = config.resolved_dense_layers(shape.num_layers) - set(shape.window_layers)
+    others = {*shape.window_layers, *shape.state_layers}
+    dense = config.resolved_dense_layers(shape.num_layers) - others
     return CacheShape(
         num_layers=shape.num_full_layers - len(dense),
         num_query_heads=shape.num_query_heads // engine.tensor_parallel_size,
@@ -117,19 +120,28 @@ def gpu_memory(shape: ModelShape, engine: Engine, config: KCacheConfig) -> GPUMe
 
 
 def k_page_bytes(shape: ModelShape, engine: Engine, config: KCacheConfig) -> int:
-    """GPU memory of one page: K or its codes, and K and V of dense layers. Not of window layers."""
+    """GPU memory of one page: K or its codes, and K and V of dense layers. Not of window layers,
+    and not of states."""
     cache = cache_shape(shape, engine, config)
     split = cache.num_layers * cache.num_kv_heads * cache.page_tokens * cache.k_token_bytes
     return split + 2 * (shape.num_full_layers - cache.num_layers) * _layer_page_bytes(shape, engine)
 
 
 def window_pool(shape: ModelShape, engine: Engine, config: KCacheConfig) -> WindowPool | None:
-    """Blocks of window layers beside pages, as the engine plans them; None without such layers."""
-    if not shape.window_layers:
+    """Blocks of window layers, or of states, beside pages, as the engine plans them; None without
+    such layers."""
+    if shape.state_layers:
+        # A block is the state of a request, whatever its length.
+        window = (1, engine.max_model_len)
+        block_bytes = shape.request_state_bytes // engine.tensor_parallel_size
+    elif shape.window_layers:
+        window = (shape.window, engine.block_size)
+        block_bytes = 2 * len(shape.window_layers) * _layer_page_bytes(shape, engine)
+    else:
         return None
     return WindowPool.plan(
-        [(shape.window, engine.block_size)],
-        block_bytes=2 * len(shape.window_layers) * _layer_page_bytes(shape, engine),
+        [window],
+        block_bytes=block_bytes,
         page_bytes=k_page_bytes(shape, engine, config),
         page_tokens=engine.block_size,
         limits=_limits(engine),
@@ -184,8 +196,13 @@ def fit_stock(
         kv_itemsize: Bytes of a cached value; None takes the model's, 1 is fp8.
     """
     available = cache_bytes_gpu(shape, engine, gpu_memory_bytes)
-    values = _layer_page_bytes(shape, engine) // shape.itemsize
-    full, windows = shape.num_full_layers, len(shape.window_layers)
+    values, tokens = _layer_page_bytes(shape, engine) // shape.itemsize, engine.block_size
+    full, windows = shape.num_full_layers, len(shape.window_layers) + len(shape.state_layers)
+    if shape.state_layers:
+        # A block holds a state, or K and V of as many tokens as need that memory.
+        state = shape.state_bytes // engine.tensor_parallel_size
+        times = -(-state // (2 * values * (kv_itemsize or shape.itemsize)))
+        values, tokens = values * times, tokens * times
     # As vLLM groups layers: all groups are of one size, that of the smaller kind.
     size = min(full, windows) if windows else full
     if max(full, windows) < 1.5 * size:
@@ -198,7 +215,8 @@ def fit_stock(
         available,
         full_groups=-(-full // size),
         window_groups=-(-windows // size),
-        window_blocks=-(-shape.window // engine.block_size) + 1,
+        window_blocks=1 if shape.state_layers else -(-shape.window // engine.block_size) + 1,
+        block_tokens=tokens,
     )
 
 
@@ -235,7 +253,7 @@ def fit_split(
         if blocks <= window.longest_pages:
             raise PlanError(
                 f"{shape.name}: not one request of {engine.max_model_len} tokens fits, in pages "
-                "of its full layers and blocks of its window layers. Lower --max-model-len or "
+                "of its full layers and blocks of the others. Lower --max-model-len or "
                 "--max-num-batched-tokens."
             )
         window_blocks = window.blocks_for(blocks)

@@ -323,11 +323,16 @@ def _notes(setup: Setup, load: Load, splits: list[SplitPrediction]) -> list[str]
     window = window_pool(shape, setup.engine, setup.config)
     if window is not None:
         gib = window.request_blocks * window.block_bytes / GIB
-        notes.append(
+        have = (
             f"{len(shape.window_layers)} of {shape.num_layers} layers have a window of "
-            f"{shape.window} tokens and keep K and V in GPU memory, {gib:.3f} GiB a request. Their "
+            f"{shape.window} tokens and keep K and V"
+            if shape.window_layers
+            else f"{len(shape.state_layers)} of {shape.num_layers} layers keep a state"
+        )
+        notes.append(
+            f"{have} in GPU memory, {gib:.3f} GiB a request. Their "
             "share of the memory is fixed at start: a lower --max-num-seqs leaves more for pages, "
-            "a lower --max-model-len more for windows."
+            "a lower --max-model-len more for these layers."
         )
     if setup.hardware.source != "measured":
         notes.append(f"{setup.hardware.name}: {setup.hardware.source}.")

@@ -20,8 +20,11 @@ _UNGATED = frozenset(
 )
 # Families whose configurations may leave out which layers have a window: every so many-th has none.
 _FULL_EVERY = {"gemma3_text": 6, "llama4_text": 4}
-# Kinds of layers whose K and V stay in GPU memory.
+# Kinds of layers whose K and V stay in GPU memory, and the one that keeps a state instead.
 WINDOW_KINDS = ("sliding_attention", "chunked_attention")
+STATE_KIND = "linear_attention"
+# Families whose attention has a gate of the size of its queries.
+_GATED_ATTENTION = frozenset(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"))
 # Sizes are bounded so that no sum of theirs passes what a float holds, and no list of layers
 # fills the memory.
 _MOST, _MOST_LAYERS = 2**31 - 1, 10_000
@@ -37,7 +40,7 @@ class ModelShape:
 
     Attributes:
         name: Name of its folder, or its name on the Hugging Face hub.
-        num_layers: Attention layers.
+        num_layers: Layers, with attention or with a state.
         hidden_size: Width.
         intermediate_size: Width of the widest feed-forward block of a token.
         num_query_heads: Hq.
@@ -53,6 +56,8 @@ class ModelShape:
         expert_weight_bytes: One expert, over all layers.
         window: Tokens that the layers with a window attend to; 0 where there are none.
         window_layers: Their numbers, counted from 0 at the bottom.
+        state_layers: Numbers of the linear layers, which keep a state in place of K and V.
+        state_bytes: State of one request in one of those.
     """
 
     name: str
@@ -72,11 +77,18 @@ class ModelShape:
     expert_weight_bytes: int = 0
     window: int = 0
     window_layers: tuple[int, ...] = ()
+    state_layers: tuple[int, ...] = ()
+    state_bytes: int = 0
 
     @property
     def num_full_layers(self) -> int:
         """Layers that attend to the whole context."""
-        return self.num_layers - len(self.window_layers)
+        return self.num_layers - len(self.window_layers) - len(self.state_layers)
+
+    @property
+    def request_state_bytes(self) -> int:
+        """State of one request, in all layers."""
+        return len(self.state_layers) * self.state_bytes
 
     def window_tokens(self, context: float) -> float:
         """Tokens that all window layers together attend to, of a request of so many tokens."""
@@ -221,7 +233,8 @@ def _refuse(config: _Config) -> None:
             "kv_lora_rank", default=0, least=0
         ),
         f"layer_types {_shown(sorted(set(kinds)))}": set(kinds)
-        - {"full_attention", "attention", *(WINDOW_KINDS if window else ())},
+        - {"full_attention", "attention", *(WINDOW_KINDS if window else ()), *_states(config)},
+        "windows and states": window and set(kinds) & set(_states(config)),
         "an encoder and a decoder (is_encoder_decoder)": config.typed(
             bool, "is_encoder_decoder", False
         ),
@@ -234,6 +247,38 @@ def _refuse(config: _Config) -> None:
                 f"{config.path}: the model has {feature}, which the split cache does not serve. "
                 "vllm-kcache check lists everything that would be refused."
             )
+
+
+def _states(config: _Config) -> tuple[str, ...]:
+    """The kind of layers with a state, where the configuration has their sizes."""
+    return (STATE_KIND,) if config.values.get("linear_num_value_heads") is not None else ()
+
+
+@dataclass(frozen=True)
+class _LinearLayer:
+    """Sizes of a linear layer (gated delta net).
+
+    Attributes:
+        weights: Weights of its matrices.
+        state_bytes: State of a request: the last inputs of a convolution, and a matrix a head.
+    """
+
+    weights: int
+    state_bytes: int
+
+    @classmethod
+    def of(cls, config: _Config, hidden: int, itemsize: int) -> _LinearLayer:
+        heads = config.whole("linear_num_value_heads")
+        head_k, head_v = config.whole("linear_key_head_dim"), config.whole("linear_value_head_dim")
+        keys, values = config.whole("linear_num_key_heads") * head_k, heads * head_v
+        width = config.whole("linear_conv_kernel_dim", default=4)
+        # Queries, keys, values, a gate; two numbers a head; and what leaves.
+        weights = hidden * (2 * keys + 2 * values + 2 * heads + values) + width * (
+            2 * keys + values
+        )
+        name = config.typed(str, "mamba_ssm_dtype", "auto")
+        matrix = heads * head_k * head_v * DTYPE_BYTES.get(name if name != "auto" else "", itemsize)
+        return cls(weights, (width - 1) * (2 * keys + values) * itemsize + matrix)
 
 
 def _window(config: _Config) -> int:
@@ -286,8 +331,17 @@ def _shape(
     vocab = config.whole("vocab_size")
     window = _window(config)
 
-    attention = hidden * head_size * (2 * heads + 2 * kv_heads)
-    matrices = 2 if config.typed(str, "model_type", "") in _UNGATED else 3
+    family = config.typed(str, "model_type", "")
+    gate = heads if family in _GATED_ATTENTION else 0
+    kinds = list(enumerate(_kinds(config)[:layers]))
+    states = tuple(number for number, kind in kinds if kind == STATE_KIND)
+    attention = (layers - len(states)) * hidden * head_size * (2 * heads + 2 * kv_heads + gate)
+    state_bytes = 0
+    if states:
+        of_state = _LinearLayer.of(config, hidden, itemsize)
+        attention += len(states) * of_state.weights
+        state_bytes = of_state.state_bytes
+    matrices = 2 if family in _UNGATED else 3
     inner = config.whole("intermediate_size", "ffn_dim", default=4 * hidden)
     experts = config.whole(
         "num_local_experts", "num_experts", "n_routed_experts", default=0, least=0
@@ -298,7 +352,7 @@ def _shape(
         per_token = config.whole("num_experts_per_tok", default=1, most=experts)
         expert_inner = config.whole("moe_intermediate_size", default=inner)
         feed_forward = config.whole("shared_expert_intermediate_size", default=0, least=0)
-    linear = layers * (attention + matrices * hidden * feed_forward) * weight_bits // 8
+    linear = (attention + layers * matrices * hidden * feed_forward) * weight_bits // 8
     expert_bytes = layers * matrices * hidden * expert_inner * weight_bits // 8
     table = vocab * hidden * itemsize
     # A step reads the output matrix whole, of the embedding a row a token. Tied, they are one.
@@ -322,9 +376,7 @@ def _shape(
         experts_per_token=per_token,
         expert_weight_bytes=expert_bytes,
         window=window,
-        window_layers=tuple(
-            number
-            for number, kind in enumerate(_kinds(config)[:layers])
-            if window and kind in WINDOW_KINDS
-        ),
+        window_layers=tuple(number for number, kind in kinds if window and kind in WINDOW_KINDS),
+        state_layers=states,
+        state_bytes=state_bytes,
     )

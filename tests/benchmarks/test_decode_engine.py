@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decode benchmark on models with several kinds of layers: what fits, and what is filled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.engines import in_forks, spec_of
+from tests.integration.families import FAMILIES
+from tests.integration.tiny_models import write_random_model
+
+# Tokens of a request and the last of them, which it makes; both lie in several blocks.
+TOKENS, MADE = 300, 12
+# Blocks that a few requests use up, of all groups; beside a second pool those of the first.
+ENGINE = {
+    "skip_tokenizer_init": True, "max_model_len": 384, "max_num_batched_tokens": 128,
+    "enable_prefix_caching": False, "max_num_seqs": 32,
+    "kv_transfer_config": {
+        "kv_connector": "DecodeBenchConnector", "kv_role": "kv_both",
+        "kv_connector_extra_config": {"fill_std": 0.5, "startup_fill": True},
+    },
+}  # fmt: skip
+
+
+def run(engine: dict[str, Any]) -> dict[str, Any]:
+    """Requests that are said to fit; of these, and of one more, how many run to their end."""
+    from vllm import LLM
+
+    from benchmarks.engine.decode_engine import fill_cache, requests_that_fit
+
+    llm = LLM(**engine)
+    fits = requests_that_fit(llm, TOKENS)
+    result: dict[str, Any] = {"fits": fits, "run": [at_once(llm, fits), at_once(llm, fits + 1)]}
+    if "kv_backend" in engine:
+        before = llm.collective_rpc(sums)[0]
+        llm.collective_rpc(fill_cache)
+        after = llm.collective_rpc(sums)[0]
+        result["filled"] = sorted(name for name in after if after[name] != before[name])
+    return result
+
+
+def at_once(llm: Any, count: int) -> int:
+    """Requests that run together at the last token of the first to end."""
+    from vllm import SamplingParams
+
+    engine = llm.llm_engine
+    sampling = SamplingParams(max_tokens=MADE, ignore_eos=True, detokenize=False)
+    for number in range(count):
+        prompt = {"prompt_token_ids": [5 + number % 90] * (TOKENS - MADE)}
+        engine.add_request(str(number), prompt, sampling)
+    scheduler, most = engine.engine_core.engine_core.scheduler, 0
+    while engine.has_unfinished_requests():
+        running = len(scheduler.running)
+        if any(output.finished for output in engine.step()):
+            most = max(most, running)
+    return most
+
+
+def sums(worker: Any) -> dict[str, int]:
+    """Sum of the bytes of each layer's cache."""
+    import torch
+
+    def of_bytes(cache: Any) -> int:
+        parts = (cache,) if isinstance(cache, torch.Tensor) else cache
+        return sum(int(part.contiguous().view(torch.uint8).long().sum()) for part in parts)
+
+    layers = worker.vllm_config.compilation_config.static_forward_context
+    return {
+        name: of_bytes(layer.kv_cache)
+        for name, layer in layers.items()
+        if hasattr(layer, "kv_cache")
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "second_blocks", "full_layers"),
+    [
+        pytest.param("Gemma 3", 60, 30, (2, 3), id="windows"),
+        pytest.param("Granite 4-H", 60, 8, (1, 3), id="states", marks=pytest.mark.full),
+    ],
+)
+def test_all_that_fit_run_and_no_more(
+    name: str, blocks: int, second_blocks: int, full_layers: tuple[int, ...], tmp_path: Path
+) -> None:
+    family = FAMILIES[name]
+    model = write_random_model(tmp_path / "model", family.model_type, **family.changes)
+    engine = {**ENGINE, **family.engine, "model": model}
+    specs = {
+        "stock": spec_of([], **engine, num_gpu_blocks_override=blocks),
+        "kcache": spec_of(
+            [], {"top_n": 16, "k_bits": 4}, **engine, num_gpu_blocks_override=second_blocks
+        ),
+    }
+    calls = {
+        key: ["tests.benchmarks.test_decode_engine:run", spec["engine"]]
+        for key, spec in specs.items()
+    }
+    for key, outcome in in_forks(tmp_path, calls).items():
+        assert outcome["code"] == 0, outcome["stdout"][-2000:] + outcome["stderr"][-4000:]
+        found = outcome["result"]
+        assert 2 <= found["fits"] < ENGINE["max_num_seqs"] - 1, (key, found)
+        assert found["run"] == [found["fits"], found["fits"]], (key, found)
+        if key == "kcache":
+            # With K codes the pages of the split layers are filled anew, and nothing else.
+            numbers = sorted(int(layer.split(".")[2]) for layer in found["filled"])
+            assert tuple(numbers) == full_layers, found

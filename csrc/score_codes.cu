@@ -9,6 +9,7 @@
 #include "dependent.cuh"
 #include "head.cuh"
 #include "launch.h"
+#include "spans.cuh"
 #include "warp.cuh"
 
 namespace kcache {
@@ -390,11 +391,7 @@ __global__ void __launch_bounds__(kThreads, Z::kLeastBlocks)
   const int row = list / view.num_kv_heads;
   int rows = 1;
   if constexpr (Z::kJoint) {
-    // Those that begin before the batch belong to another one.
-    const int2 span = score.spans[row];
-    const bool leads = min(span.x, row) % score.together == 0;
-    rows =
-        leads ? min(min(span.y + 1, score.together), step.num_lists / view.num_kv_heads - row) : 0;
+    rows = rows_led(score.spans[row], row, score.together, step.num_lists / view.num_kv_heads);
   }
   const int num_tokens =
       rows == 0 ? 0

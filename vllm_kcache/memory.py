@@ -318,5 +318,7 @@ class GPUMemory:
         return self.shape.num_layers * self.shape.rows_per_page
 
     def _workspace_bytes(self, max_requests: int) -> int:
-        buffers = workspace_buffers(self.shape, self.selection, max_requests, self.max_blocks)
+        buffers = workspace_buffers(
+            self.shape, self.selection, max_requests, self.max_blocks, self.limits.decode_tokens
+        )
         return sum(size * dtype.itemsize for size, dtype in buffers.values())

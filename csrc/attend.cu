@@ -280,7 +280,7 @@ __device__ inline void count_estimate_errors(const LayerView& view, const Step& 
   __syncthreads();
   if (warp < tiles) {
     const int head = warp * kTileHeads + lane % 4;
-    const Query<Z::kSteps> query(shared.query, warp * kTileHeads);
+    const Query<Z::kSteps, Z::kJoint> query(shared.query, warp * kTileHeads);
 #pragma unroll 1
     for (int tile = 0; tile < kTiles; ++tile) {
       const int number = chunk * kTiles + tile;
@@ -330,7 +330,7 @@ class Tiles {
     load(first < end, here_, first);
   }
 
-  __device__ void run(const Query<Z::kSteps>& query, WeightedSum<Z>& sum) {
+  __device__ void run(const Query<Z::kSteps, Z::kJoint>& query, WeightedSum<Z>& sum) {
     // Registers cannot be numbered: two tiles a turn.
 #pragma unroll 1
     while (take(query, sum, here_, ahead_) && take(query, sum, ahead_, here_)) {
@@ -338,7 +338,7 @@ class Tiles {
   }
 
  private:
-  __device__ bool take(const Query<Z::kSteps>& query, WeightedSum<Z>& sum,
+  __device__ bool take(const Query<Z::kSteps, Z::kJoint>& query, WeightedSum<Z>& sum,
                        const Values<Z::kSteps>& values, Values<Z::kSteps>& others) {
     if (tile_ >= end_) return false;
     Scales scales;
@@ -390,7 +390,7 @@ __device__ inline void attend_part(const LayerView& view, const AttendRows& atte
   }
   WeightedSum<Z> sum(shift, limit);
   __syncthreads();
-  const Query<Z::kSteps> query(shared.query, first_head);
+  const Query<Z::kSteps, Z::kJoint> query(shared.query, first_head);
   way.run(query, sum);
   sum.leave(shared, warp, tiles);
 }
@@ -452,14 +452,14 @@ __global__ void __launch_bounds__(kThreads, Z::kLeastBlocks)
   if constexpr (Z::kJoint) {
     const int num_rows = step.num_lists / view.num_kv_heads;
     int number = static_cast<int>(blockIdx.y);
-    Led led = find_led(step, num_rows, number);
+    Led led = find_led(step.spans, step.together, num_rows, number);
     wait_for_launch_before();
     // As csrc/select.cu: where there are more lists than thread blocks they take turns.
 #pragma unroll 1
     while (led.rows > 0) {
       attend_rows(view, step, attend, shared, led.row, led.rows);
       number += static_cast<int>(gridDim.y);
-      led = find_led(step, num_rows, number);
+      led = find_led(step.spans, step.together, num_rows, number);
       __syncthreads();
     }
   } else {

@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kMostThreads, kLeastBlocks)
   const int head = static_cast<int>(blockIdx.x), num_rows = step.num_lists / view.num_kv_heads;
   int number = static_cast<int>(blockIdx.y);
   // Reads the spans and lengths, which no launch of a step writes.
-  Led led = find_led(step, num_rows, number);
+  Led led = find_led(step.spans, step.together, num_rows, number);
   wait_for_launch_before();
   let_next_launch_begin();
 #pragma unroll 1
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kMostThreads, kLeastBlocks)
     ListSelection<R> selection(view, step, shared.select, list, led.rows);
     select_and_fetch_list(view, step, shared, selection, list);
     number += static_cast<int>(gridDim.y);
-    led = find_led(step, num_rows, number);
+    led = find_led(step.spans, step.together, num_rows, number);
     __syncthreads();
   }
 }

@@ -20,20 +20,32 @@ struct Led {
 };
 
 // The `number`-th row that leads some, and how many; without one 0 of them. Every lane of a warp
-// must call it.
-__device__ inline Led find_led(const Step& step, int num_rows, int number) {
+// must call it: each looks at some rows that follow each other, all loaded at once.
+__device__ inline Led find_led(const int2* spans, int together, int num_rows, int number) {
+  constexpr int kOfLane = 4;
   const int lane = static_cast<int>(threadIdx.x & 31);
 #pragma unroll 1
-  for (int first = 0; first < num_rows; first += 32) {
-    const int row = first + lane;
-    const int rows = row < num_rows ? rows_led(step.spans[row], row, step.together, num_rows) : 0;
-    const unsigned leading = __ballot_sync(kAllLanes, rows > 0);
-    if (number < __popc(leading)) {
-      const bool is_it = rows > 0 && __popc(leading & ((1u << lane) - 1)) == number;
-      const int its = __ffs(__ballot_sync(kAllLanes, is_it)) - 1;
-      return {first + its, __shfl_sync(kAllLanes, rows, its)};
+  for (int first = lane * kOfLane; first - lane * kOfLane < num_rows; first += 32 * kOfLane) {
+    int rows[kOfLane], leading = 0;
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+      const int row = first + i;
+      rows[i] = row < num_rows ? rows_led(spans[row], row, together, num_rows) : 0;
+      leading += rows[i] > 0;
     }
-    number -= __popc(leading);
+    const int upto = warp_inclusive(leading, lane);
+    const unsigned has_it = __ballot_sync(kAllLanes, number < upto);
+    if (has_it != 0) {
+      Led led{0, 0};
+      int before = upto - leading;
+#pragma unroll
+      for (int i = 0; i < kOfLane; ++i) {
+        if (rows[i] > 0 && before++ == number) led = {first + i, rows[i]};
+      }
+      const int its = __ffs(has_it) - 1;
+      return {__shfl_sync(kAllLanes, led.row, its), __shfl_sync(kAllLanes, led.rows, its)};
+    }
+    number -= __shfl_sync(kAllLanes, upto, 31);
   }
   return {0, 0};
 }

@@ -72,24 +72,35 @@ __device__ inline void prepare_query(QueryShared<kSteps>& shared, const LayerVie
 }
 
 // The same as a warp's products take it: a digit of a query head, and what scores need of another.
-template <int kSteps>
-struct Query {
-  unsigned columns[kSteps][2];
-  float unit, bias;
+// Where several rows have one list the digits stay in shared memory, for want of registers.
+template <int kSteps, bool kJoint>
+class Query {
+ public:
+  const float unit, bias;
 
   // Of the heads from `first_head`.
-  __device__ Query(const QueryShared<kSteps>& shared, int first_head) {
+  __device__ Query(const QueryShared<kSteps>& shared, int first_head)
+      : unit(shared.unit[first_head + (threadIdx.x & 3)]),
+        bias(shared.bias[first_head + (threadIdx.x & 3)]) {
     const int group = (threadIdx.x & 31) / 4, quarter = threadIdx.x & 3;
-    const auto* words = reinterpret_cast<const uint2*>(
-        shared.digits[first_head + group / 2][group & 1] + quarter * 2 * kSteps);
+    words_ = shared.digits[first_head + group / 2][group & 1] + quarter * 2 * kSteps;
+    if constexpr (kJoint) return;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      columns[step][0] = words[step].x;
-      columns[step][1] = words[step].y;
+      const uint2 two = reinterpret_cast<const uint2*>(words_)[step];
+      columns_[step][0] = two.x;
+      columns_[step][1] = two.y;
     }
-    unit = shared.unit[first_head + quarter];
-    bias = shared.bias[first_head + quarter];
   }
+  __device__ void load(unsigned (&columns)[2], int step) const {
+    if constexpr (kJoint) return load_shared(columns, words_ + 2 * step);
+    columns[0] = columns_[step][0];
+    columns[1] = columns_[step][1];
+  }
+
+ private:
+  const unsigned* words_;
+  unsigned columns_[kSteps][2];
 };
 
 // Of a power of two.
@@ -115,8 +126,9 @@ class ListRows {
   __device__ ListRows(const LayerView& view, const Step& step, int64_t list, int count,
                       int num_tokens)
       : view_(view),
-        blocks_(step.blocks + list * step.columns),
-        rows_(step.rows + list * step.columns),
+        blocks_(step.blocks),
+        rows_(step.rows),
+        first_(static_cast<unsigned>(list * step.columns)),
         count_(count),
         num_tokens_(num_tokens),
         shift_(shift_of(view.block_tokens)) {}
@@ -133,7 +145,7 @@ class ListRows {
   };
   __device__ Place place(int tile) const {
     const int there = min((tile * kTileTokens + of_lane()) >> shift_, count_ - 1);
-    return {rows_[there], blocks_[there]};
+    return {rows_[first_ + there], blocks_[first_ + there]};
   }
 
   __device__ Token find(int tile, Place place) const {
@@ -163,6 +175,7 @@ class ListRows {
 
   const LayerView& view_;
   const int *blocks_, *rows_;
+  const unsigned first_;
   const int count_, num_tokens_, shift_;
 };
 
@@ -252,15 +265,17 @@ struct Scales {
 };
 
 // Base-2 scores of the lane's two tokens with its query head; -infinity where there is no token.
-template <int kSteps>
-__device__ inline void multiply(float (&scores)[2], const Query<kSteps>& query,
+template <int kSteps, bool kJoint>
+__device__ inline void multiply(float (&scores)[2], const Query<kSteps, kJoint>& query,
                                 const Keys<kSteps>& keys, const Scales& scales) {
   int products[4] = {};
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     const unsigned rows[4] = {keys.word(0, 2 * step), keys.word(1, 2 * step),
                               keys.word(0, 2 * step + 1), keys.word(1, 2 * step + 1)};
-    multiply_add(products, rows, query.columns[step]);
+    unsigned columns[2];
+    query.load(columns, step);
+    multiply_add(products, rows, columns);
   }
 #pragma unroll
   for (int i = 0; i < 2; ++i) {

@@ -203,7 +203,7 @@ def test_an_empty_batch_is_no_launch() -> None:
     assert batch.cache.read_counters().lists == 0
 
 
-@pytest.mark.parametrize(("group", "together"), [(4, 4), (3, 5), (1, 8), (8, 2), (2, 8), (5, 3)])
+@pytest.mark.parametrize(("group", "together"), [(4, 4), (1, 8), (8, 2), (5, 3)])
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_tokens_of_a_request_with_one_list(rule: Selection, group: int, together: int) -> None:
     """Ragged, at the ends of blocks, and beside rows that belong to another batch."""

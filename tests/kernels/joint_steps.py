@@ -143,7 +143,7 @@ def check_step(
 
 
 def check_estimate_errors(device: str = "cpu") -> None:
-    """Each look counts the errors of a chunk of a list, for each row of the blocks that it selected;
+    """Each look counts the errors of a chunk of a list: of each row those of what it selected;
     in time each chunk of each list has its turn. Needs `attend.ESTIMATES_EVERY` 1."""
     shape, columns = Shape((100, 33, 60), 1, 2, 64, 16, 8), 32 // 8
     coded, layer = joint_layer(shape, RULES[1], torch.bfloat16, 256, device)

@@ -51,9 +51,14 @@ class RowsConfig:
     least_tiles: int
 
 
-def most_parts(num_lists: int) -> int:
-    """No launch of up to `num_lists` lists has more parts than this."""
-    return TARGET_PROGRAMS + LEAST_SPLITS * num_lists
+def most_parts(num_lists: int, together: int = 1) -> int:
+    """No launch of up to `num_lists` lists has more parts than this.
+
+    Args:
+        together: most rows of a request that have one list.
+    """
+    splits = LEAST_SPLITS if together == 1 else _LEAST_JOINT_BLOCKS
+    return TARGET_PROGRAMS + splits * num_lists
 
 
 def rows_of_list(group: int, selection: Selection) -> int:
@@ -80,7 +85,8 @@ def rows_config(
     full = -(-num_lists // together)
     splits, least_tiles = max(_LEAST_BLOCKS, -(-programs // full)), _LEAST_TILES
     if together > 1:
-        splits = min(max(splits, _LEAST_JOINT_BLOCKS), most_parts(num_lists) // num_lists)
+        most = most_parts(num_lists, together) // num_lists
+        splits = min(max(splits, _LEAST_JOINT_BLOCKS), most)
         # Where the lists alone do not fill the GPU, a part is worth a thread block sooner.
         least_tiles = _LEAST_TILES if 2 * full > programs else _LEAST_JOINT_TILES
     # A short request has no work for more.

@@ -58,15 +58,27 @@ class DecodeBatch:
         """Most rows of a request that are scored at once, by query heads of a KV head."""
         if self.spans is None:
             return 1
-        return max(1, min(self.most_tokens, MOST_QUERY_HEADS_GPU // group))
+        return scored_together(self.most_tokens, group)
 
     def listed_together(self, shape: CacheShape) -> int:
         """Most rows of a request that have one list: what `select_and_fetch` and `attend_blocks`
         of int8 rows take as `together`."""
         # Attention with sinks is another kernel, which knows lists of one row.
-        if self.sinks is not None or not attend_plan.on_tensor_cores(shape):
+        if self.spans is None or self.sinks is not None:
             return 1
-        return min(self.scored_together(shape.group), MOST_LISTED_TOGETHER)
+        return listed_together(shape, self.most_tokens)
+
+
+def scored_together(most_tokens: int, group: int) -> int:
+    """Of so many rows of a request, how many are scored at once."""
+    return max(1, min(most_tokens, MOST_QUERY_HEADS_GPU // group))
+
+
+def listed_together(shape: CacheShape, most_tokens: int) -> int:
+    """Of so many rows of a request, how many have one list: csrc/attend.cu knows such lists."""
+    if not attend_plan.on_tensor_cores(shape):
+        return 1
+    return min(scored_together(most_tokens, shape.group), MOST_LISTED_TOGETHER)
 
 
 @dataclass(frozen=True)
@@ -97,8 +109,10 @@ def workspace_buffers(
     """
     heads, lists = max_requests * shape.num_query_heads, max_requests * shape.num_kv_heads
     chunks = score_plan.num_chunks(shape, max_blocks)
-    places = lists * columns_of(selection, max_blocks, min(decode_tokens, MOST_LISTED_TOGETHER))
-    parts = attend_plan.most_parts(lists) * attend_plan.rows_of_list(shape.group, selection)
+    together = listed_together(shape, decode_tokens)
+    places = lists * columns_of(selection, max_blocks, together)
+    parts = attend_plan.most_parts(lists, together)
+    parts *= attend_plan.rows_of_list(shape.group, selection)
     coded = 0 if shape.k_bits == 16 else heads
     return {
         "block_lse": (heads * max_blocks, torch.float32),

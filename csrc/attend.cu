@@ -451,15 +451,13 @@ __global__ void __launch_bounds__(kThreads, Z::kLeastBlocks)
   __shared__ SharedSums shared;
   if constexpr (Z::kJoint) {
     const int num_rows = step.num_lists / view.num_kv_heads;
-    int number = static_cast<int>(blockIdx.y);
-    Led led = find_led(step.spans, step.together, num_rows, number);
-    wait_for_launch_before();
     // As csrc/select.cu: where there are more lists than thread blocks they take turns.
 #pragma unroll 1
-    while (led.rows > 0) {
+    for (int number = static_cast<int>(blockIdx.y);; number += static_cast<int>(gridDim.y)) {
+      const Led led = find_led(step.spans, step.together, num_rows, number);
+      wait_for_launch_before();
+      if (led.rows == 0) break;
       attend_rows(view, step, attend, shared, led.row, led.rows);
-      number += static_cast<int>(gridDim.y);
-      led = find_led(step.spans, step.together, num_rows, number);
       __syncthreads();
     }
   } else {

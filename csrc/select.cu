@@ -44,18 +44,16 @@ __global__ void __launch_bounds__(kMostThreads, kLeastBlocks)
     joint_kernel(const __grid_constant__ LayerView view, const __grid_constant__ Step step) {
   __shared__ ListShared<R> shared;
   const int head = static_cast<int>(blockIdx.x), num_rows = step.num_lists / view.num_kv_heads;
-  int number = static_cast<int>(blockIdx.y);
-  // Reads the spans and lengths, which no launch of a step writes.
-  Led led = find_led(step.spans, step.together, num_rows, number);
-  wait_for_launch_before();
-  let_next_launch_begin();
 #pragma unroll 1
-  while (led.rows > 0) {
+  for (int number = static_cast<int>(blockIdx.y);; number += static_cast<int>(gridDim.y)) {
+    // Reads the spans, which no launch of a step writes.
+    const Led led = find_led(step.spans, step.together, num_rows, number);
+    wait_for_launch_before();
+    let_next_launch_begin();
+    if (led.rows == 0) break;
     const int list = led.row * view.num_kv_heads + head;
     ListSelection<R> selection(view, step, shared.select, list, led.rows);
     select_and_fetch_list(view, step, shared, selection, list);
-    number += static_cast<int>(gridDim.y);
-    led = find_led(step.spans, step.together, num_rows, number);
     __syncthreads();
   }
 }

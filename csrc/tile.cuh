@@ -126,9 +126,9 @@ class ListRows {
   __device__ ListRows(const LayerView& view, const Step& step, int64_t list, int count,
                       int num_tokens)
       : view_(view),
-        blocks_(step.blocks),
-        rows_(step.rows),
-        first_(static_cast<unsigned>(list * step.columns)),
+        blocks_(step.blocks + (kJoint ? 0 : list * step.columns)),
+        rows_(step.rows + (kJoint ? 0 : list * step.columns)),
+        first_(kJoint ? static_cast<unsigned>(list * step.columns) : 0),
         count_(count),
         num_tokens_(num_tokens),
         shift_(shift_of(view.block_tokens)) {}
@@ -175,7 +175,7 @@ class ListRows {
 
   const LayerView& view_;
   const int *blocks_, *rows_;
-  const unsigned first_;
+  const unsigned first_;  // one number for both, for want of registers
   const int count_, num_tokens_, shift_;
 };
 

@@ -179,6 +179,18 @@ def test_steps_are_checked() -> None:
             select_and_fetch(batch.view, replace(lists, **{name: value}))
     with pytest.raises(RuntimeError, match="layer: must be what layer_view returned"):
         select_and_fetch(torch.zeros_like(batch.view), lists)
+    spans = torch.zeros((2, 2), dtype=torch.int32)
+    for how, text in (
+        ({"spans": spans, "together": 5, "followed": False}, "together=5: needs spans"),
+        ({"spans": None, "together": 2, "followed": False}, "together=2: needs spans"),
+        ({"spans": spans[:1], "together": 2, "followed": False}, "spans: has size 1 in dimension"),
+        ({"spans": spans, "together": 2}, "lists: none where tokens of a request have one"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            select_and_fetch(batch.view, lists, **how)  # type: ignore[arg-type]
+    capped = Batch.make(Sizes((80, 30)), Selection(3, None, 1, 8, "sum"))
+    with pytest.raises(RuntimeError, match="N=3 columns; must have those of 2 tokens"):
+        select_and_fetch(capped.view, capped.lists, followed=False, spans=spans, together=2)
 
 
 def test_an_empty_batch_is_no_launch() -> None:

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
         ("tests.kernels.split_cache", "runs equal the CPU's"),
         ("tests.kernels.attend_rows", "attend as defined"),
         ("tests.kernels.code_steps", "checks are as defined"),
+        ("tests.kernels.joint_steps", "tokens a request are as defined"),
         pytest.param(
             "tests.kernels.sinks", "check with sinks are as defined", marks=pytest.mark.full
         ),

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kMostThreads, kLeastBlocks)
 // of fewer tokens come beside the others: those take turns.
 template <typename R>
 __global__ void __launch_bounds__(kMostThreads, kLeastBlocks)
-    joint_kernel(const __grid_constant__ LayerView view, const __grid_constant__ Step step) {
+    joint_select_kernel(const __grid_constant__ LayerView view, const __grid_constant__ Step step) {
   __shared__ ListShared<R> shared;
   const int head = static_cast<int>(blockIdx.x), num_rows = step.num_lists / view.num_kv_heads;
 #pragma unroll 1
@@ -65,7 +65,7 @@ cudaError_t launch_joint(const LayerView& view, const Step& step, int multiproce
   const bool more_than_a_wave = static_cast<int>(grid.x * grid.y) > kLeastBlocks * multiprocessors;
   const int threads = more_than_a_wave ? kMostThreads / 2 : kMostThreads;
   return with_joint_rule(view, [&](auto rule) {
-    return launch_kernel(dependent, joint_kernel<decltype(rule)>, grid, threads, stream, view,
+    return launch_kernel(dependent, joint_select_kernel<decltype(rule)>, grid, threads, stream, view,
                          step);
   });
 }

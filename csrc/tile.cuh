@@ -84,18 +84,22 @@ class Query {
         bias(shared.bias[first_head + (threadIdx.x & 3)]) {
     const int group = (threadIdx.x & 31) / 4, quarter = threadIdx.x & 3;
     words_ = shared.digits[first_head + group / 2][group & 1] + quarter * 2 * kSteps;
-    if constexpr (kJoint) return;
+    if constexpr (!kJoint) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const uint2 two = reinterpret_cast<const uint2*>(words_)[step];
-      columns_[step][0] = two.x;
-      columns_[step][1] = two.y;
+      for (int step = 0; step < kSteps; ++step) {
+        const uint2 two = reinterpret_cast<const uint2*>(words_)[step];
+        columns_[step][0] = two.x;
+        columns_[step][1] = two.y;
+      }
     }
   }
   __device__ void load(unsigned (&columns)[2], int step) const {
-    if constexpr (kJoint) return load_shared(columns, words_ + 2 * step);
-    columns[0] = columns_[step][0];
-    columns[1] = columns_[step][1];
+    if constexpr (kJoint) {
+      load_shared(columns, words_ + 2 * step);
+    } else {
+      columns[0] = columns_[step][0];
+      columns[1] = columns_[step][1];
+    }
   }
 
  private:

@@ -5,8 +5,12 @@
 // A list has a thread block, or where it is long some, which take equal parts of it; a warp takes
 // 16 tokens at once (tile.cuh), for four query heads. Sums of the warps are added up in shared
 // memory, those of a list's thread blocks by the last of them.
+//
+// Tokens of a request may have one list (csrc/joint.cuh): then its query heads are those of all of
+// them, each row of K and V is read for all, and masked where a token did not select it.
 #include "dependent.cuh"
 #include "launch.h"
+#include "spans.cuh"
 #include "weighted_sum.cuh"
 
 namespace kcache {
@@ -14,14 +18,14 @@ namespace {
 
 constexpr int kLookedAt = 32;  // tokens whose estimates are looked at
 
-// Of a list, the tiles that a thread block takes.
+// Of a list, the tiles that a thread block takes. `rows`: of the batch, that have the list.
 struct Part {
-  int list, number, of;
+  int list, rows, number, of;
   int begin, end;  // tiles
 
   // `of` thread blocks of a list have some tiles, or one has none.
-  __device__ Part(const AttendRows& attend, int list_, int number_, int tiles)
-      : list(list_), number(number_), of(1), begin(0), end(tiles) {
+  __device__ Part(const AttendRows& attend, int list_, int rows_, int number_, int tiles)
+      : list(list_), rows(rows_), number(number_), of(1), begin(0), end(tiles) {
     if (tiles <= attend.least_tiles || attend.splits == 1) return;
     const int wanted = (tiles + attend.least_tiles - 1) / attend.least_tiles;
     const int parts = min(wanted, attend.splits);
@@ -71,9 +75,11 @@ template <typename Z>
 class ListParts {
  public:
   __device__ ListParts(const LayerView& view, const AttendRows& attend, const Part& part)
-      : first_row_(static_cast<int64_t>(part.list) * attend.splits * rows_of(view)),
-        rows_(rows_of(view)),
-        group_(view.group),
+      // Rows that have a list leave the room of their own ones to it.
+      : first_row_(
+            (part.list + static_cast<int64_t>(part.rows - 1) * (part.list % view.num_kv_heads)) *
+            attend.splits * (Z::kSides * view.group)),
+        heads_(part.rows * view.group),
         sums_(reinterpret_cast<float4*>(attend.sums)),
         weights_(reinterpret_cast<float2*>(attend.weights)) {}
 
@@ -129,13 +135,12 @@ class ListParts {
   }
 
  private:
-  __device__ static int rows_of(const LayerView& view) { return Z::kSides * view.group; }
   __device__ int64_t row_of(int number, int side, int head) const {
-    return first_row_ + number * rows_ + side * group_ + head;
+    return first_row_ + (number * Z::kSides + side) * heads_ + head;
   }
 
   const int64_t first_row_;
-  const int rows_, group_;
+  const int heads_;
   float4* const sums_;
   float2* const weights_;
 };
@@ -221,11 +226,24 @@ __device__ inline void store_sums(const LayerView& view, const AttendRows& atten
 
 // `visit` each query head of a list, and each four of its channels.
 template <typename Visit>
-__device__ inline void for_each_four(const LayerView& view, const Visit& visit) {
+__device__ inline void for_each_four(const LayerView& view, int rows, const Visit& visit) {
   const int fours = view.head_size / 4;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < view.group * fours; i += kThreads) visit(i / fours, i % fours);
+  for (int i = threadIdx.x; i < rows * view.group * fours; i += kThreads) {
+    visit(i / fours, i % fours);
+  }
 }
+
+// The list and the head that a query head would have if each row had its own list.
+struct Own {
+  int list, head;
+
+  __device__ Own(const LayerView& view, const Part& part, int head_of_list) {
+    const int row = row_of_head(view, part.rows, head_of_list);
+    list = part.list + row * view.num_kv_heads;
+    head = head_of_list - row * view.group;
+  }
+};
 
 // Of all thread blocks of a list, the last that comes here: it sees what the others stored.
 template <typename Z>
@@ -272,30 +290,38 @@ __device__ inline void count_estimate_errors(const LayerView& view, const Step& 
   const unsigned drawn = hash_number(shared.epoch);
   if (below(drawn, static_cast<unsigned>(attend.every)) != 0) return;
   const unsigned of_lists = hash_number(drawn), of_tokens = hash_number(of_lists);
-  const int list = static_cast<int>(below(of_lists, static_cast<unsigned>(step.num_lists)));
+  int list = static_cast<int>(below(of_lists, static_cast<unsigned>(step.num_lists))), rows = 1;
+  if constexpr (Z::kJoint) {
+    // The list that the row drawn has.
+    const int num_rows = step.num_lists / view.num_kv_heads, drawn_row = list / view.num_kv_heads;
+    const int row = drawn_row - min(step.spans[drawn_row].x, drawn_row) % step.together;
+    list += (row - drawn_row) * view.num_kv_heads;
+    rows = rows_led(step.spans[row], row, step.together, num_rows);
+  }
   const int count = step.counts[list], block_tokens = view.block_tokens;
   if (count == 0) return;
-  const ListRows rows(view, step, list, count, step.seq_lens[list / view.num_kv_heads]);
-  const int tiles = head_tiles(view);
+  const ListRows<Z::kJoint> list_rows(view, step, list, count,
+                                      step.seq_lens[list / view.num_kv_heads]);
+  const int num_heads = rows * view.group, tiles = head_tiles(num_heads);
   constexpr int kTiles = kLookedAt / kTileTokens;
-  const int chunks = (rows.tiles() + kTiles - 1) / kTiles;
+  const int chunks = (list_rows.tiles() + kTiles - 1) / kTiles;
   const int chunk = static_cast<int>(below(of_tokens, static_cast<unsigned>(chunks)));
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
   float* all_scores = shared.sums[0][0];  // [heads, kLookedAt]
-  prepare_query(shared.query, view, attend, list, tiles * kTileHeads);
+  prepare_query(shared.query, view, attend, list, rows, tiles * kTileHeads);
   __syncthreads();
   if (warp < tiles) {
     const int head = warp * kTileHeads + lane % 4;
-    const Query<Z::kSteps> query(shared.query, warp * kTileHeads);
+    const Query<Z::kSteps, Z::kJoint> query(shared.query, warp * kTileHeads);
 #pragma unroll 1
     for (int tile = 0; tile < kTiles; ++tile) {
       const int number = chunk * kTiles + tile;
-      const ListRows::Token token = rows.find(number, rows.place(number));
+      const Token token = list_rows.find(number, list_rows.place(number));
       Keys<Z::kSteps> keys;
       Scales scales;
       float scores[2];
       keys.load_tile(true, token);
-      scales.take(token);
+      scales.take<Z::kJoint>(token, row_of_head(view, rows, head));
       multiply<Z::kCapped>(scores, query, keys, scales, attend.cap);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -306,9 +332,11 @@ __device__ inline void count_estimate_errors(const LayerView& view, const Step& 
   __syncthreads();
   const int blocks = kLookedAt / block_tokens;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < view.group * blocks; i += kThreads) {
+  for (int i = threadIdx.x; i < num_heads * blocks; i += kThreads) {
     const int head = i / blocks, column = chunk * blocks + i % blocks;
     if (column >= count) continue;
+    const int entry = step.blocks[static_cast<int64_t>(list) * step.columns + column];
+    if (Z::kJoint && !(entry >> kBlockBits >> row_of_head(view, rows, head) & 1)) continue;
     const float* scores = all_scores + head * kLookedAt + i % blocks * block_tokens;
     float largest = scores[0], sum = 0.0f;
 #pragma unroll 1
@@ -316,8 +344,8 @@ __device__ inline void count_estimate_errors(const LayerView& view, const Step& 
 #pragma unroll 1
     for (int token = 0; token < block_tokens; ++token) sum += fast_exp2(scores[token] - largest);
     const float refined = (largest + fast_log2(sum)) * kLn2;
-    const int64_t place = (static_cast<int64_t>(list) * view.group + head) * step.max_blocks;
-    const int block = step.blocks[static_cast<int64_t>(list) * step.columns + column];
+    const int64_t place = head_in_batch(view, list, rows, head) * step.max_blocks;
+    const int block = entry & (kMaxBlocks - 1);
     const float error = fabsf(step.block_lse[place + block] - refined);
     atomicAdd(view.counters + kFirstEstimateBucket + estimate_bucket(error), 1);
   }
@@ -328,12 +356,20 @@ __device__ inline void count_estimate_errors(const LayerView& view, const Step& 
 template <typename Z>
 class Tiles {
  public:
-  __device__ Tiles(const ListRows& rows, const SoftCap& cap, int first, int stride, int end)
-      : rows_(rows), cap_(cap), tile_(first), stride_(stride), end_(end), next_(rows.place(first)) {
+  // `row`: that the lane's query head is of, where several have the list.
+  __device__ Tiles(const ListRows<Z::kJoint>& rows, const SoftCap& cap, int first, int stride,
+                   int end, int row)
+      : rows_(rows),
+        cap_(cap),
+        tile_(first),
+        stride_(stride),
+        end_(end),
+        row_(row),
+        next_(rows.place(first)) {
     load(first < end, here_, first);
   }
 
-  __device__ void run(const Query<Z::kSteps>& query, WeightedSum<Z>& sum) {
+  __device__ void run(const Query<Z::kSteps, Z::kJoint>& query, WeightedSum<Z>& sum) {
     // Registers cannot be numbered: two tiles a turn.
 #pragma unroll 1
     while (take(query, sum, here_, ahead_) && take(query, sum, ahead_, here_)) {
@@ -341,12 +377,12 @@ class Tiles {
   }
 
  private:
-  __device__ bool take(const Query<Z::kSteps>& query, WeightedSum<Z>& sum,
+  __device__ bool take(const Query<Z::kSteps, Z::kJoint>& query, WeightedSum<Z>& sum,
                        const Values<Z::kSteps>& values, Values<Z::kSteps>& others) {
     if (tile_ >= end_) return false;
     Scales scales;
     float scores[2];
-    scales.take(token_);
+    scales.take<Z::kJoint>(token_, row_);
     multiply<Z::kCapped>(scores, query, keys_, scales, cap_);
     tile_ += stride_;
     load(tile_ < end_, others, tile_);
@@ -360,12 +396,12 @@ class Tiles {
     next_ = rows_.place(tile + stride_);
   }
 
-  const ListRows& rows_;
+  const ListRows<Z::kJoint>& rows_;
   const SoftCap& cap_;
   int tile_;
-  const int stride_, end_;
-  ListRows::Place next_;  // of the tile after those that are loaded
-  ListRows::Token token_ = {};
+  const int stride_, end_, row_;
+  typename ListRows<Z::kJoint>::Place next_;  // of the tile after those that are loaded
+  Token token_ = {};
   Keys<Z::kSteps> keys_;
   Values<Z::kSteps> here_, ahead_;
 };
@@ -373,25 +409,28 @@ class Tiles {
 // V of the part of a list, weighted; in shared memory, with the weights. A barrier comes after it.
 template <typename Z>
 __device__ inline void attend_part(const LayerView& view, const AttendRows& attend,
-                                   Shared<Z>& shared, const ListRows& rows, const Part& part) {
-  const int warp = threadIdx.x / 32, tiles = head_tiles(view);
+                                   Shared<Z>& shared, const ListRows<Z::kJoint>& rows,
+                                   const Part& part) {
+  const int num_heads = part.rows * view.group;
+  const int warp = threadIdx.x / 32, tiles = head_tiles(num_heads);
   const int first_head = warp % tiles * kTileHeads;
+  const int head = first_head + static_cast<int>(threadIdx.x & 3);
+  const int row = row_of_head(view, part.rows, head);
   Tiles<Z> way(rows, attend.cap, part.begin + warp / tiles, kWarps / tiles,
-               first_head < view.group ? part.end : 0);
-  prepare_query(shared.query, view, attend, part.list, tiles * kTileHeads);
+               first_head < num_heads ? part.end : 0, row);
+  prepare_query(shared.query, view, attend, part.list, part.rows, tiles * kTileHeads);
   float shift = 0.0f, limit = 0.0f;
   if constexpr (Z::kClip) {
-    const int head = first_head + static_cast<int>(threadIdx.x & 3);
-    if (head < view.group) {
-      shift = attend.lse[static_cast<int64_t>(part.list) * view.group + head] * kLog2E - kUnitBits;
+    if (head < num_heads) {
+      shift = attend.lse[head_in_batch(view, part.list, part.rows, head)] * kLog2E - kUnitBits;
     }
-    const float length = static_cast<float>(max(rows.num_tokens(), 1));
+    const float length = static_cast<float>(max(rows.num_tokens() + row, 1));
     // Beyond so many tokens the clip falls as the threshold does.
     limit = attend.clip * sqrtf(fminf(attend.clip_length / length, 1.0f)) * kUnit;
   }
   WeightedSum<Z> sum(shift, limit);
   __syncthreads();
-  const Query<Z::kSteps> query(shared.query, first_head);
+  const Query<Z::kSteps, Z::kJoint> query(shared.query, first_head);
   way.run(query, sum);
   sum.leave(shared, warp, tiles);
 }
@@ -399,26 +438,49 @@ __device__ inline void attend_part(const LayerView& view, const AttendRows& atte
 // The result of the list, by the last of its thread blocks.
 template <typename Z>
 __device__ inline void attend_list(const LayerView& view, const AttendRows& attend,
-                                   Shared<Z>& shared, const ListRows& rows, const Part& part) {
+                                   Shared<Z>& shared, const ListRows<Z::kJoint>& rows,
+                                   const Part& part) {
   attend_part(view, attend, shared, rows, part);
   __syncthreads();
-  const int tiles = head_tiles(view);
+  const int tiles = head_tiles(part.rows * view.group);
   if (part.of == 1) {
-    for_each_four(view, [&](int head, int four) {
+    for_each_four(view, part.rows, [&](int head, int four) {
       const Sums<Z> sums = sums_of_warps(shared, tiles, head, four);
-      store_sums(view, attend, part.list, head, four, sums);
+      const Own own(view, part, head);
+      store_sums(view, attend, own.list, own.head, four, sums);
     });
   } else {
     const ListParts<Z> parts(view, attend, part);
-    for_each_four(view, [&](int head, int four) {
+    for_each_four(view, part.rows, [&](int head, int four) {
       parts.store(part.number, head, four, sums_of_warps(shared, tiles, head, four));
     });
     if (is_last(attend, shared, part)) {
-      for_each_four(view, [&](int head, int four) {
-        store_sums(view, attend, part.list, head, four, parts.add_up(part.of, head, four));
+      for_each_four(view, part.rows, [&](int head, int four) {
+        const Own own(view, part, head);
+        store_sums(view, attend, own.list, own.head, four, parts.add_up(part.of, head, four));
       });
     }
   }
+}
+
+// A thread block's part of a list, which `rows` of the batch have from `first_row` on.
+template <typename Z>
+__device__ inline void attend_rows(const LayerView& view, const Step& step,
+                                   const AttendRows& attend, Shared<Z>& shared, int first_row,
+                                   int rows) {
+  const int list = first_row * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
+  const ListRows<Z::kJoint> of_list(view, step, list, step.counts[list], step.seq_lens[first_row]);
+  const Part part(attend, list, rows, blockIdx.z, of_list.tiles());
+  if (part.number >= part.of) return;
+  if (part.end == 0) {
+    // A list of nothing.
+    for_each_four(view, rows, [&](int head, int four) {
+      const Own own(view, part, head);
+      store_result(view, attend, own.list, own.head, four, {});
+    });
+    return;
+  }
+  attend_list(view, attend, shared, of_list, part);
 }
 
 template <typename Z>
@@ -427,19 +489,22 @@ __global__ void __launch_bounds__(kThreads, Z::kLeastBlocks)
                   const __grid_constant__ AttendRows attend) {
   using SharedSums = Shared<Z>;
   __shared__ SharedSums shared;
-  wait_for_launch_before();
-  const int list = static_cast<int>(blockIdx.y * gridDim.x + blockIdx.x);
-  const ListRows rows(view, step, list, step.counts[list], step.seq_lens[blockIdx.y]);
-  const Part part(attend, list, blockIdx.z, rows.tiles());
-  if (part.number >= part.of) return;
-  if (part.end == 0) {
-    // A list of nothing.
-    for_each_four(view,
-                  [&](int head, int four) { store_result(view, attend, list, head, four, {}); });
+  if constexpr (Z::kJoint) {
+    const int num_rows = step.num_lists / view.num_kv_heads;
+    // As csrc/select.cu: where there are more lists than thread blocks they take turns.
+#pragma unroll 1
+    for (int number = static_cast<int>(blockIdx.y);; number += static_cast<int>(gridDim.y)) {
+      const Led led = find_led(step.spans, step.together, num_rows, number);
+      wait_for_launch_before();
+      if (led.rows == 0) break;
+      attend_rows(view, step, attend, shared, led.row, led.rows);
+      __syncthreads();
+    }
   } else {
-    attend_list(view, attend, shared, rows, part);
+    wait_for_launch_before();
+    attend_rows(view, step, attend, shared, static_cast<int>(blockIdx.y), 1);
   }
-  if (list != 0 || part.number != 0) return;
+  if (blockIdx.x != 0 || blockIdx.y != 0 || blockIdx.z != 0) return;
   // The step's epoch ends here: this is its last launch, and no other thread block of it looks at
   // the epoch.
   __syncthreads();
@@ -451,31 +516,32 @@ __global__ void __launch_bounds__(kThreads, Z::kLeastBlocks)
   count_estimate_errors(view, step, attend, shared);
 }
 
-template <int kSteps, bool kCapped>
+template <int kSteps, bool kCapped, bool kJoint>
 cudaError_t launch_steps(const LayerView& view, const Step& step, const AttendRows& attend,
                          bool dependent, cudaStream_t stream) {
   // A thread block finds its place without a division.
-  const dim3 grid(view.num_kv_heads, step.num_lists / view.num_kv_heads, attend.splits);
+  const int num_rows = step.num_lists / view.num_kv_heads;
+  const dim3 grid(view.num_kv_heads, (num_rows + step.together - 1) / step.together, attend.splits);
   const auto launch = [&](auto size) {
     return launch_kernel(dependent, attend_kernel<decltype(size)>, grid, kThreads, stream, view,
                          step, attend);
   };
-  return attend.clip < 0 ? launch(Size<kSteps, false, kCapped>{})
-                         : launch(Size<kSteps, true, kCapped>{});
+  return attend.clip < 0 ? launch(Size<kSteps, false, kCapped, kJoint>{})
+                         : launch(Size<kSteps, true, kCapped, kJoint>{});
 }
 
-template <bool kCapped>
+template <bool kCapped, bool kJoint>
 cudaError_t launch_sizes(const LayerView& view, const Step& step, const AttendRows& attend,
                          bool dependent, cudaStream_t stream) {
   switch ((view.head_size + 31) / 32) {
     case 2:
-      return launch_steps<2, kCapped>(view, step, attend, dependent, stream);
+      return launch_steps<2, kCapped, kJoint>(view, step, attend, dependent, stream);
     case 3:
-      return launch_steps<3, kCapped>(view, step, attend, dependent, stream);
+      return launch_steps<3, kCapped, kJoint>(view, step, attend, dependent, stream);
     case 4:
-      return launch_steps<4, kCapped>(view, step, attend, dependent, stream);
+      return launch_steps<4, kCapped, kJoint>(view, step, attend, dependent, stream);
     case 8:
-      return launch_steps<8, kCapped>(view, step, attend, dependent, stream);
+      return launch_steps<8, kCapped, kJoint>(view, step, attend, dependent, stream);
     default:
       return cudaErrorInvalidValue;
   }
@@ -485,8 +551,10 @@ cudaError_t launch_sizes(const LayerView& view, const Step& step, const AttendRo
 
 cudaError_t launch_attend_rows(const LayerView& view, const Step& step, const AttendRows& attend,
                                bool dependent, cudaStream_t stream) {
-  return attend.cap.most == 0 ? launch_sizes<false>(view, step, attend, dependent, stream)
-                              : launch_sizes<true>(view, step, attend, dependent, stream);
+  // Several rows have a list only where nothing caps their scores.
+  if (step.together > 1) return launch_sizes<false, true>(view, step, attend, dependent, stream);
+  return attend.cap.most == 0 ? launch_sizes<false, false>(view, step, attend, dependent, stream)
+                              : launch_sizes<true, false>(view, step, attend, dependent, stream);
 }
 
 }  // namespace kcache

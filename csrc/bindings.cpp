@@ -248,16 +248,37 @@ void fetch_blocks(Tensor layer, Tensor blocks, Tensor counts, Tensor block_table
   STD_CUDA_CHECK(launch_fetch(view, step, current_stream(blocks)));
 }
 
+// Tokens of a request that have one list.
+void use_spans(Step& step, const LayerView& view, const std::optional<Tensor>& spans,
+               int64_t together, const Tensor& blocks) {
+  if (spans) check_tensor("spans", *spans, ScalarType::Int, {blocks.size(0), 2}, blocks);
+  STD_TORCH_CHECK(together >= 1 && (together == 1 || (spans && together * view.group <= kMaxGroup &&
+                                                      together <= kMostTogether)),
+                  "together=", together, ": needs spans, and at most ", kMaxGroup,
+                  " query heads and ", kMostTogether, " tokens");
+  step.spans = spans ? pointer<int2>(*spans) : nullptr;
+  step.together = static_cast<int>(together);
+}
+
 // The columns past the end of a list are left alone: `counts` says where it ends.
 void select_and_fetch(Tensor layer, Tensor seq_lens, Tensor block_table, Tensor block_lse,
                       Tensor chunk_lse, int64_t chunk_blocks, Tensor blocks, Tensor counts,
                       Tensor mass, Tensor lse, std::optional<Tensor> dropped, Tensor rows,
-                      std::optional<Tensor> lists, bool dependent) {
+                      std::optional<Tensor> lists, std::optional<Tensor> spans, int64_t together,
+                      bool dependent) {
   const LayerView view = unpack(layer);
   Step step{};
   use_selection(step, view, seq_lens, block_lse, chunk_lse, chunk_blocks, blocks, counts, mass, lse,
                 dropped);
   use_rows(step, block_table, blocks, rows);
+  use_spans(step, view, spans, together, blocks);
+  if (together > 1) {
+    STD_TORCH_CHECK(!lists, "lists: none where tokens of a request have one");
+    const int64_t most = view.top_n < 0 ? step.max_blocks : view.top_n * together;
+    STD_TORCH_CHECK(step.columns >= std::min<int64_t>(most, step.max_blocks),
+                    "blocks: has N=", step.columns, " columns; must have those of ", together,
+                    " tokens");
+  }
   if (lists) use_signals(step, *lists, blocks);
   if (step.num_lists == 0) return;
   const DeviceGuard guard(blocks.get_device_index());
@@ -378,9 +399,10 @@ void score_codes(Tensor layer, Tensor query, Tensor seq_lens, Tensor block_table
 void attend_int8_rows(Tensor layer, Tensor blocks, Tensor counts, Tensor rows, Tensor seq_lens,
                       Tensor block_lse, Tensor query, Tensor bias, std::optional<Tensor> lse,
                       std::optional<Tensor> dropped, std::optional<Tensor> sinks, Tensor sums,
-                      Tensor weights, Tensor arrivals, Tensor out, double scale,
-                      std::optional<double> soft_cap, double clip, double clip_length,
-                      int64_t splits, int64_t least_tiles, int64_t every, bool dependent) {
+                      Tensor weights, Tensor arrivals, Tensor out, std::optional<Tensor> spans,
+                      int64_t together, double scale, std::optional<double> soft_cap, double clip,
+                      double clip_length, int64_t splits, int64_t least_tiles, int64_t every,
+                      bool dependent) {
   const LayerView view = unpack_codes(layer);
   STD_TORCH_CHECK(view.int8_rows, "layer: its rows are not int8");
   const int64_t num_requests = blocks.size(0), num_heads = view.num_kv_heads * view.group;
@@ -388,6 +410,8 @@ void attend_int8_rows(Tensor layer, Tensor blocks, Tensor counts, Tensor rows, T
                   " requests; too many for ", num_heads, " heads");
   Step step{};
   use_lists(step, view, blocks, counts);
+  use_spans(step, view, spans, together, blocks);
+  STD_TORCH_CHECK(together == 1 || !soft_cap, "soft_cap: not with lists of several rows");
   check_tensor("rows", rows, ScalarType::Int, {num_requests, view.num_kv_heads, blocks.size(2)},
                blocks);
   check_tensor("seq_lens", seq_lens, ScalarType::Int, {num_requests}, blocks);
@@ -534,7 +558,8 @@ STABLE_TORCH_LIBRARY(kcache, library) {
   library.def(
       "fetch_blocks(Tensor layer, Tensor blocks, Tensor counts, Tensor block_table, "
       "Tensor(a!) rows) -> ()");
-  library.def("select_and_fetch(" KCACHE_STEP ", Tensor(g!)? lists, bool dependent) -> ()");
+  library.def("select_and_fetch(" KCACHE_STEP
+              ", Tensor(g!)? lists, Tensor? spans, int together, bool dependent) -> ()");
   library.def(
       "follow_scores(" KCACHE_STEP
       ", Tensor(g!) lists, int splits, int most_thread_blocks, int least_thread_blocks) -> ()");
@@ -546,9 +571,9 @@ STABLE_TORCH_LIBRARY(kcache, library) {
   library.def(
       "attend_int8_rows(Tensor layer, Tensor blocks, Tensor counts, Tensor rows, Tensor seq_lens, "
       "Tensor block_lse, Tensor query, Tensor bias, Tensor? lse, Tensor? dropped, Tensor? sinks, "
-      "Tensor(a!) sums, Tensor(b!) weights, Tensor(c!) arrivals, Tensor(d!) out, float scale, "
-      "float? soft_cap, float clip, float clip_length, int splits, int least_tiles, int every, "
-      "bool dependent) -> ()");
+      "Tensor(a!) sums, Tensor(b!) weights, Tensor(c!) arrivals, Tensor(d!) out, Tensor? spans, "
+      "int together, float scale, float? soft_cap, float clip, float clip_length, int splits, "
+      "int least_tiles, int every, bool dependent) -> ()");
   library.def(
       "write_rows(Tensor layer, Tensor key, Tensor value, Tensor slot_mapping, int parts, "
       "int allocate_tokens, bool fills, int most_thread_blocks, bool dependent) -> ()");

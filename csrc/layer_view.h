@@ -18,9 +18,13 @@ constexpr int kFirstDroppedBucket = 8, kDroppedBuckets = 16;
 constexpr int kFirstEstimateBucket = 24, kEstimateBuckets = 10;
 constexpr int kCounterWords = kFirstEstimateBucket + kEstimateBuckets;
 
-constexpr int kMaxGroup = 16;        // query heads of a KV head
-constexpr int kMaxBlocks = 1 << 20;  // V blocks of a request
-constexpr int kDone = -1;            // in `lists`: selected and fetched
+constexpr int kMaxGroup = 16;  // query heads of a KV head
+constexpr int kBlockBits = 20;
+constexpr int kMaxBlocks = 1 << kBlockBits;  // V blocks of a request
+// Tokens of a request that have one list. A place of it is a V block, and above its bits one bit of
+// each token that selected it.
+constexpr int kMostTogether = 8;
+constexpr int kDone = -1;  // in `lists`: selected and fetched
 
 using Word = unsigned long long;
 constexpr Word kEmptySlot = ~0ull;  // a slot that holds nothing
@@ -72,6 +76,11 @@ struct Step {
   int* lists;  // [B * Hkv] programs of the score kernel that are done with a list, or kDone
   int64_t table_stride;
   int num_lists, max_blocks, max_chunks, chunk_blocks, columns;
+  // [B] of each row, the rows of its request before it and after it, side by side; null where each
+  // is a request of its own. `together`: most of those that are taken at once. What they share is
+  // that of the first of them: its list, which `counts` is the length of, and `rows`.
+  const int2* spans;
+  int together;
 };
 
 // A tensor of the model's dtype, [.., heads, head_size], strided over the first dimension.

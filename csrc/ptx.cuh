@@ -157,6 +157,13 @@ __device__ inline void load_if(bool wanted, unsigned (&words)[1], const char* fr
       : "l"(from), "r"(static_cast<int>(wanted)));
 }
 
+// From shared memory each time: not kept in registers for the next.
+__device__ inline void load_shared(unsigned (&words)[2], const unsigned* from) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+               : "=r"(words[0]), "=r"(words[1])
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(from))));
+}
+
 // 8 x 8 values of 16 bits, of which a lane has two of a row: after it, of a column. What a lane
 // has: PTX ISA, "movmatrix".
 __device__ inline unsigned transpose(unsigned two) {

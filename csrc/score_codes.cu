@@ -9,6 +9,7 @@
 #include "dependent.cuh"
 #include "head.cuh"
 #include "launch.h"
+#include "spans.cuh"
 #include "warp.cuh"
 
 namespace kcache {
@@ -387,29 +388,14 @@ class ListScores {
   unsigned columns_[Z::kTiles == 1 ? Z::kSteps : Z::kTiles][2];
 };
 
+// A thread block's part of a list, for `rows` of the batch from `row` on.
 template <typename Z>
-__global__ void __launch_bounds__(kThreads, Z::kLeastBlocks)
-    score_kernel(const __grid_constant__ LayerView view, const __grid_constant__ Step step,
-                 const __grid_constant__ ScoreCodes score) {
-  using Shared = QueryShared<Z>;
-  __shared__ Shared shared;
-  if (!score.after_write) wait_for_launch_before();
-  const int list = static_cast<int>(blockIdx.x) / score.splits;
-  const int split = static_cast<int>(blockIdx.x) % score.splits;
+__device__ inline void score_rows(const LayerView& view, const Step& step, const ScoreCodes& score,
+                                  QueryShared<Z>& shared, int list, int split, int row, int rows) {
   const int warp = threadIdx.x / 32, workers = score.splits * kWarps;
   const int worker = split * kWarps + warp;
-  const int row = list / view.num_kv_heads;
-  int rows = 1;
-  if constexpr (Z::kJoint) {
-    // Those that begin before the batch belong to another one.
-    const int2 span = score.spans[row];
-    const bool leads = min(span.x, row) % score.together == 0;
-    rows =
-        leads ? min(min(span.y + 1, score.together), step.num_lists / view.num_kv_heads - row) : 0;
-  }
   const int num_tokens =
-      rows == 0 ? 0
-                : max(min(step.seq_lens[row + rows - 1], step.max_blocks * view.block_tokens), 0);
+      max(min(step.seq_lens[row + rows - 1], step.max_blocks * view.block_tokens), 0);
   // On its way while the length is.
   const unsigned page = ListScores<Z>::page_of(view, step, score, list, worker);
   const int chunks = (num_tokens + kChunkTokens - 1) / kChunkTokens;
@@ -440,12 +426,40 @@ __global__ void __launch_bounds__(kThreads, Z::kLeastBlocks)
   if (worker < chunks) scores.run(score, worker, workers);
 }
 
+template <typename Z>
+__global__ void __launch_bounds__(kThreads, Z::kLeastBlocks)
+    score_kernel(const __grid_constant__ LayerView view, const __grid_constant__ Step step,
+                 const __grid_constant__ ScoreCodes score) {
+  using Shared = QueryShared<Z>;
+  __shared__ Shared shared;
+  if (!score.after_write) wait_for_launch_before();
+  const int list = static_cast<int>(blockIdx.x) / score.splits;
+  const int split = static_cast<int>(blockIdx.x) % score.splits;
+  if constexpr (!Z::kJoint) {
+    score_rows(view, step, score, shared, list, split, list / view.num_kv_heads, 1);
+  } else {
+    // As csrc/select.cu: where there are more lists than thread blocks they take turns.
+    const int num_rows = step.num_lists / view.num_kv_heads, head = list % view.num_kv_heads;
+    const int at_once = static_cast<int>(gridDim.x) / (score.splits * view.num_kv_heads);
+#pragma unroll 1
+    for (int number = list / view.num_kv_heads;; number += at_once) {
+      const Led led = find_led(score.spans, score.together, num_rows, number);
+      if (led.rows == 0) break;
+      score_rows(view, step, score, shared, led.row * view.num_kv_heads + head, split, led.row,
+                 led.rows);
+      __syncthreads();
+    }
+  }
+}
+
 template <int kSteps, bool kCapped>
 cudaError_t launch_steps(const LayerView& view, const Step& step, const ScoreCodes& score,
                          bool dependent, cudaStream_t stream) {
+  const int num_rows = step.num_lists / view.num_kv_heads;
+  const int lists = (num_rows + score.together - 1) / score.together * view.num_kv_heads;
   const auto launch = [&](auto size) {
-    return launch_kernel(dependent, score_kernel<decltype(size)>, step.num_lists * score.splits,
-                         kThreads, stream, view, step, score);
+    return launch_kernel(dependent, score_kernel<decltype(size)>, lists * score.splits, kThreads,
+                         stream, view, step, score);
   };
   const int heads = view.group * score.together;
   if (score.together > 1) {

@@ -13,8 +13,8 @@ namespace kcache {
 
 constexpr unsigned kForcedKey = 0x7f000000u;  // above the bits of any mass
 // The bits of a mass lie above these, so that the first digit is its exponent.
-constexpr int kBlockBits = 25, kRankBits = 56;
-static_assert(kMaxBlocks <= 1 << kBlockBits);
+constexpr int kPlaceBits = 25, kRankBits = 56;
+static_assert(kMaxBlocks <= 1 << kPlaceBits);
 constexpr float kFixedPointOne = 1073741824.0f;
 
 __device__ inline unsigned fixed_point(float mass) {
@@ -25,7 +25,7 @@ __device__ inline unsigned fixed_point(float mass) {
 template <typename R>
 __device__ unsigned long long ListSelection<R>::rank(float mass, int block) const {
   const unsigned key = forced(block) ? kForcedKey : __float_as_uint(mass);
-  return (static_cast<unsigned long long>(key) << kBlockBits) | ((1 << kBlockBits) - 1 - block);
+  return (static_cast<unsigned long long>(key) << kPlaceBits) | ((1 << kPlaceBits) - 1 - block);
 }
 
 // Masses of all blocks.
@@ -82,7 +82,7 @@ __device__ void ListSelection<R>::find_threshold() {
   const bool covers = view_.coverage >= 0.0f, by_mass = mass_threshold_ >= 0.0f;
   // Above it or at it, ties included; rank 0 is below everything.
   const unsigned long long heaviest_enough =
-      by_mass ? static_cast<unsigned long long>(__float_as_uint(mass_threshold_)) << kBlockBits : 0;
+      by_mass ? static_cast<unsigned long long>(__float_as_uint(mass_threshold_)) << kPlaceBits : 0;
   threshold_ = heaviest_enough;
   if (cap >= num_blocks_ && !covers) return;
 

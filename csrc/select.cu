@@ -2,6 +2,7 @@
 #include "dependent.cuh"
 #include "launch.h"
 #include "list.cuh"
+#include "spans.cuh"
 
 namespace kcache {
 namespace {
@@ -36,6 +37,39 @@ __global__ void __launch_bounds__(kMostThreads, kLeastBlocks)
   }
 }
 
+// A thread block for each list that rows have together, with some to spare where rows of requests
+// of fewer tokens come beside the others: those take turns.
+template <typename R>
+__global__ void __launch_bounds__(kMostThreads, kLeastBlocks)
+    joint_select_kernel(const __grid_constant__ LayerView view, const __grid_constant__ Step step) {
+  __shared__ ListShared<R> shared;
+  const int head = static_cast<int>(blockIdx.x), num_rows = step.num_lists / view.num_kv_heads;
+#pragma unroll 1
+  for (int number = static_cast<int>(blockIdx.y);; number += static_cast<int>(gridDim.y)) {
+    // Reads the spans, which no launch of a step writes.
+    const Led led = find_led(step.spans, step.together, num_rows, number);
+    wait_for_launch_before();
+    let_next_launch_begin();
+    if (led.rows == 0) break;
+    const int list = led.row * view.num_kv_heads + head;
+    ListSelection<R> selection(view, step, shared.select, list, led.rows);
+    select_and_fetch_list(view, step, shared, selection, list);
+    __syncthreads();
+  }
+}
+
+cudaError_t launch_joint(const LayerView& view, const Step& step, int multiprocessors,
+                         bool dependent, cudaStream_t stream) {
+  const int num_rows = step.num_lists / view.num_kv_heads;
+  const dim3 grid(view.num_kv_heads, (num_rows + step.together - 1) / step.together);
+  const bool more_than_a_wave = static_cast<int>(grid.x * grid.y) > kLeastBlocks * multiprocessors;
+  const int threads = more_than_a_wave ? kMostThreads / 2 : kMostThreads;
+  return with_joint_rule(view, [&](auto rule) {
+    return launch_kernel(dependent, joint_select_kernel<decltype(rule)>, grid, threads, stream,
+                         view, step);
+  });
+}
+
 }  // namespace
 
 cudaError_t launch_select(const LayerView& view, const Step& step, bool dependent,
@@ -46,6 +80,7 @@ cudaError_t launch_select(const LayerView& view, const Step& step, bool dependen
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   }
   if (error != cudaSuccess) return error;
+  if (step.together > 1) return launch_joint(view, step, multiprocessors, dependent, stream);
   // Two waves of lists take longer than one of slower lists.
   const bool more_than_a_wave = step.num_lists > kLeastBlocks * multiprocessors;
   const int threads = more_than_a_wave ? kMostThreads / 2 : kMostThreads;

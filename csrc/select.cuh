@@ -42,11 +42,15 @@ constexpr int kMasses = 4608;
 
 // Kernel specialisations: one kernel with all rules would be several times larger. `kTogether`:
 // most query heads whose scores of a block a thread holds in registers at once. `kSearches`: the
-// rule does not name its threshold.
-template <int kTogether_, bool kSearches_>
+// rule does not name its threshold. `kJoint`: several rows have one list (csrc/joint.cuh).
+template <int kTogether_, bool kSearches_, bool kJoint_ = false>
 struct Rule {
   static constexpr int kTogether = kTogether_;
   static constexpr bool kSearches = kSearches_;
+  static constexpr bool kJoint = kJoint_;
+  static constexpr int kMostRows = kJoint ? kMostTogether : 1;
+  // Of each row there is a bit.
+  static constexpr int kSegment = kcache::kSegment / (!kJoint ? 1 : kSearches ? 4 : 2);
 };
 
 // Call `launch` with the rule that its kernel is to be compiled for.
@@ -61,6 +65,16 @@ cudaError_t with_rule(const LayerView& view, const Launch& launch) {
   return launch(Rule<16, false>{});
 }
 
+// The same where several rows have one list: then a group is half of the most query heads at most.
+template <typename Launch>
+cudaError_t with_joint_rule(const LayerView& view, const Launch& launch) {
+  if (!view.combine_max || view.top_n >= 0 || view.coverage >= 0.0f) {
+    return view.group <= 4 ? launch(Rule<4, true, true>{}) : launch(Rule<8, true, true>{});
+  }
+  if (view.group == 1) return launch(Rule<1, false, true>{});
+  return view.group <= 4 ? launch(Rule<4, false, true>{}) : launch(Rule<8, false, true>{});
+}
+
 struct SearchShared {
   float masses[kMasses];                // of a list of so few blocks
   unsigned histogram[kMaxSums][kBins];  // blocks, then masses of each sum
@@ -70,12 +84,22 @@ struct SearchShared {
 };
 struct NoSearchShared {};
 
+// Of rows that have one list.
 template <typename R>
-struct SelectShared : std::conditional_t<R::kSearches, SearchShared, NoSearchShared> {
-  float shift[kMaxGroup];  // log2 of the sum of exp over the request, each query head
+struct JointShared {
+  unsigned any_words[R::kSegment / 32];  // blocks that some row keeps
+  unsigned long long thresholds[R::kMostRows];
+};
+struct NotJointShared {};
+
+template <typename R>
+struct SelectShared : std::conditional_t<R::kSearches, SearchShared, NoSearchShared>,
+                      std::conditional_t<R::kJoint, JointShared<R>, NotJointShared> {
+  // Of each query head: of all rows where several have one list.
+  float shift[kMaxGroup];  // log2 of the sum of exp over the request
   float covered[kMaxGroup][kMostWarps];
-  unsigned kept_words[kSegment / 32];  // a bit of each block of the segment
-  NearBlock kept[kMostThreads];        // a part of those whose bits are set
+  unsigned kept_words[R::kMostRows][R::kSegment / 32];  // a bit of each block of the segment
+  NearBlock kept[kMostThreads];                         // a part of those whose bits are set
 };
 
 // V blocks of a request.
@@ -92,7 +116,7 @@ __device__ inline void pad(int* lists, int count, int columns) {
 
 template <typename R>
 class ListSelection {
-  static constexpr int kTogether = R::kTogether;
+  static constexpr int kTogether = R::kTogether, kSegment = R::kSegment;
   // Blocks side by side that a thread loads at once, and how many times that.
   static constexpr int kWide = kTogether <= 4 ? 4 : 1;
   static constexpr int kAhead = kInFlight / (kTogether * kWide), kBlocks = kAhead * kWide;
@@ -100,21 +124,24 @@ class ListSelection {
   static constexpr bool kAddsWhileMarking = !R::kSearches && kTogether <= 8;
 
  public:
+  // `rows`: that have the list, each of one token more than the row before.
   __device__ ListSelection(const LayerView& view, const Step& step, SelectShared<R>& shared,
-                           int list)
+                           int list, int rows = 1)
       : view_(view),
         step_(step),
         shared_(shared),
         list_(list),
         num_blocks_(blocks_of(view, step, list / view.num_kv_heads)),
         lane_(threadIdx.x & 31),
-        warp_(threadIdx.x >> 5) {
-    const int num_tokens = step.seq_lens[list / view.num_kv_heads];
-    first_recent_ = max(num_tokens - view.recent_tokens, 0) / view.block_tokens;
-    const float length = static_cast<float>(num_tokens);
-    mass_threshold_ = view.mass_threshold;
-    if (view.threshold_length > 0.0f && length > view.threshold_length) {
-      mass_threshold_ *= sqrtf(view.threshold_length / length);
+        warp_(threadIdx.x >> 5),
+        leader_(list),
+        rows_(rows),
+        num_tokens_(step.seq_lens[list / view.num_kv_heads]) {
+    if constexpr (R::kJoint) {
+      use(rows - 1);
+      most_blocks_ = num_blocks_;
+    } else {
+      use_length(num_tokens_);
     }
     vectors_ = step.max_blocks % 4 == 0 && reinterpret_cast<uintptr_t>(step.block_lse) % 16 == 0;
   }
@@ -124,6 +151,7 @@ class ListSelection {
   // have come back. Returns its length.
   template <typename Take>
   __device__ int run(const Take& take) {
+    if constexpr (R::kJoint) return run_joint(take);
     int count = 0;
     if (num_blocks_ > 0) {
       normalise();
@@ -158,6 +186,35 @@ class ListSelection {
   }
 
  private:
+  // What of the rule depends on a request's tokens.
+  __device__ void use_length(int num_tokens) {
+    first_recent_ = max(num_tokens - view_.recent_tokens, 0) / view_.block_tokens;
+    const float length = static_cast<float>(num_tokens);
+    mass_threshold_ = view_.mass_threshold;
+    if (view_.threshold_length > 0.0f && length > view_.threshold_length) {
+      mass_threshold_ *= sqrtf(view_.threshold_length / length);
+    }
+  }
+
+  // csrc/joint.cuh.
+  __device__ void use(int row);
+  template <typename Take>
+  __device__ int run_joint(const Take& take);
+  __device__ void normalise_rows();
+  __device__ void find_thresholds();
+  __device__ void cover_rows(int first_block, int count);
+  __device__ unsigned rows_with(int word) const;
+
+  // Of a query head of the row that is looked at: where its sums are.
+  __device__ int place_of(int head) const { return R::kJoint ? row_ * view_.group + head : head; }
+  // A bit of each block of the segment that goes into the list.
+  __device__ const unsigned* listed_words() const {
+    if constexpr (R::kJoint) return shared_.any_words;
+    return shared_.kept_words[0];
+  }
+  // The most that a row of the list has.
+  __device__ int most_blocks() const { return R::kJoint ? most_blocks_ : num_blocks_; }
+
   // Each query head's log-sum-exp over the request, from what scoring left of each chunk: a warp a
   // head. Scores are read past the first-level cache, which knows nothing of a score kernel that
   // still runs.
@@ -221,7 +278,7 @@ class ListSelection {
     }
 #pragma unroll
     for (int h = 0; h < kTogether; ++h) {
-      const float shift = shared_.shift[h];
+      const float shift = !R::kJoint || h < view_.group ? shared_.shift[place_of(h)] : 0.0f;
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i) logs[i][h] = fmaf(logs[i][h], kLog2E, -shift);
     }
@@ -261,7 +318,7 @@ class ListSelection {
 
   __device__ float head_mass(int head, int block) const {
     const float lse = __ldcg(scores() + (static_cast<unsigned>(head) * step_.max_blocks + block));
-    return fast_exp2(fmaf(lse, kLog2E, -shared_.shift[head]));
+    return fast_exp2(fmaf(lse, kLog2E, -shared_.shift[place_of(head)]));
   }
 
   __device__ bool forced(int block) const {
@@ -286,7 +343,7 @@ class ListSelection {
   };
   __device__ Share share(int first_block) const {
     constexpr int kUnit = 32 * kWide;
-    const int units = (min(num_blocks_ - first_block, kSegment) + kUnit - 1) / kUnit;
+    const int units = (min(most_blocks() - first_block, kSegment) + kUnit - 1) / kUnit;
     const int each = (units + num_warps() - 1) / num_warps(), begin = min(warp_ * each, units);
     return {units * kWide, begin * kWide, min(begin + each, units) * kWide};
   }
@@ -321,12 +378,22 @@ class ListSelection {
         for (int other = 1; other < kLanes; other *= 2) {
           kept |= __shfl_xor_sync(kAllLanes, kept, other);
         }
-        if (lane_ % kLanes == 0) shared_.kept_words[start + i * kWide + lane_ / kLanes] = kept;
+        if (lane_ % kLanes == 0) {
+          const int word = start + i * kWide + lane_ / kLanes;
+          shared_.kept_words[row_][word] = kept;
+          if constexpr (R::kJoint) {
+            // Of each row by the same lane.
+            shared_.any_words[word] = kept | (row_ == 0 ? 0 : shared_.any_words[word]);
+          }
+        }
       }
     }
     if constexpr (kAddsWhileMarking) {
 #pragma unroll
-      for (int h = 0; h < kTogether; ++h) add_covered(h, warp_, covered[h], first_block > 0);
+      for (int h = 0; h < kTogether; ++h) {
+        if (R::kJoint && h >= view_.group) break;
+        add_covered(place_of(h), warp_, covered[h], first_block > 0);
+      }
     }
   }
 
@@ -356,7 +423,7 @@ class ListSelection {
     int before = 0, total = 0;
 #pragma unroll 1
     for (int i = lane_; i < own.words; i += 32) {
-      const int count = __popc(shared_.kept_words[i]);
+      const int count = __popc(listed_words()[i]);
       total += count;
       before += i < own.begin ? count : 0;
     }
@@ -368,27 +435,31 @@ class ListSelection {
   // the look-up that follows.
   __device__ void write(int first_block, int first_column, int part, int in_part, int place) {
     const Share own = share(first_block);
-    int* out = step_.blocks + static_cast<int64_t>(list_) * step_.columns + first_column + part;
+    int* out = step_.blocks + static_cast<int64_t>(leader_) * step_.columns + first_column + part;
     place -= part;
 #pragma unroll 1
     for (int i = own.begin; i < own.end; ++i) {
-      const unsigned kept = shared_.kept_words[i];
+      const unsigned kept = listed_words()[i];
       const int column = place + __popc(kept & ((1u << lane_) - 1)), near = i * 32 + lane_;
       if (((kept >> lane_) & 1) && column >= 0 && column < in_part) {
         shared_.kept[column] = static_cast<NearBlock>(near);
-        out[column] = first_block + near;
+        int entry = first_block + near;
+        if constexpr (R::kJoint) entry |= static_cast<int>(rows_with(i) << kBlockBits);
+        out[column] = entry;
       }
       place += __popc(kept);
     }
   }
 
-  // By one warp: the list's length and covered mass. An empty row has all of its mass.
-  __device__ void finish(int count) {
+  // By one warp: the length of a list and the covered mass. An empty row has all of its mass.
+  __device__ void finish(int count) { finish(count, count); }
+  // `count`: blocks that the row selected.
+  __device__ void finish(int count, int in_list) {
     const int sums = kAddsWhileMarking ? num_warps() : 1;
     float least = 1.0f, mean = 0.0f;
 #pragma unroll 1
     for (int h = 0; num_blocks_ > 0 && h < view_.group; ++h) {
-      const float mass = warp_sum(lane_ < sums ? shared_.covered[h][lane_] : 0.0f);
+      const float mass = warp_sum(lane_ < sums ? shared_.covered[place_of(h)][lane_] : 0.0f);
       if (step_.dropped != nullptr && lane_ == 0) {
         step_.dropped[static_cast<int64_t>(list_) * view_.group + h] =
             count == num_blocks_ ? 0.0f : fmaxf(1.0f - mass, 0.0f);
@@ -398,7 +469,7 @@ class ListSelection {
     }
     if (lane_ != 0) return;
     const float mass = view_.combine_max || num_blocks_ == 0 ? least : fminf(mean, 1.0f);
-    step_.counts[list_] = count;
+    step_.counts[list_] = in_list;
     step_.mass[list_] = mass;
     if (num_blocks_ == 0) return;
     const float log10 = log2f(fmaxf(1.0f - mass, 1e-30f)) * 0.30102999566f;
@@ -412,8 +483,11 @@ class ListSelection {
   const LayerView& view_;
   const Step& step_;
   SelectShared<R>& shared_;
-  const int list_, num_blocks_;
+  int list_, num_blocks_;  // of the row that is looked at
   const int lane_, warp_;
+  // Where several rows have one list: whose it is, and which of them is looked at.
+  const int leader_, rows_, num_tokens_;
+  int row_ = 0, most_blocks_ = 0;
   int first_recent_;
   float mass_threshold_;              // of a request of this length
   bool vectors_;                      // every row of scores begins where a vector may
@@ -423,4 +497,5 @@ class ListSelection {
 
 }  // namespace kcache
 
+#include "joint.cuh"
 #include "search.cuh"

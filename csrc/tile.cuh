@@ -29,16 +29,29 @@ struct QueryShared {
                                            // what every weight has
 };
 
-// All warps of a thread block, and a barrier after it.
+// Where several rows have one list it has the query heads of all, one row's after another's: which
+// row a head is of, from the first.
+__device__ inline int row_of_head(const LayerView& view, int rows, int head) {
+  return rows == 1 ? 0 : head / view.group;
+}
+
+// Of all query heads of a batch, one of a list. `list`: of the first row.
+__device__ inline int64_t head_in_batch(const LayerView& view, int64_t list, int rows, int head) {
+  const int row = row_of_head(view, rows, head);
+  return (list + row * view.num_kv_heads) * view.group + head - row * view.group;
+}
+
+// All warps of a thread block, and a barrier after it. `rows`: that have the list.
 template <int kSteps>
 __device__ inline void prepare_query(QueryShared<kSteps>& shared, const LayerView& view,
-                                     const AttendRows& attend, int64_t list, int num_heads) {
+                                     const AttendRows& attend, int64_t list, int rows,
+                                     int num_heads) {
   constexpr int kParts = (kSteps + 3) / 4;
   const int lane = threadIdx.x & 31;
 #pragma unroll 1
   for (int head = threadIdx.x / 32; head < num_heads; head += blockDim.x / 32) {
-    const int64_t in_batch = list * view.group + head;
-    const bool there = head < view.group;
+    const int64_t in_batch = head_in_batch(view, list, rows, head);
+    const bool there = head < rows * view.group;
     float x[kParts][4] = {}, most = 1e-20f;
     if (there) load_floats(x, attend.query + in_batch * view.head_size, view.head_size);
     for_each(x, [&](int part, int i) { most = fmaxf(most, fabsf(x[part][i])); });
@@ -59,24 +72,39 @@ __device__ inline void prepare_query(QueryShared<kSteps>& shared, const LayerVie
 }
 
 // The same as a warp's products take it: a digit of a query head, and what scores need of another.
-template <int kSteps>
-struct Query {
-  unsigned columns[kSteps][2];
-  float unit, bias;
+// Where several rows have one list the digits stay in shared memory, for want of registers.
+template <int kSteps, bool kJoint>
+class Query {
+ public:
+  const float unit, bias;
 
   // Of the heads from `first_head`.
-  __device__ Query(const QueryShared<kSteps>& shared, int first_head) {
+  __device__ Query(const QueryShared<kSteps>& shared, int first_head)
+      : unit(shared.unit[first_head + (threadIdx.x & 3)]),
+        bias(shared.bias[first_head + (threadIdx.x & 3)]) {
     const int group = (threadIdx.x & 31) / 4, quarter = threadIdx.x & 3;
-    const auto* words = reinterpret_cast<const uint2*>(
-        shared.digits[first_head + group / 2][group & 1] + quarter * 2 * kSteps);
+    words_ = shared.digits[first_head + group / 2][group & 1] + quarter * 2 * kSteps;
+    if constexpr (!kJoint) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      columns[step][0] = words[step].x;
-      columns[step][1] = words[step].y;
+      for (int step = 0; step < kSteps; ++step) {
+        const uint2 two = reinterpret_cast<const uint2*>(words_)[step];
+        columns_[step][0] = two.x;
+        columns_[step][1] = two.y;
+      }
     }
-    unit = shared.unit[first_head + quarter];
-    bias = shared.bias[first_head + quarter];
   }
+  __device__ void load(unsigned (&columns)[2], int step) const {
+    if constexpr (kJoint) {
+      load_shared(columns, words_ + 2 * step);
+    } else {
+      columns[0] = columns_[step][0];
+      columns[1] = columns_[step][1];
+    }
+  }
+
+ private:
+  const unsigned* words_;
+  unsigned columns_[kSteps][2];
 };
 
 // Of a power of two.
@@ -84,14 +112,27 @@ __device__ inline int shift_of(int tokens) {
   return __popc(tokens - 1);
 }
 
+// A lane's token: where its K begins, both its scales, and whether it is attended to; where several
+// rows have one list, for each of them a bit of that.
+struct Token {
+  const char* key;
+  unsigned short of_key, of_value;
+  bool exists;
+  unsigned seen;
+};
+
 // A list of rows, of one at least, by tiles.
+template <bool kJoint>
 class ListRows {
  public:
+  // `num_tokens`: of the first row that has the list; each of the others has one more than the row
+  // before.
   __device__ ListRows(const LayerView& view, const Step& step, int64_t list, int count,
                       int num_tokens)
       : view_(view),
-        blocks_(step.blocks + list * step.columns),
-        rows_(step.rows + list * step.columns),
+        blocks_(step.blocks + (kJoint ? 0 : list * step.columns)),
+        rows_(step.rows + (kJoint ? 0 : list * step.columns)),
+        first_(kJoint ? static_cast<unsigned>(list * step.columns) : 0),
         count_(count),
         num_tokens_(num_tokens),
         shift_(shift_of(view.block_tokens)) {}
@@ -101,31 +142,34 @@ class ListRows {
 
   // What was loaded stays as it is until it is needed, a tile later: arithmetic would wait for it.
 
-  // Which row has one of the lane's tokens of a tile, and which block of the request it is. Past
-  // the end of the list: those of the last.
+  // Which row has one of the lane's tokens of a tile, and what the list says of it: which block of
+  // the request it is, and who selected that. Past the end of the list: those of the last.
   struct Place {
-    int row, block;
+    int row, entry;
   };
   __device__ Place place(int tile) const {
     const int there = min((tile * kTileTokens + of_lane()) >> shift_, count_ - 1);
-    return {rows_[there], blocks_[there]};
+    return {rows_[first_ + there], blocks_[first_ + there]};
   }
 
-  // The lane's token: where its K begins, and both its scales.
-  struct Token {
-    const char* key;
-    unsigned short of_key, of_value;
-    bool exists;
-  };
   __device__ Token find(int tile, Place place) const {
     const int token = tile * kTileTokens + of_lane(), in = token & (view_.block_tokens - 1);
     const char* row =
         place.row >= 0 ? view_.slots + static_cast<int64_t>(place.row) * view_.row_bytes
                        : view_.host_rows + static_cast<int64_t>(-2 - place.row) * view_.row_bytes;
     const char* scales = row + (view_.head_size << (shift_ + 1)) + 2 * in;
-    const bool exists = token >> shift_ < count_ && (place.block << shift_) + in < num_tokens_;
+    bool exists = token >> shift_ < count_;
+    unsigned seen = 0;
+    if constexpr (kJoint) {
+      const int block = place.entry & (kMaxBlocks - 1), position = (block << shift_) + in;
+      // Rows of at most so many tokens do not see it.
+      const int before = min(max(position - num_tokens_ + 1, 0), kMostTogether);
+      seen = exists ? static_cast<unsigned>(place.entry) >> kBlockBits >> before << before : 0;
+    } else {
+      exists = exists && (place.entry << shift_) + in < num_tokens_;
+    }
     return {row + in * view_.head_size, *reinterpret_cast<const unsigned short*>(scales),
-            *reinterpret_cast<const unsigned short*>(scales + (2 << shift_)), exists};
+            *reinterpret_cast<const unsigned short*>(scales + (2 << shift_)), exists, seen};
   }
 
   __device__ int value_distance() const { return view_.head_size << shift_; }
@@ -135,6 +179,7 @@ class ListRows {
 
   const LayerView& view_;
   const int *blocks_, *rows_;
+  const unsigned first_;  // one number for both, for want of registers
   const int count_, num_tokens_, shift_;
 };
 
@@ -162,7 +207,7 @@ struct Words {
 // K of a tile: of two tokens a quarter each.
 template <int kSteps>
 struct Keys : Words<2, 2 * kSteps, kSteps % 2 == 0 ? 4 : 2> {
-  __device__ void load_tile(bool wanted, const ListRows::Token& token) {
+  __device__ void load_tile(bool wanted, const Token& token) {
     const int lane = threadIdx.x & 31, group = lane / 4, quarter = lane % 4;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -182,7 +227,7 @@ struct Values : Words<4, kSteps,
                       kSteps % 4 == 0   ? 4
                       : kSteps % 2 == 0 ? 2
                                         : 1> {
-  __device__ void load_tile(bool wanted, const ListRows::Token& token, int distance) {
+  __device__ void load_tile(bool wanted, const Token& token, int distance) {
     const int group = (threadIdx.x & 31) / 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -202,13 +247,20 @@ struct Scales {
   float key[2], value[2];
   bool exists[2];
 
-  __device__ void take(const ListRows::Token& token) {
-    const unsigned there = __ballot_sync(kAllLanes, token.exists);
+  // `row`: that the lane's query head is of, where several have one list.
+  template <bool kJoint>
+  __device__ void take(const Token& token, int row) {
+    unsigned there = 0;
+    if constexpr (!kJoint) there = __ballot_sync(kAllLanes, token.exists);
     const unsigned scales = token.of_key | static_cast<unsigned>(token.of_value) << 16;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float2 both = halves_to_floats(__shfl_sync(kAllLanes, scales, token_of_score(i)));
-      exists[i] = there >> token_of_score(i) & 1;
+      if constexpr (kJoint) {
+        exists[i] = __shfl_sync(kAllLanes, token.seen, token_of_score(i)) >> row & 1;
+      } else {
+        exists[i] = there >> token_of_score(i) & 1;
+      }
       // Past the length a row may hold anything, NaN too.
       key[i] = exists[i] ? both.x : 0.0f;
       value[i] = exists[i] ? both.y : 0.0f;
@@ -217,8 +269,8 @@ struct Scales {
 };
 
 // Base-2 scores of the lane's two tokens with its query head; -infinity where there is no token.
-template <bool kCapped, int kSteps>
-__device__ inline void multiply(float (&scores)[2], const Query<kSteps>& query,
+template <bool kCapped, int kSteps, bool kJoint>
+__device__ inline void multiply(float (&scores)[2], const Query<kSteps, kJoint>& query,
                                 const Keys<kSteps>& keys, const Scales& scales,
                                 const SoftCap& cap) {
   int products[4] = {};
@@ -226,7 +278,9 @@ __device__ inline void multiply(float (&scores)[2], const Query<kSteps>& query,
   for (int step = 0; step < kSteps; ++step) {
     const unsigned rows[4] = {keys.word(0, 2 * step), keys.word(1, 2 * step),
                               keys.word(0, 2 * step + 1), keys.word(1, 2 * step + 1)};
-    multiply_add(products, rows, query.columns[step]);
+    unsigned columns[2];
+    query.load(columns, step);
+    multiply_add(products, rows, columns);
   }
 #pragma unroll
   for (int i = 0; i < 2; ++i) {

@@ -20,11 +20,11 @@ constexpr float kUnitBits = 7.0f;     // base-2 logarithm of it
 constexpr float kMostWeight = 1e30f;  // an estimate may be far below a score
 
 // A kernel is compiled for `kSteps`, products that a head of K takes, for the clipped tail, and for
-// scores with a soft cap.
-template <int kSteps_, bool kClip_, bool kCapped_>
+// scores with a soft cap, and for rows that each have a list, or several one (`kJoint`).
+template <int kSteps_, bool kClip_, bool kCapped_, bool kJoint_>
 struct Size {
   static constexpr int kSteps = kSteps_;
-  static constexpr bool kClip = kClip_, kCapped = kCapped_;
+  static constexpr bool kClip = kClip_, kCapped = kCapped_, kJoint = kJoint_;
   static constexpr int kSides = kClip ? 2 : 1;
   static constexpr int kChannels = 32 * kSteps;  // of a head, with those that pad it
   static constexpr int kFours = kChannels / 4;
@@ -44,9 +44,9 @@ struct alignas(16) Shared {
   bool last;
 };
 
-// Tiles of query heads, a power of two: warps are dealt to them.
-__device__ inline int head_tiles(const LayerView& view) {
-  return view.group <= kTileHeads ? 1 : view.group <= 2 * kTileHeads ? 2 : 4;
+// Tiles of so many query heads, a power of two: warps are dealt to them.
+__device__ inline int head_tiles(int heads) {
+  return heads <= kTileHeads ? 1 : heads <= 2 * kTileHeads ? 2 : 4;
 }
 static_assert(kMaxGroup == 4 * kTileHeads && kWarps % 4 == 0);
 

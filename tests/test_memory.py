@@ -12,7 +12,7 @@ import torch
 from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.cache.hot_cache import COUNTER_WORDS, STATE_WORDS, HotCache
 from vllm_kcache.config import KCacheConfig
-from vllm_kcache.kernels.workspace import DecodeWorkspace
+from vllm_kcache.kernels.workspace import DecodeWorkspace, workspace_buffers
 from vllm_kcache.memory import (
     GROUP_REQUESTS,
     WORKSPACE_BYTES,
@@ -21,6 +21,7 @@ from vllm_kcache.memory import (
     WindowPool,
     what_limits,
 )
+from vllm_kcache.types import Selection
 
 SHAPES = (
     CacheShape(2, 8, 2, 64, 16, 8, torch.bfloat16),
@@ -168,6 +169,23 @@ def test_groups_are_as_large_as_their_buffers_allow() -> None:
     few = replace(memory, limits=StepLimits(3, 8192, 4096))
     assert few.group_requests == 3
     assert replace(few, limits=StepLimits(3, 8192, 4096, 5)).group_requests == 15
+
+
+def test_tokens_of_a_request_are_in_one_group() -> None:
+    """As many requests as without drafts, where their buffers allow; else whole requests."""
+    shape = replace(SHAPES[0], k_bits=4, host_dtype="int8", dtype=torch.bfloat16)
+    for length, decode_tokens, fewer in ((4096, 4, False), (262144, 3, True)):
+        memory = planned(shape, {}, StepLimits(256, 8192, length, decode_tokens))
+        assert memory.group_requests % decode_tokens == 0
+        assert (memory.group_requests < decode_tokens * GROUP_REQUESTS) == fewer
+        assert memory._workspace_bytes(memory.group_requests) <= WORKSPACE_BYTES
+    # Lists of several tokens are as long as all of theirs.
+    rule = Selection(5, None, 1, 8, "sum")
+    for host_dtype, columns in (("int8", 20), ("model", 5)):
+        coded = replace(shape, host_dtype=host_dtype)
+        assert workspace_buffers(coded, rule, 1, 100, 4)["blocks"][0] == (
+            columns * coded.num_kv_heads
+        )
 
 
 def test_what_says_where_drafts_lie_is_taken_off() -> None:

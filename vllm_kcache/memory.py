@@ -13,8 +13,7 @@ from vllm_kcache.kernels.workspace import workspace_buffers
 from vllm_kcache.types import Selection
 
 # Requests that share one set of decode buffers; more of them decode one group after the other.
-# Each draft that is verified is one more. Fewer where contexts are so long that the buffers would
-# pass WORKSPACE_BYTES.
+# Fewer where contexts are so long, or drafts so many, that the buffers would pass WORKSPACE_BYTES.
 GROUP_REQUESTS = 64
 WORKSPACE_BYTES = 256 << 20
 # Bytes of one gathered piece of V (and as many for K) while a prompt chunk attends to its context.
@@ -224,11 +223,14 @@ class GPUMemory:
 
     @property
     def group_requests(self) -> int:
-        """Requests that decode together, each draft of theirs counted as one."""
+        """Rows that decode together: requests, each draft of theirs counted as one more."""
         # Part of the buffers does not depend on the number of requests.
         one, two = self._workspace_bytes(1), self._workspace_bytes(2)
         room = 1 + max(0, WORKSPACE_BYTES - one) // (two - one)
-        return max(1, min(GROUP_REQUESTS, self.limits.max_rows, room))
+        tokens = self.limits.decode_tokens
+        rows = max(1, min(GROUP_REQUESTS * tokens, self.limits.max_rows, room))
+        # Tokens of a request are best together.
+        return rows if rows < tokens else rows - rows % tokens
 
     @property
     def scratch_tokens(self) -> int:
@@ -318,5 +320,7 @@ class GPUMemory:
         return self.shape.num_layers * self.shape.rows_per_page
 
     def _workspace_bytes(self, max_requests: int) -> int:
-        buffers = workspace_buffers(self.shape, self.selection, max_requests, self.max_blocks)
+        buffers = workspace_buffers(
+            self.shape, self.selection, max_requests, self.max_blocks, self.limits.decode_tokens
+        )
         return sum(size * dtype.itemsize for size, dtype in buffers.values())

@@ -130,8 +130,9 @@ class GPUSplitCache(SplitCache):
     def _make_workspace(self) -> DecodeWorkspace:
         memory = self.memory
         return DecodeWorkspace.make(
-            self.shape, self.selection, memory.group_requests, memory.max_blocks, self.device
-        )
+            self.shape, self.selection, memory.group_requests, memory.max_blocks, self.device,
+            memory.limits.decode_tokens,
+        )  # fmt: skip
 
     def allocate(self, num_pages: int) -> None:
         super().allocate(num_pages)

@@ -13,6 +13,8 @@ Tail = Literal["renormalize", "clip"]
 
 # Query heads of a KV head that the GPU kernels take: the least rows of a product on tensor cores.
 MOST_QUERY_HEADS_GPU = 16
+# Tokens of a request that have one list there, kMostTogether of csrc/layer_view.h.
+MOST_LISTED_TOGETHER = 8
 
 # Values of `Fetched.rows` that are not a row of `v_rows`.
 PADDING_ROW = -1

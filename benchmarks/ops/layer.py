@@ -6,6 +6,10 @@ a graph: `write_us` from begin to end, each other kernel from the end of the one
 over layers and replays. The rule is the default's, with a threshold that the mean list passes with
 LIST_BLOCKS V blocks; everything selected is in the hot cache. What small batches cost is here,
 without an engine.
+
+Also of verification steps, of TOKENS tokens a request: of each the query is the request's and some
+noise, so that their lists are much alike. `mean_blocks` is of the list of each token, and
+`mean_shared_blocks` of the one that tokens have together.
 """
 
 from __future__ import annotations
@@ -21,8 +25,8 @@ from benchmarks.ops.score_codes import CodedBatch, coded_shape
 from vllm_kcache.cache.layer_view import LayerView
 from vllm_kcache.kernels.decode import decode_step
 from vllm_kcache.kernels.rows import write_rows
-from vllm_kcache.kernels.select import packed_view
-from vllm_kcache.kernels.workspace import DecodeWorkspace
+from vllm_kcache.kernels.select import own_lists, packed_view
+from vllm_kcache.kernels.workspace import DecodeBatch, DecodeWorkspace
 from vllm_kcache.reference.select import block_masses
 from vllm_kcache.types import Selection
 
@@ -34,15 +38,17 @@ PROBLEMS = (
     Problem("llama-3-8b 53x32K", 53, 32768, 8, 4),
     Problem("llama-2-7b 1x16K", 1, 16384, 32, 1),
 )
+SPECULATED = PROBLEMS[2:4]
+TOKENS, NOISE = 4, 0.3
 LIST_BLOCKS = 49  # of a list: what the default selects in the replay
 REPLAYS = 10
 KERNELS = ("write", "score", "select", "attend")
 
 
 class Layers:
-    """The layers of a problem, over one workspace."""
+    """The layers of a problem, of so many tokens of each request, over one workspace."""
 
-    def __init__(self, problem: Problem, device: str = "cuda") -> None:
+    def __init__(self, problem: Problem, device: str = "cuda", tokens: int = 1) -> None:
         p, shape = problem, coded_shape(problem)
         rows = torch.zeros((p.num_pages * shape.rows_per_page, shape.row.bytes), dtype=torch.uint8)
         if device == "cuda":
@@ -50,17 +56,22 @@ class Layers:
         rows.random_(0, 60)  # no scale is infinite or NaN
         slots = 2 * p.num_lists * p.max_blocks
         coded = CodedBatch.make(p, host_rows=rows, num_slots=slots)
-        self.batch = coded.batch
-        self.out = torch.empty_like(coded.batch.query)
-        size = (p.num_requests, p.num_kv_heads, p.head_size)
+        self.batch = _verified(coded.batch, tokens) if tokens > 1 else coded.batch
+        rows_of_batch = self.batch.num_requests
+        self.out = torch.empty_like(self.batch.query)
+        size = (rows_of_batch, p.num_kv_heads, p.head_size)
         self.token = torch.randn(size, dtype=DTYPE, device=device)
-        self.slots = coded.batch.block_table[:, -1].long() * PAGE_TOKENS + PAGE_TOKENS - 1
+        newest = self.batch.seq_lens.long() - 1
+        pages = self.batch.block_table.gather(1, newest[:, None] // PAGE_TOKENS)[:, 0].long()
+        self.slots = pages * PAGE_TOKENS + newest % PAGE_TOKENS
         probe = Selection(None, None, 1, 32, "max", 0.5)
-        self.workspace = DecodeWorkspace.make(shape, probe, p.num_requests, p.max_blocks, device)
+        self.workspace = DecodeWorkspace.make(
+            shape, probe, rows_of_batch, p.max_blocks, device, decode_tokens=tokens
+        )
         self.views = [self._with(view, probe) for view in coded.views]
         self.run(self.views[0])
         lists = self.workspace.views(self.views[0], self.batch)
-        exists = torch.ones((p.num_requests, p.max_blocks), dtype=torch.bool, device=device)
+        exists = torch.ones((rows_of_batch, p.max_blocks), dtype=torch.bool, device=device)
         masses = block_masses(lists.block_lse, exists).unflatten(1, (p.num_kv_heads, -1)).amax(2)
         share = min(1.0, LIST_BLOCKS / p.max_blocks)
         threshold = float(masses.flatten().sort().values[int(masses.numel() * (1 - share))])
@@ -109,13 +120,32 @@ class Layers:
         return {f"{name}_us": statistics.median(times) for name, times in found.items()}
 
 
-def measure(problem: Problem, report: Report) -> None:
-    """The row of a problem."""
-    layers = Layers(problem)
+def _verified(batch: DecodeBatch, tokens: int) -> DecodeBatch:
+    """The last tokens of each request of a batch, a row each."""
+    query = batch.query.repeat_interleave(tokens, 0)
+    at = torch.arange(tokens, dtype=torch.int32, device=query.device).repeat(batch.num_requests)
+    return replace(
+        batch,
+        query=query + NOISE * query.std() * torch.randn_like(query),
+        block_table=batch.block_table.repeat_interleave(tokens, 0),
+        seq_lens=batch.seq_lens.repeat_interleave(tokens) - (tokens - 1 - at),
+        spans=torch.stack([at, tokens - 1 - at], 1),
+        most_tokens=tokens,
+    )
+
+
+def measure(problem: Problem, report: Report, tokens: int = 1) -> None:
+    """The row of a problem, of so many tokens of each request."""
+    layers = Layers(problem, tokens=tokens)
     timing = time_calls([lambda view=view: layers.run(view) for view in layers.views])
-    counts = layers.workspace.views(layers.views[0], layers.batch).selected.counts
-    mean = float(counts.float().mean())
-    report.add(problem.name, timing, mean_blocks=mean, **layers.kernel_us())
+    view, batch = layers.views[0], layers.batch
+    selected = layers.workspace.views(view, batch).selected
+    own = own_lists(selected, batch.spans, batch.listed_together(view.shape))
+    name, figures = problem.name, {"mean_blocks": float(own.counts.float().mean())}
+    if tokens > 1:
+        name += f", {tokens} tokens a request"
+        figures["mean_shared_blocks"] = float(selected.counts[selected.counts > 0].float().mean())
+    report.add(name, timing, **figures, **layers.kernel_us())
 
 
 def main() -> None:
@@ -123,6 +153,8 @@ def main() -> None:
     report = Report("layer", options.results)
     for problem in PROBLEMS:
         measure(problem, report)
+    for problem in SPECULATED:
+        measure(problem, report, TOKENS)
     report.finish()
 
 

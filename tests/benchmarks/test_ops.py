@@ -71,7 +71,11 @@ def main() -> None:
     common.hbm_copy_bandwidth = lambda: 1e12
     common.link_bandwidths = lambda: (1e10, 1e10)
     common.arguments = lambda *_, **__: Namespace(results=folder, sweep=False)
-    common.DecodeWorkspace.make = lambda *given: make(*given[:-1], "cpu")  # type: ignore[assignment]
+    common.DecodeWorkspace.make = (
+        lambda *given, **named: make(  # type: ignore[assignment]
+            *given[:-1], "cpu", **named
+        )
+    )
     common.HostPool = lambda *given, pinned: pool(*given, pinned=False)  # type: ignore[assignment]
     torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
     torch.Tensor.pin_memory = lambda self: self  # type: ignore[assignment,method-assign]
@@ -80,6 +84,7 @@ def main() -> None:
         fewer = {
             "BLOCKS": (4, 8), "PLANS": getattr(module, "PLANS", ())[:2],
             "CODED_PROBLEMS": (small,), "CODED_BLOCKS": 8, "PROBLEMS": (small,),
+            "SPECULATED": (small,),
         }  # fmt: skip
         for constant, value in {**fewer, "Problem": lambda *_: small}.items():
             if hasattr(module, constant):
@@ -96,7 +101,9 @@ def main() -> None:
         # Of the calls of one cache, eight over four lists, the first four miss.
         assert ("all hit" in row["shape"]) == (row["hit_rate"] >= 0.5), row
     assert any("no followers" in row["shape"] for row in rows["overlap"])
-    assert 4 <= rows["layer"][0]["mean_blocks"] <= 64
+    alone, together = rows["layer"]
+    assert 4 <= alone["mean_blocks"] <= 64
+    assert 4 <= together["mean_blocks"] < together["mean_shared_blocks"] <= 64
     print("every operation left its rows")
 
 

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
         ("tests.kernels.attend_rows", "attend as defined"),
         ("tests.kernels.code_steps", "checks are as defined"),
         ("tests.kernels.sinks", "checks with sinks are as defined"),
+        ("tests.kernels.joint_steps", "tokens a request are as defined"),
         ("tests.kernels.self_checking", "faults are found"),
         ("tests.kernels.test_replay", "equal the definition"),
     ],

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.csrc.batch import DEFAULT, POISON, ROW_BYTES, RULES, Batch, Sizes, layer_view
+from tests.csrc.joint_checks import RAGGED, check_joint_lists
 from vllm_kcache.cache.hot_cache import HotCache
 from vllm_kcache.kernels.select import select_and_fetch, select_blocks
 from vllm_kcache.types import Selection
@@ -178,6 +179,18 @@ def test_steps_are_checked() -> None:
             select_and_fetch(batch.view, replace(lists, **{name: value}))
     with pytest.raises(RuntimeError, match="layer: must be what layer_view returned"):
         select_and_fetch(torch.zeros_like(batch.view), lists)
+    spans = torch.zeros((2, 2), dtype=torch.int32)
+    for how, text in (
+        ({"spans": spans, "together": 5, "followed": False}, "together=5: needs spans"),
+        ({"spans": None, "together": 2, "followed": False}, "together=2: needs spans"),
+        ({"spans": spans[:1], "together": 2, "followed": False}, "spans: has size 1 in dimension"),
+        ({"spans": spans, "together": 2}, "lists: none where tokens of a request have one"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            select_and_fetch(batch.view, lists, **how)  # type: ignore[arg-type]
+    capped = Batch.make(Sizes((80, 30)), Selection(3, None, 1, 8, "sum"))
+    with pytest.raises(RuntimeError, match="N=3 columns; must have those of 2 tokens"):
+        select_and_fetch(capped.view, capped.lists, followed=False, spans=spans, together=2)
 
 
 def test_an_empty_batch_is_no_launch() -> None:
@@ -200,3 +213,24 @@ def test_an_empty_batch_is_no_launch() -> None:
         ),
     )  # fmt: skip
     assert batch.cache.read_counters().lists == 0
+
+
+@pytest.mark.parametrize(("group", "together"), [(4, 4), (1, 8), (8, 2), (5, 3)])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_tokens_of_a_request_with_one_list(rule: Selection, group: int, together: int) -> None:
+    """Ragged, at the ends of blocks, and beside rows that belong to another batch."""
+    lengths = (9, 400, 8, 0, 203, 33, 777, 17, 41)
+    sizes = Sizes(lengths, 2, group, 8, 13, spare=3)
+    check_joint_lists(sizes, rule, RAGGED, together)
+    check_joint_lists(sizes, rule, (1, 6, *RAGGED[2:]), together, num_slots=30, kind="ties")
+    check_joint_lists(
+        replace(sizes, seq_lens=(400, 16)), rule, (5, 4), together, num_slots=0, before=2
+    )
+
+
+@pytest.mark.parametrize("rule", LONG_RULES, ids=str)
+def test_segments_of_one_list(rule: Selection) -> None:
+    """Rows that end in one segment and in the next."""
+    for blocks in (4096, 8192, 2 * 8192 + 77):
+        sizes = Sizes((blocks * 8 + 2, 5), 1, 2, 8, 64)
+        check_joint_lists(sizes, rule, (4, 1), 4, num_slots=1 << 16)

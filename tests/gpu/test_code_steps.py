@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.kernels import attend_rows
+from tests.kernels import attend_rows, joint_steps
 from tests.kernels.code_steps import (
     ESTIMATE_CASES,
     ESTIMATED,
@@ -65,10 +65,26 @@ def test_written(shape: Shape, host_dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("host_dtype", ["model", "int8"])
-def test_the_check_at_start(host_dtype: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("tokens", [1, 4, 9])
+def test_the_check_at_start(tokens: int, host_dtype: str, dtype: torch.dtype) -> None:
     for rule, tail in ((RULES[0], "renormalize"), (RULES[1], "clip")):
         shape = CacheShape(1, 8, 2, 128, 16, 8, dtype, 4, host_dtype)
-        check_kernels(shape, rule, tail, "cuda")
+        check_kernels(shape, rule, tail, "cuda", tokens)
+
+
+@pytest.mark.parametrize("dtype", joint_steps.DTYPES, ids=str)
+@pytest.mark.parametrize("rule", joint_steps.RULES, ids=str)
+@pytest.mark.parametrize("shape", [*joint_steps.SHAPES, joint_steps.LONG], ids=str)
+def test_tokens_of_a_request_with_one_list(
+    shape: Shape, rule: Selection, dtype: torch.dtype
+) -> None:
+    for num_slots in (1 << 14, 3, 0):
+        joint_steps.check_step(shape, rule, dtype, num_slots, "cuda")
+
+
+def test_errors_of_estimates_of_one_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attend, "ESTIMATES_EVERY", 1)
+    joint_steps.check_estimate_errors("cuda")
 
 
 @pytest.mark.parametrize("case", ESTIMATE_CASES, ids=str)

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.csrc.batch import DEFAULT, POISON, RULES, Batch, Sizes
+from tests.csrc.joint_checks import RAGGED, check_joint_lists
 from vllm_kcache.cache.hot_cache import ENDED, REST_UNTIL, SCORED, WANTED
 from vllm_kcache.kernels.select import follow_scores, select_and_fetch, select_blocks
 from vllm_kcache.reference.paging import physical_v_blocks
@@ -46,6 +49,18 @@ def test_lists_of_a_step(rule: Selection, group: int) -> None:
         counted = batch.cache.read_counters(reset=True)
         assert counted.lists == 12
         assert (counted.hits > 0) == followed
+
+
+@pytest.mark.parametrize(("group", "together"), [(4, 4), (1, 8), (8, 2), (5, 3)])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_tokens_of_a_request_with_one_list(rule: Selection, group: int, together: int) -> None:
+    """Ragged, beside rows of another batch; more rows than are looked at at once; long lists."""
+    lengths = (9, 4000, 8, 0, 203, 33, 777, 17, 8192 * 8 + 2)
+    sizes = Sizes(lengths, 2, group, 8, 16)
+    check_joint_lists(sizes, rule, RAGGED, together, 1 << 18, device="cuda")
+    check_joint_lists(sizes, rule, RAGGED, together, 30, "ties", "cuda")
+    many = replace(sizes, seq_lens=(400, *range(100, 160)))
+    check_joint_lists(many, rule, (5, *[4] * 60), together, 0, device="cuda", before=2)
 
 
 @pytest.mark.parametrize("num_slots", [500, 1 << 16])

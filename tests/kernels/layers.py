@@ -91,16 +91,21 @@ def code_layer_of(
 
 
 def _with_batch(case: Case, view: LayerView, device: str) -> Layer:
-    shape, selection = view.shape, view.selection
     batch = DecodeBatch(
         case.query.to(device), case.block_table.to(device), case.seq_lens.to(device), case.scale,
         case.shape.max_blocks,
     )  # fmt: skip
+    return Layer(view, batch, poisoned_workspace(view, batch))
+
+
+def poisoned_workspace(view: LayerView, batch: DecodeBatch) -> DecodeWorkspace:
+    """One that the batch just fits."""
     workspace = DecodeWorkspace.make(
-        shape, selection, max(1, len(case.shape.seq_lens)), case.shape.max_blocks, device
-    )
+        view.shape, view.selection, max(1, batch.num_requests), batch.max_blocks,
+        batch.query.device, batch.most_tokens,
+    )  # fmt: skip
     for name in ("block_lse", "chunk_lse", "mass", "lse", "sums", "weights"):
         getattr(workspace, name).fill_(torch.nan)
     for name in ("blocks", "rows", "counts"):
         getattr(workspace, name).fill_(-99)
-    return Layer(view, batch, workspace)
+    return workspace

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from vllm_kcache.cache.formats import CacheShape
-from vllm_kcache.kernels import decode, self_check
+from vllm_kcache.kernels import attend, decode, self_check
+from vllm_kcache.kernels.select import BLOCK_BITS
 from vllm_kcache.kernels.self_check import KernelError, check_kernels
 from vllm_kcache.types import Selection
 
@@ -35,7 +36,12 @@ EVERYTHING = (
     Selection(None, None, 1, 32, "sum"),
     "renormalize",
 )
-
+# Where tokens of a request have one list.
+JOINT = (
+    CacheShape(1, 4, 2, 64, 16, 8, torch.float16, 4, "int8"),
+    Selection(None, None, 1, 32, "max", 0.01),
+    "clip",
+)
 CODED = (
     CacheShape(1, 4, 2, 64, 16, 8, torch.float16, 4, "int8"),
     Selection(None, None, 1, 8, "max", 0.02),
@@ -80,6 +86,23 @@ def shifted_rows(function: Function) -> Function:
         return result
 
     return faulty
+
+
+def wrong_tokens(function: Function) -> Function:
+    """Select and fetch, where a list says that others of its tokens selected the blocks."""
+
+    def faulty(*arguments: Any, **named: Any) -> Any:
+        result = function(*arguments, **named)
+        arguments[1].selected.blocks[0] ^= 3 << BLOCK_BITS
+        arguments[1].selected.blocks[1] ^= 3 << BLOCK_BITS
+        return result
+
+    return faulty
+
+
+def for_all(selected: Any) -> Any:
+    """Lists of which each block was selected by all tokens."""
+    return replace(selected, blocks=selected.blocks | (1 << DRAFTED) - 1 << BLOCK_BITS)
 
 
 def one_by_one(function: Function) -> Function:
@@ -157,6 +180,16 @@ FAULTS_OF_DRAFTS: tuple[tuple[str, Any, str, Callable[[Function], Function]], ..
      with_argument(1, of_batch(spans=lambda spans: (spans - 1).clamp_min(0)))),
 )  # fmt: skip
 
+# Where tokens of a request have one list.
+FAULTS_OF_JOINT_LISTS: tuple[tuple[str, Any, str, Callable[[Function], Function]], ...] = (
+    ("select", decode, "select_and_fetch", wrong_tokens),
+    ("select", decode, "select_and_fetch", with_argument(1, other_scores)),
+    ("fetch or attend", decode, "select_and_fetch", shifted_rows),
+    ("fetch or attend", decode, "attend_blocks", with_argument(2, for_all)),
+    ("fetch or attend", decode, "attend_blocks", with_argument(1, less)),
+    ("attend", attend, "attend_blocks", with_argument(1, less)),
+)  # fmt: skip
+
 # Where layers have sinks and a cap, with K itself in the pages and with codes.
 no_cap, no_sinks = of_batch(soft_cap=lambda cap: None), of_batch(sinks=lambda sinks: None)
 SPECIAL_FAULTS = (
@@ -173,22 +206,29 @@ def main() -> None:
     layers = (THRESHOLD, COVERAGE, FIXED, EVERYTHING)
     for layer in layers:
         check_kernels(*layer, "cpu")
-    check_kernels(*THRESHOLD, "cpu", DRAFTED)
+    for layer in (THRESHOLD, JOINT):
+        check_kernels(*layer, "cpu", DRAFTED)
     special = {"has_sinks": True, "soft_cap": 2.0}
     for layer in (THRESHOLD, CODED):
         check_kernels(*layer, "cpu", **special)
+    drafted = {"decode_tokens": DRAFTED}
+    drafted_with_sinks = {**drafted, "has_sinks": True}
+    check_kernels(*JOINT, "cpu", **drafted_with_sinks)
     cases = [
         *((THRESHOLD, *fault, {}) for fault in FAULTS),
-        *((THRESHOLD, *fault, {"decode_tokens": DRAFTED}) for fault in FAULTS_OF_DRAFTS),
+        *((THRESHOLD, *fault, drafted) for fault in FAULTS_OF_DRAFTS),
+        *((JOINT, *fault, drafted) for fault in FAULTS_OF_JOINT_LISTS),
         *((*fault[:4], with_argument(1, fault[4]), special) for fault in SPECIAL_FAULTS),
-    ]
+        (JOINT, "fetch or attend", decode, "attend_blocks", with_argument(1, no_sinks),
+         drafted_with_sinks),
+    ]  # fmt: skip
     for layer, stage, module, name, fault, options in cases:
         sound = getattr(module, name)
         setattr(module, name, fault(sound))
         with pytest.raises(KernelError, match=f"the step '{stage}'"):
             check_kernels(*layer, "cpu", **options)
         setattr(module, name, sound)
-    print(f"{len(layers)} layers pass, {len(cases)} faults are found")
+    print(f"{len(layers) + 1} layers pass, {len(cases)} faults are found")
 
 
 if __name__ == "__main__":

@@ -34,12 +34,14 @@ from vllm_kcache.split_cache_gpu import Attended, GPUSplitCache, PrefillKernels
 
 SHAPE = CacheShape(2, 2, 1, 64, 16, 8, torch.float32)
 CODED = replace(SHAPE, k_bits=4, host_dtype="model")
+HALF = replace(CODED, dtype=torch.float16, host_dtype="int8")
 NUM_PAGES, MAX_PAGES = 40, 12
 LIMITS = StepLimits(6, 96, MAX_PAGES * SHAPE.page_tokens)
 DRAFTS = 9
 FEW = {"top_n": 6, "sink_tokens": 8, "recent_tokens": 8, "v_block_tokens": 8}
 ANOTHER = {**FEW, "top_n": 5, "head_combine": "max"}
 EVERYTHING = {"top_n": "all", "k_bits": 4, "host_dtype": "model"}
+EVERYTHING_HALF = {**EVERYTHING, "host_dtype": "int8"}
 THRESHOLD = {"mass_threshold": 0.01, "sink_tokens": 8, "recent_tokens": 8, "v_block_tokens": 8}
 
 
@@ -192,8 +194,8 @@ def pages(shape: CacheShape, count: int) -> torch.Tensor:
 
 def random_inputs(shape: CacheShape, layer: int, tokens: int) -> LayerInputs:
     """One of the layers has learned sinks, and the scores of another have a cap."""
-    query = 3 * torch.randn(tokens, shape.num_query_heads, shape.head_size)
-    key, value = torch.randn(2, tokens, shape.num_kv_heads, shape.head_size)
+    query = 3 * torch.randn(tokens, shape.num_query_heads, shape.head_size).to(shape.dtype)
+    key, value = torch.randn(2, tokens, shape.num_kv_heads, shape.head_size).to(shape.dtype)
     sinks = 2 * torch.randn(shape.num_query_heads) if layer == 1 else None
     cap = 4.0 if layer == 0 else None
     return LayerInputs(query, key, value, shape.head_size**-0.5, sinks, cap)
@@ -308,10 +310,13 @@ def check_drafts() -> int:
         (EVERYTHING, CODED),
         # Longer than what a warp writes at once.
         ({**EVERYTHING, "v_block_tokens": 16}, replace(CODED, block_tokens=16)),
+        # Tokens of a request have one list.
+        (EVERYTHING_HALF, HALF),
+        ({**EVERYTHING_HALF, "v_block_tokens": 16}, replace(HALF, block_tokens=16)),
     )  # fmt: skip
     for seed, (settings, shape) in enumerate(cases):
         scheduler = Scheduler(seed, padded_rows=seed % 2, drafts=DRAFTS)
-        group, hot_slots = ((64, 400), (3, 40))[seed % 2]
+        group, hot_slots = ((64, 400), (1, 40))[seed % 2]
         with mock.patch.object(memory, "GROUP_REQUESTS", group), LastFirst():
             run(settings, scheduler, 14, hot_slots, shape)
         verified |= scheduler.verified

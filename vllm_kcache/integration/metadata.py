@@ -155,8 +155,11 @@ class KCacheMetadataBuilder(AttentionMetadataBuilder[KCacheMetadata]):
                 rows = TokenRows.make(decode_tokens, rows.block_table.shape[1], self.device)
             if order is not None or not is_short:
                 rows.fill(common, decode_tokens)
+            # Without drafts each row is a request of its own, and the kernels are those of such.
+            if decode_tokens > num_decodes:
+                spans = rows.spans[:decode_tokens]
             common = _one_token_each(common, rows, num_decodes, decode_tokens)
-            num_decodes, spans = decode_tokens, rows.spans[:decode_tokens]
+            num_decodes = decode_tokens
         return KCacheMetadata(
             num_decodes=num_decodes,
             num_prefills=num_prefills,

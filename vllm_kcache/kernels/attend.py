@@ -462,7 +462,8 @@ def attend_blocks(
     The last launch of a step: it ends the epoch of the hot cache.
 
     Args:
-        selected: the lists, GPU. `lse`, and `dropped` where K is in the rows, are read for the tail
+        selected: the lists, GPU, of several rows each where `DecodeBatch.listed_together` says so.
+            `lse`, and `dropped` where K is in the rows, are read for the tail
             "clip" and for learned sinks only.
         rows: [B, Hkv, N] int32, GPU. Where each selected row lies (`types.Fetched`); 0 and above is
             a slot of the hot cache.
@@ -548,16 +549,18 @@ def _attend_int8(
     dependent: bool,
 ) -> None:
     """Rows of int8 (csrc/attend.cu)."""
+    together = batch.listed_together(view.shape)
     if config is None:
         num_lists, columns = selected.counts.numel(), selected.blocks.shape[2]
-        config = rows_config(view.shape, num_lists, columns, workspace.multiprocessors)
+        config = rows_config(view.shape, num_lists, columns, workspace.multiprocessors, together)
     heads = batch.query.shape[:2]
     torch.ops.kcache.attend_int8_rows(
         view.packed, selected.blocks, selected.counts, rows, batch.seq_lens,
         front(workspace.block_lse, *heads, batch.max_blocks),
         front(workspace.code_query, *batch.query.shape), front(workspace.code_bias, *heads),
         selected.lse, selected.dropped, batch.sinks, workspace.sums, workspace.weights,
-        workspace.arrivals, out, batch.scale, batch.soft_cap, -1.0 if clip is None else clip,
+        workspace.arrivals, out, batch.spans, together, batch.scale, batch.soft_cap,
+        -1.0 if clip is None else clip,
         float(view.selection.threshold_length or NO_LENGTH), config.splits, config.least_tiles,
         ESTIMATES_EVERY, dependent,
     )  # fmt: skip

@@ -24,6 +24,8 @@ _SHORT_LIST = 256
 # Rows of int8 (csrc/attend.cu): thread blocks for each multiprocessor, at least so many for each
 # list that may be long, and tiles of 16 tokens that are worth one.
 _BLOCKS_OF_MULTIPROCESSOR, _LEAST_BLOCKS, _LEAST_TILES = 2, 6, 32
+# Of a list of several rows a thread block takes fewer tokens at once, for more query heads.
+_LEAST_JOINT_BLOCKS, _LEAST_JOINT_TILES = 12, 8
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,14 @@ class RowsConfig:
     least_tiles: int
 
 
-def most_parts(num_lists: int) -> int:
-    """No launch of up to `num_lists` lists has more parts than this."""
-    return TARGET_PROGRAMS + LEAST_SPLITS * num_lists
+def most_parts(num_lists: int, together: int = 1) -> int:
+    """No launch of up to `num_lists` lists has more parts than this.
+
+    Args:
+        together: most rows of a request that have one list.
+    """
+    splits = LEAST_SPLITS if together == 1 else _LEAST_JOINT_BLOCKS
+    return TARGET_PROGRAMS + splits * num_lists
 
 
 def rows_of_list(group: int, selection: Selection) -> int:
@@ -65,18 +72,26 @@ def on_tensor_cores(shape: CacheShape) -> bool:
 
 
 def rows_config(
-    shape: CacheShape, num_lists: int, columns: int, multiprocessors: int
+    shape: CacheShape, num_lists: int, columns: int, multiprocessors: int, together: int = 1
 ) -> RowsConfig:
     """Launch shape for `num_lists` lists of at most `columns` V blocks of int8 rows.
 
     Args:
         multiprocessors: of the GPU.
+        together: rows of a request that have one list, all but the first of which are empty.
     """
     programs = max(1, multiprocessors) * _BLOCKS_OF_MULTIPROCESSOR
-    splits = max(_LEAST_BLOCKS, -(-programs // max(1, num_lists)))
+    num_lists = max(1, num_lists)
+    full = -(-num_lists // together)
+    splits, least_tiles = max(_LEAST_BLOCKS, -(-programs // full)), _LEAST_TILES
+    if together > 1:
+        most = most_parts(num_lists, together) // num_lists
+        splits = min(max(splits, _LEAST_JOINT_BLOCKS), most)
+        # Where the lists alone do not fill the GPU, a part is worth a thread block sooner.
+        least_tiles = _LEAST_TILES if 2 * full > programs else _LEAST_JOINT_TILES
     # A short request has no work for more.
-    longest = -(-columns * shape.block_tokens // (16 * _LEAST_TILES))
-    return RowsConfig(max(1, min(splits, longest, MAX_SPLITS)), _LEAST_TILES)
+    longest = -(-columns * shape.block_tokens // (16 * least_tiles))
+    return RowsConfig(max(1, min(splits, longest, MAX_SPLITS)), least_tiles)
 
 
 def attend_config(shape: CacheShape, num_lists: int, columns: int) -> AttendConfig:

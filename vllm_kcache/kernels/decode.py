@@ -96,7 +96,10 @@ def decode_step(
                 )
                 with beside:
                     follow_scores(view.packed, selected_by, splits, followers.most, followers.least)
-        select_and_fetch(view.packed, selected_by, dependent, followed=followers is not None)
+        select_and_fetch(
+            view.packed, selected_by, dependent, followers is not None, batch.spans,
+            batch.listed_together(view.shape),
+        )  # fmt: skip
         attend_blocks(view, batch, lists.selected, lists.rows, workspace, out, dependent=dependent)
     except BaseException:
         # What a step has begun to count must not be taken for the next one's.

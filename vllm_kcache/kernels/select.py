@@ -6,7 +6,7 @@ All calls run on the current stream, allocate nothing and wait for nothing, but 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,8 +14,10 @@ from vllm_kcache.cache.layer_view import LayerView
 from vllm_kcache.kernels import extension
 from vllm_kcache.types import Selected
 
-# V blocks of a request, the same in csrc/layer_view.h.
-MOST_BLOCKS = 1 << 20
+# V blocks of a request, and where a list of several rows says who selected a block: the same in
+# csrc/layer_view.h.
+BLOCK_BITS = 20
+MOST_BLOCKS = 1 << BLOCK_BITS
 _MOST_INT32 = 2**31 - 1
 
 
@@ -107,7 +109,12 @@ class Lists:
 
 
 def select_and_fetch(
-    view: torch.Tensor, lists: Lists, dependent: bool = False, followed: bool = True
+    view: torch.Tensor,
+    lists: Lists,
+    dependent: bool = False,
+    followed: bool = True,
+    spans: torch.Tensor | None = None,
+    together: int = 1,
 ) -> None:
     """Select and fetch every list that is not done, and make all signals 0 for the next step.
 
@@ -118,9 +125,38 @@ def select_and_fetch(
         view: of `packed_view`.
         dependent: begin before the launch before has ended (kernels/dependent.py).
         followed: `follow_scores` came before. Without, no list is done, and no signal is looked at.
+        spans: [B, 2] int32, GPU. As `DecodeBatch.spans`.
+        together: most rows of a request that have one list (`DecodeBatch.listed_together`). With
+            more than 1, never `followed`, each row selects as if it were alone, and `mass`, `lse`
+            and `dropped` are its own. The first of the rows has a list of all that any of them
+            selected: each place holds a V block and, from bit `BLOCK_BITS` on, a bit of each row
+            that selected it. The others' counts are 0. `own_lists` takes it apart.
     """
     arguments = lists.arguments() if followed else (*lists.arguments()[:-1], None)
-    torch.ops.kcache.select_and_fetch(view, *arguments, dependent)
+    torch.ops.kcache.select_and_fetch(view, *arguments, spans, together, dependent)
+
+
+def own_lists(selected: Selected, spans: torch.Tensor | None, together: int) -> Selected:
+    """The list of each row, where rows of a request have one: for checks, not for steps.
+
+    Args:
+        selected: written by `select_and_fetch` with these spans, [B, 2], and `together`.
+    Returns:
+        The same with lists as `select_blocks` writes them.
+    """
+    if spans is None or together == 1:
+        return selected
+    rows = torch.arange(len(spans), device=spans.device)
+    later = torch.minimum(spans[:, 0], rows) % together
+    entries, counts = selected.blocks[rows - later], selected.counts[rows - later]
+    listed = torch.arange(entries.shape[2], device=spans.device) < counts[..., None]
+    listed = listed & (entries >> (BLOCK_BITS + later[:, None, None]) & 1).bool()
+    blocks = (entries % MOST_BLOCKS).masked_fill(~listed, MOST_BLOCKS).sort(-1).values
+    return replace(
+        selected,
+        blocks=blocks.masked_fill(blocks == MOST_BLOCKS, -1).int(),
+        counts=listed.sum(-1).int(),
+    )
 
 
 def follow_scores(

@@ -22,7 +22,7 @@ from vllm_kcache.kernels import attend
 from vllm_kcache.kernels.attend_plan import RowsConfig, on_tensor_cores
 from vllm_kcache.kernels.decode import LEAST_FOLLOWERS, MOST_FOLLOWERS, decode_step
 from vllm_kcache.kernels.rows import write_rows
-from vllm_kcache.kernels.select import packed_view
+from vllm_kcache.kernels.select import own_lists, packed_view
 from vllm_kcache.kernels.workspace import DecodeBatch, DecodeWorkspace, Followers
 from vllm_kcache.kernels.write import write_kv
 from vllm_kcache.reference.attend import attend_blocks, attend_rows
@@ -177,7 +177,9 @@ class _Check:
             0, shape, selection, tail, pages, host_rows, hot_cache=cache, k_stats=stats
         )
         self.view = replace(view, packed=packed_view(view))
-        self.workspace = DecodeWorkspace.make(shape, selection, len(lengths), max_blocks, device)
+        self.workspace = DecodeWorkspace.make(
+            shape, selection, len(lengths), max_blocks, device, new_tokens
+        )
         self.out = torch.empty_like(query, device=device)
 
     def _empty_pages(self, generator: torch.Generator) -> tuple[torch.Tensor, KStats | None]:
@@ -263,7 +265,10 @@ class _Check:
         self._check_written()
         view, batch, shape, tokens = self.view, self.batch, self.shape, self.shape.block_tokens
         lists = self.workspace.views(view, self.batch_there)
-        block_lse, selected, out = lists.block_lse.cpu(), _on_host(lists.selected), self.out
+        block_lse, out, spans = lists.block_lse.cpu(), self.out, self.batch_there.spans
+        assert spans is not None
+        together = self.batch_there.listed_together(shape)
+        selected = own_lists(_on_host(lists.selected), spans.cpu(), together)
         expected = self._scores()
         exists = expected.isfinite()
         if not _close(block_lse[exists], expected[exists], SCORE_TOLERANCE):

@@ -13,7 +13,7 @@ from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.cache.layer_view import LayerView
 from vllm_kcache.kernels import attend_plan, score_plan
 from vllm_kcache.kernels.select import Lists
-from vllm_kcache.types import MOST_QUERY_HEADS_GPU, Selected, Selection
+from vllm_kcache.types import MOST_LISTED_TOGETHER, MOST_QUERY_HEADS_GPU, Selected, Selection
 
 # Higher than that of the stream that scores; otherwise scoring starves the fetch.
 FETCH_PRIORITY = -1
@@ -58,7 +58,27 @@ class DecodeBatch:
         """Most rows of a request that are scored at once, by query heads of a KV head."""
         if self.spans is None:
             return 1
-        return max(1, min(self.most_tokens, MOST_QUERY_HEADS_GPU // group))
+        return scored_together(self.most_tokens, group)
+
+    def listed_together(self, shape: CacheShape) -> int:
+        """Most rows of a request that have one list: what `select_and_fetch` and `attend_blocks`
+        of int8 rows take as `together`."""
+        # csrc/attend.cu is compiled for lists of several rows or for a cap, not for both.
+        if self.spans is None or self.soft_cap is not None:
+            return 1
+        return listed_together(shape, self.most_tokens)
+
+
+def scored_together(most_tokens: int, group: int) -> int:
+    """Of so many rows of a request, how many are scored at once."""
+    return max(1, min(most_tokens, MOST_QUERY_HEADS_GPU // group))
+
+
+def listed_together(shape: CacheShape, most_tokens: int) -> int:
+    """Of so many rows of a request, how many have one list: csrc/attend.cu knows such lists."""
+    if not attend_plan.on_tensor_cores(shape):
+        return 1
+    return min(scored_together(most_tokens, shape.group), MOST_LISTED_TOGETHER)
 
 
 @dataclass(frozen=True)
@@ -76,13 +96,23 @@ class Followers:
 
 
 def workspace_buffers(
-    shape: CacheShape, selection: Selection, max_requests: int, max_blocks: int
+    shape: CacheShape,
+    selection: Selection,
+    max_requests: int,
+    max_blocks: int,
+    decode_tokens: int = 1,
 ) -> dict[str, tuple[int, torch.dtype]]:
-    """What `DecodeWorkspace.make` allocates for batches of up to so many requests and V blocks."""
+    """What `DecodeWorkspace.make` allocates for batches of up to so many requests and V blocks.
+
+    Args:
+        decode_tokens: Most tokens of a request in a batch.
+    """
     heads, lists = max_requests * shape.num_query_heads, max_requests * shape.num_kv_heads
     chunks = score_plan.num_chunks(shape, max_blocks)
-    places = lists * columns_of(selection, max_blocks)
-    parts = attend_plan.most_parts(lists) * attend_plan.rows_of_list(shape.group, selection)
+    together = listed_together(shape, decode_tokens)
+    places = lists * columns_of(selection, max_blocks, together)
+    parts = attend_plan.most_parts(lists, together)
+    parts *= attend_plan.rows_of_list(shape.group, selection)
     coded = 0 if shape.k_bits == 16 else heads
     return {
         "block_lse": (heads * max_blocks, torch.float32),
@@ -102,9 +132,11 @@ def workspace_buffers(
     }
 
 
-def columns_of(selection: Selection, max_blocks: int) -> int:
-    """N: the longest list there may be."""
-    return max_blocks if selection.top_n is None else min(selection.top_n, max_blocks)
+def columns_of(selection: Selection, max_blocks: int, together: int = 1) -> int:
+    """N: the longest list there may be, of so many rows."""
+    if selection.top_n is None:
+        return max_blocks
+    return min(selection.top_n * together, max_blocks)
 
 
 @dataclass
@@ -155,10 +187,11 @@ class DecodeWorkspace:
         max_requests: int,
         max_blocks: int,
         device: torch.device | str,
+        decode_tokens: int = 1,
     ) -> DecodeWorkspace:
         """Allocate `workspace_buffers` on the device."""
         device = torch.device(device)
-        buffers = workspace_buffers(shape, selection, max_requests, max_blocks)
+        buffers = workspace_buffers(shape, selection, max_requests, max_blocks, decode_tokens)
         on_gpu = device.type == "cuda"
         return cls(
             max_requests=max_requests,
@@ -187,7 +220,8 @@ class DecodeWorkspace:
                 f"this batch has {requests} of {max_blocks}"
             )
         lists = (requests, shape.num_kv_heads)
-        places = (*lists, columns_of(view.selection, max_blocks))
+        columns = columns_of(view.selection, max_blocks, batch.listed_together(shape))
+        places = (*lists, columns)
         heads = (requests, shape.num_query_heads)
         selected = Selected(
             front(self.blocks, *places),

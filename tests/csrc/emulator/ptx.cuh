@@ -133,6 +133,10 @@ void load_if(bool wanted, unsigned (&words)[kWords], const char* from) {
   if (wanted) std::memcpy(words, from, sizeof(words));
 }
 
+inline void load_shared(unsigned (&words)[2], const unsigned* from) {
+  std::memcpy(words, from, sizeof(words));
+}
+
 inline unsigned transpose(unsigned two) {
   const unsigned lane = emulator::lane(), column = lane / 4, quarter = lane % 4;
   unsigned found = 0;

@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tokens of one request that have one list: the part of csrc/select.cuh that is for them alone.
+//
+// Each row selects as if it were alone, from its own scores and by its own length. The list is what
+// any of them has selected, so a block is looked up, fetched and read once for all, and with each
+// block it says who selected it: attention masks it for the others.
+#pragma once
+
+#include "select.cuh"
+
+namespace kcache {
+
+// Look at one of the rows. A warp may do this alone.
+template <typename R>
+__device__ void ListSelection<R>::use(int row) {
+  const int num_tokens = num_tokens_ + row;
+  row_ = row;
+  list_ = leader_ + row * view_.num_kv_heads;
+  num_blocks_ =
+      min((max(num_tokens, 0) + view_.block_tokens - 1) / view_.block_tokens, step_.max_blocks);
+  use_length(num_tokens);
+  cached_ = false;
+  if constexpr (R::kSearches) threshold_ = shared_.thresholds[row];
+}
+
+// A warp a query head of a row.
+template <typename R>
+__device__ void ListSelection<R>::normalise_rows() {
+#pragma unroll 1
+  for (int place = warp_; place < rows_ * view_.group; place += num_warps()) {
+    use(place / view_.group);
+    const int head = place - row_ * view_.group;
+    const float shift = log_sum(head, (num_blocks_ + step_.chunk_blocks - 1) / step_.chunk_blocks);
+    if (lane_ != 0) continue;
+    shared_.shift[place] = shift;
+    if (!kAddsWhileMarking) shared_.covered[place][0] = 0.0f;
+  }
+  __syncthreads();
+}
+
+template <typename R>
+__device__ void ListSelection<R>::find_thresholds() {
+#pragma unroll 1
+  for (int row = 0; row < rows_; ++row) {
+    use(row);
+    find_threshold();
+    if (threadIdx.x == 0) shared_.thresholds[row] = threshold_;
+    __syncthreads();
+  }
+}
+
+// Rows that keep the lane's block of a word.
+template <typename R>
+__device__ unsigned ListSelection<R>::rows_with(int word) const {
+  unsigned rows = 0;
+#pragma unroll 1
+  for (int row = 0; row < rows_; ++row) {
+    rows |= ((shared_.kept_words[row][word] >> lane_) & 1) << row;
+  }
+  return rows;
+}
+
+// What a part of the list covers: a warp a query head of a row.
+template <typename R>
+__device__ void ListSelection<R>::cover_rows(int first_block, int count) {
+#pragma unroll 1
+  for (int place = warp_; place < rows_ * view_.group; place += num_warps()) {
+    use(place / view_.group);
+    const int head = place - row_ * view_.group;
+    float mass = 0.0f;
+#pragma unroll 1
+    for (int i = lane_; i < count; i += 32) {
+      const int near = shared_.kept[i];
+      if ((shared_.kept_words[row_][near / 32] >> near % 32) & 1) {
+        mass += head_mass(head, first_block + near);
+      }
+    }
+    add_covered(place, 0, mass, true);
+  }
+}
+
+// As `run`. Of several rows each has a token.
+template <typename R>
+template <typename Take>
+__device__ int ListSelection<R>::run_joint(const Take& take) {
+  if (most_blocks_ > 0) {
+    normalise_rows();
+    if constexpr (R::kSearches) find_thresholds();
+  }
+  // The last warps, which have the least to fetch, end a row each.
+  const int its_row = num_warps() - 1 - warp_;
+  int own = 0, count = 0;
+#pragma unroll 1
+  for (int first = 0; first < most_blocks_; first += kSegment) {
+#pragma unroll 1
+    for (int row = 0; row < rows_; ++row) {
+      use(row);
+      mark(first);
+    }
+    __syncthreads();
+    int place = 0;
+    const int in_segment = count_kept(first, step_.columns - count, place);
+    if (its_row < rows_) {
+      const int words = share(first).words;
+      int in_row = 0;
+#pragma unroll 1
+      for (int i = lane_; i < words; i += 32) in_row += __popc(shared_.kept_words[its_row][i]);
+      own += warp_sum(in_row);
+      if (kAddsWhileMarking && first + kSegment >= most_blocks_) {
+        use(its_row);
+        finish(own, its_row == 0 ? count + in_segment : 0);
+      }
+    }
+#pragma unroll 1
+    for (int part = 0; part < in_segment; part += num_threads()) {
+      const int in_part = min(in_segment - part, num_threads());
+      write(first, count, part, in_part, place);
+      __syncthreads();
+      if constexpr (!kAddsWhileMarking) cover_rows(first, in_part);
+      take(shared_.kept, in_part, first, count + part);
+      __syncthreads();
+    }
+    count += in_segment;
+    if (first + kSegment < most_blocks_) __syncthreads();
+  }
+  // What was covered is there since the last barrier: every list that is not empty has a block.
+  if ((!kAddsWhileMarking || most_blocks_ == 0) && its_row < rows_) {
+    use(its_row);
+    finish(own, its_row == 0 ? count : 0);
+  }
+  __syncthreads();
+  return count;
+}
+
+}  // namespace kcache

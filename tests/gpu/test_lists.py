@@ -58,7 +58,7 @@ def test_tokens_of_a_request_with_one_list(rule: Selection, group: int, together
     lengths = (9, 4000, 8, 0, 203, 33, 777, 17, 8192 * 8 + 2)
     sizes = Sizes(lengths, 2, group, 8, 16)
     check_joint_lists(sizes, rule, RAGGED, together, 1 << 18, device="cuda")
-    check_joint_lists(sizes, rule, RAGGED, together, 30, "ties", "cuda")
+    check_joint_lists(sizes, rule, RAGGED, together, 30, device="cuda")
     many = replace(sizes, seq_lens=(400, *range(100, 160)))
     check_joint_lists(many, rule, (5, *[4] * 60), together, 0, device="cuda", before=2)
 

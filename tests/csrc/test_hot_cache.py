@@ -14,7 +14,8 @@ import pytest
 from csrc.build import SOURCE
 from vllm_kcache.cache import hot_cache
 from vllm_kcache.cache.hot_cache import HotCache
-from vllm_kcache.kernels.select import MOST_BLOCKS
+from vllm_kcache.kernels.select import BLOCK_BITS, MOST_BLOCKS
+from vllm_kcache.types import MOST_LISTED_TOGETHER
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,7 +31,9 @@ def test_words_are_those_of_csrc() -> None:
         assert int(constants["k" + name.title()]) == word
     assert int(constants["kDroppedBuckets"]) == hot_cache.DROPPED_MASS_BUCKETS
     assert int(constants["kEstimateBuckets"]) == len(hot_cache.ESTIMATE_ERROR_EDGES)
-    assert f"kMaxBlocks = 1 << {MOST_BLOCKS.bit_length() - 1};" in header
+    assert "kMaxBlocks = 1 << kBlockBits;" in header
+    assert int(constants["kBlockBits"]) == BLOCK_BITS == MOST_BLOCKS.bit_length() - 1
+    assert int(constants["kMostTogether"]) == MOST_LISTED_TOGETHER <= 31 - BLOCK_BITS
 
 
 @pytest.mark.parametrize("num_slots", [0, 7])

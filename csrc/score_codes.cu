@@ -3,9 +3,9 @@
 // vllm_kcache/reference/score.py.
 //
 // A product takes 16 tokens and 32 channels, which lie in the pages as a thread wants them, and
-// eight columns: of each of four query heads q' as two int8 numbers, high and low, 15 bits
-// together. Tokens are dealt so that a thread ends with eight that follow each other, and with one
-// query head of each tile: up to blocks of eight nothing crosses lanes.
+// eight columns, q' of as many query heads in int8. Tokens are dealt so that a thread ends with
+// eight that follow each other, and with one query head of each tile, two of a product: up to
+// blocks of eight nothing crosses lanes.
 #include "dependent.cuh"
 #include "head.cuh"
 #include "launch.h"
@@ -19,7 +19,11 @@ constexpr int kWarps = 4;  // vllm_kcache/kernels/score_codes.py
 constexpr int kThreads = 32 * kWarps;
 constexpr int kOwnTokens = 8;               // of a thread
 constexpr int kRunTokens = 8 * kOwnTokens;  // of a warp, at once
-constexpr int kTileHeads = 4;               // query heads of eight columns
+constexpr int kTileHeads = 4;               // query heads of every other column of a product
+// Sums of products begin at an int whose bits are this float: then their bits are this float plus
+// the sum, up to 2^22, and nothing converts them. A sum is at most 256 * 15 * 127.
+constexpr int kFirstSum = 0x4b400000;
+constexpr float kFirstFloat = 12582912.0f;
 static_assert(kChunkTokens == 32 * kOwnTokens, "each lane finds the place of eight tokens");
 
 // A kernel is compiled for `kSteps`, products that a head takes, `kTiles`, fours of query heads,
@@ -29,18 +33,18 @@ template <int kSteps_, int kTiles_, bool kJoint_, bool kCapped_>
 struct Size {
   static constexpr int kSteps = kSteps_, kTiles = kTiles_;
   static constexpr bool kJoint = kJoint_, kCapped = kCapped_;
-  static constexpr int kHeads = kTileHeads * kTiles;
+  static constexpr int kHeads = kTileHeads * kTiles, kProducts = (kTiles + 1) / 2;
   static constexpr int kParts = parts_of(32 * kSteps);
   // Loads in flight rather than warps hide the latency; heads of more values want registers.
-  static constexpr int kLeastBlocks = kSteps == 8 || kTiles == 4 ? 2 : kTiles == 2 ? 4 : 5;
+  static constexpr int kLeastBlocks = kSteps == 8 ? 2 : kTiles == 4 ? 3 : kTiles == 2 ? 4 : 5;
 };
 
 // The queries of a list, made once by a thread block.
 template <typename Z>
 struct QueryShared {
-  unsigned columns[Z::kTiles * Z::kSteps * 32][2];  // operands as lanes take them
-  float unit[Z::kHeads];  // base-2 logarithm of a weight in one low step of q' times one code
-  float sum[Z::kHeads];   // of q', in low steps
+  unsigned columns[Z::kProducts * Z::kSteps * 32][2];  // operands as lanes take them
+  float unit[Z::kHeads];  // base-2 logarithm of a weight in one step of q' times one code
+  float sum[Z::kHeads];   // of q', in steps
   float bias[Z::kHeads];  // scale * (q . mean)
 };
 
@@ -71,28 +75,33 @@ __device__ inline void prepare_head(const LayerView& view, const ScoreCodes& sco
       store_floats(x, score.transformed + row * view.head_size, view.head_size);
       if (lane == 0) score.bias[row] = bias;
     }
-    for_each(x, [&](int p, int i) {
-      sum += x[p][i];
-      most = fmaxf(most, fabsf(x[p][i]));
-    });
-    sum = warp_sum(sum);
+    for_each(x, [&](int p, int i) { most = fmaxf(most, fabsf(x[p][i])); });
     most = fmaxf(warp_max(most), 1e-20f);
   }
   const float steps = most > 0.0f ? 127.0f / most : 0.0f;
+  for_each(x, [&](int p, int i) {
+    x[p][i] = rintf(x[p][i] * steps);
+    sum += x[p][i];  // of whole numbers: exact in any order
+  });
+  sum = warp_sum(sum);
 #pragma unroll
   for (int p = 0; p < Z::kParts; ++p) {
-    const Digits digits(x[p], steps);
+    unsigned bytes = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      bytes |= (static_cast<unsigned>(__float2int_rn(x[p][i])) & 255u) << (8 * i);
+    }
     // Four values that follow each other; eight are a word of codes, of its low and high nibbles.
     const int four = lane + 32 * p, word = four / 2;
     if (word >= 4 * Z::kSteps) continue;
-    const int product = head / kTileHeads * Z::kSteps + word % Z::kSteps;
-    const int column = 2 * (head % kTileHeads), quarter = word / Z::kSteps;
-    shared.columns[product * 32 + column * 4 + quarter][four % 2] = digits.high;
-    shared.columns[product * 32 + (column + 1) * 4 + quarter][four % 2] = digits.low;
+    const int product = head / (2 * kTileHeads) * Z::kSteps + word % Z::kSteps;
+    const int column = 2 * (head % kTileHeads) + head / kTileHeads % 2;
+    const int quarter = word / Z::kSteps;
+    shared.columns[product * 32 + column * 4 + quarter][four % 2] = bytes;
   }
   if (lane == 0) {
-    shared.unit[head] = unit_of(score.scale, most);
-    shared.sum[head] = sum * steps * kLowSteps;
+    shared.unit[head] = score.scale * kLog2E * most / 127.0f;
+    shared.sum[head] = sum;
     shared.bias[head] = bias;
   }
 }
@@ -190,7 +199,7 @@ class ListScores {
 
   // Every n-th chunk.
   __device__ void run(const ScoreCodes& score, int worker, int workers) {
-    if constexpr (Z::kTiles == 1) load_columns(0);
+    if constexpr (Z::kProducts == 1) load_columns(0);
     for (int chunk = worker; chunk < chunks_; chunk += workers) {
       const int next = chunk + workers;
       const bool more = next < chunks_;
@@ -266,11 +275,13 @@ class ListScores {
 
   __device__ void load_columns(int step) {
 #pragma unroll
-    for (int i = 0; i < (Z::kTiles == 1 ? Z::kSteps : Z::kTiles); ++i) {
-      const int product = Z::kTiles == 1 ? i : i * Z::kSteps + step;
+    for (int i = 0; i < (Z::kProducts == 1 ? Z::kSteps : Z::kProducts); ++i) {
+      const int product = Z::kProducts == 1 ? i : i * Z::kSteps + step;
       const unsigned* columns = shared_.columns[product * 32 + (threadIdx.x & 31)];
-      columns_[i][0] = columns[0];
-      columns_[i][1] = columns[1];
+      // With one tile every other column has no query head, and nothing was written there.
+      const bool is_there = Z::kTiles > 1 || group_ % 2 == 0;
+      columns_[i][0] = is_there ? columns[0] : 0;
+      columns_[i][1] = is_there ? columns[1] : 0;
     }
   }
 
@@ -278,18 +289,22 @@ class ListScores {
   // ones are base-2.
   __device__ void multiply(float (&scores)[Z::kTiles][kOwnTokens], const SoftCap& cap) {
     constexpr unsigned kNibbles = 0x0f0f0f0fu;
-    int products[Z::kTiles][kOwnTokens / 2][4] = {};
+    int products[Z::kProducts][kOwnTokens / 2][4];
+#pragma unroll
+    for (int i = 0; i < Z::kProducts * kOwnTokens * 2; ++i) {
+      products[i / (2 * kOwnTokens)][i / 4 % (kOwnTokens / 2)][i % 4] = kFirstSum;
+    }
 #pragma unroll
     for (int step = 0; step < Z::kSteps; ++step) {
-      if constexpr (Z::kTiles > 1) load_columns(step);
+      if constexpr (Z::kProducts > 1) load_columns(step);
 #pragma unroll
       for (int pair = 0; pair < kOwnTokens / 2; ++pair) {
         const unsigned one = run_.codes[2 * pair][step], other = run_.codes[2 * pair + 1][step];
         const unsigned rows[4] = {one & kNibbles, other & kNibbles, (one >> 4) & kNibbles,
                                   (other >> 4) & kNibbles};
 #pragma unroll
-        for (int tile = 0; tile < Z::kTiles; ++tile) {
-          multiply_add(products[tile][pair], rows, columns_[Z::kTiles == 1 ? step : tile]);
+        for (int i = 0; i < Z::kProducts; ++i) {
+          multiply_add(products[i][pair], rows, columns_[Z::kProducts == 1 ? step : i]);
         }
       }
     }
@@ -299,8 +314,8 @@ class ListScores {
       const float sum = shared_.sum[head];
 #pragma unroll
       for (int token = 0; token < kOwnTokens; ++token) {
-        const int* parts = products[tile][token / 2] + token % 2 * 2;
-        const float product = static_cast<float>(parts[0] * kLowSteps + parts[1]);
+        const int bits = products[tile / 2][token / 2][token % 2 * 2 + tile % 2];
+        const float product = __uint_as_float(static_cast<unsigned>(bits)) - kFirstFloat;
         const float2 scales = halves_to_floats(run_.scales[token]);  // scale and zero
         float& score = scores[tile][token];
         score = fmaf(scales.x, product, scales.y * sum);
@@ -385,7 +400,7 @@ class ListScores {
   int heads_[Z::kTiles], lengths_[Z::kTiles];
   Place here_{};  // of the chunk that is loaded, one a lane
   Run<Z::kSteps> run_;
-  unsigned columns_[Z::kTiles == 1 ? Z::kSteps : Z::kTiles][2];
+  unsigned columns_[Z::kProducts == 1 ? Z::kSteps : Z::kProducts][2];
 };
 
 // A thread block's part of a list, for `rows` of the batch from `row` on.

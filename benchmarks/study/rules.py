@@ -21,6 +21,7 @@ from vllm_kcache.reference.codes import (
     decode,
     encode,
     quantise_int8,
+    round_query,
     transform_keys,
     transform_query,
 )
@@ -291,9 +292,12 @@ class Rows:
         transformed = transform_keys(k.transpose(0, 1), stats).transpose(0, 1)
         by_query = query.permute(2, 0, 1, 3).flatten(1, 2)
         rotated, bias = transform_query(by_query, stats)
-        grouped = rotated.unflatten(1, query.shape[:2]).permute(1, 2, 0, 3)
+        grouped, rounded = (
+            x.unflatten(1, query.shape[:2]).permute(1, 2, 0, 3)
+            for x in (rotated, round_query(rotated))
+        )
         bias = bias.unflatten(1, query.shape[:2]).permute(1, 2, 0)[..., None]
-        self.estimates = masked_scores(grouped, decode(*encode(transformed))) + bias
+        self.estimates = masked_scores(rounded, decode(*encode(transformed))) + bias
         if rule.host_dtype == "int8":
             self.scores = masked_scores(grouped, _through_int8(transformed)) + bias
             self.values = _through_int8(v)

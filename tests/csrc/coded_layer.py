@@ -13,7 +13,7 @@ from tests.conftest import TOLERANCES, assert_close
 from tests.csrc.batch import integers
 from tests.reference.coded import Coded
 from tests.shapes import Case
-from vllm_kcache.cache.formats import SCALE_BYTES, CacheShape, code_bytes
+from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.cache.hot_cache import HotCache
 from vllm_kcache.cache.layer_view import LayerView
 from vllm_kcache.kernels import score_codes, score_plan
@@ -25,7 +25,6 @@ from vllm_kcache.types import KStats, Selected, Selection
 
 RULE = Selection(None, None, 1, 9, "max", 0.03)
 # Of q' in int8: a value is off by half of its last step at most.
-QUERY_STEPS = 127 * 254
 
 
 @dataclass(frozen=True)
@@ -117,8 +116,8 @@ class CodedLayer:
         queries, biases = codes.transform_query(case.query.double(), self.coded.stats)
         assert_close(transformed.cpu()[exists], queries[exists], torch.float32)
         assert_close(bias.cpu()[exists], case.scale * biases[exists], torch.float32)
-        expected = score.score_codes(
-            case.query.double(), self.coded.code_pages, self.coded.stats, case.block_table,
+        expected = score.score_transformed(
+            as_rounded(transformed), biases, self.coded.code_pages, case.block_table,
             case.seq_lens, case.scale, shape.block_tokens, lists.block_lse.shape[2],
             soft_cap=self.batch.soft_cap,
         )  # fmt: skip
@@ -126,7 +125,7 @@ class CodedLayer:
         is_block = torch.isfinite(expected)
         assert torch.equal(torch.isfinite(found), is_block), "a block that is none, or none of one"
         relative, absolute = TOLERANCES[torch.float32]
-        slack = absolute + relative * expected.abs() + most_rounding(self.coded, queries)[..., None]
+        slack = absolute + relative * expected.abs()
         assert bool(((found - expected).abs() <= slack)[is_block].all())
         self._check_chunks(lists, found)
         return lists
@@ -183,20 +182,11 @@ def in_digits(queries: torch.Tensor) -> torch.Tensor:
     return (whole + ((queries * steps - whole) * 254).round() / 254) / steps
 
 
-def most_rounding(coded: Coded, queries: torch.Tensor) -> torch.Tensor:
-    """[B, Hq] how far a score can be off, since q' is rounded to 15 bits."""
-    case, pages = coded.case, coded.code_pages
-    size = case.shape
-    past = size.page_tokens * (code_bytes(size.head_size) - SCALE_BYTES)
-    by_token = pages[..., :past].unflatten(-1, (size.page_tokens, -1))
-    sums = codes.unpack(by_token, size.head_size).double().sum(-1)
-    scales = pages[..., past:].contiguous().view(torch.float16)[..., ::2].double()
-    weights = (sums * scales).transpose(1, 2)
-    steps = queries.abs().amax(-1) / QUERY_STEPS
-    most = torch.zeros_like(steps)
-    for request, tokens in enumerate(size.seq_lens):
-        if tokens:
-            ids = case.block_table[request, : -(-tokens // size.page_tokens)].long()
-            heaviest = weights[ids].flatten(0, 1)[:tokens].amax(0)
-            most[request] = heaviest.repeat_interleave(size.group_size)
-    return case.scale * steps / 2 * most
+def as_rounded(transformed: torch.Tensor) -> torch.Tensor:
+    """A kernel's own q', [B, Hq, D] float32, on the CPU in whole steps, exactly; NaN is 0.
+
+    Of q' of another precision a value near the middle of two steps may go to the other one.
+    """
+    ours = transformed.cpu().nan_to_num()
+    steps = codes.INT8_MOST / ours.abs().amax(-1, keepdim=True).clamp_min(codes.LEAST_QUERY)
+    return (ours * steps).round().double() / steps.double()

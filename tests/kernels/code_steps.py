@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.conftest import TOLERANCES, assert_close
-from tests.csrc.coded_layer import in_digits, most_rounding
+from tests.csrc.coded_layer import as_rounded, in_digits
 from tests.kernels.layers import code_layer_of
 from tests.reference.coded import Coded, slots_of
 from tests.shapes import Shape, build_case
@@ -28,7 +28,7 @@ from vllm_kcache.kernels.workspace import Followers
 from vllm_kcache.reference.attend import attend_rows
 from vllm_kcache.reference.codes import read_codes, rotate, transform_query
 from vllm_kcache.reference.fetch import fetch_rows
-from vllm_kcache.reference.score import score_codes
+from vllm_kcache.reference.score import score_transformed
 from vllm_kcache.reference.select import select_blocks
 from vllm_kcache.types import Selection
 
@@ -71,20 +71,23 @@ def check_step(
     case = build_case(shape, dtype, sharpness=3.0)
     coded, tokens = Coded.of(case, host_dtype), shape.v_block_tokens
     tail = "renormalize" if rule.clip is None else "clip"
-    paged = (case.block_table, case.seq_lens, case.scale)
-    block_lse = score_codes(
-        case.query.double(), coded.code_pages, coded.stats, *paged, tokens, shape.max_blocks,
-        soft_cap=soft_cap,
-    )  # fmt: skip
-    queries, _ = transform_query(case.query.double(), coded.stats)
+    queries, biases = transform_query(case.query.double(), coded.stats)
     relative, absolute = TOLERANCES[torch.float32]
-    slack = absolute + relative * block_lse.abs() + most_rounding(coded, queries)[..., None]
     layer = code_layer_of(coded, rule, tail, num_slots, device)
     batch = replace(layer.batch, soft_cap=soft_cap)
     for number in (1, 2):
         out = torch.full_like(batch.query, torch.nan)
         decode_step(layer.view, layer.workspace, batch, out)
         lists = layer.workspace.views(layer.view, batch)
+        transformed = layer.workspace.code_query[: queries.numel()].view_as(queries)
+        assert_close(
+            transformed.cpu()[case.seq_lens > 0], queries[case.seq_lens > 0], torch.float32
+        )
+        block_lse = score_transformed(
+            as_rounded(transformed), biases, coded.code_pages, case.block_table, case.seq_lens,
+            case.scale, tokens, shape.max_blocks, soft_cap=soft_cap,
+        )  # fmt: skip
+        slack = absolute + relative * block_lse.abs()
         exists = block_lse.isfinite()
         ours = lists.block_lse.cpu()
         assert bool(((ours - block_lse).abs() <= slack)[exists].all())

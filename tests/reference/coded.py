@@ -10,6 +10,7 @@ import torch
 
 from tests.shapes import Case, Shape
 from vllm_kcache.cache.formats import RowFormat
+from vllm_kcache.reference.codes import round_query, transform_query
 from vllm_kcache.reference.write import write_codes_and_rows
 from vllm_kcache.types import KStats
 
@@ -114,12 +115,20 @@ class Coded:
         return query * self.stats.deviation[kv_head].double() @ hadamard(shape.head_size), bias
 
     def estimates(self, request: int) -> torch.Tensor:
-        """Estimated scores of every token: [Hq, tokens] float64."""
+        """Estimated scores of every token: [Hq, tokens] float64.
+
+        Of the q' that the reference rounds, which is at most half a step off: of two that differ in
+        their last bit a value may go to either of two steps.
+        """
         shape = self.case.shape
+        transformed, _ = transform_query(self.case.query.float(), self.stats)
+        rounded = round_query(transformed)[request].double()
         scores = torch.zeros((shape.num_heads, shape.seq_lens[request]), dtype=torch.float64)
         for head in range(shape.num_heads):
             kv_head = head // shape.group_size
-            query, bias = self.query(request, head)
+            exact, bias = self.query(request, head)
+            query, step = rounded[head], float(exact.abs().max()) / 127
+            assert float((query - exact).abs().max()) <= 0.5001 * step
             for token in range(shape.seq_lens[request]):
                 codes, scale, zero = self.code(request, token, kv_head)
                 product = scale * float(query @ torch.tensor(codes, dtype=torch.float64))

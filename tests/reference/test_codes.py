@@ -48,6 +48,34 @@ def test_products_do_not_change(head_size):
 
 
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
+def test_a_rounded_query_is_in_whole_steps(head_size):
+    """Of its largest value / 127, which it keeps; half a step off at most; 0 stays 0."""
+    query = torch.randn(5, 3, head_size, dtype=torch.float64)
+    query[2, 1] = 0
+    rounded = codes.round_query(query)
+    step = query.abs().amax(-1, keepdim=True) / 127
+    in_steps = (rounded / step).nan_to_num()
+    assert_close(in_steps, in_steps.round())
+    assert bool(((rounded - query).abs() <= 0.5 * step + 1e-12).all())
+    assert_close(rounded.abs().amax(-1), query.abs().amax(-1))
+
+
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+def test_rounding_the_query_adds_little_to_what_codes_cost(head_size):
+    """Estimates are off by the codes of K; by the 8 bits of q' in addition less than 1%."""
+    query, key = torch.randn(64, 1, head_size), torch.randn(512, 1, head_size)
+    stats = KStats(torch.zeros(1, head_size), torch.ones(1, head_size))
+    transformed, _ = codes.transform_query(query, stats)
+    coded = codes.decode(*codes.encode(codes.transform_keys(key, stats)))[:, 0]
+    exact = query[:, 0] @ key[:, 0].T
+
+    def error(queries: torch.Tensor) -> float:
+        return float((queries[:, 0] @ coded.T - exact).square().mean().sqrt())
+
+    assert error(transformed) < error(codes.round_query(transformed)) < 1.01 * error(transformed)
+
+
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
 def test_a_code_is_off_by_at_most_half_a_step(head_size):
     generator = torch.Generator().manual_seed(head_size)
     sizes = torch.logspace(-3, 3, 40)[:, None]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from vllm_kcache.cache.formats import code_bytes
-from vllm_kcache.reference.codes import read_codes, transform_query
+from vllm_kcache.reference.codes import read_codes, round_query, transform_query
 from vllm_kcache.reference.paging import accumulation_dtype, physical_pages, request_groups
 from vllm_kcache.reference.soft_cap import cap_scores
 from vllm_kcache.types import KStats
@@ -73,7 +73,7 @@ def score_codes(
     """The same from K codes: log-sum-exp of estimates, on the scale of true scores.
 
     The estimate of a score is scale * (s * (q' . code) + z * sum(q') + q . mean), with the scale s
-    and the zero z of the token (reference/codes.py).
+    and the zero z of the token, and q' in 8 bits (reference/codes.py).
 
     Args:
         query, block_table, seq_lens, scale, v_block_tokens, max_blocks, out, soft_cap: as
@@ -83,8 +83,27 @@ def score_codes(
     Returns:
         [B, Hq, P] as `score_blocks`.
     """
-    head_size = query.shape[-1]
-    transformed, bias = transform_query(query, stats)
+    return score_transformed(
+        *transform_query(query, stats), code_pages, block_table, seq_lens, scale, v_block_tokens,
+        max_blocks, out, soft_cap,
+    )  # fmt: skip
+
+
+def score_transformed(
+    transformed: torch.Tensor,
+    bias: torch.Tensor,
+    code_pages: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    v_block_tokens: int,
+    max_blocks: int,
+    out: torch.Tensor | None = None,
+    soft_cap: float | None = None,
+) -> torch.Tensor:
+    """The same of q', [B, Hq, D], and q . mean, [B, Hq] (`codes.transform_query`)."""
+    head_size = transformed.shape[-1]
+    rounded = round_query(transformed)
 
     def keys_of(pages: torch.Tensor) -> torch.Tensor:
         return read_codes(code_pages.index_select(0, pages), head_size).to(transformed.dtype)
@@ -92,7 +111,7 @@ def score_codes(
     heads = (code_pages.shape[1], -1)
     page_tokens = code_pages.shape[-1] // code_bytes(head_size)
     return _score(
-        transformed.unflatten(1, heads), bias.unflatten(1, heads), keys_of, page_tokens,
+        rounded.unflatten(1, heads), bias.unflatten(1, heads), keys_of, page_tokens,
         block_table, seq_lens, scale, v_block_tokens, max_blocks, out, soft_cap,
     )  # fmt: skip
 

@@ -251,12 +251,11 @@ void fetch_blocks(Tensor layer, Tensor blocks, Tensor counts, Tensor block_table
 // Tokens of a request that have one list.
 void use_spans(Step& step, const LayerView& view, const std::optional<Tensor>& spans,
                int64_t together, const Tensor& blocks) {
-  if (spans) check_tensor("spans", *spans, ScalarType::Int, {blocks.size(0), 2}, blocks);
+  step.spans = spans_of(spans, blocks.size(0), blocks);
   STD_TORCH_CHECK(together >= 1 && (together == 1 || (spans && together * view.group <= kMaxGroup &&
                                                       together <= kMostTogether)),
                   "together=", together, ": needs spans, and at most ", kMaxGroup,
                   " query heads and ", kMostTogether, " tokens");
-  step.spans = spans ? pointer<int2>(*spans) : nullptr;
   step.together = static_cast<int>(together);
 }
 
@@ -371,7 +370,7 @@ void score_codes(Tensor layer, Tensor query, Tensor seq_lens, Tensor block_table
                   "transformed: must begin at a multiple of 16 bytes");
   check_tensor("bias", bias, ScalarType::Float, {num_requests, num_heads}, query);
   STD_TORCH_CHECK(scale > 0, "scale=", scale, ": must be above 0");
-  if (spans) check_tensor("spans", *spans, ScalarType::Int, {num_requests, 2}, query);
+  const int2* its_spans = spans_of(spans, num_requests, query);
   STD_TORCH_CHECK(together >= 1 && (together == 1 || (spans && together * view.group <= kMaxGroup)),
                   "together=", together, ": needs spans, and at most ", kMaxGroup, " query heads");
   STD_TORCH_CHECK(splits >= 1 && splits <= kMaxBlocks, "splits=", splits, ": must be 1 to ",
@@ -387,7 +386,7 @@ void score_codes(Tensor layer, Tensor query, Tensor seq_lens, Tensor block_table
                          static_cast<int>(splits),
                          static_cast<int>(block_table.size(1)),
                          dependent && after_write,
-                         spans ? pointer<int2>(*spans) : nullptr,
+                         its_spans,
                          static_cast<int>(together),
                          soft_cap_of(soft_cap)};
   // Without a column nobody has tokens.

@@ -3,8 +3,10 @@
 #pragma once
 
 #include <initializer_list>
+#include <optional>
 
 #include "device.h"
+#include "layer_view.h"
 
 namespace kcache {
 
@@ -52,6 +54,16 @@ inline void check_block_table(const Tensor& block_table, int64_t num_requests,
 template <typename T>
 T* pointer(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
+}
+
+// Of each row, the rows of its request before it and after it (`Step::spans`); null without.
+inline const int2* spans_of(const std::optional<Tensor>& spans, int64_t num_requests,
+                            const Tensor& beside) {
+  if (!spans) return nullptr;
+  check_tensor("spans", *spans, ScalarType::Int, {num_requests, 2}, beside);
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(spans->data_ptr()) % 8 == 0,
+                  "spans: must begin at a multiple of 8 bytes");
+  return pointer<int2>(*spans);
 }
 
 }  // namespace kcache

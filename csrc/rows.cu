@@ -13,6 +13,7 @@ namespace {
 constexpr int kWarps = 8;
 // Beyond so many warps, a warp looks for pieces among more tokens than one.
 constexpr int kManyWarps = 2048;
+constexpr int kMostDecodeTokens = 65535;  // of a launch of csrc/tokens.cu, a row of its grid each
 
 // A piece of an int8 row on its way between the host and a warp's registers: k', V and the scales
 // of both. Over the link it goes 16 bytes a lane, from one multiple of 128 bytes to the next where
@@ -363,7 +364,7 @@ cudaError_t launch_write_rows(const LayerView& view, const WriteRows& write, int
       std::clamp<int64_t>(write.num_tokens * view.num_kv_heads / warps, 1, piece_tokens(view)));
   // Runs of decodes are a token each, or a few.
   const bool of_decodes = write.allocate_tokens >= write.num_tokens;
-  if (of_decodes && window == 1 && most_blocks == 0) {
+  if (of_decodes && window == 1 && most_blocks == 0 && write.num_tokens <= kMostDecodeTokens) {
     return launch_write_tokens(view, write, dependent, stream);
   }
   const int64_t items = (write.num_tokens + window - 1) / window * view.num_kv_heads;

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import TOLERANCES, assert_close
-from tests.csrc.coded_layer import RULE, CodedLayer, flat_kv
+from tests.csrc.coded_layer import RULE, CodedLayer, flat_kv, in_steps
 from tests.reference.coded import POISON, SHAPES, Coded, slots_of
 from tests.shapes import Shape, build_case
 from vllm_kcache.cache.hot_cache import EPOCH
@@ -103,10 +103,15 @@ def check_joint_scores(
             these.view, batch, lists, *outputs, splits=splits or 2, dependent=dependent
         )
         found.append([*outputs, lists.block_lse, lists.chunk_lse])
-    # A compiler may fuse the sums of two kernels in two ways.
+    # A compiler may fuse the sums of two kernels in two ways. Then a value of q' near the middle of
+    # two steps may go to either, and scores of that query head are two.
     relative, absolute = TOLERANCES[torch.float32] if device != "cpu" else (0, 0)
-    for one, other in zip(*found, strict=True):
+    alike = torch.eq(*(in_steps(outputs[0])[0] for outputs in found)).all(-1)
+    assert alike.all() if device == "cpu" else alike.float().mean() > 0.9
+    for number, (one, other) in enumerate(zip(*found, strict=True)):
         assert not one.isnan().all()
+        if number > 1:
+            one, other = one[alike], other[alike]
         torch.testing.assert_close(other, one, rtol=relative, atol=absolute, equal_nan=True)
 
 

@@ -24,7 +24,6 @@ from vllm_kcache.reference import codes, score
 from vllm_kcache.types import KStats, Selected, Selection
 
 RULE = Selection(None, None, 1, 9, "max", 0.03)
-# Of q' in int8: a value is off by half of its last step at most.
 
 
 @dataclass(frozen=True)
@@ -187,6 +186,12 @@ def as_rounded(transformed: torch.Tensor) -> torch.Tensor:
 
     Of q' of another precision a value near the middle of two steps may go to the other one.
     """
+    whole, steps = in_steps(transformed)
+    return whole.double() / steps.double()
+
+
+def in_steps(transformed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in steps, [B, Hq, D], and how many of them are 1, [B, Hq, 1]."""
     ours = transformed.cpu().nan_to_num()
     steps = codes.INT8_MOST / ours.abs().amax(-1, keepdim=True).clamp_min(codes.LEAST_QUERY)
-    return (ours * steps).round().double() / steps.double()
+    return (ours * steps).round(), steps

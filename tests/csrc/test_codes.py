@@ -10,6 +10,7 @@ from tests.csrc import code_checks as checks
 from tests.csrc.coded_layer import CodedLayer
 from tests.reference.coded import SHAPES, Coded
 from tests.shapes import Shape, build_case
+from vllm_kcache.kernels.rows import write_rows
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
@@ -69,6 +70,17 @@ def test_slots(host_dtype: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES[:-2], ids=str)
 def test_slots_of_several_tokens(shape: Shape, host_dtype: str) -> None:
     checks.check_drafts(shape, host_dtype)
+
+
+def test_a_step_of_more_tokens_than_a_grid_has_rows() -> None:
+    """With blocks of one token each is a run, however many there are."""
+    layer = CodedLayer.of(Coded.of(build_case(Shape((3,), 1, 1, 64, 16, 1)), "int8"))
+    tokens = 1 << 16
+    slots = torch.full((tokens,), -1)
+    slots[-1] = 0
+    key = torch.ones(1, 1, 64).expand(tokens, -1, -1)
+    write_rows(layer.view, key, key, slots, allocate_tokens=tokens)
+    assert int((layer.cache.table >= 0).sum()) == 1
 
 
 @pytest.mark.parametrize("host_dtype", checks.HOST_DTYPES)

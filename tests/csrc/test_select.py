@@ -180,10 +180,12 @@ def test_steps_are_checked() -> None:
     with pytest.raises(RuntimeError, match="layer: must be what layer_view returned"):
         select_and_fetch(torch.zeros_like(batch.view), lists)
     spans = torch.zeros((2, 2), dtype=torch.int32)
+    askew = torch.zeros(5, dtype=torch.int32)[1:].view(2, 2)
     for how, text in (
         ({"spans": spans, "together": 5, "followed": False}, "together=5: needs spans"),
         ({"spans": None, "together": 2, "followed": False}, "together=2: needs spans"),
         ({"spans": spans[:1], "together": 2, "followed": False}, "spans: has size 1 in dimension"),
+        ({"spans": askew, "together": 2, "followed": False}, "spans: must begin at a"),
         ({"spans": spans, "together": 2}, "lists: none where tokens of a request have one"),
     ):
         with pytest.raises(RuntimeError, match=text):

@@ -19,7 +19,8 @@ from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.kernels import attend, decode, self_check
 from vllm_kcache.kernels.select import BLOCK_BITS
 from vllm_kcache.kernels.self_check import KernelError, check_kernels
-from vllm_kcache.types import Selection
+from vllm_kcache.reference import codes, score
+from vllm_kcache.types import KStats, Selection
 
 SHAPE = CacheShape(1, 3, 1, 64, 16, 8, torch.float32)
 THRESHOLD = (SHAPE, Selection(None, None, 1, 32, "max", 0.01), "clip")
@@ -105,6 +106,17 @@ def for_all(selected: Any) -> Any:
     return replace(selected, blocks=selected.blocks | (1 << DRAFTED) - 1 << BLOCK_BITS)
 
 
+def other_query(function: Function) -> Function:
+    """Scores from codes, after which attention has another q'."""
+
+    def faulty(*arguments: Any, **named: Any) -> Any:
+        result = function(*arguments, **named)
+        arguments[3].mul_(1.01)
+        return result
+
+    return faulty
+
+
 def one_by_one(function: Function) -> Function:
     """The write that begins a step, last token first: the others of a V block that is begun come
     before its slot is there."""
@@ -182,12 +194,36 @@ FAULTS_OF_DRAFTS: tuple[tuple[str, Any, str, Callable[[Function], Function]], ..
 
 # Where tokens of a request have one list.
 FAULTS_OF_JOINT_LISTS: tuple[tuple[str, Any, str, Callable[[Function], Function]], ...] = (
+    ("score", decode, "score_codes", other_query),
     ("select", decode, "select_and_fetch", wrong_tokens),
     ("select", decode, "select_and_fetch", with_argument(1, other_scores)),
     ("fetch or attend", decode, "select_and_fetch", shifted_rows),
     ("fetch or attend", decode, "attend_blocks", with_argument(2, for_all)),
     ("fetch or attend", decode, "attend_blocks", with_argument(1, less)),
     ("attend", attend, "attend_blocks", with_argument(1, less)),
+)  # fmt: skip
+
+
+def without_drafts(fault: Function) -> Function:
+    """The fault only in batches where each row is a request of its own."""
+
+    def wrap(function: Function) -> Function:
+        faulty = fault(function)
+
+        def sometimes(view: Any, batch: Any, *arguments: Any, **named: Any) -> Any:
+            alone = batch.scored_together(view.shape.group) == 1
+            return (faulty if alone else function)(view, batch, *arguments, **named)
+
+        return sometimes
+
+    return wrap
+
+
+# What an engine with drafts runs where a batch has none.
+FAULTS_WITHOUT_DRAFTS = (
+    (THRESHOLD, "score", decode, "score_blocks", without_drafts(with_argument(1, less))),
+    (JOINT, "score", decode, "score_codes", without_drafts(with_argument(1, less))),
+    (JOINT, "fetch or attend", decode, "attend_blocks", without_drafts(with_argument(1, less))),
 )  # fmt: skip
 
 # Where layers have sinks and a cap, with K itself in the pages and with codes.
@@ -202,7 +238,30 @@ SPECIAL_FAULTS = (
 )  # fmt: skip
 
 
+# Of its random q' in float32 one value lies in the middle of two steps, nearly.
+NEAR_A_TIE = (
+    CacheShape(1, 13, 1, 256, 16, 8, torch.bfloat16, 4, "int8"), THRESHOLD[1], "clip"
+)  # fmt: skip
+
+
+def check_rounding() -> None:
+    """Kernels are right whose q' differs from the reference's in its last bits: a GPU fuses
+    products and sums."""
+    sound, modules = codes.transform_query, (self_check, score)
+
+    def in_another_order(query: torch.Tensor, stats: KStats) -> tuple[torch.Tensor, ...]:
+        transformed, bias = sound(query.double(), stats)
+        return transformed.float(), bias.float()
+
+    for module in modules:
+        setattr(module, "transform_query", in_another_order)  # noqa: B010
+    check_kernels(*NEAR_A_TIE, "cpu")
+    for module in modules:
+        setattr(module, "transform_query", sound)  # noqa: B010
+
+
 def main() -> None:
+    check_rounding()
     layers = (THRESHOLD, COVERAGE, FIXED, EVERYTHING)
     for layer in layers:
         check_kernels(*layer, "cpu")
@@ -218,6 +277,7 @@ def main() -> None:
         *((THRESHOLD, *fault, {}) for fault in FAULTS),
         *((THRESHOLD, *fault, drafted) for fault in FAULTS_OF_DRAFTS),
         *((JOINT, *fault, drafted) for fault in FAULTS_OF_JOINT_LISTS),
+        *((*fault, drafted) for fault in FAULTS_WITHOUT_DRAFTS),
         *((*fault[:4], with_argument(1, fault[4]), special) for fault in SPECIAL_FAULTS),
         (JOINT, "fetch or attend", decode, "attend_blocks", with_argument(1, no_sinks),
          drafted_with_sinks),

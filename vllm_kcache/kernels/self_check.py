@@ -23,12 +23,12 @@ from vllm_kcache.kernels.attend_plan import RowsConfig, on_tensor_cores
 from vllm_kcache.kernels.decode import LEAST_FOLLOWERS, MOST_FOLLOWERS, decode_step
 from vllm_kcache.kernels.rows import write_rows
 from vllm_kcache.kernels.select import own_lists, packed_view
-from vllm_kcache.kernels.workspace import DecodeBatch, DecodeWorkspace, Followers
+from vllm_kcache.kernels.workspace import DecodeBatch, DecodeWorkspace, Followers, front
 from vllm_kcache.kernels.write import write_kv
 from vllm_kcache.reference.attend import attend_blocks, attend_rows
-from vllm_kcache.reference.codes import read_codes
+from vllm_kcache.reference.codes import read_codes, transform_query
 from vllm_kcache.reference.fetch import fetch_blocks, fetch_rows
-from vllm_kcache.reference.score import score_blocks, score_codes
+from vllm_kcache.reference.score import score_blocks, score_transformed
 from vllm_kcache.reference.select import request_lse, select_blocks
 from vllm_kcache.reference.sinks import refine_lse, share_of_tokens
 from vllm_kcache.reference.write import write_codes_and_rows
@@ -88,17 +88,23 @@ def check_kernels(
         shape, selection, tail: those of the model's layers.
         device: the GPU.
         decode_tokens: most tokens of a request in a step: with drafts, each is a row of the batch.
+            Batches without any are checked, too.
         has_sinks: layers have learned sinks.
         soft_cap: bound of their scaled scores.
     Raises:
         KernelError: a result is not that of the reference.
     """
     kind = _Check if shape.k_bits == 16 else _CodeCheck
-    check = kind(
-        shape, selection, tail, torch.device(device), decode_tokens, has_sinks, soft_cap
-    )  # fmt: skip
+    # A batch in which no request has a draft takes the kernels of rows that are each a request.
+    for tokens in sorted({1, decode_tokens}):
+        _check_steps(
+            kind(shape, selection, tail, torch.device(device), tokens, has_sinks, soft_cap)
+        )
+
+
+def _check_steps(check: _Check) -> None:
     check.write_all()
-    processors = check.workspace.multiprocessors
+    processors, shape = check.workspace.multiprocessors, check.shape
     most = min(MOST_FOLLOWERS, processors // 2) if processors else 2
     layouts = [None, Followers(most, min(LEAST_FOLLOWERS, most))]
     has_followers = shape.k_bits == 16 and check.batch_there.scored_together(shape.group) == 1
@@ -438,9 +444,16 @@ class _CodeCheck(_Check):
                     raise self._error("write", "scales of a row")
 
     def _scores(self) -> torch.Tensor:
+        """Of the kernel's own q', once that is the definition's: of two whose last bits differ,
+        rounding may take a value to one of two steps."""
         batch = self.batch
-        return score_codes(
-            batch.query, self.view.code_pages.cpu(), self.stats, batch.block_table, batch.seq_lens,
+        expected, bias = transform_query(batch.query, self.stats)
+        exists = batch.seq_lens > 0
+        ours = front(self.workspace.code_query, *expected.shape).cpu()
+        if not _close(ours[exists], expected[exists], TOLERANCES[torch.float32]):
+            raise self._error("score", f"q' off by {_most(ours[exists], expected[exists]):.2g}")
+        return score_transformed(
+            ours, bias, self.view.code_pages.cpu(), batch.block_table, batch.seq_lens,
             batch.scale, self.shape.block_tokens, batch.max_blocks, soft_cap=batch.soft_cap,
         )  # fmt: skip
 

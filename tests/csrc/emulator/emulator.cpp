@@ -232,8 +232,9 @@ cudaError_t last_error() {
 }
 
 cudaError_t run(dim3 grid, unsigned threads, const std::function<void()>& thread) {
+  constexpr unsigned kMost = 65535;
   if (threads == 0 || threads > 1024 || threads % 32 != 0 || grid.x == 0 || grid.y == 0 ||
-      grid.z == 0) {
+      grid.z == 0 || grid.y > kMost || grid.z > kMost) {
     return error_of_launch = cudaErrorInvalidValue;
   }
   const unsigned blocks = grid.x * grid.y * grid.z, seed = launches.fetch_add(1);

@@ -27,6 +27,13 @@ __device__ inline float fast_reciprocal(float value) {
   return reciprocal;
 }
 
+// The lesser; NaN where one is, which fminf would hide.
+__device__ inline float min_or_nan(float x, float y) {
+  float least;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(least) : "f"(x), "f"(y));
+  return least;
+}
+
 // What other thread blocks see of this thread's stores, and it of theirs: in the order of the
 // atomics between. __threadfence() orders more, and takes longer.
 __device__ inline void fence_gpu() {

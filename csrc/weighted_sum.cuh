@@ -79,7 +79,7 @@ class WeightedSum {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float weight = fast_exp2(scores[i] - largest_);
-      if constexpr (Z::kClip) weight = fminf(weight, kMostWeight);
+      if constexpr (Z::kClip) weight = min_or_nan(weight, kMostWeight);
       weight_[0] += weight;
       weights[i] = weight * scales.value[i];
       most = fmaxf(most, weights[i]);

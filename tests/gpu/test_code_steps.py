@@ -108,3 +108,10 @@ def test_ranges_on_tensor_cores(factor: float) -> None:
     attend_rows.check_ranges(factor, "cuda")
     attend_rows.check_small_values("cuda")
     attend_rows.check_far_estimates("cuda")
+
+
+@pytest.mark.parametrize("rule", [attend_rows.EVERY, attend_rows.CLIPPED], ids=["every", "clipped"])
+@pytest.mark.parametrize("host_dtype", ["model", "int8"])
+def test_a_query_that_holds_nan(host_dtype: str, rule: Selection) -> None:
+    """Nothing of it is hidden, and no other query head has anything of it."""
+    attend_rows.check_nan(host_dtype, rule, "cuda")

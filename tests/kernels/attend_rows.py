@@ -178,6 +178,20 @@ def check_far_estimates(device: str = "cpu") -> None:
             assert_close(*check(shape, "int8", rule, splits, device, case, off, sinks))
 
 
+def check_nan(host_dtype: str, rule: Selection, device: str = "cpu") -> None:
+    """A query head that holds NaN answers NaN; the others what they answer without it."""
+    shape = Shape((70, 33), 2, 4, 64, 16, 8)
+    case = build_case(shape, torch.float16)
+    query = case.query.clone()
+    query[0, 1, 5] = torch.nan
+    sound, _ = check(shape, host_dtype, rule, 1, device, case)
+    out, _ = check(shape, host_dtype, rule, 1, device, replace(case, query=query))
+    is_other = torch.ones(out.shape[:2], dtype=torch.bool)
+    is_other[0, 1] = False
+    assert bool(out[~is_other].isnan().all())
+    assert torch.equal(out[is_other], sound[is_other])
+
+
 def main() -> None:
     """Every combination; any difference raises."""
     cases = list(itertools.product(SHAPES, ("model", "int8"), (EVERY, CLIPPED), (1, 3)))
@@ -189,6 +203,8 @@ def main() -> None:
         check_ranges(factor)
     check_small_values()
     check_far_estimates()
+    for host_dtype, rule in itertools.product(("model", "int8"), (EVERY, CLIPPED)):
+        check_nan(host_dtype, rule)
     print(f"{len(cases) + 24 * len(TILED_SHAPES)} lists of rows attend as defined")
 
 

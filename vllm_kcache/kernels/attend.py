@@ -162,7 +162,10 @@ def attend_share(
             KEYS, SOFT_CAP,
         )  # fmt: skip
         if CLIP:
-            weights = tl.minimum(tl.exp2(scores - shift[:, None]), limit[:, None])
+            # A NaN must not be hidden by the clip.
+            weights = tl.minimum(
+                tl.exp2(scores - shift[:, None]), limit[:, None], tl.PropagateNan.ALL
+            )
             weight += tl.sum(weights, 1)
         else:
             # The first block of a chunk has at least one token, so the maximum is finite.

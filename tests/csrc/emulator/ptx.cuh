@@ -2,6 +2,7 @@
 // Takes the place of csrc/ptx.cuh.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 
 #include "cuda_runtime.h"
@@ -18,6 +19,10 @@ inline float fast_log2(float value) {
 
 inline float fast_reciprocal(float value) {
   return 1.0f / value;
+}
+
+inline float min_or_nan(float x, float y) {
+  return x < y || std::isnan(x) ? x : y;
 }
 
 inline void fence_gpu() {

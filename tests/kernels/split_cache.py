@@ -318,7 +318,7 @@ def check_drafts() -> int:
         scheduler = Scheduler(seed, padded_rows=seed % 2, drafts=DRAFTS)
         group, hot_slots = ((64, 400), (1, 40))[seed % 2]
         with mock.patch.object(memory, "GROUP_REQUESTS", group), LastFirst():
-            run(settings, scheduler, 14, hot_slots, shape)
+            run(settings, scheduler, 11, hot_slots, shape)
         verified |= scheduler.verified
     drafts, accepted, places = (set(x) for x in zip(*verified, strict=True))
     assert drafts == accepted == set(range(DRAFTS + 1)), verified
@@ -348,15 +348,18 @@ def check_when_scoring_waits() -> None:
 def main() -> None:
     ran, kinds = 0, set[str]()
     with without_cuda():
-        for settings, seed in ((FEW, 0), (THRESHOLD, 1), (FEW, 2)):
-            for small, group, piece in ((0, 2, 1), (1 << 20, 64, 64 << 20)):
-                with (
-                    mock.patch.object(split_cache_gpu, "SMALL_V_BYTES", small),
-                    mock.patch.object(memory, "GROUP_REQUESTS", group),
-                    mock.patch.object(memory, "PIECE_BYTES", piece),
-                ):
-                    kinds |= run(settings, Scheduler(seed, seed), 9, (40, 3, 0)[seed])
-                    ran += 1
+        small_pieces, large_pieces = (0, 2, 1), (1 << 20, 64, 64 << 20)
+        for settings, seed, (small, group, piece) in (
+            (FEW, 0, small_pieces), (FEW, 0, large_pieces), (THRESHOLD, 1, small_pieces),
+            (FEW, 2, large_pieces),
+        ):  # fmt: skip
+            with (
+                mock.patch.object(split_cache_gpu, "SMALL_V_BYTES", small),
+                mock.patch.object(memory, "GROUP_REQUESTS", group),
+                mock.patch.object(memory, "PIECE_BYTES", piece),
+            ):
+                kinds |= run(settings, Scheduler(seed, seed), 9, (40, 3, 0)[seed])
+                ran += 1
         ran += check_drafts()
         check_when_scoring_waits()
     assert kinds == {"decodes", "prefills", "both"}, kinds

@@ -136,29 +136,6 @@ __device__ inline void rotate(float (&x)[kParts][4], int head_size, float factor
   for_each(x, [&](int part, int i) { x[part][i] = __fmul_rn(x[part][i], factor); });
 }
 
-// Values of q' as two int8 numbers each, 15 bits together: q' = (kLowSteps high + low) unit.
-constexpr int kLowSteps = 254;
-
-struct Digits {
-  unsigned high, low;  // of four values
-
-  // `steps` takes the largest value to 127.
-  __device__ Digits(const float* four, float steps) : high(0), low(0) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float in_steps = four[i] * steps, whole = rintf(in_steps);
-      const int rest = __float2int_rn((in_steps - whole) * kLowSteps);
-      high |= (static_cast<unsigned>(__float2int_rn(whole)) & 255u) << (8 * i);
-      low |= (static_cast<unsigned>(rest) & 255u) << (8 * i);
-    }
-  }
-};
-
-// Base-2 logarithm of a weight in one low step of q' times 1; `most`: the largest value of q'.
-__device__ inline float unit_of(float scale, float most) {
-  return scale * kLog2E * most / (127.0f * kLowSteps);
-}
-
 // cap * tanh(score / cap) of a base-2 score: vllm_kcache/reference/soft_cap.py. Within 2^-20 of the
 // cap (2^-11 with tanh.approx, which is 0.02 of a cap of 50).
 __device__ inline float cap_score(const SoftCap& cap, float score) {

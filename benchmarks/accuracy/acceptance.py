@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.accuracy.settings import is_stock, parse_settings
+from benchmarks.accuracy.sweep import ENVIRONMENT
 from benchmarks.accuracy.texts import make_passages
 from benchmarks.rows import RESULTS, ROOT, append, command, environment
 
@@ -68,15 +69,12 @@ def run_in_process(spec: dict[str, Any]) -> list[dict[str, Any]]:
     Raises:
         RuntimeError: the engine failed; the message ends with the end of its output.
     """
-    surroundings = {
-        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         asked, told = Path(folder) / "spec.json", Path(folder) / "groups.json"
         asked.write_text(json.dumps(spec))
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.accuracy.acceptance", str(asked), str(told)],
-            cwd=ROOT, env={**surroundings, **os.environ}, capture_output=True, text=True,
+            cwd=ROOT, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True,
             check=False,
         )  # fmt: skip
         if done.returncode:

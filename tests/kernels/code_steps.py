@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from tests.conftest import TOLERANCES, assert_close
 from tests.csrc.coded_layer import as_rounded, in_digits
-from tests.kernels.layers import code_layer_of
+from tests.kernels.layers import Layer, code_layer_of
 from tests.reference.coded import Coded, slots_of
 from tests.shapes import Shape, build_case
 from vllm_kcache.cache.formats import CacheShape
@@ -24,7 +25,7 @@ from vllm_kcache.kernels.attend_plan import attend_config, on_tensor_cores
 from vllm_kcache.kernels.decode import decode_step
 from vllm_kcache.kernels.rows import write_rows
 from vllm_kcache.kernels.self_check import check_kernels
-from vllm_kcache.kernels.workspace import Followers
+from vllm_kcache.kernels.workspace import DecodeBatch, Followers
 from vllm_kcache.reference.attend import attend_rows
 from vllm_kcache.reference.codes import read_codes, rotate, transform_query
 from vllm_kcache.reference.fetch import fetch_rows
@@ -196,11 +197,20 @@ def check_estimate_errors(
             errors = errors.abs().flatten()
             least, most = ((errors <= edges + off).sum(1) for off in (-slack, slack))
             expected[request, head, first] = least, most
-    seen, before = set(), layer.cache.read_counters().estimate_errors
-    for _ in range(10 * len(expected)):
+    check_counted(layer, batch, out, expected, 10 * len(expected))
+
+
+def check_counted(
+    layer: Layer, batch: DecodeBatch, out: torch.Tensor,
+    expected: dict[Any, tuple[torch.Tensor, torch.Tensor]], steps: int,
+) -> None:  # fmt: skip
+    """What each of some steps counts of its estimates is between the least and the most of one of
+    those expected, and each of those comes up."""
+    seen, before = set(), torch.tensor(layer.cache.read_counters().estimate_errors)
+    for _ in range(steps):
         decode_step(layer.view, layer.workspace, batch, out)
-        after = layer.cache.read_counters().estimate_errors
-        found = (torch.tensor(after) - torch.tensor(before)).cumsum(0)
+        after = torch.tensor(layer.cache.read_counters().estimate_errors)
+        found = (after - before).cumsum(0)
         these = {
             key for key, (least, most) in expected.items()
             if bool(((least <= found) & (found <= most)).all())

@@ -14,7 +14,7 @@ import torch
 
 from tests.conftest import assert_close
 from tests.csrc.joint_checks import RAGGED, rows_of
-from tests.kernels.code_steps import attended_query
+from tests.kernels.code_steps import attended_query, check_counted
 from tests.kernels.layers import Layer, code_layer_of, poisoned_workspace
 from tests.reference.coded import Coded
 from tests.shapes import Shape, build_case
@@ -164,19 +164,7 @@ def check_estimate_errors(device: str = "cpu") -> None:
                         errors.append((found - refined[row + later, :, at]).abs())
             all_errors = torch.cat(errors)
             expected[row, first] = [(all_errors <= edges + off).sum(1) for off in (-slack, slack)]
-    seen, before = set(), torch.tensor(layer.cache.read_counters().estimate_errors)
-    for _ in range(20 * len(expected)):
-        decode_step(layer.view, layer.workspace, layer.batch, out)
-        after = torch.tensor(layer.cache.read_counters().estimate_errors)
-        found = (after - before).cumsum(0)
-        these = {
-            key for key, (least, most) in expected.items()
-            if bool(((least <= found) & (found <= most)).all())
-        }  # fmt: skip
-        assert these, (found, expected)
-        seen |= these
-        before = after
-    assert seen == set(expected)
+    check_counted(layer, layer.batch, out, expected, 20 * len(expected))
 
 
 def main() -> None:

@@ -91,7 +91,7 @@ def transform_query(query: torch.Tensor, stats: KStats) -> tuple[torch.Tensor, t
 def round_query(transformed: torch.Tensor) -> torch.Tensor:
     """q' as estimates take it: 8 bits, in steps of its largest value / 127; half to even.
 
-    A code is off by a few times as much: what this adds to the error of an estimate is below 1%.
+    To the error that codes make it adds mostly less than 1%.
 
     Args:
         transformed: [..., D]. q'.

@@ -192,7 +192,11 @@ def measured_rows() -> list[Any]:
             # With --drafts engines run without asynchronous scheduling: the planner's run with it.
             if row.get("drafts") is not None:
                 continue
+            experts = bool(shape_of(row["model"]).num_experts)
             for run in row["runs"]:
+                # Dummy weights send many requests to few experts; the planner expects chance.
+                if experts and run["requests"] > 1:
+                    continue
                 name = f"{path.stem}:{number} {row['engine']} x{run['requests']}"
                 missed = (row["engine"], row["context"], run["requests"]) in MISSED
                 marks = [pytest.mark.xfail(strict=True, reason="docs/plan.md")] if missed else []

@@ -71,29 +71,36 @@ PRESETS: dict[str, dict[str, Any]] = {
 def run_in_process(options: dict[str, Any], table: Table) -> None:
     """`measure` in a fresh process. Rows are kept and shown as they come.
 
+    What else it says goes to a file, named at start and kept unless the engine ends well: one that
+    is killed has said so far where it was.
+
     Raises:
         RuntimeError: the engine failed; the message ends with the end of its output.
     """
     runner = {} if options["drafts"] is None else {"VLLM_USE_V2_MODEL_RUNNER": "0"}
-    with tempfile.TemporaryFile("w+") as errors:
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="kcache-decode-", suffix=".log", delete=False
+    ) as log:
+        print(f"engine {options['engine']}; its log: {log.name}", file=sys.stderr, flush=True)
         process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.engine.decode_engine", json.dumps(options)],
             cwd=ROOT,
             env={**os.environ, **ENVIRONMENT, **runner},
             stdout=subprocess.PIPE,
-            stderr=errors,
+            stderr=log,
             text=True,
         )
         assert process.stdout is not None
-        said: list[str] = []
         for line in process.stdout:
             if line.startswith("RESULT "):
                 table.add(json.loads(line.removeprefix("RESULT ")))
             else:
-                said = [*said[-40:], line]
-        if process.wait() != 0:
-            errors.seek(0)
-            raise RuntimeError(f"the engine failed:\n{''.join(said)}\n{errors.read()[-6000:]}")
+                log.write(line)
+                log.flush()
+    path = Path(log.name)
+    if process.wait() != 0:
+        raise RuntimeError(f"the engine failed:\n{path.read_text()[-6000:]}")
+    path.unlink()
 
 
 class Table:

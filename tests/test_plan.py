@@ -211,7 +211,11 @@ def test_rows_of_the_benchmark(row: dict[str, Any], run: dict[str, Any]) -> None
     assert hardware is not None, f"planner.cost.HARDWARE has no {row['gpu']}: add it"
     shape, context = shape_of(row["model"]), row["context"]
     longest = row.get("max_model_len", context + 88)
-    engine = engine_of(longest - 88, gpu_memory_utilization=row["utilization"])
+    engine = engine_of(
+        longest - 88,
+        gpu_memory_utilization=row["utilization"],
+        tensor_parallel_size=row.get("tensor_parallel_size", 1),
+    )
     step = (shape, hardware, engine, run["requests"], context)
     if row["engine"] == "stock":
         cost = stock_step(*step, 1 if row["kv_cache_dtype"].startswith("fp8") else None)

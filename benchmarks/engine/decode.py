@@ -6,6 +6,8 @@
         --requests 0 1 8 --engines stock stock-fp8 kcache
     python -m benchmarks.engine.decode SHAPES/gpt-oss-20b --mode replay --mass-threshold 0.002
         --context 32768 130000 --max-requests 192 --engines stock stock-fp8 kcache-4
+    python -m benchmarks.engine.decode SHAPES/llama-3-70b --tensor-parallel-size 4 --mode replay
+        --mass-threshold 0.002 --context 32768 130000 --engines stock stock-fp8 kcache-4
     python -m benchmarks.engine.decode --preset paper
 
 Each engine runs in a process of its own on the same GPU at the same --gpu-memory-utilization, with
@@ -173,6 +175,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--host-dtype", choices=["model", "int8"], help="of rows, with k_bits 4")
     parser.add_argument("--v-block-tokens", type=int, help="of V blocks; replay plays those of 8")
     parser.add_argument("--utilization", type=float, default=0.9)
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs of an engine")
     parser.add_argument("--requests", type=int, nargs="+", default=[0, 1], help="0: all that fit")
     parser.add_argument("--max-requests", type=int, default=32)
     parser.add_argument(
@@ -201,6 +204,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("needs a model: a folder with a config.json")
     if parsed.output <= SHORT_STEPS:
         parser.error(f"--output {parsed.output}: must be above {SHORT_STEPS}")
+    if parsed.profile and parsed.tensor_parallel_size > 1:
+        parser.error("--profile: sees the kernels of one GPU; not with --tensor-parallel-size")
     longest = max(parsed.context) + parsed.output + SPARE_TOKENS
     if parsed.max_model_len is not None and parsed.max_model_len < longest:
         parser.error(f"--max-model-len {parsed.max_model_len}: must be at least {longest}")
@@ -242,6 +247,7 @@ def main() -> None:
         "max_num_batched_tokens": arguments.max_num_batched_tokens,
         "output": arguments.output,
         "utilization": arguments.utilization,
+        "tensor_parallel_size": arguments.tensor_parallel_size,
         "requests": arguments.requests,
         "max_requests": arguments.max_requests,
         "repeats": arguments.repeats,

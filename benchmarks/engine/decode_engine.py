@@ -42,16 +42,13 @@ def measure(options: dict[str, Any]) -> None:
         options: model, contexts, max_model_len (None: of the longest context),
             max_num_batched_tokens (None: vLLM's choice), output, engine ("stock" or "kcache"),
             kv_cache_dtype, kcache_config, mode, utilization, requests (0: all that fit),
-            max_requests, repeats, profile, label, command, drafts (None: vLLM's own choice of a
-            runner).
+            max_requests, repeats, profile, label, command, tensor_parallel_size, drafts (None:
+            vLLM's own choice of a runner).
     """
     split = options["engine"] == "kcache"
-    replay = None
-    if split and options["mode"] == "replay":
-        by_threshold = "mass_threshold" in options["kcache_config"]
-        replay = _install_replay(min(options["contexts"]), "max" if by_threshold else "sum")
+    replay = split and options["mode"] == "replay"
     started = time.monotonic()
-    llm = _start_engine(options)
+    llm = _start_engine(options, _extension_of(options) if replay else "")
     start_seconds = time.monotonic() - started
     if split:
         llm.collective_rpc(fill_cache)
@@ -65,6 +62,7 @@ def measure(options: dict[str, Any]) -> None:
         "engine": options["engine"],
         "kv_cache_dtype": options["kv_cache_dtype"],
         "drafts": options["drafts"],
+        "tensor_parallel_size": options["tensor_parallel_size"],
         "mode": options["mode"] if split else None,
         "kcache_config": options["kcache_config"] if split else None,
         "hot_cache_bytes": llm.collective_rpc(_hot_cache_bytes)[0] if split else None,
@@ -78,14 +76,15 @@ def measure(options: dict[str, Any]) -> None:
         most = min(fits, options["max_requests"])
         for asked, count in _counts(options["requests"], most).items():
             run = _time_steps(llm, options, context, count)
-            if replay is not None:
-                run["replay_kernel_ms"] = round(replay.cost_ms(count, context), 3)
+            if replay:
+                costs = llm.collective_rpc("replay_cost_ms", args=(count, context))
+                run["replay_kernel_ms"] = round(max(costs), 3)
             row = {
                 **common,
                 "context": context,
                 "requests_that_fit": fits,
                 "requests_asked": asked,
-                "peak_gpu_bytes": _peak_gpu_bytes(),
+                "peak_gpu_bytes": max(llm.collective_rpc(_peak_gpu_bytes)),
                 "runs": [run],
             }
             print("RESULT " + json.dumps(row), flush=True)
@@ -131,7 +130,20 @@ def _longest(options: dict[str, Any]) -> int:
     return options["max_model_len"] or max(options["contexts"]) + options["output"] + 16
 
 
-def _start_engine(options: dict[str, Any]) -> Any:
+def _extension_of(options: dict[str, Any]) -> str:
+    """What has the workers play the recording that is made for the rule.
+
+    Raises:
+        ValueError: a context shorter than what was recorded.
+    """
+    from benchmarks.replay.record import RECORDINGS, Recording
+
+    combine = "max" if "mass_threshold" in options["kcache_config"] else "sum"
+    Recording.load(RECORDINGS[combine]).check_context(min(options["contexts"]))
+    return f"benchmarks.replay.extension.{combine}"
+
+
+def _start_engine(options: dict[str, Any], extension: str) -> Any:
     """A vllm.LLM as the options say."""
     from vllm import LLM
 
@@ -161,6 +173,8 @@ def _start_engine(options: dict[str, Any]) -> Any:
         max_num_seqs=most,
         max_num_batched_tokens=options["max_num_batched_tokens"],
         gpu_memory_utilization=options["utilization"],
+        tensor_parallel_size=options["tensor_parallel_size"],
+        worker_extension_cls=extension,
         enable_prefix_caching=False,
         kv_cache_dtype=options["kv_cache_dtype"],
         compilation_config={
@@ -175,21 +189,6 @@ def _start_engine(options: dict[str, Any]) -> Any:
         },
         **split,
     )
-
-
-def _install_replay(shortest_context: int, combine: str) -> Any:
-    """Replay in this process, before any graph is captured."""
-    from benchmarks.replay.record import RECORDINGS, Recording
-    from benchmarks.replay.replay import Replay
-
-    replay = Replay(Recording.load(RECORDINGS[combine]), "cuda")
-    if shortest_context < replay.shortest_tokens:
-        raise ValueError(
-            f"--context {shortest_context}: replay needs at least {replay.shortest_tokens} tokens, "
-            "as many as were recorded"
-        )
-    replay.install()
-    return replay
 
 
 def fill_cache(worker: Any) -> None:
@@ -265,13 +264,13 @@ def _num_pages(worker: Any) -> int:
     return cache.pool.num_rows // cache.shape.rows_per_page
 
 
-def _peak_gpu_bytes() -> int:
+def _peak_gpu_bytes(worker: Any) -> int:
     import torch
 
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
-def _synchronize() -> None:
+def _synchronize(worker: Any) -> None:
     import torch
 
     if torch.cuda.is_available():
@@ -309,11 +308,11 @@ def _time_steps(llm: Any, options: dict[str, Any], context: int, count: int) -> 
         for _ in range(SHORT_STEPS):
             llm.llm_engine.step()
         before = _figures(llm)
-        _synchronize()
+        llm.collective_rpc(_synchronize)
         begin = time.perf_counter()
         for _ in range(steps):
             llm.llm_engine.step()
-        _synchronize()
+        llm.collective_rpc(_synchronize)
         step_ms.append((time.perf_counter() - begin) / steps * 1e3)
         running = llm.llm_engine.get_num_unfinished_requests()
         if running != count:
@@ -338,7 +337,7 @@ def _time_steps(llm: Any, options: dict[str, Any], context: int, count: int) -> 
         looked_up = sums["hot_cache_hits"] + sums["hot_cache_misses"] + sums["direct_host_reads"]
         blocks = sums["selected_blocks"] / max(1, sums["selected_lists"])
         result["hit_rate"] = round(sums["hot_cache_hits"] / max(1, looked_up), 4)
-        (tokens,) = llm.collective_rpc(_v_block_tokens)
+        tokens = llm.collective_rpc(_v_block_tokens)[0]
         result["mean_selected_tokens"] = round(blocks * tokens, 1)
         result["kcache_metrics"] = sums
     return result

@@ -202,7 +202,7 @@ def serve_arguments(
         arguments += ["--kv-backend", "kcache"]
         arguments += ["--kcache-config", json.dumps(engine["kcache_config"])]
         if options.mode == "replay":
-            recording = f"benchmarks.engine.server_replay.{combine_of(engine['kcache_config'])}"
+            recording = f"benchmarks.replay.extension.{combine_of(engine['kcache_config'])}"
             arguments += ["--worker-extension-cls", recording]
     return [*arguments, *shlex.split(options.serve_arguments)]
 
@@ -219,13 +219,7 @@ def check_replay(options: argparse.Namespace) -> None:
         ValueError: a workload with shorter prompts.
     """
     recording = Recording.load(RECORDINGS[combine_of(options.kcache_config)])
-    shortest = int(recording.seq_lens[-1]) + recording.v_block_tokens
-    short = [str(each) for each in options.workloads if each.input < shortest]
-    if short:
-        raise ValueError(
-            f"--workloads {' '.join(short)}: replay needs prompts of at least {shortest} tokens, "
-            "as many as were recorded"
-        )
+    recording.check_context(min(each.input for each in options.workloads))
 
 
 def send(

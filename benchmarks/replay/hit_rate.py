@@ -84,7 +84,7 @@ class Requests:
         )
         self.run, self.device = run, device
         replay = Replay(recording, device)
-        self.context = replay.shortest_tokens
+        self.context = replay.recording.shortest_tokens
         columns = -(-(self.context + run.warm_steps + run.steps) // PAGE_TOKENS)
         pages = num_requests * columns
         self.rows = pages * shape.rows_per_page

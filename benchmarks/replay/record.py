@@ -93,6 +93,19 @@ class Recording:
         """[steps] int32: V blocks of each step."""
         return (self.seq_lens + self.v_block_tokens - 1) // self.v_block_tokens
 
+    def check_context(self, tokens: int) -> None:
+        """Raises ValueError: a request of so many tokens has no place for every recorded block."""
+        if tokens < self.shortest_tokens:
+            raise ValueError(
+                f"replay needs requests of at least {self.shortest_tokens} tokens, as many as were "
+                f"recorded; here {tokens}"
+            )
+
+    @property
+    def shortest_tokens(self) -> int:
+        """A request must be at least this long for every recorded block to have a place."""
+        return int(self.seq_lens[-1]) + self.v_block_tokens
+
     def save(self, path: Path) -> None:
         """Write an .npz. Codes lie there as differences from the step before, which pack better."""
         codes = self.codes.numpy()

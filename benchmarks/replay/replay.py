@@ -217,11 +217,6 @@ class Replay:
     def _key(layer: int, batch: DecodeBatch) -> tuple[int, ...]:
         return layer, batch.seq_lens.data_ptr(), batch.num_requests, batch.max_blocks
 
-    @property
-    def shortest_tokens(self) -> int:
-        """A request must be at least this long for every recorded block to have a place."""
-        return int(self.recording.seq_lens[-1]) + self.recording.v_block_tokens
-
     def install(self) -> None:
         """Take part in every step of the engines that this process starts from now on.
 

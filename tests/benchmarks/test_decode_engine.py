@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.engine.decode import parse
 from tests.integration.engines import in_forks, spec_of
 from tests.integration.families import FAMILIES
 from tests.integration.tiny_models import write_random_model
@@ -73,6 +74,23 @@ def sums(worker: Any) -> dict[str, int]:
         for name, layer in layers.items()
         if hasattr(layer, "kv_cache")
     }
+
+
+def test_workers_play_what_the_rule_reads() -> None:
+    from benchmarks.engine.decode_engine import _extension_of
+
+    options = {"kcache_config": {"mass_threshold": 0.002}, "contexts": [8192, 4168]}
+    assert _extension_of(options) == "benchmarks.replay.extension.max"
+    assert _extension_of({**options, "kcache_config": {}}) == "benchmarks.replay.extension.sum"
+    with pytest.raises(ValueError, match=r"at least 4168 tokens.* 4167"):
+        _extension_of({**options, "contexts": [8192, 4167]})
+
+
+def test_no_profile_of_several_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse(["shape", "--profile"]).tensor_parallel_size == 1
+    with pytest.raises(SystemExit):
+        parse(["shape", "--profile", "--tensor-parallel-size", "2"])
+    assert "kernels of one GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

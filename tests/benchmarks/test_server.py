@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from benchmarks.engine import server, server_replay
+from benchmarks.engine import server
 from benchmarks.engine.server import Workload
-from benchmarks.replay import replay
+from benchmarks.replay import extension, replay
 from benchmarks.replay.record import Recording
 
 
@@ -72,7 +72,7 @@ def test_a_server_plays_what_its_rule_reads(config: dict[str, Any], recording: s
     engine = {"engine": "kcache", "kv_cache_dtype": "auto", "kcache_config": config}
     arguments = server.serve_arguments(options, Path("shape"), engine, 100)
     at = arguments.index("--worker-extension-cls")
-    assert arguments[at + 1] == f"benchmarks.engine.server_replay.{recording}"
+    assert arguments[at + 1] == f"benchmarks.replay.extension.{recording}"
     assert json.loads(arguments[arguments.index("--kcache-config") + 1]) == config
     assert arguments[-2:] == ["--seed", "3"]
     stock = {"engine": "stock", "kv_cache_dtype": "fp8", "kcache_config": {}}
@@ -93,17 +93,17 @@ def test_a_worker_that_looks_for_the_extension_plays(monkeypatch: pytest.MonkeyP
             played.append(self.group)
 
     monkeypatch.setattr(replay, "Replay", Played)
-    assert server_replay.max is server_replay.NoExtension
+    assert extension.max is extension.Player
     assert played == [3]
-    assert server_replay.sum is server_replay.NoExtension
+    assert extension.sum is extension.Player
     assert played == [3, 1]
     with pytest.raises(AttributeError):
-        _ = server_replay.mean
+        _ = extension.mean
 
 
 def test_replay_needs_long_prompts() -> None:
     server.check_replay(server.parse(["shape", "--workloads", "4168/4", "4160+8/4"]))
-    with pytest.raises(ValueError, match=r"--workloads 4167/4: .* 4168 tokens"):
+    with pytest.raises(ValueError, match=r"at least 4168 tokens.* 4167"):
         server.check_replay(server.parse(["shape", "--workloads", "4167/4", "8192/4"]))
 
 

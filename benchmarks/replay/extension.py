@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Replay in the workers of an engine, through vLLM's own option:
+
+    vllm serve ... --worker-extension-cls benchmarks.replay.extension.max
+
+Each worker looks its extension up before it is made. Then decode steps are made to select what was
+recorded, from the capture of the first graph on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.replay.record import RECORDINGS, Recording
+
+
+class Player:
+    """What a worker is given; calls come through vLLM's `collective_rpc`."""
+
+    def replay_cost_ms(self, num_requests: int, tokens: int) -> float:
+        """See `Replay.cost_ms`."""
+        return _installed[-1].cost_ms(num_requests, tokens)
+
+
+# Of this process, the last one plays.
+_installed: list[Any] = []
+
+
+def __getattr__(name: str) -> type[Player]:
+    """Of "sum" and "max", how a rule combines query heads: installs the recording for it."""
+    path = {str(combine): path for combine, path in RECORDINGS.items()}.get(name)
+    if path is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from benchmarks.replay.replay import Replay
+
+    replay = Replay(Recording.load(path), "cuda")
+    replay.install()
+    _installed.append(replay)
+    return Player

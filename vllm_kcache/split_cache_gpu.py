@@ -122,6 +122,8 @@ class GPUSplitCache(SplitCache):
         self.is_final = False
         # Decode steps that ran outside a graph.
         self.eager_decode_steps = 0
+        # Rows of this step's prompts are to be on the host before its decodes look for theirs.
+        self._store_at_once = False
         self.workspace = self._make_workspace()
         self.transfer = PrefillTransfer(
             shape, limits.max_tokens, self.memory.scratch_tokens, device
@@ -170,10 +172,16 @@ class GPUSplitCache(SplitCache):
         if self.hot_cache is not None:
             self.hot_cache.flush()
 
-    def before_step(self) -> None:
-        """Order the coming step after V that is still on its way to the host."""
+    def before_step(self, resumes: bool = False) -> None:
+        """Order the coming step after V that is still on its way to the host.
+
+        Args:
+            resumes: Whether a request goes on that was preempted. It may decode in this step, over
+                pages of the prefix cache that a prompt of this step fills.
+        """
         self.transfer.fence()
         self.transfer.end_step()
+        self._store_at_once = resumes
 
     def close(self) -> None:
         if self.pool is not None:
@@ -212,7 +220,8 @@ class GPUSplitCache(SplitCache):
         store: Callable[..., None] = (
             functools.partial(write_rows, fills=True) if coded else write_kv
         )
-        if (tokens - decodes) * self.shape.token_bytes * (1 + coded) <= SMALL_V_BYTES:
+        is_small = (tokens - decodes) * self.shape.token_bytes * (1 + coded) <= SMALL_V_BYTES
+        if is_small or self._store_at_once:
             store(
                 view, key, value, slots, allocate_tokens=decodes,
                 dependent=self.workspace.dependent,

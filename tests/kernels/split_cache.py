@@ -26,6 +26,7 @@ from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.config import KCacheConfig
 from vllm_kcache.integration.counters import Counters
 from vllm_kcache.integration.prefill import attend_torch
+from vllm_kcache.kernels import transfer
 from vllm_kcache.kernels.score_plan import chunk_blocks
 from vllm_kcache.memory import StepLimits
 from vllm_kcache.reference.codes import stats_of
@@ -345,6 +346,58 @@ def check_when_scoring_waits() -> None:
         cache.close()
 
 
+def check_a_resumed_request() -> None:
+    """It decodes over pages that a prompt of the same step fills, whose rows a stream takes to the
+    host behind the computation."""
+    store, late = transfer.PrefillTransfer.store, list[Any]()
+    pages_of = torch.tensor([[1, 2, 3, 5], [1, 2, 3, 4]], dtype=torch.int32)
+    starts, lengths = torch.tensor([0, 1, 65]), torch.tensor([50, 64], dtype=torch.int32)
+    step = Step(
+        1, 1, 64, starts.int(), starts.int(), lengths, lengths, pages_of,
+        torch.tensor([5 * 16 + 1, *range(16, 80)]),
+    )  # fmt: skip
+    for shape in (SHAPE, CODED):
+        settings = EVERYTHING if shape.k_bits == 4 else {**FEW, "top_n": "all"}
+        for resumes in (True, False):
+            outs = []
+            torch.manual_seed(0)
+            inputs = random_inputs(shape, 1, 65)
+            for cache in (
+                GPUSplitCache(
+                    KCacheConfig.from_user(settings), shape, Counters(), torch.device("cpu"),
+                    LIMITS, PrefillKernels("torch", attend_torch, merge),
+                ),
+                CPUSplitCache(
+                    KCacheConfig.from_user(settings), shape, Counters(), torch.device("cpu")
+                ),
+            ):  # fmt: skip
+                ones = torch.ones(shape.num_kv_heads, shape.head_size, dtype=torch.float64)
+                cache.k_stats = [stats_of(0 * ones, ones)] * shape.num_layers
+                out = torch.zeros_like(inputs.query)
+                with (
+                    mock.patch.object(split_cache_gpu, "SMALL_V_BYTES", 0),
+                    mock.patch.object(
+                        transfer.PrefillTransfer, "store", lambda *given: late.append(given)
+                    ),
+                ):
+                    if isinstance(cache, GPUSplitCache):
+                        cache.hot_slots, cache.is_final = 0, True
+                        cache.allocate(6)
+                        cache.before_step(resumes)
+                    else:
+                        cache.allocate(6)
+                    cache.attend(1, pages(shape, 6), inputs, step, out)
+                outs.append(out)
+                for given in late:
+                    store(*given)
+                assert len(late) == (isinstance(cache, GPUSplitCache) and not resumes)
+                late.clear()
+                cache.close()
+            # Without a word from the engine it reads what the pages held before.
+            assert torch.allclose(outs[0][0], outs[1][0], atol=1e-5) is resumes, shape
+            assert_close(outs[0][1:], outs[1][1:])
+
+
 def main() -> None:
     ran, kinds = 0, set[str]()
     with without_cuda():
@@ -362,6 +415,7 @@ def main() -> None:
                 ran += 1
         ran += check_drafts()
         check_when_scoring_waits()
+        check_a_resumed_request()
     assert kinds == {"decodes", "prefills", "both"}, kinds
     print(f"{ran} runs equal the CPU's")
 

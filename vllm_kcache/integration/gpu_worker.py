@@ -130,7 +130,10 @@ class KCacheGPUWorker(SplitCacheWorker, Worker):
         return times
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        self.split_cache.before_step()
+        # To vLLM's second runner they are new requests, whose last token of old ones prefills; to
+        # the first it decodes.
+        resumes = bool(scheduler_output.scheduled_cached_reqs.resumed_req_ids)
+        self.split_cache.before_step(resumes)
         result = super().execute_model(scheduler_output)
         self._publish_counters()
         return result

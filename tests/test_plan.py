@@ -88,7 +88,7 @@ def engine_of(context: int, max_num_seqs: int = 32, **changes: Any) -> Engine:
 
 
 def setup_of(name: str = "llama-3-8b", context: int = 32768, **changes: Any) -> Setup:
-    config = KCacheConfig.from_user(changes.pop("config", {"top_n": 16}))
+    config = KCacheConfig.from_user({"k_bits": 16, **changes.pop("config", {"top_n": 16})})
     host = changes.pop("host_gib", 109) * GIB
     return Setup(shape_of(name), H100, engine_of(context, **changes), config, host)
 
@@ -226,7 +226,8 @@ def test_rows_of_the_benchmark(row: dict[str, Any], run: dict[str, Any]) -> None
 
 def measured_work(row: dict[str, Any], run: dict[str, Any], shape: Any) -> SplitWork:
     """The selection as the row counted it: of the run where it says so, of the engine otherwise."""
-    config = KCacheConfig.from_user(row["kcache_config"])
+    # Rows of before "auto" was 4 do not name it.
+    config = KCacheConfig.from_user({"k_bits": 16, **row["kcache_config"]})
     figures = run.get("kcache_metrics") or row["kcache_metrics"]
     memory = gpu_memory(shape, engine_of(row["context"]), config)
     fetched = figures["hot_cache_misses"] + figures["direct_host_reads"]
@@ -245,7 +246,7 @@ def measured_work(row: dict[str, Any], run: dict[str, Any], shape: Any) -> Split
 
 def work_of(selected_tokens: float, hit_rate: float = 0.0, **settings: Any) -> SplitWork:
     """Of the Llama-3-8B shape."""
-    config = KCacheConfig.from_user({"top_n": 16, **settings})
+    config = KCacheConfig.from_user({"top_n": 16, "k_bits": 16, **settings})
     cache = cache_shape(shape_of("llama-3-8b"), engine_of(32768), config)
     return SplitWork(selected_tokens, hit_rate, cache, group_requests=64)
 

@@ -50,6 +50,7 @@ from typing import Any
 
 from benchmarks.engine.decode_engine import SHORT_STEPS, SPARE_TOKENS
 from benchmarks.rows import RESULTS, ROOT, append, command
+from vllm_kcache.config import KCacheConfig
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -60,6 +61,7 @@ REPLAY_COVERAGE = 0.95
 # Defaults of the options. 16 V blocks are 128 tokens, the most that the paper is understood to use.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
+        "engines": ["stock", "kcache-16"],
         "model": str(ROOT / "benchmarks/shapes/llama-2-7b"),
         "context": [4096, 8192, 16384, 24576, 32768],
         "requests": [8],
@@ -216,8 +218,9 @@ def engine_options(engine: str, settings: dict[str, Any], host_dtype: str | None
     """What an engine's name on the command line says: "stock-fp8" is a dtype, "kcache-4" k_bits."""
     name, _, variant = engine.partition("-")
     config = {key: value for key, value in settings.items() if value is not None}
-    if name == "kcache" and variant:
-        config["k_bits"] = int(variant)
+    if name == "kcache":
+        # In the row, whatever "auto" is by then.
+        config["k_bits"] = int(variant or KCacheConfig().resolved_k_bits)
     if config.get("k_bits") == 4 and host_dtype is not None:
         config["host_dtype"] = host_dtype
     dtype = variant if name == "stock" and variant else "auto"

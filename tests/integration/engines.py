@@ -41,12 +41,12 @@ def spec_of(
 
     Args:
         batches: See tests/integration/generate.py.
-        kcache: Settings of the split cache; None is stock vLLM.
+        kcache: Settings of the split cache, with k_bits 16 unless they say 4; None is stock vLLM.
         engine: Changes to `ENGINE`.
     """
     arguments = {**ENGINE, **engine}
     if kcache is not None:
-        arguments.update(kv_backend="kcache", kcache_config=kcache)
+        arguments.update(kv_backend="kcache", kcache_config={"k_bits": 16, **kcache})
     return {"engine": arguments, "batches": batches}
 
 

@@ -408,7 +408,7 @@ def test_pages_have_the_block_size_that_the_executor_sets_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """vLLM may leave the block size to the attention backend, after the model is loaded."""
-    assert load_one_layer(monkeypatch, Worker()) == [128]
+    assert load_one_layer(monkeypatch, Worker(k_bits=16)) == [128]
 
 
 @pytest.mark.parametrize(

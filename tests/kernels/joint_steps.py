@@ -132,7 +132,7 @@ def check_step(
     read = counted.hits + counted.misses + counted.direct
     assert read == 2 * int(shared.counts.sum()) <= counted.selected
     lists = workspace.views(view, batch)
-    for splits, least_tiles in ((4, 1), (3, 2)):
+    for splits, least_tiles in ((50, 1), (7, 1), (3, 2)):
         out.fill_(torch.nan)
         attend.attend_blocks(
             view, batch, lists.selected, lists.rows, workspace, out,

@@ -297,10 +297,11 @@ class _Check:
             raise self._error("fetch or attend", f"off by {_most(out.cpu(), expected):.2g}")
         if on_tensor_cores(shape):
             # Lists of a check are short: again, so that each has several thread blocks.
+            splits = 4 * lists.selected.counts.numel() if together > 1 else 4
             out.fill_(torch.nan)
             attend.attend_blocks(
                 view, self.batch_there, lists.selected, lists.rows, self.workspace, out,
-                config=RowsConfig(splits=4, least_tiles=1),
+                config=RowsConfig(splits, least_tiles=1),
             )  # fmt: skip
             if not _close(out.cpu(), expected, TOLERANCES[shape.dtype]):
                 raise self._error("attend", f"off by {_most(out.cpu(), expected):.2g}")

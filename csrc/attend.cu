@@ -492,12 +492,12 @@ __global__ void __launch_bounds__(32 * kMostWarps, Z::kLeastBlocks)
   __shared__ SharedSums shared;
   wait_for_launch_before();
   if constexpr (Z::kJoint) {
+    share_out(view, step, shared.shares, attend.least_tiles);
 #pragma unroll 1
-    for (Share share(view, step, shared.shares, attend.least_tiles); !share.is_at_end();) {
-      attend_rows(view, step, attend, shared, share.part(), share.count(),
-                  step.seq_lens[share.row()]);
-      share.go_on();
-      __syncthreads();
+    while (next_part(view, step, shared.shares)) {
+      const Part& part = shared.shares.part;
+      attend_rows(view, step, attend, shared, part, shared.shares.count,
+                  step.seq_lens[part.list / view.num_kv_heads]);
     }
   } else {
     // A thread block finds its place without a division.

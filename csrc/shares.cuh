@@ -11,11 +11,6 @@
 
 namespace kcache {
 
-struct SharesShared {
-  int of_warps[32];  // tiles of the lists that each warp looks at
-  int list, before;
-};
-
 // Of a list, the tiles that a thread block takes. `rows`: of the batch, that have the list.
 struct Part {
   int list, rows;
@@ -23,89 +18,96 @@ struct Part {
   int begin, end;  // tiles
 };
 
+// In shared memory what is the same for all threads, for want of registers.
+struct SharesShared {
+  int of_warps[32];      // tiles of the lists that each warp looks at
+  int each, begin, end;  // tiles of all lists: of each thread block, and of this one
+  int list, before;      // that comes next, and the tiles of those before it
+  Part part;
+  int count;  // V blocks of its list
+};
+
 __device__ inline int tiles_of(const LayerView& view, int count) {
   return (count * view.block_tokens + kTileTokens - 1) / kTileTokens;
 }
 
-// A thread block's way through its tiles, list by list. All threads must call each of these.
-class Share {
- public:
-  __device__ Share(const LayerView& view, const Step& step, SharesShared& shared, int least_tiles)
-      : view_(view), step_(step), num_rows_(step.num_lists / view.num_kv_heads) {
-    const int threads = static_cast<int>(blockDim.x), lane = static_cast<int>(threadIdx.x & 31);
-    const int warp = static_cast<int>(threadIdx.x) / 32;
-    const int of_thread = (step.num_lists + threads - 1) / threads;
-    const int first = min(static_cast<int>(threadIdx.x) * of_thread, step.num_lists);
-    const int last = min(first + of_thread, step.num_lists);
-    int own = 0;
-#pragma unroll 4
-    for (int list = first; list < last; ++list) own += tiles_of_list(list);
-    const int upto = warp_inclusive(own, lane);
-    if (lane == 31) shared.of_warps[warp] = upto;
-    __syncthreads();
-    before_ = upto - own;
-    int all = 0;
-    for (int other = 0; other < threads / 32; ++other) {
-      const int its = shared.of_warps[other];
-      before_ += other < warp ? its : 0;
-      all += its;
-    }
-    const int blocks = static_cast<int>(gridDim.x);
-    each_ = max((all + blocks - 1) / blocks, least_tiles);
-    begin_ = static_cast<int>(blockIdx.x) * each_;
-    end_ = min(begin_ + each_, all);
-    if (before_ <= begin_ && begin_ < before_ + own) {
-      int list = first;
-      for (int its; before_ + (its = tiles_of_list(list)) <= begin_; ++list) before_ += its;
-      shared.list = list;
-      shared.before = before_;
-    }
-    __syncthreads();
-    list_ = begin_ < all ? shared.list : -1;
-    before_ = begin_ < all ? shared.before : end_;
-    if (list_ >= 0) look();
-  }
+// Rows that have a list, 0 where it is that of another row; and how many V blocks it has.
+struct ListHead {
+  int rows, count;
 
-  __device__ bool is_at_end() const { return before_ >= end_; }
-  // What it has of the list that it is at.
-  __device__ Part part() const {
-    const int first = before_ / each_, last = (before_ + tiles_ - 1) / each_;
-    return {list_,
-            rows_,
-            static_cast<int>(blockIdx.x) - first,
-            last - first + 1,
-            max(begin_ - before_, 0),
-            min(end_ - before_, tiles_)};
+  __device__ ListHead(const LayerView& view, const Step& step, int list)
+      : count(step.counts[list]) {
+    const int row = list / view.num_kv_heads;
+    rows = rows_led(step.spans[row], row, step.together, step.num_lists / view.num_kv_heads);
   }
-  __device__ int count() const { return count_; }
-  __device__ int row() const { return list_ / view_.num_kv_heads; }
-  __device__ void go_on() {
-    before_ += tiles_;
-    // Of a row's lists the last: then the next row that leads some follows the rows of this one.
-    const bool last_of_row = (list_ + 1) % view_.num_kv_heads == 0;
-    list_ += last_of_row ? 1 + (rows_ - 1) * view_.num_kv_heads : 1;
-    if (!is_at_end()) look();
+  // A list of nothing counts as one, so that a thread block comes to it.
+  __device__ int tiles(const LayerView& view) const {
+    return rows > 0 ? max(tiles_of(view, count), 1) : 0;
   }
-
- private:
-  // A list of nothing counts as one tile, so that a thread block comes to it.
-  __device__ int tiles_of_list(int list) const {
-    const int row = list / view_.num_kv_heads, count = step_.counts[list];
-    const bool leads = rows_led(step_.spans[row], row, step_.together, num_rows_) > 0;
-    return leads ? max(tiles_of(view_, count), 1) : 0;
-  }
-  __device__ void look() {
-    const int row = list_ / view_.num_kv_heads;
-    rows_ = rows_led(step_.spans[row], row, step_.together, num_rows_);
-    count_ = step_.counts[list_];
-    tiles_ = max(tiles_of(view_, count_), 1);
-  }
-
-  const LayerView& view_;
-  const Step& step_;
-  const int num_rows_;
-  int each_, begin_, end_;  // of all tiles
-  int list_, rows_, count_, tiles_, before_;
 };
+
+// Finds where a thread block begins.
+__device__ inline void share_out(const LayerView& view, const Step& step, SharesShared& shared,
+                                 int least_tiles) {
+  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+  const int of_thread = (step.num_lists + threads - 1) / threads;
+  const int first = min(thread * of_thread, step.num_lists);
+  const int last = min(first + of_thread, step.num_lists);
+  int own = 0, before = 0, all = 0;
+#pragma unroll 4
+  for (int list = first; list < last; ++list) own += ListHead(view, step, list).tiles(view);
+  const int upto = warp_inclusive(own, thread % 32);
+  if (thread % 32 == 31) shared.of_warps[thread / 32] = upto;
+  __syncthreads();
+  for (int warp = 0; warp < threads / 32; ++warp) {
+    before += warp < thread / 32 ? shared.of_warps[warp] : 0;
+    all += shared.of_warps[warp];
+  }
+  before += upto - own;
+  const int blocks = static_cast<int>(gridDim.x);
+  const int each = max((all + blocks - 1) / blocks, least_tiles);
+  const int begin = static_cast<int>(blockIdx.x) * each, end = min(begin + each, all);
+  if (thread == 0) {
+    shared.each = each;
+    shared.begin = begin;
+    shared.end = end;
+    if (begin >= all) shared.before = end;
+  }
+  if (before > begin || begin >= before + own) return;
+  int list = first;
+  for (;; ++list) {
+    const int tiles = ListHead(view, step, list).tiles(view);
+    if (begin < before + tiles) break;
+    before += tiles;
+  }
+  shared.list = list;
+  shared.before = before;
+}
+
+// Goes on to the next list of the thread block's, `shared.part`; false where there is none.
+__device__ inline bool next_part(const LayerView& view, const Step& step, SharesShared& shared) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const int list = shared.list, before = shared.before, each = shared.each;
+    shared.part.rows = 0;
+    if (before < shared.end) {
+      const ListHead head(view, step, list);
+      const int tiles = head.tiles(view), first = before / each;
+      shared.part = {list,
+                     head.rows,
+                     static_cast<int>(blockIdx.x) - first,
+                     (before + tiles - 1) / each - first + 1,
+                     max(shared.begin - before, 0),
+                     min(shared.end - before, tiles)};
+      shared.count = head.count;
+      shared.before = before + tiles;
+      // After the last list of a row comes the next row that leads some.
+      const bool last_of_row = (list + 1) % view.num_kv_heads == 0;
+      shared.list = list + 1 + (last_of_row ? (head.rows - 1) * view.num_kv_heads : 0);
+    }
+  }
+  __syncthreads();
+  return shared.part.rows > 0;
+}
 
 }  // namespace kcache

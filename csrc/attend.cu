@@ -110,9 +110,13 @@ class ListParts {
       for (int p = 0; p < kAhead; ++p) {
 #pragma unroll
         for (int side = 0; side < Z::kSides; ++side) {
-          const int64_t row = row_of(min(first + p, parts - 1), side, head);
-          fours[p][side] = __ldcg(sums_ + row * Z::kFours + four);
-          weights[p][side] = __ldcg(weights_ + row);
+          const int64_t row = row_of(first + p, side, head);
+          fours[p][side] = {};
+          weights[p][side] = {-1e30f, 0.0f};
+          if (first + p < parts) {
+            fours[p][side] = __ldcg(sums_ + row * Z::kFours + four);
+            weights[p][side] = __ldcg(weights_ + row);
+          }
         }
       }
       if constexpr (!Z::kClip) {
@@ -127,8 +131,8 @@ class ListParts {
       }
 #pragma unroll
       for (int p = 0; p < kAhead; ++p) {
-        float factor = first + p < parts ? 1.0f : 0.0f;
-        if constexpr (!Z::kClip) factor *= fast_exp2(weights[p][0].x - all.largest);
+        float factor = 1.0f;
+        if constexpr (!Z::kClip) factor = fast_exp2(weights[p][0].x - all.largest);
 #pragma unroll
         for (int side = 0; side < Z::kSides; ++side) {
           all.add(side, fours[p][side], weights[p][side].y, factor);

@@ -31,18 +31,30 @@ __device__ inline int tiles_of(const LayerView& view, int count) {
   return (count * view.block_tokens + kTileTokens - 1) / kTileTokens;
 }
 
-// Rows that have a list, 0 where it is that of another row; and how many V blocks it has.
-struct ListHead {
-  int rows, count;
+// Tiles of lists that follow each other, all loaded at once.
+struct SomeLists {
+  static constexpr int kLists = 8;
+  int tiles[kLists];
 
-  __device__ ListHead(const LayerView& view, const Step& step, int list)
-      : count(step.counts[list]) {
-    const int row = list / view.num_kv_heads;
-    rows = rows_led(step.spans[row], row, step.together, step.num_lists / view.num_kv_heads);
-  }
-  // A list of nothing counts as one, so that a thread block comes to it.
-  __device__ int tiles(const LayerView& view) const {
-    return rows > 0 ? max(tiles_of(view, count), 1) : 0;
+  __device__ SomeLists(const LayerView& view, const Step& step, int first, int end) {
+    int counts[kLists], before[kLists], row = first / view.num_kv_heads;
+    int head = first - row * view.num_kv_heads;
+#pragma unroll
+    for (int i = 0; i < kLists; ++i) {
+      counts[i] = step.counts[min(first + i, end - 1)];
+      before[i] = min(step.spans[min(row, step.num_lists / view.num_kv_heads - 1)].x, row);
+      head = head + 1 == view.num_kv_heads ? 0 : head + 1;
+      row += head == 0 ? 1 : 0;
+    }
+    // Quotients by a multiplication: right for numbers below 2^28.
+    const unsigned long long inverse = 0xffffffffu / static_cast<unsigned>(step.together) + 1;
+#pragma unroll
+    for (int i = 0; i < kLists; ++i) {
+      const int whole = static_cast<int>(static_cast<unsigned>(before[i]) * inverse >> 32);
+      const bool leads = before[i] == whole * step.together && first + i < end;
+      // A list of nothing counts as one tile, so that a thread block comes to it.
+      tiles[i] = leads ? max(tiles_of(view, counts[i]), 1) : 0;
+    }
   }
 };
 
@@ -54,8 +66,12 @@ __device__ inline void share_out(const LayerView& view, const Step& step, Shares
   const int first = min(thread * of_thread, step.num_lists);
   const int last = min(first + of_thread, step.num_lists);
   int own = 0, before = 0, all = 0;
-#pragma unroll 4
-  for (int list = first; list < last; ++list) own += ListHead(view, step, list).tiles(view);
+#pragma unroll 1
+  for (int list = first; list < last; list += SomeLists::kLists) {
+    const SomeLists lists(view, step, list, last);
+#pragma unroll
+    for (const int tiles : lists.tiles) own += tiles;
+  }
   const int upto = warp_inclusive(own, thread % 32);
   if (thread % 32 == 31) shared.of_warps[thread / 32] = upto;
   __syncthreads();
@@ -74,14 +90,18 @@ __device__ inline void share_out(const LayerView& view, const Step& step, Shares
     if (begin >= all) shared.before = end;
   }
   if (before > begin || begin >= before + own) return;
-  int list = first;
-  for (;; ++list) {
-    const int tiles = ListHead(view, step, list).tiles(view);
-    if (begin < before + tiles) break;
-    before += tiles;
+#pragma unroll 1
+  for (int list = first; before <= begin; list += SomeLists::kLists) {
+    const SomeLists lists(view, step, list, last);
+#pragma unroll
+    for (int i = 0; i < SomeLists::kLists; ++i) {
+      if (before <= begin && begin < before + lists.tiles[i]) {
+        shared.list = list + i;
+        shared.before = before;
+      }
+      before += lists.tiles[i];
+    }
   }
-  shared.list = list;
-  shared.before = before;
 }
 
 // Goes on to the next list of the thread block's, `shared.part`; false where there is none.
@@ -91,19 +111,21 @@ __device__ inline bool next_part(const LayerView& view, const Step& step, Shares
     const int list = shared.list, before = shared.before, each = shared.each;
     shared.part.rows = 0;
     if (before < shared.end) {
-      const ListHead head(view, step, list);
-      const int tiles = head.tiles(view), first = before / each;
+      const int row = list / view.num_kv_heads, count = step.counts[list];
+      const int num_rows = step.num_lists / view.num_kv_heads;
+      const int rows = rows_led(step.spans[row], row, step.together, num_rows);
+      const int tiles = max(tiles_of(view, count), 1), first = before / each;
       shared.part = {list,
-                     head.rows,
+                     rows,
                      static_cast<int>(blockIdx.x) - first,
                      (before + tiles - 1) / each - first + 1,
                      max(shared.begin - before, 0),
                      min(shared.end - before, tiles)};
-      shared.count = head.count;
+      shared.count = count;
       shared.before = before + tiles;
       // After the last list of a row comes the next row that leads some.
       const bool last_of_row = (list + 1) % view.num_kv_heads == 0;
-      shared.list = list + 1 + (last_of_row ? (head.rows - 1) * view.num_kv_heads : 0);
+      shared.list = list + 1 + (last_of_row ? (rows - 1) * view.num_kv_heads : 0);
     }
   }
   __syncthreads();

@@ -316,8 +316,8 @@ __device__ inline void count_estimate_errors(const LayerView& view, const Step& 
   const int chunk = static_cast<int>(below(of_tokens, static_cast<unsigned>(chunks)));
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
   float* all_scores = shared.sums[0][0];  // [heads, kLookedAt]
-  prepare_query<Z::kTiles, Z::kClip>(shared.query, view, attend, list, rows,
-                                     list_rows.num_tokens(), tiles * kTileHeads);
+  prepare_query<Z::kTiles, Z::kClip>(shared.query, view, attend, list, rows, list_rows.num_tokens(),
+                                     tiles * kTileHeads);
   __syncthreads();
   if (warp < tiles) {
     const int head = warp * kTileHeads + lane % 4;
@@ -388,8 +388,8 @@ class Tiles {
   }
 
  private:
-  __device__ bool take(const WarpQuery& query, WeightedSum<Z>& sum,
-                       const Values<Z::kSteps>& values, Values<Z::kSteps>& others) {
+  __device__ bool take(const WarpQuery& query, WeightedSum<Z>& sum, const Values<Z::kSteps>& values,
+                       Values<Z::kSteps>& others) {
     if (tile_ >= end_) return false;
     Scales scales;
     float scores[Z::kTiles][2];

@@ -66,7 +66,8 @@ __device__ unsigned ListSelection<R>::rows_with(int word) const {
 template <typename R>
 template <typename Take>
 __device__ int ListSelection<R>::run_joint(const Take& take) {
-  if (most_blocks_ > 0) {
+  const bool exists = num_blocks_ > 0;
+  if (exists) {
     fetch_ahead();
     normalise_rows();
     if constexpr (R::kSearches) find_thresholds();
@@ -75,7 +76,7 @@ __device__ int ListSelection<R>::run_joint(const Take& take) {
   const int its_row = num_warps() - 1 - warp_;
   int count = 0;
 #pragma unroll 1
-  for (int first = 0; first < most_blocks_; first += kSegment) {
+  for (int first = 0; exists && first < most_blocks(); first += kSegment) {
     if constexpr (R::kSearches) {
 #pragma unroll 1
       for (int row = 0; row < rows_; ++row) {
@@ -83,7 +84,7 @@ __device__ int ListSelection<R>::run_joint(const Take& take) {
         mark_ranked(first);
       }
     } else {
-      mark_heavy(first);
+      mark(first);
     }
     __syncthreads();
     int place = 0;
@@ -106,11 +107,10 @@ __device__ int ListSelection<R>::run_joint(const Take& take) {
       __syncthreads();
     }
     count += in_segment;
-    if (first + kSegment < most_blocks_) __syncthreads();
+    if (first + kSegment < most_blocks()) __syncthreads();
   }
   // What was covered is there since the last barrier: every list that is not empty has a block.
   if (its_row < rows_) {
-    const bool exists = most_blocks_ > 0;
     finish(its_row, exists ? shared_.ends[its_row].x : 0, exists ? shared_.selected[its_row] : 0,
            its_row == 0 ? count : 0);
   }

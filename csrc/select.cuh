@@ -42,7 +42,8 @@ constexpr int kMasses = 4608;
 
 // Kernel specialisations: one kernel with all rules would be several times larger. `kTogether`:
 // most query heads whose scores of a block a thread holds in registers at once: of a rule that
-// searches for its threshold (`kSearches`) all that there are. `kJoint`: several rows have one list (csrc/joint.cuh).
+// searches for its threshold (`kSearches`) all that there are. `kJoint`: several rows have one list
+// (csrc/joint.cuh).
 template <int kTogether_, bool kSearches_, bool kJoint_ = false>
 struct Rule {
   static constexpr int kTogether = kTogether_;
@@ -136,7 +137,6 @@ class ListSelection {
         num_tokens_(step.seq_lens[list / view.num_kv_heads]) {
     if constexpr (R::kJoint) {
       use(rows - 1);
-      most_blocks_ = num_blocks_;
     } else {
       use_length(num_tokens_);
     }
@@ -159,7 +159,7 @@ class ListSelection {
         if constexpr (R::kSearches) {
           mark_ranked(first);
         } else {
-          mark_heavy(first);
+          mark(first);
         }
         __syncthreads();
         int place = 0;
@@ -220,8 +220,8 @@ class ListSelection {
     if constexpr (R::kJoint) return shared_.ends[row];
     return make_int2(num_blocks_, first_recent_);
   }
-  // The most that a row of the list has.
-  __device__ int most_blocks() const { return R::kJoint ? most_blocks_ : num_blocks_; }
+  // The most that a row of the list has: the last.
+  __device__ int most_blocks() const { return ends_of(num_rows() - 1).x; }
 
   // Each query head's log-sum-exp over the request, from what scoring left of each chunk: a warp a
   // head. Scores are read past the first-level cache, which knows nothing of a score kernel that
@@ -254,8 +254,9 @@ class ListSelection {
     for (int place = warp_; place < num_rows() * view_.group; place += num_warps()) {
       const int row = R::kJoint ? place / view_.group : 0;
       const float* scores = scores_of(row, place - row * view_.group);
+      // The row that is looked at is the longest.
 #pragma unroll 1
-      for (int block = lane_ * 32; block < min(most_blocks(), kSegment); block += 32 * 32) {
+      for (int block = lane_ * 32; block < min(num_blocks_, kSegment); block += 32 * 32) {
         prefetch(scores + block);
       }
     }
@@ -391,6 +392,14 @@ class ListSelection {
     }
   }
   // The same of all rows where a query head's score is to reach its limit. A row has some warps.
+  __device__ void mark(int first_block) {
+    if (vectors_) {
+      mark_heavy<true>(first_block);
+    } else {
+      mark_heavy<false>(first_block);
+    }
+  }
+  template <bool kVectors>
   __device__ void mark_heavy(int first_block) {
     const int warps = R::kJoint ? num_warps() / rows_ : num_warps();
     const int row = R::kJoint ? warp_ / warps : 0;
@@ -405,7 +414,8 @@ class ListSelection {
       for (int start = own.begin; start < own.end; start += kBlocks) {
         const int first = first_block + start * 32;
         unsigned kept[kAhead];
-        find_heavy(kept, scores, limits, view_.group - head, first + lane_ * kWide, ends.x);
+        find_heavy<kVectors>(kept, scores, limits, view_.group - head, first + lane_ * kWide,
+                             ends.x);
         if (head > 0) add_words(kept, row, start, own.end);
         force(kept, first, ends);
         set_words(kept, row, start, own.end);
@@ -432,9 +442,11 @@ class ListSelection {
   }
 
   // The same of blocks whose score is at its limit in one of some query heads, of which there are
-  // `heads`. Past `num_blocks` bits are anything.
+  // `heads`.
+  template <bool kVectors>
   __device__ void find_heavy(unsigned (&kept)[kAhead], const float* scores, float4 limits,
                              int heads, int first, int num_blocks) const {
+    // Bits past the end are anything.
     const int last = max(num_blocks - 1, 0);
     float its[kAhead][kTogether][kWide];
 #pragma unroll
@@ -443,7 +455,7 @@ class ListSelection {
       const float* from = scores + block;
 #pragma unroll
       for (int h = 0; h < kTogether; ++h) {
-        if (vectors_) {
+        if constexpr (kVectors) {
           const float4 four = __ldcg(reinterpret_cast<const float4*>(from));
           its[i][h][0] = four.x;
           its[i][h][1] = four.y;
@@ -451,7 +463,9 @@ class ListSelection {
           its[i][h][3] = four.w;
         } else {
 #pragma unroll
-          for (int j = 0; j < kWide; ++j) its[i][h][j] = __ldcg(from + min(j, last - block));
+          for (int j = 0; j < kWide; ++j) {
+            its[i][h][j] = block + j <= last ? __ldcg(from + j) : 0.0f;
+          }
         }
         if (h + 1 < heads) from += step_.max_blocks;
       }
@@ -515,8 +529,8 @@ class ListSelection {
     for_words(row, start, end, [&](int i, unsigned& word) { kept[i] |= word; });
   }
 
-  // The mass of a part of the list in each query head of each row: a warp each, such as have nothing
-  // to look up where there are some.
+  // The mass of a part of the list in each query head of each row: a warp each, such as have
+  // nothing to look up where there are some.
   __device__ void cover(int first_block, int count) {
     constexpr int kBlocksAhead = 4;
     const int busy = (count + 31) / 32, idle = num_warps() - busy;
@@ -613,7 +627,7 @@ class ListSelection {
   const int lane_, warp_;
   // Where several rows have one list: whose it is, and which of them is looked at.
   const int leader_, rows_, num_tokens_;
-  int row_ = 0, most_blocks_ = 0;
+  int row_ = 0;
   int first_recent_;
   float mass_threshold_;              // of a request of this length
   bool vectors_;                      // every row of scores begins where a vector may

@@ -361,8 +361,7 @@ template <bool kCapped, int kSteps, bool kJoint, int kTiles>
 __device__ inline void multiply(float (&scores)[kTiles][2],
                                 const Query<kSteps, kJoint, kTiles>& query,
                                 const Keys<kSteps>& keys, const Scales& scales,
-                                const RowBits<kJoint, kTiles>& rows_of_heads,
-                                const SoftCap& cap) {
+                                const RowBits<kJoint, kTiles>& rows_of_heads, const SoftCap& cap) {
   int products[kTiles][4] = {};
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {

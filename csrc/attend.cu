@@ -418,12 +418,6 @@ class Tiles {
   Values<Z::kSteps> here_, ahead_;
 };
 
-// To how many sets of query heads the warps of a thread block are dealt.
-template <typename Z>
-__device__ inline int sets_of_heads(int heads) {
-  return max(head_tiles(heads) / Z::kTiles, 1);
-}
-
 // V of the part of a list, weighted; in shared memory, with the weights. A barrier comes after it.
 template <typename Z>
 __device__ inline void attend_part(const LayerView& view, const AttendRows& attend,

@@ -60,6 +60,12 @@ __host__ __device__ inline int head_tiles(int heads) {
 }
 static_assert(kMaxGroup == 4 * kTileHeads && kMostWarps % 4 == 0);
 
+// To how many sets of query heads the warps of a thread block are dealt.
+template <typename Z>
+__device__ inline int sets_of_heads(int heads) {
+  return max(head_tiles(heads) / Z::kTiles, 1);
+}
+
 // Which row of a buffer has the sums of a warp's query head.
 template <typename Z>
 __device__ inline int row_of_sums(int tile, int side, int in_tile) {

@@ -46,8 +46,8 @@ class RowsConfig:
     """Launch shape for rows of int8 (csrc/attend.cu).
 
     Attributes:
-        splits: thread blocks of a list that is long enough. Where several rows have one list, of the
-            launch: they share all lists.
+        splits: thread blocks of a list that is long enough. Where several rows have one list, of
+            the launch: they share all lists.
         least_tiles: 16 tokens each, that are worth a thread block.
     """
 
@@ -56,8 +56,8 @@ class RowsConfig:
 
 
 def most_parts(num_lists: int) -> int:
-    """No launch of up to `num_lists` lists has more parts than this, one of each row in a part where
-    several have one list."""
+    """No launch of up to `num_lists` lists has more parts than this. Where several rows have one
+    list, a part of it counts once for each."""
     return TARGET_PROGRAMS + LEAST_SPLITS * num_lists
 
 

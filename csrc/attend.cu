@@ -398,6 +398,8 @@ class Tiles {
     tile_ += stride_;
     load(tile_ < end_, others, tile_);
     sum.add(query, scores, scales, values);
+    // With so many sums a multiprocessor has room for few warps, which do not hide a load.
+    if (Z::kTiles > 1 && tile_ + stride_ < end_) rows_.fetch_ahead(tile_ + stride_, next_);
     return true;
   }
   __device__ void load(bool wanted, Values<Z::kSteps>& values, int tile) {

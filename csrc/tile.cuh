@@ -229,9 +229,7 @@ class ListRows {
 
   __device__ Token find(int tile, Place place) const {
     const int token = tile * kTileTokens + of_lane(), in = token & (view_.block_tokens - 1);
-    const char* row =
-        place.row >= 0 ? view_.slots + static_cast<int64_t>(place.row) * view_.row_bytes
-                       : view_.host_rows + static_cast<int64_t>(-2 - place.row) * view_.row_bytes;
+    const char* row = row_of(place);
     const char* scales = row + (view_.head_size << (shift_ + 1)) + 2 * in;
     bool exists = token >> shift_ < count_;
     unsigned seen = 0;
@@ -247,9 +245,22 @@ class ListRows {
             *reinterpret_cast<const unsigned short*>(scales + (2 << shift_)), exists, seen};
   }
 
+  // K of a tile and V, a lane a token's K or V, to the second-level cache; not over the link.
+  __device__ void fetch_ahead(int tile, Place place) const {
+    const int in = (tile * kTileTokens + of_lane()) & (view_.block_tokens - 1);
+    const bool is_value = (threadIdx.x & kTileTokens) != 0;
+    if (place.row < 0) return;
+    prefetch(row_of(place) + in * view_.head_size + (is_value ? value_distance() : 0));
+  }
+
   __device__ int value_distance() const { return view_.head_size << shift_; }
 
  private:
+  __device__ const char* row_of(Place place) const {
+    return place.row >= 0
+               ? view_.slots + static_cast<int64_t>(place.row) * view_.row_bytes
+               : view_.host_rows + static_cast<int64_t>(-2 - place.row) * view_.row_bytes;
+  }
   __device__ static int of_lane() { return threadIdx.x & (kTileTokens - 1); }
 
   const LayerView& view_;

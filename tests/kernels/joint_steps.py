@@ -39,6 +39,8 @@ SHAPES = (
 )
 # Lists of several parts beside some of one.
 LONG = Shape((1500, 33, 900, 0, 1100), 1, 4, 64, 16, 8)
+# More lists than the threads of a thread block look at at once, when they share out the tiles.
+MANY = Shape(tuple(8 + 7 * i % 40 for i in range(90)), 4, 1, 64, 16, 8)
 # Fewer tokens, so that one and two tiles have a head of usual size.
 FEW = ((Shape((9, 200, 8, 0, 203, 33), 2, 1, 128, 16, 8), 4), (SHAPES[0], 2))
 RULES = (
@@ -59,7 +61,8 @@ def joint_layer(
     """A row for each token of the requests of a case; in `Coded` a request each."""
     coded = Coded.of(build_case(shape, dtype), "int8")
     case = coded.case
-    tokens = tuple(min(count, most_tokens) for count in RAGGED[: len(shape.seq_lens)])
+    ragged = zip(itertools.cycle(RAGGED), shape.seq_lens, strict=False)
+    tokens = tuple(min(count, most_tokens) for count, _ in ragged)
     lengths, spans = rows_of(shape.seq_lens, tokens)
     request = torch.arange(len(tokens)).repeat_interleave(torch.tensor(tokens).clamp_min(1))
     generator = torch.Generator().manual_seed(2)
@@ -186,9 +189,10 @@ def main() -> None:
     for (shape, most_tokens), rule in itertools.product(FEW, RULES[:2]):
         check_step(shape, rule, torch.bfloat16, most_tokens=most_tokens)
         cases += 1
+    check_step(MANY, RULES[1], torch.bfloat16, 1 << 12)
     attend.ESTIMATES_EVERY = 1
     check_estimate_errors()
-    print(f"{cases} steps of several tokens a request are as defined")
+    print(f"{cases + 1} steps of several tokens a request are as defined")
 
 
 if __name__ == "__main__":

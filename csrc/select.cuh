@@ -248,10 +248,12 @@ class ListSelection {
     }
   }
 
-  // The scores of the first segment to the second-level cache, while their sums are made.
+  // The scores of the first segment to the second-level cache, while their sums are made: by the
+  // last warps, which have none to make where there are few query heads.
   __device__ void fetch_ahead() const {
+    const int first = R::kJoint ? warp_ : num_warps() - 1 - warp_;
 #pragma unroll 1
-    for (int place = warp_; place < num_rows() * view_.group; place += num_warps()) {
+    for (int place = first; place < num_rows() * view_.group; place += num_warps()) {
       const int row = R::kJoint ? place / view_.group : 0;
       const float* scores = scores_of(row, place - row * view_.group);
       // The row that is looked at is the longest.

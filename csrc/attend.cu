@@ -7,10 +7,10 @@
 // memory, those of a list's thread blocks by the last of them.
 //
 // Tokens of a request may have one list (csrc/joint.cuh): then its query heads are those of all of
-// them, each row of K and V is read for all, and masked where a token did not select it.
+// them, each row of K and V is read once for all, and masked where a token did not select it. Each
+// thread block has as many tiles, whichever list they are of (shares.cuh).
 #include "dependent.cuh"
 #include "launch.h"
-#include "spans.cuh"
 #include "weighted_sum.cuh"
 
 namespace kcache {
@@ -18,23 +18,15 @@ namespace {
 
 constexpr int kLookedAt = 32;  // tokens whose estimates are looked at
 
-// Of a list, the tiles that a thread block takes. `rows`: of the batch, that have the list.
-struct Part {
-  int list, rows, number, of;
-  int begin, end;  // tiles
-
-  // `of` thread blocks of a list have some tiles, or one has none.
-  __device__ Part(const AttendRows& attend, int list_, int rows_, int number_, int tiles)
-      : list(list_), rows(rows_), number(number_), of(1), begin(0), end(tiles) {
-    if (tiles <= attend.least_tiles || attend.splits == 1) return;
-    const int wanted = (tiles + attend.least_tiles - 1) / attend.least_tiles;
-    const int parts = min(wanted, attend.splits);
-    const int each = (tiles + parts - 1) / parts;
-    of = (tiles + each - 1) / each;
-    begin = number * each;
-    end = min(begin + each, tiles);
-  }
-};
+// Where each row has its list: of the `splits` thread blocks of a list some have tiles, or one has
+// none.
+__device__ inline Part part_of(const AttendRows& attend, int list, int number, int tiles) {
+  if (tiles <= attend.least_tiles || attend.splits == 1) return {list, 1, number, 1, 0, tiles};
+  const int wanted = (tiles + attend.least_tiles - 1) / attend.least_tiles;
+  const int parts = min(wanted, attend.splits);
+  const int each = (tiles + parts - 1) / parts, begin = number * each;
+  return {list, 1, number, (tiles + each - 1) / each, begin, min(begin + each, tiles)};
+}
 
 // Of a query head and four channels: V weighted, and the sum of weights; whole and clipped.
 template <typename Z>
@@ -52,17 +44,20 @@ struct Sums {
   }
 };
 
-// Of the thread block, always in the same order.
+// Of the thread block, always in the same order. `dealt`: to as many sets of query heads the warps
+// are.
 template <typename Z>
-__device__ inline Sums<Z> sums_of_warps(const Shared<Z>& shared, int tiles, int head, int four) {
-  const int in_tile = head % kTileHeads, tile = head / kTileHeads;
+__device__ inline Sums<Z> sums_of_warps(const Shared<Z>& shared, int dealt, int head, int four) {
+  const int in_set = head % Z::kHeads, set = head / Z::kHeads;
+  const int tile = in_set / kTileHeads, in_tile = in_set % kTileHeads;
+  const int buffers = min(Z::kBuffers, Z::warps());
   Sums<Z> sums;
-  if constexpr (!Z::kClip) sums.largest = shared.largest[tile][in_tile];
+  if constexpr (!Z::kClip) sums.largest = shared.largest[set][in_set];
 #pragma unroll 4
-  for (int buffer = tile; buffer < Z::kBuffers; buffer += tiles) {
+  for (int buffer = set; buffer < buffers; buffer += dealt) {
 #pragma unroll
     for (int side = 0; side < Z::kSides; ++side) {
-      const int row = side * kTileHeads + in_tile;
+      const int row = row_of_sums<Z>(tile, side, in_tile);
       sums.add(side, reinterpret_cast<const float4*>(shared.sums[buffer][row])[four],
                shared.weights[buffer][row], 1.0f);
     }
@@ -74,14 +69,23 @@ __device__ inline Sums<Z> sums_of_warps(const Shared<Z>& shared, int tiles, int 
 template <typename Z>
 class ListParts {
  public:
-  __device__ ListParts(const LayerView& view, const AttendRows& attend, const Part& part)
-      // Rows that have a list leave the room of their own ones to it.
-      : first_row_(
-            (part.list + static_cast<int64_t>(part.rows - 1) * (part.list % view.num_kv_heads)) *
-            attend.splits * (Z::kSides * view.group)),
-        heads_(part.rows * view.group),
+  __device__ ListParts(const LayerView& view, const Step& step, const AttendRows& attend,
+                       const Part& part)
+      : heads_(part.rows * view.group),
+        stride_((Z::kJoint ? step.together * view.group : view.group) * Z::kSides),
         sums_(reinterpret_cast<float4*>(attend.sums)),
-        weights_(reinterpret_cast<float2*>(attend.weights)) {}
+        weights_(reinterpret_cast<float2*>(attend.weights)) {
+    if constexpr (Z::kJoint) {
+      // Rows that have a list leave the room of their own ones to it, and a thread block that has
+      // parts of two lists has room for both.
+      const int first = static_cast<int>(blockIdx.x) - part.number;
+      const int lists_before = part.list + (part.rows - 1) * (part.list % view.num_kv_heads);
+      first_row_ = static_cast<int64_t>(first) * stride_ +
+                   static_cast<int64_t>(lists_before) * (Z::kSides * view.group);
+    } else {
+      first_row_ = static_cast<int64_t>(part.list) * attend.splits * stride_;
+    }
+  }
 
   __device__ void store(int number, int head, int four, const Sums<Z>& sums) const {
 #pragma unroll
@@ -95,7 +99,7 @@ class ListParts {
   // All of a list. Loads bypass the first-level cache, which does not see what other thread blocks
   // wrote.
   __device__ Sums<Z> add_up(int parts, int head, int four) const {
-    constexpr int kAhead = 8 / Z::kSides;
+    constexpr int kAhead = (Z::kTiles > 1 ? 16 : 8) / Z::kSides;
     Sums<Z> all;
     if constexpr (!Z::kClip) all.largest = -1e30f;
 #pragma unroll 1
@@ -106,9 +110,13 @@ class ListParts {
       for (int p = 0; p < kAhead; ++p) {
 #pragma unroll
         for (int side = 0; side < Z::kSides; ++side) {
-          const int64_t row = row_of(min(first + p, parts - 1), side, head);
-          fours[p][side] = __ldcg(sums_ + row * Z::kFours + four);
-          weights[p][side] = __ldcg(weights_ + row);
+          const int64_t row = row_of(first + p, side, head);
+          fours[p][side] = {};
+          weights[p][side] = {-1e30f, 0.0f};
+          if (first + p < parts) {
+            fours[p][side] = __ldcg(sums_ + row * Z::kFours + four);
+            weights[p][side] = __ldcg(weights_ + row);
+          }
         }
       }
       if constexpr (!Z::kClip) {
@@ -123,8 +131,8 @@ class ListParts {
       }
 #pragma unroll
       for (int p = 0; p < kAhead; ++p) {
-        float factor = first + p < parts ? 1.0f : 0.0f;
-        if constexpr (!Z::kClip) factor *= fast_exp2(weights[p][0].x - all.largest);
+        float factor = 1.0f;
+        if constexpr (!Z::kClip) factor = fast_exp2(weights[p][0].x - all.largest);
 #pragma unroll
         for (int side = 0; side < Z::kSides; ++side) {
           all.add(side, fours[p][side], weights[p][side].y, factor);
@@ -136,11 +144,11 @@ class ListParts {
 
  private:
   __device__ int64_t row_of(int number, int side, int head) const {
-    return first_row_ + (number * Z::kSides + side) * heads_ + head;
+    return first_row_ + number * stride_ + side * heads_ + head;
   }
 
-  const int64_t first_row_;
-  const int heads_;
+  int64_t first_row_;
+  const int heads_, stride_;  // of a part, and from one to the next
   float4* const sums_;
   float2* const weights_;
 };
@@ -225,11 +233,11 @@ __device__ inline void store_sums(const LayerView& view, const AttendRows& atten
 }
 
 // `visit` each query head of a list, and each four of its channels.
-template <typename Visit>
+template <typename Z, typename Visit>
 __device__ inline void for_each_four(const LayerView& view, int rows, const Visit& visit) {
   const int fours = view.head_size / 4;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < rows * view.group * fours; i += kThreads) {
+  for (int i = threadIdx.x; i < rows * view.group * fours; i += 32 * Z::warps()) {
     visit(i / fours, i % fours);
   }
 }
@@ -308,31 +316,33 @@ __device__ inline void count_estimate_errors(const LayerView& view, const Step& 
   const int chunk = static_cast<int>(below(of_tokens, static_cast<unsigned>(chunks)));
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
   float* all_scores = shared.sums[0][0];  // [heads, kLookedAt]
-  prepare_query(shared.query, view, attend, list, rows, tiles * kTileHeads);
+  prepare_query<Z::kTiles, Z::kClip>(shared.query, view, attend, list, rows, list_rows.num_tokens(),
+                                     tiles * kTileHeads);
   __syncthreads();
   if (warp < tiles) {
     const int head = warp * kTileHeads + lane % 4;
-    const Query<Z::kSteps, Z::kJoint> query(shared.query, warp * kTileHeads);
+    const Query<Z::kSteps, Z::kJoint, 1> query(shared.query, warp * kTileHeads);
+    const RowBits<Z::kJoint, 1> rows_of_heads(view, rows, warp * kTileHeads);
 #pragma unroll 1
     for (int tile = 0; tile < kTiles; ++tile) {
       const int number = chunk * kTiles + tile;
       const Token token = list_rows.find(number, list_rows.place(number));
       Keys<Z::kSteps> keys;
       Scales scales;
-      float scores[2];
+      float scores[1][2];
       keys.load_tile(true, token);
-      scales.take<Z::kJoint>(token, row_of_head(view, rows, head));
-      multiply<Z::kCapped>(scores, query, keys, scales, attend.cap);
+      scales.take<Z::kJoint>(token);
+      multiply<Z::kCapped>(scores, query, keys, scales, rows_of_heads, attend.cap);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        all_scores[head * kLookedAt + tile * kTileTokens + token_of_score(i)] = scores[i];
+        all_scores[head * kLookedAt + tile * kTileTokens + token_of_score(i)] = scores[0][i];
       }
     }
   }
   __syncthreads();
   const int blocks = kLookedAt / block_tokens;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < num_heads * blocks; i += kThreads) {
+  for (int i = threadIdx.x; i < num_heads * blocks; i += 32 * Z::warps()) {
     const int head = i / blocks, column = chunk * blocks + i % blocks;
     if (column >= count) continue;
     const int entry = step.blocks[static_cast<int64_t>(list) * step.columns + column];
@@ -355,21 +365,22 @@ __device__ inline void count_estimate_errors(const LayerView& view, const Step& 
 // is weighted.
 template <typename Z>
 class Tiles {
+  using WarpQuery = Query<Z::kSteps, Z::kJoint, Z::kTiles>;
+
  public:
-  // `row`: that the lane's query head is of, where several have the list.
   __device__ Tiles(const ListRows<Z::kJoint>& rows, const SoftCap& cap, int first, int stride,
-                   int end, int row)
+                   int end, const RowBits<Z::kJoint, Z::kTiles>& rows_of_heads)
       : rows_(rows),
         cap_(cap),
         tile_(first),
         stride_(stride),
         end_(end),
-        row_(row),
+        rows_of_heads_(rows_of_heads),
         next_(rows.place(first)) {
     load(first < end, here_, first);
   }
 
-  __device__ void run(const Query<Z::kSteps, Z::kJoint>& query, WeightedSum<Z>& sum) {
+  __device__ void run(const WarpQuery& query, WeightedSum<Z>& sum) {
     // Registers cannot be numbered: two tiles a turn.
 #pragma unroll 1
     while (take(query, sum, here_, ahead_) && take(query, sum, ahead_, here_)) {
@@ -377,16 +388,18 @@ class Tiles {
   }
 
  private:
-  __device__ bool take(const Query<Z::kSteps, Z::kJoint>& query, WeightedSum<Z>& sum,
-                       const Values<Z::kSteps>& values, Values<Z::kSteps>& others) {
+  __device__ bool take(const WarpQuery& query, WeightedSum<Z>& sum, const Values<Z::kSteps>& values,
+                       Values<Z::kSteps>& others) {
     if (tile_ >= end_) return false;
     Scales scales;
-    float scores[2];
-    scales.take<Z::kJoint>(token_, row_);
-    multiply<Z::kCapped>(scores, query, keys_, scales, cap_);
+    float scores[Z::kTiles][2];
+    scales.take<Z::kJoint>(token_);
+    multiply<Z::kCapped>(scores, query, keys_, scales, rows_of_heads_, cap_);
     tile_ += stride_;
     load(tile_ < end_, others, tile_);
-    sum.add(scores, scales, values);
+    sum.add(query, scores, scales, values);
+    // With so many sums a multiprocessor has room for few warps, which do not hide a load.
+    if (Z::kTiles > 1 && tile_ + stride_ < end_) rows_.fetch_ahead(tile_ + stride_, next_);
     return true;
   }
   __device__ void load(bool wanted, Values<Z::kSteps>& values, int tile) {
@@ -399,7 +412,8 @@ class Tiles {
   const ListRows<Z::kJoint>& rows_;
   const SoftCap& cap_;
   int tile_;
-  const int stride_, end_, row_;
+  const int stride_, end_;
+  const RowBits<Z::kJoint, Z::kTiles> rows_of_heads_;
   typename ListRows<Z::kJoint>::Place next_;  // of the tile after those that are loaded
   Token token_ = {};
   Keys<Z::kSteps> keys_;
@@ -412,50 +426,40 @@ __device__ inline void attend_part(const LayerView& view, const AttendRows& atte
                                    Shared<Z>& shared, const ListRows<Z::kJoint>& rows,
                                    const Part& part) {
   const int num_heads = part.rows * view.group;
-  const int warp = threadIdx.x / 32, tiles = head_tiles(num_heads);
-  const int first_head = warp % tiles * kTileHeads;
-  const int head = first_head + static_cast<int>(threadIdx.x & 3);
-  const int row = row_of_head(view, part.rows, head);
-  Tiles<Z> way(rows, attend.cap, part.begin + warp / tiles, kWarps / tiles,
-               first_head < num_heads ? part.end : 0, row);
-  prepare_query(shared.query, view, attend, part.list, part.rows, tiles * kTileHeads);
-  float shift = 0.0f, limit = 0.0f;
-  if constexpr (Z::kClip) {
-    if (head < num_heads) {
-      shift = attend.lse[head_in_batch(view, part.list, part.rows, head)] * kLog2E - kUnitBits;
-    }
-    const float length = static_cast<float>(max(rows.num_tokens() + row, 1));
-    // Beyond so many tokens the clip falls as the threshold does.
-    limit = attend.clip * sqrtf(fminf(attend.clip_length / length, 1.0f)) * kUnit;
-  }
-  WeightedSum<Z> sum(shift, limit);
+  const int warp = threadIdx.x / 32, dealt = sets_of_heads<Z>(num_heads);
+  const int first_head = warp % dealt * Z::kHeads;
+  Tiles<Z> way(rows, attend.cap, part.begin + warp / dealt, Z::warps() / dealt,
+               first_head < num_heads ? part.end : 0, {view, part.rows, first_head});
+  prepare_query<Z::kTiles, Z::kClip>(shared.query, view, attend, part.list, part.rows,
+                                     rows.num_tokens(), dealt * Z::kHeads);
+  WeightedSum<Z> sum;
   __syncthreads();
-  const Query<Z::kSteps, Z::kJoint> query(shared.query, first_head);
+  const Query<Z::kSteps, Z::kJoint, Z::kTiles> query(shared.query, first_head);
   way.run(query, sum);
-  sum.leave(shared, warp, tiles);
+  sum.leave(shared, warp, dealt);
 }
 
 // The result of the list, by the last of its thread blocks.
 template <typename Z>
-__device__ inline void attend_list(const LayerView& view, const AttendRows& attend,
-                                   Shared<Z>& shared, const ListRows<Z::kJoint>& rows,
-                                   const Part& part) {
+__device__ inline void attend_list(const LayerView& view, const Step& step,
+                                   const AttendRows& attend, Shared<Z>& shared,
+                                   const ListRows<Z::kJoint>& rows, const Part& part) {
   attend_part(view, attend, shared, rows, part);
   __syncthreads();
-  const int tiles = head_tiles(part.rows * view.group);
+  const int dealt = sets_of_heads<Z>(part.rows * view.group);
   if (part.of == 1) {
-    for_each_four(view, part.rows, [&](int head, int four) {
-      const Sums<Z> sums = sums_of_warps(shared, tiles, head, four);
+    for_each_four<Z>(view, part.rows, [&](int head, int four) {
+      const Sums<Z> sums = sums_of_warps(shared, dealt, head, four);
       const Own own(view, part, head);
       store_sums(view, attend, own.list, own.head, four, sums);
     });
   } else {
-    const ListParts<Z> parts(view, attend, part);
-    for_each_four(view, part.rows, [&](int head, int four) {
-      parts.store(part.number, head, four, sums_of_warps(shared, tiles, head, four));
+    const ListParts<Z> parts(view, step, attend, part);
+    for_each_four<Z>(view, part.rows, [&](int head, int four) {
+      parts.store(part.number, head, four, sums_of_warps(shared, dealt, head, four));
     });
     if (is_last(attend, shared, part)) {
-      for_each_four(view, part.rows, [&](int head, int four) {
+      for_each_four<Z>(view, part.rows, [&](int head, int four) {
         const Own own(view, part, head);
         store_sums(view, attend, own.list, own.head, four, parts.add_up(part.of, head, four));
       });
@@ -463,46 +467,46 @@ __device__ inline void attend_list(const LayerView& view, const AttendRows& atte
   }
 }
 
-// A thread block's part of a list, which `rows` of the batch have from `first_row` on.
+// A thread block's part of a list of `count` V blocks, the first row of which has `num_tokens`.
 template <typename Z>
 __device__ inline void attend_rows(const LayerView& view, const Step& step,
-                                   const AttendRows& attend, Shared<Z>& shared, int first_row,
-                                   int rows) {
-  const int list = first_row * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
-  const ListRows<Z::kJoint> of_list(view, step, list, step.counts[list], step.seq_lens[first_row]);
-  const Part part(attend, list, rows, blockIdx.z, of_list.tiles());
+                                   const AttendRows& attend, Shared<Z>& shared, const Part& part,
+                                   int count, int num_tokens) {
   if (part.number >= part.of) return;
-  if (part.end == 0) {
-    // A list of nothing.
-    for_each_four(view, rows, [&](int head, int four) {
+  if (count == 0) {
+    for_each_four<Z>(view, part.rows, [&](int head, int four) {
       const Own own(view, part, head);
       store_result(view, attend, own.list, own.head, four, {});
     });
     return;
   }
-  attend_list(view, attend, shared, of_list, part);
+  const ListRows<Z::kJoint> rows(view, step, part.list, count, num_tokens);
+  attend_list(view, step, attend, shared, rows, part);
 }
 
 template <typename Z>
-__global__ void __launch_bounds__(kThreads, Z::kLeastBlocks)
+__global__ void __launch_bounds__(32 * kMostWarps, Z::kLeastBlocks)
     attend_kernel(const __grid_constant__ LayerView view, const __grid_constant__ Step step,
                   const __grid_constant__ AttendRows attend) {
   using SharedSums = Shared<Z>;
   __shared__ SharedSums shared;
+  wait_for_launch_before();
   if constexpr (Z::kJoint) {
-    const int num_rows = step.num_lists / view.num_kv_heads;
-    // As csrc/select.cu: where there are more lists than thread blocks they take turns.
+    share_out(view, step, shared.shares, attend.least_tiles);
 #pragma unroll 1
-    for (int number = static_cast<int>(blockIdx.y);; number += static_cast<int>(gridDim.y)) {
-      const Led led = find_led(step.spans, step.together, num_rows, number);
-      wait_for_launch_before();
-      if (led.rows == 0) break;
-      attend_rows(view, step, attend, shared, led.row, led.rows);
-      __syncthreads();
+    while (next_part(view, step, shared.shares)) {
+      const Part& part = shared.shares.part;
+      attend_rows(view, step, attend, shared, part, shared.shares.count,
+                  step.seq_lens[part.list / view.num_kv_heads]);
     }
   } else {
-    wait_for_launch_before();
-    attend_rows(view, step, attend, shared, static_cast<int>(blockIdx.y), 1);
+    // A thread block finds its place without a division.
+    const int row = static_cast<int>(blockIdx.y);
+    const int list = row * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
+    const int count = step.counts[list];
+    attend_rows(view, step, attend, shared,
+                part_of(attend, list, static_cast<int>(blockIdx.z), tiles_of(view, count)), count,
+                step.seq_lens[row]);
   }
   if (blockIdx.x != 0 || blockIdx.y != 0 || blockIdx.z != 0) return;
   // The step's epoch ends here: this is its last launch, and no other thread block of it looks at
@@ -516,18 +520,51 @@ __global__ void __launch_bounds__(kThreads, Z::kLeastBlocks)
   count_estimate_errors(view, step, attend, shared);
 }
 
+// Warps of a thread block: half of the most where otherwise only one of two that there are for a
+// multiprocessor would have room there.
+template <typename Z>
+cudaError_t warps_of(const AttendRows& attend, int& warps) {
+  warps = kMostWarps;
+  if constexpr (Z::kTiles > 1) {
+    int device, multiprocessors;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error != cudaSuccess) return error;
+    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (error != cudaSuccess) return error;
+    if (attend.splits > multiprocessors) warps = kMostWarps / 2;
+  }
+  return cudaSuccess;
+}
+
+template <int kSteps, bool kCapped, bool kJoint, int kTiles>
+cudaError_t launch_tiles(const LayerView& view, const Step& step, const AttendRows& attend,
+                         bool dependent, cudaStream_t stream) {
+  const auto launch = [&](auto size) {
+    int warps;
+    if (const cudaError_t error = warps_of<decltype(size)>(attend, warps)) return error;
+    const int num_rows = step.num_lists / view.num_kv_heads;
+    const dim3 grid =
+        kJoint ? dim3(attend.splits) : dim3(view.num_kv_heads, num_rows, attend.splits);
+    return launch_kernel(dependent, attend_kernel<decltype(size)>, grid, 32 * warps, stream, view,
+                         step, attend);
+  };
+  return attend.clip < 0 ? launch(Size<kSteps, false, kCapped, kJoint, kTiles>{})
+                         : launch(Size<kSteps, true, kCapped, kJoint, kTiles>{});
+}
+
 template <int kSteps, bool kCapped, bool kJoint>
 cudaError_t launch_steps(const LayerView& view, const Step& step, const AttendRows& attend,
                          bool dependent, cudaStream_t stream) {
-  // A thread block finds its place without a division.
-  const int num_rows = step.num_lists / view.num_kv_heads;
-  const dim3 grid(view.num_kv_heads, (num_rows + step.together - 1) / step.together, attend.splits);
-  const auto launch = [&](auto size) {
-    return launch_kernel(dependent, attend_kernel<decltype(size)>, grid, kThreads, stream, view,
-                         step, attend);
-  };
-  return attend.clip < 0 ? launch(Size<kSteps, false, kCapped, kJoint>{})
-                         : launch(Size<kSteps, true, kCapped, kJoint>{});
+  if constexpr (kJoint && kSteps <= 4) {
+    const int tiles = head_tiles(step.together * view.group);
+    if (tiles == 4) {
+      return launch_tiles<kSteps, kCapped, kJoint, 4>(view, step, attend, dependent, stream);
+    }
+    if (tiles == 2) {
+      return launch_tiles<kSteps, kCapped, kJoint, 2>(view, step, attend, dependent, stream);
+    }
+  }
+  return launch_tiles<kSteps, kCapped, kJoint, 1>(view, step, attend, dependent, stream);
 }
 
 template <bool kCapped, bool kJoint>

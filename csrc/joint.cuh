@@ -30,10 +30,11 @@ __device__ void ListSelection<R>::normalise_rows() {
   for (int place = warp_; place < rows_ * view_.group; place += num_warps()) {
     use(place / view_.group);
     const int head = place - row_ * view_.group;
-    const float shift = log_sum(head, (num_blocks_ + step_.chunk_blocks - 1) / step_.chunk_blocks);
-    if (lane_ != 0) continue;
-    shared_.shift[place] = shift;
-    if (!kAddsWhileMarking) shared_.covered[place][0] = 0.0f;
+    begin_head(head, log_sum(head, (num_blocks_ + step_.chunk_blocks - 1) / step_.chunk_blocks));
+    if (lane_ == 0 && head == 0) {
+      shared_.ends[row_] = make_int2(num_blocks_, first_recent_);
+      shared_.selected[row_] = 0;
+    }
   }
   __syncthreads();
 }
@@ -53,48 +54,36 @@ __device__ void ListSelection<R>::find_thresholds() {
 template <typename R>
 __device__ unsigned ListSelection<R>::rows_with(int word) const {
   unsigned rows = 0;
-#pragma unroll 1
-  for (int row = 0; row < rows_; ++row) {
-    rows |= ((shared_.kept_words[row][word] >> lane_) & 1) << row;
+#pragma unroll
+  for (int row = 0; row < R::kMostRows; ++row) {
+    const unsigned kept = row < rows_ ? shared_.kept_words[row][word] : 0;
+    rows |= ((kept >> lane_) & 1) << row;
   }
   return rows;
-}
-
-// What a part of the list covers: a warp a query head of a row.
-template <typename R>
-__device__ void ListSelection<R>::cover_rows(int first_block, int count) {
-#pragma unroll 1
-  for (int place = warp_; place < rows_ * view_.group; place += num_warps()) {
-    use(place / view_.group);
-    const int head = place - row_ * view_.group;
-    float mass = 0.0f;
-#pragma unroll 1
-    for (int i = lane_; i < count; i += 32) {
-      const int near = shared_.kept[i];
-      if ((shared_.kept_words[row_][near / 32] >> near % 32) & 1) {
-        mass += head_mass(head, first_block + near);
-      }
-    }
-    add_covered(place, 0, mass, true);
-  }
 }
 
 // As `run`. Of several rows each has a token.
 template <typename R>
 template <typename Take>
 __device__ int ListSelection<R>::run_joint(const Take& take) {
-  if (most_blocks_ > 0) {
+  const bool exists = num_blocks_ > 0;
+  if (exists) {
+    fetch_ahead();
     normalise_rows();
     if constexpr (R::kSearches) find_thresholds();
   }
   // The last warps, which have the least to fetch, end a row each.
   const int its_row = num_warps() - 1 - warp_;
-  int own = 0, count = 0;
+  int count = 0;
 #pragma unroll 1
-  for (int first = 0; first < most_blocks_; first += kSegment) {
+  for (int first = 0; exists && first < most_blocks(); first += kSegment) {
+    if constexpr (R::kSearches) {
 #pragma unroll 1
-    for (int row = 0; row < rows_; ++row) {
-      use(row);
+      for (int row = 0; row < rows_; ++row) {
+        use(row);
+        mark_ranked(first);
+      }
+    } else {
       mark(first);
     }
     __syncthreads();
@@ -105,28 +94,25 @@ __device__ int ListSelection<R>::run_joint(const Take& take) {
       int in_row = 0;
 #pragma unroll 1
       for (int i = lane_; i < words; i += 32) in_row += __popc(shared_.kept_words[its_row][i]);
-      own += warp_sum(in_row);
-      if (kAddsWhileMarking && first + kSegment >= most_blocks_) {
-        use(its_row);
-        finish(own, its_row == 0 ? count + in_segment : 0);
-      }
+      in_row = warp_sum(in_row);
+      if (lane_ == 0) shared_.selected[its_row] += in_row;
     }
 #pragma unroll 1
     for (int part = 0; part < in_segment; part += num_threads()) {
       const int in_part = min(in_segment - part, num_threads());
       write(first, count, part, in_part, place);
       __syncthreads();
-      if constexpr (!kAddsWhileMarking) cover_rows(first, in_part);
+      cover(first, in_part);
       take(shared_.kept, in_part, first, count + part);
       __syncthreads();
     }
     count += in_segment;
-    if (first + kSegment < most_blocks_) __syncthreads();
+    if (first + kSegment < most_blocks()) __syncthreads();
   }
   // What was covered is there since the last barrier: every list that is not empty has a block.
-  if ((!kAddsWhileMarking || most_blocks_ == 0) && its_row < rows_) {
-    use(its_row);
-    finish(own, its_row == 0 ? count : 0);
+  if (its_row < rows_) {
+    finish(its_row, exists ? shared_.ends[its_row].x : 0, exists ? shared_.selected[its_row] : 0,
+           its_row == 0 ? count : 0);
   }
   __syncthreads();
   return count;

@@ -152,7 +152,8 @@ struct AttendRows {
   float scale;
   float clip;         // negative: the selected tokens' weights are made to sum to 1
   float clip_length;  // tokens beyond which the clip falls with the square root of the length
-  int splits;         // thread blocks of a list that is long enough
+  int splits;         // thread blocks of a list that is long enough; of the launch where several
+                      // rows have one list
   int least_tiles;    // 16 tokens each, that are worth a thread block
   int every;          // one launch of so many looks at how far the estimates are off
   SoftCap cap;

@@ -41,8 +41,9 @@ static_assert(kSegment <= 1 << 16, "a NearBlock counts to there");
 constexpr int kMasses = 4608;
 
 // Kernel specialisations: one kernel with all rules would be several times larger. `kTogether`:
-// most query heads whose scores of a block a thread holds in registers at once. `kSearches`: the
-// rule does not name its threshold. `kJoint`: several rows have one list (csrc/joint.cuh).
+// most query heads whose scores of a block a thread holds in registers at once: of a rule that
+// searches for its threshold (`kSearches`) all that there are. `kJoint`: several rows have one list
+// (csrc/joint.cuh).
 template <int kTogether_, bool kSearches_, bool kJoint_ = false>
 struct Rule {
   static constexpr int kTogether = kTogether_;
@@ -59,10 +60,7 @@ cudaError_t with_rule(const LayerView& view, const Launch& launch) {
   if (!view.combine_max || view.top_n >= 0 || view.coverage >= 0.0f) {
     return view.group <= 4 ? launch(Rule<4, true>{}) : launch(Rule<16, true>{});
   }
-  if (view.group == 1) return launch(Rule<1, false>{});
-  if (view.group <= 4) return launch(Rule<4, false>{});
-  if (view.group <= 8) return launch(Rule<8, false>{});
-  return launch(Rule<16, false>{});
+  return view.group == 1 ? launch(Rule<1, false>{}) : launch(Rule<4, false>{});
 }
 
 // The same where several rows have one list: then a group is half of the most query heads at most.
@@ -71,8 +69,7 @@ cudaError_t with_joint_rule(const LayerView& view, const Launch& launch) {
   if (!view.combine_max || view.top_n >= 0 || view.coverage >= 0.0f) {
     return view.group <= 4 ? launch(Rule<4, true, true>{}) : launch(Rule<8, true, true>{});
   }
-  if (view.group == 1) return launch(Rule<1, false, true>{});
-  return view.group <= 4 ? launch(Rule<4, false, true>{}) : launch(Rule<8, false, true>{});
+  return view.group == 1 ? launch(Rule<1, false, true>{}) : launch(Rule<4, false, true>{});
 }
 
 struct SearchShared {
@@ -87,7 +84,8 @@ struct NoSearchShared {};
 // Of rows that have one list.
 template <typename R>
 struct JointShared {
-  unsigned any_words[R::kSegment / 32];  // blocks that some row keeps
+  int2 ends[R::kMostRows];  // its blocks, and the first of the recent ones
+  int selected[R::kMostRows];
   unsigned long long thresholds[R::kMostRows];
 };
 struct NotJointShared {};
@@ -97,7 +95,9 @@ struct SelectShared : std::conditional_t<R::kSearches, SearchShared, NoSearchSha
                       std::conditional_t<R::kJoint, JointShared<R>, NotJointShared> {
   // Of each query head: of all rows where several have one list.
   float shift[kMaxGroup];  // log2 of the sum of exp over the request
-  float covered[kMaxGroup][kMostWarps];
+  // The least score of a block that has the threshold's mass; of no head above all scores.
+  float4 limits[R::kMostRows][kMaxGroup / (R::kJoint ? 8 : 4)];
+  float covered[kMaxGroup];
   unsigned kept_words[R::kMostRows][R::kSegment / 32];  // a bit of each block of the segment
   NearBlock kept[kMostThreads];                         // a part of those whose bits are set
 };
@@ -120,8 +120,6 @@ class ListSelection {
   // Blocks side by side that a thread loads at once, and how many times that.
   static constexpr int kWide = kTogether <= 4 ? 4 : 1;
   static constexpr int kAhead = kInFlight / (kTogether * kWide), kBlocks = kAhead * kWide;
-  // Otherwise the sums would not stay in registers.
-  static constexpr bool kAddsWhileMarking = !R::kSearches && kTogether <= 8;
 
  public:
   // `rows`: that have the list, each of one token more than the row before.
@@ -139,7 +137,6 @@ class ListSelection {
         num_tokens_(step.seq_lens[list / view.num_kv_heads]) {
     if constexpr (R::kJoint) {
       use(rows - 1);
-      most_blocks_ = num_blocks_;
     } else {
       use_length(num_tokens_);
     }
@@ -154,24 +151,25 @@ class ListSelection {
     if constexpr (R::kJoint) return run_joint(take);
     int count = 0;
     if (num_blocks_ > 0) {
+      fetch_ahead();
       normalise();
       if constexpr (R::kSearches) find_threshold();
 #pragma unroll 1
       for (int first = 0; first < num_blocks_; first += kSegment) {
-        mark(first);
+        if constexpr (R::kSearches) {
+          mark_ranked(first);
+        } else {
+          mark(first);
+        }
         __syncthreads();
         int place = 0;
         const int in_segment = count_kept(first, step_.columns - count, place);
-        // The last warp has the least to fetch.
-        if (kAddsWhileMarking && first + kSegment >= num_blocks_ && warp_ == num_warps() - 1) {
-          finish(count + in_segment);
-        }
 #pragma unroll 1
         for (int part = 0; part < in_segment; part += num_threads()) {
           const int in_part = min(in_segment - part, num_threads());
           write(first, count, part, in_part, place);
           __syncthreads();
-          if constexpr (!kAddsWhileMarking) cover(first, in_part);
+          cover(first, in_part);
           take(shared_.kept, in_part, first, count + part);
           __syncthreads();
         }
@@ -180,7 +178,8 @@ class ListSelection {
         if (first + kSegment < num_blocks_) __syncthreads();
       }
     }
-    if ((!kAddsWhileMarking || num_blocks_ == 0) && warp_ == num_warps() - 1) finish(count);
+    // What was covered is there since the last barrier: a list that is not empty has a block.
+    if (warp_ == num_warps() - 1) finish(0, num_blocks_, count, count);
     __syncthreads();
     return count;
   }
@@ -202,18 +201,27 @@ class ListSelection {
   __device__ int run_joint(const Take& take);
   __device__ void normalise_rows();
   __device__ void find_thresholds();
-  __device__ void cover_rows(int first_block, int count);
   __device__ unsigned rows_with(int word) const;
 
   // Of a query head of the row that is looked at: where its sums are.
   __device__ int place_of(int head) const { return R::kJoint ? row_ * view_.group + head : head; }
-  // A bit of each block of the segment that goes into the list.
-  __device__ const unsigned* listed_words() const {
-    if constexpr (R::kJoint) return shared_.any_words;
-    return shared_.kept_words[0];
+  // A bit of each block of a word of the segment: those that go into the list.
+  __device__ unsigned listed(int word) const {
+    unsigned kept = 0;
+#pragma unroll
+    for (int row = 0; row < R::kMostRows; ++row) {
+      if (!R::kJoint || row < rows_) kept |= shared_.kept_words[row][word];
+    }
+    return kept;
   }
-  // The most that a row of the list has.
-  __device__ int most_blocks() const { return R::kJoint ? most_blocks_ : num_blocks_; }
+  __device__ int num_rows() const { return R::kJoint ? rows_ : 1; }
+  // Of a row its blocks, and the first of the recent ones.
+  __device__ int2 ends_of(int row) const {
+    if constexpr (R::kJoint) return shared_.ends[row];
+    return make_int2(num_blocks_, first_recent_);
+  }
+  // The most that a row of the list has: the last.
+  __device__ int most_blocks() const { return ends_of(num_rows() - 1).x; }
 
   // Each query head's log-sum-exp over the request, from what scoring left of each chunk: a warp a
   // head. Scores are read past the first-level cache, which knows nothing of a score kernel that
@@ -222,13 +230,43 @@ class ListSelection {
     const int chunks = (num_blocks_ + step_.chunk_blocks - 1) / step_.chunk_blocks;
 #pragma unroll 1
     for (int head = warp_; head < kMaxGroup; head += num_warps()) {
-      const float shift = head < view_.group ? log_sum(head, chunks) : 0.0f;
-      if (lane_ != 0) continue;
-      shared_.shift[head] = shift;
-      // Where no block is kept nothing is added.
-      if (!kAddsWhileMarking) shared_.covered[head][0] = 0.0f;
+      begin_head(head, head < view_.group ? log_sum(head, chunks) : 0.0f);
     }
     __syncthreads();
+  }
+  __device__ void begin_head(int head, float shift) {
+    if (lane_ != 0) return;
+    shared_.shift[place_of(head)] = shift;
+    shared_.covered[place_of(head)] = 0.0f;
+    // Without a threshold everything is kept.
+    const float least = mass_threshold_ > 0.0f ? log2f(mass_threshold_) : -INFINITY;
+    auto* limits = reinterpret_cast<float*>(shared_.limits[row_]);
+    if (head < view_.group) limits[head] = (least + shift) * kLn2;
+    // Nothing is as large as what is no number.
+    for (int past = view_.group; head == view_.group - 1 && past % 4 != 0; ++past) {
+      limits[past] = __uint_as_float(0x7fffffffu);
+    }
+  }
+
+  // The scores of the first segment to the second-level cache, while their sums are made: by the
+  // last warps, which have none to make where there are few query heads.
+  __device__ void fetch_ahead() const {
+    const int first = R::kJoint ? warp_ : num_warps() - 1 - warp_;
+#pragma unroll 1
+    for (int place = first; place < num_rows() * view_.group; place += num_warps()) {
+      const int row = R::kJoint ? place / view_.group : 0;
+      const float* scores = scores_of(row, place - row * view_.group);
+      // The row that is looked at is the longest.
+#pragma unroll 1
+      for (int block = lane_ * 32; block < min(num_blocks_, kSegment); block += 32 * 32) {
+        prefetch(scores + block);
+      }
+    }
+  }
+  // Of a query head of a row of the list.
+  __device__ const float* scores_of(int row, int head) const {
+    const int64_t list = leader_ + row * view_.num_kv_heads;
+    return step_.block_lse + (list * view_.group + head) * step_.max_blocks;
   }
 
   // Base 2, of a query head's chunks.
@@ -324,11 +362,6 @@ class ListSelection {
   __device__ bool forced(int block) const {
     return block < view_.sink_blocks || block >= first_recent_;
   }
-  __device__ bool keeps(float mass, int block) const {
-    if constexpr (R::kSearches) return rank(mass, block) >= threshold_;
-    // Without a threshold it is negative, and everything is kept.
-    return forced(block) || mass >= mass_threshold_;
-  }
 
   // csrc/search.cuh.
   __device__ unsigned long long rank(float mass, int block) const;
@@ -338,82 +371,120 @@ class ListSelection {
   __device__ int count_digits(int shift, unsigned long long prefix);
 
   // A warp has a contiguous share of a segment's words, 32 blocks each: kWide of them at a time.
+  // It is one of some warps.
   struct Share {
     int words, begin, end;
   };
-  __device__ Share share(int first_block) const {
+  __device__ Share share(int first_block, int warp, int warps) const {
     constexpr int kUnit = 32 * kWide;
     const int units = (min(most_blocks() - first_block, kSegment) + kUnit - 1) / kUnit;
-    const int each = (units + num_warps() - 1) / num_warps(), begin = min(warp_ * each, units);
+    const int each = (units + warps - 1) / warps, begin = min(warp * each, units);
     return {units * kWide, begin * kWide, min(begin + each, units) * kWide};
   }
+  __device__ Share share(int first_block) const { return share(first_block, warp_, num_warps()); }
 
-  // Set the bits of the blocks of a segment that are kept, and add their masses.
-  __device__ void mark(int first_block) {
+  // Set the bits of the blocks of a segment that are kept, where each has a rank to reach.
+  __device__ void mark_ranked(int first_block) {
     const Share own = share(first_block);
-    float covered[kTogether] = {};
 #pragma unroll 1
     for (int start = own.begin; start < own.end; start += kBlocks) {
-      float logs[kBlocks][kTogether];
-      const int first = first_block + start * 32 + lane_ * kWide;
-      load_logs(logs, first, 32 * kWide);
+      unsigned kept[kAhead] = {};
+      find_ranked(kept, first_block + start * 32 + lane_ * kWide);
+      set_words(kept, row_, start, own.end);
+    }
+  }
+  // The same of all rows where a query head's score is to reach its limit: csrc/mark.cuh.
+  __device__ void mark(int first_block) {
+    if (vectors_) {
+      mark_heavy<true>(first_block);
+    } else {
+      mark_heavy<false>(first_block);
+    }
+  }
+  template <bool kVectors>
+  __device__ void mark_heavy(int first_block);
+  template <bool kVectors>
+  __device__ void find_heavy(unsigned (&kept)[kAhead], const float* scores, float4 limits,
+                             int heads, int first, int num_blocks) const;
+  __device__ void force(unsigned (&kept)[kAhead], int first, int2 ends) const;
+
+  // A lane's kWide bits, to their place in a word, of blocks that rank high enough.
+  __device__ void find_ranked(unsigned (&kept)[kAhead], int first) const {
+    float logs[kBlocks][kTogether];
+    load_logs(logs, first, 32 * kWide);
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        if (start + i * kWide >= own.end) break;
-        // A lane's kWide bits to their place in a word, and those of 32 / kWide lanes to the word.
-        unsigned kept = 0;
+    for (int i = 0; i < kAhead; ++i) {
+      kept[i] = 0;
 #pragma unroll
-        for (int j = 0; j < kWide; ++j) {
-          const int block = first + i * 32 * kWide + j;
-          const bool keep = block < num_blocks_ && keeps(combined(logs[i * kWide + j]), block);
-          if (kAddsWhileMarking && keep) {
-#pragma unroll
-            for (int h = 0; h < kTogether; ++h) covered[h] += fast_exp2(logs[i * kWide + j][h]);
-          }
-          kept |= static_cast<unsigned>(keep) << j;
-        }
-        constexpr int kLanes = 32 / kWide;
-        kept <<= lane_ % kLanes * kWide;
-#pragma unroll
-        for (int other = 1; other < kLanes; other *= 2) {
-          kept |= __shfl_xor_sync(kAllLanes, kept, other);
-        }
-        if (lane_ % kLanes == 0) {
-          const int word = start + i * kWide + lane_ / kLanes;
-          shared_.kept_words[row_][word] = kept;
-          if constexpr (R::kJoint) {
-            // Of each row by the same lane.
-            shared_.any_words[word] = kept | (row_ == 0 ? 0 : shared_.any_words[word]);
-          }
-        }
+      for (int j = 0; j < kWide; ++j) {
+        const int block = first + i * 32 * kWide + j;
+        const bool keep =
+            block < num_blocks_ && rank(combined(logs[i * kWide + j]), block) >= threshold_;
+        kept[i] |= static_cast<unsigned>(keep) << j;
       }
     }
-    if constexpr (kAddsWhileMarking) {
+    gather_bits(kept);
+  }
+
+  // From a lane's kWide bits to the word of 32 / kWide lanes.
+  __device__ void gather_bits(unsigned (&bits)[kAhead]) const {
+    constexpr int kLanes = 32 / kWide;
 #pragma unroll
-      for (int h = 0; h < kTogether; ++h) {
-        if (R::kJoint && h >= view_.group) break;
-        add_covered(place_of(h), warp_, covered[h], first_block > 0);
+    for (unsigned& its : bits) {
+      its <<= lane_ % kLanes * kWide;
+#pragma unroll
+      for (int other = 1; other < kLanes; other *= 2) {
+        its |= __shfl_xor_sync(kAllLanes, its, other);
       }
     }
   }
 
-  // Add to what the list covers of a query head, in one of the places where its sum is kept.
-  __device__ void add_covered(int head, int place, float mass, bool began) {
-    mass = warp_sum(mass);
-    if (lane_ != 0) return;
-    shared_.covered[head][place] = mass + (began ? shared_.covered[head][place] : 0.0f);
+  // `visit` words in the lanes that have them, of a warp's share that ends at `end`.
+  template <typename Visit>
+  __device__ void for_words(int row, int start, int end, const Visit& visit) {
+    constexpr int kLanes = 32 / kWide;
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (start + i * kWide >= end || lane_ % kLanes != 0) break;
+      visit(i, shared_.kept_words[row][start + i * kWide + lane_ / kLanes]);
+    }
+  }
+  __device__ void set_words(const unsigned (&kept)[kAhead], int row, int start, int end) {
+    for_words(row, start, end, [&](int i, unsigned& word) { word = kept[i]; });
+  }
+  __device__ void add_words(unsigned (&kept)[kAhead], int row, int start, int end) {
+    for_words(row, start, end, [&](int i, unsigned& word) { kept[i] |= word; });
   }
 
-  // The same from a part of the list: a warp a query head.
+  // The mass of a part of the list in each query head of each row: a warp each, such as have
+  // nothing to look up where there are some.
   __device__ void cover(int first_block, int count) {
+    constexpr int kBlocksAhead = 4;
+    const int busy = (count + 31) / 32, idle = num_warps() - busy;
+    const int first = idle > 0 ? warp_ - busy : warp_;
+    if (first < 0) return;
 #pragma unroll 1
-    for (int head = warp_; head < view_.group; head += num_warps()) {
+    for (int place = first; place < num_rows() * view_.group;
+         place += idle > 0 ? idle : num_warps()) {
+      const int row = R::kJoint ? place / view_.group : 0;
+      const float* scores = scores_of(row, place - row * view_.group) + first_block;
+      const float shift = shared_.shift[place];
       float mass = 0.0f;
 #pragma unroll 1
-      for (int i = lane_; i < count; i += 32) {
-        mass += head_mass(head, first_block + shared_.kept[i]);
+      for (int i = lane_; i < count; i += 32 * kBlocksAhead) {
+        float logs[kBlocksAhead];
+#pragma unroll
+        for (int j = 0; j < kBlocksAhead; ++j) {
+          const int near = shared_.kept[min(i + 32 * j, count - 1)];
+          bool counts = i + 32 * j < count;
+          if constexpr (R::kJoint) counts &= shared_.kept_words[row][near / 32] >> near % 32 & 1;
+          logs[j] = counts ? __ldcg(scores + near) : -INFINITY;
+        }
+#pragma unroll
+        for (const float log : logs) mass += fast_exp2(fmaf(log, kLog2E, -shift));
       }
-      add_covered(head, 0, mass, true);
+      mass = warp_sum(mass);
+      if (lane_ == 0) shared_.covered[place] += mass;
     }
   }
 
@@ -423,7 +494,7 @@ class ListSelection {
     int before = 0, total = 0;
 #pragma unroll 1
     for (int i = lane_; i < own.words; i += 32) {
-      const int count = __popc(listed_words()[i]);
+      const int count = __popc(listed(i));
       total += count;
       before += i < own.begin ? count : 0;
     }
@@ -439,7 +510,7 @@ class ListSelection {
     place -= part;
 #pragma unroll 1
     for (int i = own.begin; i < own.end; ++i) {
-      const unsigned kept = listed_words()[i];
+      const unsigned kept = listed(i);
       const int column = place + __popc(kept & ((1u << lane_) - 1)), near = i * 32 + lane_;
       if (((kept >> lane_) & 1) && column >= 0 && column < in_part) {
         shared_.kept[column] = static_cast<NearBlock>(near);
@@ -451,27 +522,23 @@ class ListSelection {
     }
   }
 
-  // By one warp: the length of a list and the covered mass. An empty row has all of its mass.
-  __device__ void finish(int count) { finish(count, count); }
-  // `count`: blocks that the row selected.
-  __device__ void finish(int count, int in_list) {
-    const int sums = kAddsWhileMarking ? num_warps() : 1;
-    float least = 1.0f, mean = 0.0f;
-#pragma unroll 1
-    for (int h = 0; num_blocks_ > 0 && h < view_.group; ++h) {
-      const float mass = warp_sum(lane_ < sums ? shared_.covered[place_of(h)][lane_] : 0.0f);
-      if (step_.dropped != nullptr && lane_ == 0) {
-        step_.dropped[static_cast<int64_t>(list_) * view_.group + h] =
-            count == num_blocks_ ? 0.0f : fmaxf(1.0f - mass, 0.0f);
-      }
-      least = fminf(least, mass);
-      mean += mass / static_cast<float>(view_.group);
+  // By one warp: the length of a row's list and the covered mass. An empty row has all of its mass.
+  // `count`: blocks that the row selected, of `num_blocks`.
+  __device__ void finish(int row, int num_blocks, int count, int in_list) const {
+    const int list = leader_ + row * view_.num_kv_heads;
+    const bool has_head = num_blocks > 0 && lane_ < view_.group;
+    const float own = has_head ? shared_.covered[row * view_.group + lane_] : 1.0f;
+    if (has_head && step_.dropped != nullptr) {
+      step_.dropped[static_cast<int64_t>(list) * view_.group + lane_] =
+          count == num_blocks ? 0.0f : fmaxf(1.0f - own, 0.0f);
     }
+    const float least = fminf(-warp_max(-own), 1.0f);
+    const float mean = warp_sum(has_head ? own : 0.0f) / static_cast<float>(view_.group);
     if (lane_ != 0) return;
-    const float mass = view_.combine_max || num_blocks_ == 0 ? least : fminf(mean, 1.0f);
-    step_.counts[list_] = in_list;
-    step_.mass[list_] = mass;
-    if (num_blocks_ == 0) return;
+    const float mass = view_.combine_max || num_blocks == 0 ? least : fminf(mean, 1.0f);
+    step_.counts[list] = in_list;
+    step_.mass[list] = mass;
+    if (num_blocks == 0) return;
     const float log10 = log2f(fmaxf(1.0f - mass, 1e-30f)) * 0.30102999566f;
     const int bucket = static_cast<int>(ceilf((log10 + 4.0f) * ((kDroppedBuckets - 1) / 4.0f)));
     atomicAdd(view_.counters + kLists, 1ull);
@@ -487,7 +554,7 @@ class ListSelection {
   const int lane_, warp_;
   // Where several rows have one list: whose it is, and which of them is looked at.
   const int leader_, rows_, num_tokens_;
-  int row_ = 0, most_blocks_ = 0;
+  int row_ = 0;
   int first_recent_;
   float mass_threshold_;              // of a request of this length
   bool vectors_;                      // every row of scores begins where a vector may
@@ -498,4 +565,5 @@ class ListSelection {
 }  // namespace kcache
 
 #include "joint.cuh"
+#include "mark.cuh"
 #include "search.cuh"

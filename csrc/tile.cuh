@@ -17,7 +17,7 @@ namespace kcache {
 
 constexpr int kTileTokens = 16;  // of a warp, at once
 
-constexpr int kTileHeads = 4;  // query heads of a warp
+constexpr int kTileHeads = 4;  // query heads of a tile of them, of which a warp takes some
 
 // Values of q' as two int8 numbers each, 15 bits together: q' = (kLowSteps high + low) unit.
 constexpr int kLowSteps = 254;
@@ -26,21 +26,40 @@ struct Digits {
   unsigned high, low;  // of four values
 
   // `steps` takes the largest value to 127.
-  __device__ Digits(const float* four, float steps) : high(0), low(0) {
+  __device__ Digits(const float* four, float steps) {
+    // Added to a small number, it leaves the nearest integer in the lower bits.
+    constexpr float kRounds = 12582912.0f;  // 1.5 * 2^23
+    unsigned wholes[4], rests[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float in_steps = four[i] * steps, whole = rintf(in_steps);
-      const int rest = __float2int_rn((in_steps - whole) * kLowSteps);
-      high |= (static_cast<unsigned>(__float2int_rn(whole)) & 255u) << (8 * i);
-      low |= (static_cast<unsigned>(rest) & 255u) << (8 * i);
+      const float in_steps = four[i] * steps, whole = in_steps + kRounds;
+      wholes[i] = __float_as_uint(whole);
+      rests[i] = __float_as_uint(fmaf(in_steps - (whole - kRounds), kLowSteps, kRounds));
     }
+    high = lowest_bytes(wholes);
+    low = lowest_bytes(rests);
+  }
+
+ private:
+  __device__ static unsigned lowest_bytes(const unsigned (&words)[4]) {
+    return permute_bytes(permute_bytes(words[0], words[1], 0x0040),
+                         permute_bytes(words[2], words[3], 0x0040), 0x5410);
   }
 };
 
 // Base-2 logarithm of a weight in one low step of q' times 1; `most`: the largest value of q'.
 __device__ inline float unit_of(float scale, float most) {
-  return scale * kLog2E * most / (127.0f * kLowSteps);
+  return scale * most * (kLog2E / (127.0f * kLowSteps));
 }
+
+// What the weights of a query head are measured by, base-2 logarithms but for the last: of a weight
+// in one step of q', of what every weight has, and with the clipped tail of the estimated total and
+// the clip, in `kUnit`.
+struct alignas(16) HeadTerms {
+  float unit, bias, shift, limit;
+};
+constexpr float kUnit = 128.0f;    // weights are in parts of the estimated total
+constexpr float kUnitBits = 7.0f;  // base-2 logarithm of it
 
 // q' of the query heads of a list, in digits, for all warps of a thread block. Heads that a list
 // does not have are zeros.
@@ -48,8 +67,7 @@ template <int kSteps>
 struct QueryShared {
   static constexpr int kWords = 8 * kSteps;  // of four channels each
   unsigned digits[kMaxGroup][2][kWords + 4];
-  float unit[kMaxGroup], bias[kMaxGroup];  // base-2 logarithms, of a weight in one step, and of
-                                           // what every weight has
+  HeadTerms terms[kMaxGroup];
 };
 
 // Where several rows have one list it has the query heads of all, one row's after another's: which
@@ -64,50 +82,71 @@ __device__ inline int64_t head_in_batch(const LayerView& view, int64_t list, int
   return (list + row * view.num_kv_heads) * view.group + head - row * view.group;
 }
 
-// All warps of a thread block, and a barrier after it. `rows`: that have the list.
-template <int kSteps>
+// All warps of a thread block, and a barrier after it. `rows`: that have the list, the first of
+// `num_tokens`. A warp loads so many heads at once.
+template <int kHeads, bool kClip, int kSteps>
 __device__ inline void prepare_query(QueryShared<kSteps>& shared, const LayerView& view,
                                      const AttendRows& attend, int64_t list, int rows,
-                                     int num_heads) {
+                                     int num_tokens, int num_heads) {
   constexpr int kParts = (kSteps + 3) / 4;
-  const int lane = threadIdx.x & 31;
+  const int lane = threadIdx.x & 31, warps = blockDim.x / 32;
 #pragma unroll 1
-  for (int head = threadIdx.x / 32; head < num_heads; head += blockDim.x / 32) {
-    const int64_t in_batch = head_in_batch(view, list, rows, head);
-    const bool there = head < rows * view.group;
-    float x[kParts][4] = {}, most = 1e-20f;
-    if (there) load_floats(x, attend.query + in_batch * view.head_size, view.head_size);
-    for_each(x, [&](int part, int i) { most = fmaxf(most, fabsf(x[part][i])); });
-    most = warp_max(most);
+  for (int first = threadIdx.x / 32; first < num_heads; first += kHeads * warps) {
+    float x[kHeads][kParts][4] = {}, bias[kHeads] = {}, lse[kHeads] = {};
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      const int word = part * 32 + lane;
-      const Digits digits(x[part], 127.0f / most);
-      if (word >= shared.kWords) continue;
-      shared.digits[head][0][word] = digits.high;
-      shared.digits[head][1][word] = digits.low;
+    for (int i = 0; i < kHeads; ++i) {
+      const int head = first + i * warps;
+      if (head >= rows * view.group) break;
+      const int64_t in_batch = head_in_batch(view, list, rows, head);
+      load_floats(x[i], attend.query + in_batch * view.head_size, view.head_size);
+      bias[i] = attend.bias[in_batch];
+      if constexpr (kClip) lse[i] = attend.lse[in_batch];
     }
-    if (lane == 0) {
-      shared.unit[head] = unit_of(attend.scale, most);
-      shared.bias[head] = there ? attend.bias[in_batch] * kLog2E : 0.0f;
+#pragma unroll
+    for (int i = 0; i < kHeads; ++i) {
+      const int head = first + i * warps;
+      if (head >= num_heads) break;
+      float most = 1e-20f;
+      for_each(x[i], [&](int part, int j) { most = fmaxf(most, fabsf(x[i][part][j])); });
+      most = warp_max(most);
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        const int word = part * 32 + lane;
+        const Digits digits(x[i][part], 127.0f * fast_reciprocal(most));
+        if (word >= shared.kWords) continue;
+        shared.digits[head][0][word] = digits.high;
+        shared.digits[head][1][word] = digits.low;
+      }
+      if (lane != 0) continue;
+      HeadTerms terms{unit_of(attend.scale, most), bias[i] * kLog2E, 0.0f, 0.0f};
+      if constexpr (kClip) {
+        terms.shift = lse[i] * kLog2E - kUnitBits;
+        const int tokens = num_tokens + row_of_head(view, rows, head);
+        // Beyond so many tokens the clip falls as the threshold does.
+        const float share =
+            attend.clip_length * fast_reciprocal(static_cast<float>(max(tokens, 1)));
+        terms.limit = attend.clip * sqrtf(fminf(share, 1.0f)) * kUnit;
+      }
+      shared.terms[head] = terms;
     }
   }
 }
 
-// The same as a warp's products take it: a digit of a query head, and what scores need of another.
-// Where several rows have one list the digits stay in shared memory, for want of registers.
-template <int kSteps, bool kJoint>
+// The same as a warp's products take it, of some tiles of query heads: a digit of a query head, and
+// what scores need of another. Where several rows have one list all stays in shared memory, for
+// want of registers.
+template <int kSteps, bool kJoint, int kTiles>
 class Query {
- public:
-  const float unit, bias;
+  static_assert(kJoint || kTiles == 1);
 
+ public:
   // Of the heads from `first_head`.
   __device__ Query(const QueryShared<kSteps>& shared, int first_head)
-      : unit(shared.unit[first_head + (threadIdx.x & 3)]),
-        bias(shared.bias[first_head + (threadIdx.x & 3)]) {
+      : shared_terms_(shared.terms + first_head + (threadIdx.x & 3)) {
     const int group = (threadIdx.x & 31) / 4, quarter = threadIdx.x & 3;
     words_ = shared.digits[first_head + group / 2][group & 1] + quarter * 2 * kSteps;
     if constexpr (!kJoint) {
+      terms_ = *shared_terms_;
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         const uint2 two = reinterpret_cast<const uint2*>(words_)[step];
@@ -116,17 +155,30 @@ class Query {
       }
     }
   }
-  __device__ void load(unsigned (&columns)[2], int step) const {
+  __device__ void load(unsigned (&columns)[2], int tile, int step) const {
     if constexpr (kJoint) {
-      load_shared(columns, words_ + 2 * step);
+      constexpr int kTileWords =
+          kTileHeads * sizeof(QueryShared<kSteps>::digits[0]) / sizeof(unsigned);
+      load_shared(columns, words_ + tile * kTileWords + 2 * step);
     } else {
       columns[0] = columns_[step][0];
       columns[1] = columns_[step][1];
     }
   }
+  __device__ HeadTerms terms(int tile) const {
+    if constexpr (!kJoint) return terms_;
+    const auto* from = reinterpret_cast<const unsigned*>(shared_terms_ + tile * kTileHeads);
+    unsigned two[2], others[2];
+    load_shared(two, from);
+    load_shared(others, from + 2);
+    return {__uint_as_float(two[0]), __uint_as_float(two[1]), __uint_as_float(others[0]),
+            __uint_as_float(others[1])};
+  }
 
  private:
   const unsigned* words_;
+  const HeadTerms* shared_terms_;
+  HeadTerms terms_;
   unsigned columns_[kSteps][2];
 };
 
@@ -177,9 +229,7 @@ class ListRows {
 
   __device__ Token find(int tile, Place place) const {
     const int token = tile * kTileTokens + of_lane(), in = token & (view_.block_tokens - 1);
-    const char* row =
-        place.row >= 0 ? view_.slots + static_cast<int64_t>(place.row) * view_.row_bytes
-                       : view_.host_rows + static_cast<int64_t>(-2 - place.row) * view_.row_bytes;
+    const char* row = row_of(place);
     const char* scales = row + (view_.head_size << (shift_ + 1)) + 2 * in;
     bool exists = token >> shift_ < count_;
     unsigned seen = 0;
@@ -195,9 +245,22 @@ class ListRows {
             *reinterpret_cast<const unsigned short*>(scales + (2 << shift_)), exists, seen};
   }
 
+  // K of a tile and V, a lane a token's K or V, to the second-level cache; not over the link.
+  __device__ void fetch_ahead(int tile, Place place) const {
+    const int in = (tile * kTileTokens + of_lane()) & (view_.block_tokens - 1);
+    const bool is_value = (threadIdx.x & kTileTokens) != 0;
+    if (place.row < 0) return;
+    prefetch(row_of(place) + in * view_.head_size + (is_value ? value_distance() : 0));
+  }
+
   __device__ int value_distance() const { return view_.head_size << shift_; }
 
  private:
+  __device__ const char* row_of(Place place) const {
+    return place.row >= 0
+               ? view_.slots + static_cast<int64_t>(place.row) * view_.row_bytes
+               : view_.host_rows + static_cast<int64_t>(-2 - place.row) * view_.row_bytes;
+  }
   __device__ static int of_lane() { return threadIdx.x & (kTileTokens - 1); }
 
   const LayerView& view_;
@@ -268,11 +331,10 @@ __device__ inline int token_of_score(int i) {
 // What scores need of a tile beside K, for the lane's two tokens.
 struct Scales {
   float key[2], value[2];
-  bool exists[2];
+  unsigned seen[2];  // as in `Token`; where each row has its list, 1 where there is a token
 
-  // `row`: that the lane's query head is of, where several have one list.
   template <bool kJoint>
-  __device__ void take(const Token& token, int row) {
+  __device__ void take(const Token& token) {
     unsigned there = 0;
     if constexpr (!kJoint) there = __ballot_sync(kAllLanes, token.exists);
     const unsigned scales = token.of_key | static_cast<unsigned>(token.of_value) << 16;
@@ -280,37 +342,60 @@ struct Scales {
     for (int i = 0; i < 2; ++i) {
       const float2 both = halves_to_floats(__shfl_sync(kAllLanes, scales, token_of_score(i)));
       if constexpr (kJoint) {
-        exists[i] = __shfl_sync(kAllLanes, token.seen, token_of_score(i)) >> row & 1;
+        seen[i] = __shfl_sync(kAllLanes, token.seen, token_of_score(i));
       } else {
-        exists[i] = there >> token_of_score(i) & 1;
+        seen[i] = there >> token_of_score(i) & 1;
       }
       // Past the length a row may hold anything, NaN too.
-      key[i] = exists[i] ? both.x : 0.0f;
-      value[i] = exists[i] ? both.y : 0.0f;
+      key[i] = seen[i] != 0 ? both.x : 0.0f;
+      value[i] = seen[i] != 0 ? both.y : 0.0f;
     }
   }
 };
 
-// Base-2 scores of the lane's two tokens with its query head; -infinity where there is no token.
-template <bool kCapped, int kSteps, bool kJoint>
-__device__ inline void multiply(float (&scores)[2], const Query<kSteps, kJoint>& query,
+// Of each tile of query heads, the bit of the row that the lane's is of.
+template <bool kJoint, int kTiles>
+struct RowBits {
+  unsigned bits[kTiles];
+
+  __device__ RowBits(const LayerView& view, int rows, int first_head) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const int head = first_head + tile * kTileHeads + static_cast<int>(threadIdx.x & 3);
+      bits[tile] = kJoint ? 1u << row_of_head(view, rows, head) : 1;
+    }
+  }
+};
+
+// Base-2 scores of the lane's two tokens with its query heads; -infinity where there is no token.
+template <bool kCapped, int kSteps, bool kJoint, int kTiles>
+__device__ inline void multiply(float (&scores)[kTiles][2],
+                                const Query<kSteps, kJoint, kTiles>& query,
                                 const Keys<kSteps>& keys, const Scales& scales,
-                                const SoftCap& cap) {
-  int products[4] = {};
+                                const RowBits<kJoint, kTiles>& rows_of_heads, const SoftCap& cap) {
+  int products[kTiles][4] = {};
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     const unsigned rows[4] = {keys.word(0, 2 * step), keys.word(1, 2 * step),
                               keys.word(0, 2 * step + 1), keys.word(1, 2 * step + 1)};
-    unsigned columns[2];
-    query.load(columns, step);
-    multiply_add(products, rows, columns);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      unsigned columns[2];
+      query.load(columns, tile, step);
+      multiply_add(products[tile], rows, columns);
+    }
   }
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const float product = static_cast<float>(products[2 * i] * kLowSteps + products[2 * i + 1]);
-    float score = fmaf(product * query.unit, scales.key[i], query.bias);
-    if constexpr (kCapped) score = cap_score(cap, score);
-    scores[i] = scales.exists[i] ? score : -INFINITY;
+  for (int tile = 0; tile < kTiles; ++tile) {
+    const HeadTerms terms = query.terms(tile);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float product =
+          static_cast<float>(products[tile][2 * i] * kLowSteps + products[tile][2 * i + 1]);
+      float score = fmaf(product * terms.unit, scales.key[i], terms.bias);
+      if constexpr (kCapped) score = cap_score(cap, score);
+      scores[tile][i] = scales.seen[i] & rows_of_heads.bits[tile] ? score : -INFINITY;
+    }
   }
 }
 

@@ -82,6 +82,18 @@ def test_tokens_of_a_request_with_one_list(
         joint_steps.check_step(shape, rule, dtype, num_slots, "cuda")
 
 
+@pytest.mark.parametrize("rule", joint_steps.RULES[:2], ids=str)
+@pytest.mark.parametrize(("shape", "most_tokens"), joint_steps.FEW, ids=str)
+def test_few_tokens_with_one_list(shape: Shape, most_tokens: int, rule: Selection) -> None:
+    joint_steps.check_step(shape, rule, torch.bfloat16, 1 << 14, "cuda", most_tokens)
+
+
+@pytest.mark.parametrize("rule", joint_steps.RULES[:2], ids=str)
+def test_many_lists_of_several_tokens(rule: Selection) -> None:
+    """More than there are multiprocessors: thread blocks of four warps, two on each."""
+    joint_steps.check_step(joint_steps.MANY, rule, torch.bfloat16, 1 << 14, "cuda")
+
+
 def test_errors_of_estimates_of_one_list(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attend, "ESTIMATES_EVERY", 1)
     joint_steps.check_estimate_errors("cuda")

@@ -39,6 +39,10 @@ SHAPES = (
 )
 # Lists of several parts beside some of one.
 LONG = Shape((1500, 33, 900, 0, 1100), 1, 4, 64, 16, 8)
+# More lists than the threads of a thread block look at at once, when they share out the tiles.
+MANY = Shape(tuple(8 + 7 * i % 40 for i in range(90)), 4, 1, 64, 16, 8)
+# Fewer tokens, so that one and two tiles have a head of usual size.
+FEW = ((Shape((9, 200, 8, 0, 203, 33), 2, 1, 128, 16, 8), 4), (SHAPES[0], 2))
 RULES = (
     Selection(None, None, 1, 1, "sum"),
     Selection(None, None, 1, 8, "max", 0.05),
@@ -51,11 +55,14 @@ MOST_TOKENS = max(RAGGED)
 
 
 def joint_layer(
-    shape: Shape, rule: Selection, dtype: torch.dtype, num_slots: int, device: str
-) -> tuple[Coded, Layer]:
+    shape: Shape, rule: Selection, dtype: torch.dtype, num_slots: int, device: str,
+    most_tokens: int = MOST_TOKENS,
+) -> tuple[Coded, Layer]:  # fmt: skip
     """A row for each token of the requests of a case; in `Coded` a request each."""
     coded = Coded.of(build_case(shape, dtype), "int8")
-    case, tokens = coded.case, RAGGED[: len(shape.seq_lens)]
+    case = coded.case
+    ragged = zip(itertools.cycle(RAGGED), shape.seq_lens, strict=False)
+    tokens = tuple(min(count, most_tokens) for count, _ in ragged)
     lengths, spans = rows_of(shape.seq_lens, tokens)
     request = torch.arange(len(tokens)).repeat_interleave(torch.tensor(tokens).clamp_min(1))
     generator = torch.Generator().manual_seed(2)
@@ -70,7 +77,7 @@ def joint_layer(
     layer = code_layer_of(coded, rule, tail, num_slots, device)
     batch = replace(
         layer.batch, spans=torch.tensor(spans, dtype=torch.int32, device=device),
-        most_tokens=MOST_TOKENS,
+        most_tokens=most_tokens,
     )  # fmt: skip
     assert batch.listed_together(layer.view.shape) > 1
     return coded, replace(layer, batch=batch, workspace=poisoned_workspace(layer.view, batch))
@@ -115,10 +122,11 @@ def expected_of(
 
 
 def check_step(
-    shape: Shape, rule: Selection, dtype: torch.dtype, num_slots: int = 256, device: str = "cpu"
-) -> None:
+    shape: Shape, rule: Selection, dtype: torch.dtype, num_slots: int = 256, device: str = "cpu",
+    most_tokens: int = MOST_TOKENS,
+) -> None:  # fmt: skip
     """Misses first, hits after, the same answer, in one part of a list and in some."""
-    coded, layer = joint_layer(shape, rule, dtype, num_slots, device)
+    coded, layer = joint_layer(shape, rule, dtype, num_slots, device, most_tokens)
     view, batch, workspace = layer.view, layer.batch, layer.workspace
     for number in (1, 2):
         out = torch.full_like(batch.query, torch.nan)
@@ -132,7 +140,8 @@ def check_step(
     read = counted.hits + counted.misses + counted.direct
     assert read == 2 * int(shared.counts.sum()) <= counted.selected
     lists = workspace.views(view, batch)
-    for splits, least_tiles in ((4, 1), (3, 2)):
+    # Thread blocks that have parts of several lists, and lists that have parts in several.
+    for splits, least_tiles in ((50, 1), (7, 1), (2, 2)):
         out.fill_(torch.nan)
         attend.attend_blocks(
             view, batch, lists.selected, lists.rows, workspace, out,
@@ -177,9 +186,13 @@ def main() -> None:
         check_step(SHAPES[0], RULES[1], dtype, num_slots)
         check_step(LONG, RULES[num_slots // 3], dtype, num_slots or 1 << 12)
         cases += 2
+    for (shape, most_tokens), rule in itertools.product(FEW, RULES[:2]):
+        check_step(shape, rule, torch.bfloat16, most_tokens=most_tokens)
+        cases += 1
+    check_step(MANY, RULES[1], torch.bfloat16, 1 << 12)
     attend.ESTIMATES_EVERY = 1
     check_estimate_errors()
-    print(f"{cases} steps of several tokens a request are as defined")
+    print(f"{cases + 1} steps of several tokens a request are as defined")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from vllm_kcache.cache.formats import CacheShape
+from vllm_kcache.kernels.attend_plan import RowsConfig, most_parts, rows_config
 from vllm_kcache.kernels.decode import plan_followers
 from vllm_kcache.kernels.workspace import Followers
 
@@ -33,3 +34,28 @@ def test_what_is_not_followed() -> None:
     assert plan_followers(LLAMA, 16, blocks, 1) is None
     assert plan_followers(replace(LLAMA, k_bits=4), 64, blocks, 132) is None
     assert plan_followers(LLAMA, 16, blocks, 20) == Followers(10, 10)
+
+
+def test_lists_of_several_tokens_share_one_wave() -> None:
+    """26 and one request of four tokens: as many thread blocks as an H200 has room for, of four
+    warps and of eight. Query heads of one tile leave room for two of eight, larger heads for one.
+    """
+    coded = replace(LLAMA, k_bits=4, host_dtype="int8")
+    assert rows_config(coded, 26 * 4 * 8, 4096, 132, 4) == RowsConfig(264, 8)
+    assert rows_config(coded, 4 * 8, 4096, 132, 4) == RowsConfig(132, 8)
+    llama_2 = replace(coded, num_query_heads=32, num_kv_heads=32)
+    assert rows_config(llama_2, 4 * 32, 2048, 132, 4) == RowsConfig(264, 8)
+    wide = replace(WIDE, k_bits=4, host_dtype="int8")
+    assert rows_config(wide, 64 * 4 * 8, 4096, 132, 4) == RowsConfig(132, 8)
+
+
+@pytest.mark.parametrize("together", [2, 3, 4, 8])
+def test_parts_of_lists_of_several_tokens_have_room(together: int) -> None:
+    """Of any number of rows, on any GPU."""
+    coded = replace(LLAMA, k_bits=4, host_dtype="int8", num_query_heads=16)
+    for rows in range(1, 600, 7):
+        lists = rows * coded.num_kv_heads
+        for multiprocessors in (1, 20, 132, 300):
+            splits = rows_config(coded, lists, 4096, multiprocessors, together).splits
+            assert splits >= 1
+            assert splits * together + lists <= most_parts(lists)

@@ -24,8 +24,11 @@ _SHORT_LIST = 256
 # Rows of int8 (csrc/attend.cu): thread blocks for each multiprocessor, at least so many for each
 # list that may be long, and tiles of 16 tokens that are worth one.
 _BLOCKS_OF_MULTIPROCESSOR, _LEAST_BLOCKS, _LEAST_TILES = 2, 6, 32
-# Of a list of several rows a thread block takes fewer tokens at once, for more query heads.
-_LEAST_JOINT_BLOCKS, _LEAST_JOINT_TILES = 12, 8
+# The last where several rows have one list: a tile for each warp.
+_LEAST_JOINT_TILES = 8
+# More values of a head, and more query heads of a list of several rows, take all registers that a
+# thread may have.
+_SMALL_HEAD, _FEW_HEADS = 128, 4
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class RowsConfig:
     """Launch shape for rows of int8 (csrc/attend.cu).
 
     Attributes:
-        splits: thread blocks of a list that is long enough.
+        splits: thread blocks of a list that is long enough. Where several rows have one list, of
+            the launch: they share all lists.
         least_tiles: 16 tokens each, that are worth a thread block.
     """
 
@@ -51,14 +55,10 @@ class RowsConfig:
     least_tiles: int
 
 
-def most_parts(num_lists: int, together: int = 1) -> int:
-    """No launch of up to `num_lists` lists has more parts than this.
-
-    Args:
-        together: most rows of a request that have one list.
-    """
-    splits = LEAST_SPLITS if together == 1 else _LEAST_JOINT_BLOCKS
-    return TARGET_PROGRAMS + splits * num_lists
+def most_parts(num_lists: int) -> int:
+    """No launch of up to `num_lists` lists has more parts than this. Where several rows have one
+    list, a part of it counts once for each."""
+    return TARGET_PROGRAMS + LEAST_SPLITS * num_lists
 
 
 def rows_of_list(group: int, selection: Selection) -> int:
@@ -80,18 +80,29 @@ def rows_config(
         multiprocessors: of the GPU.
         together: rows of a request that have one list, all but the first of which are empty.
     """
-    programs = max(1, multiprocessors) * _BLOCKS_OF_MULTIPROCESSOR
-    num_lists = max(1, num_lists)
-    full = -(-num_lists // together)
-    splits, least_tiles = max(_LEAST_BLOCKS, -(-programs // full)), _LEAST_TILES
+    multiprocessors, num_lists = max(1, multiprocessors), max(1, num_lists)
     if together > 1:
-        most = most_parts(num_lists, together) // num_lists
-        splits = min(max(splits, _LEAST_JOINT_BLOCKS), most)
-        # Where the lists alone do not fill the GPU, a part is worth a thread block sooner.
-        least_tiles = _LEAST_TILES if 2 * full > programs else _LEAST_JOINT_TILES
+        return _joint_config(shape, num_lists, multiprocessors, together)
+    programs = multiprocessors * _BLOCKS_OF_MULTIPROCESSOR
+    splits = max(_LEAST_BLOCKS, -(-programs // num_lists))
     # A short request has no work for more.
-    longest = -(-columns * shape.block_tokens // (16 * least_tiles))
-    return RowsConfig(max(1, min(splits, longest, MAX_SPLITS)), least_tiles)
+    longest = -(-columns * shape.block_tokens // (16 * _LEAST_TILES))
+    return RowsConfig(max(1, min(splits, longest, MAX_SPLITS)), _LEAST_TILES)
+
+
+def _joint_config(
+    shape: CacheShape, num_lists: int, multiprocessors: int, together: int
+) -> RowsConfig:
+    """`rows_config` where several rows have one list: as many thread blocks as there is room for at
+    once. csrc/attend.cu halves those of more than one tile of query heads where there are more than
+    multiprocessors."""
+    small_head = shape.head_size <= _SMALL_HEAD
+    halved = small_head and num_lists > together * multiprocessors
+    small = small_head and together * shape.group <= _FEW_HEADS
+    blocks = multiprocessors * (_BLOCKS_OF_MULTIPROCESSOR if small or halved else 1)
+    # Of each thread block there is room for a part, and in all for one more of each list.
+    room = (most_parts(num_lists) - num_lists) // together
+    return RowsConfig(min(blocks, room), _LEAST_JOINT_TILES)
 
 
 def attend_config(shape: CacheShape, num_lists: int, columns: int) -> AttendConfig:

@@ -19,7 +19,7 @@ from vllm_kcache.cache.formats import SCALE_BYTES, CacheShape, code_bytes
 from vllm_kcache.cache.hot_cache import HotCache
 from vllm_kcache.cache.layer_view import LayerView
 from vllm_kcache.kernels import attend
-from vllm_kcache.kernels.attend_plan import RowsConfig, on_tensor_cores
+from vllm_kcache.kernels.attend_plan import RowsConfig, on_tensor_cores, rows_config
 from vllm_kcache.kernels.decode import LEAST_FOLLOWERS, MOST_FOLLOWERS, decode_step
 from vllm_kcache.kernels.rows import write_rows
 from vllm_kcache.kernels.select import own_lists, packed_view
@@ -297,10 +297,15 @@ class _Check:
             raise self._error("fetch or attend", f"off by {_most(out.cpu(), expected):.2g}")
         if on_tensor_cores(shape):
             # Lists of a check are short: again, so that each has several thread blocks.
+            config = RowsConfig(splits=4, least_tiles=1)
+            if together > 1:
+                num_lists, columns = lists.rows.shape[:2].numel(), lists.rows.shape[2]
+                usual = rows_config(shape, num_lists, columns, num_lists, together)
+                config = replace(usual, least_tiles=1)
             out.fill_(torch.nan)
             attend.attend_blocks(
                 view, self.batch_there, lists.selected, lists.rows, self.workspace, out,
-                config=RowsConfig(splits=4, least_tiles=1),
+                config=config,
             )  # fmt: skip
             if not _close(out.cpu(), expected, TOLERANCES[shape.dtype]):
                 raise self._error("attend", f"off by {_most(out.cpu(), expected):.2g}")

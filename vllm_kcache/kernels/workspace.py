@@ -111,7 +111,7 @@ def workspace_buffers(
     chunks = score_plan.num_chunks(shape, max_blocks)
     together = listed_together(shape, decode_tokens)
     places = lists * columns_of(selection, max_blocks, together)
-    parts = attend_plan.most_parts(lists, together)
+    parts = attend_plan.most_parts(lists)
     parts *= attend_plan.rows_of_list(shape.group, selection)
     coded = 0 if shape.k_bits == 16 else heads
     return {

@@ -71,6 +71,12 @@ void publish(uint64_t value);
 uint64_t published(unsigned lane);
 unsigned lane();
 
+// A copy of the thread that runs, with others in groups: `to` is poisoned at once, and written when
+// the thread waits for the copy's group, so that nothing may read or write it between.
+void copy_async(void* to, const void* from, size_t bytes);
+void commit_copies();
+void wait_for_copies(unsigned pending);
+
 // Memory of a `__shared__` variable, told from others by its line; poisoned when a block begins.
 void* shared_memory(int line, size_t bytes);
 cudaError_t run(dim3 grid, unsigned threads, const std::function<void()>& thread);

@@ -79,21 +79,24 @@ __device__ inline void prepare_heads(const LayerView& view, const ScoreCodes& sc
   const int kv_head = list % view.num_kv_heads, first_row = list / view.num_kv_heads;
   const int64_t first_head = static_cast<int64_t>(list) * view.group;
   const auto is_there = [&](int i) { return i * kWarps + warp < rows * view.group; };
+  // Which row of the list has a head: one division for all that there may be.
+  const unsigned of_group = Z::kJoint ? 65536u / static_cast<unsigned>(view.group) + 1 : 0;
+  const auto row_of = [&](int i) { return static_cast<int>((i * kWarps + warp) * of_group >> 16); };
   const char* from[kOfWarp];
   int heads[kOfWarp];  // of the batch, from the list's first
 #pragma unroll
   for (int i = 0; i < kOfWarp; ++i) {
-    const int head = i * kWarps + warp, later = Z::kJoint ? head / view.group : 0;
-    heads[i] = head + later * (view.num_kv_heads - 1) * view.group;
-    from[i] = head_of(score.query, view.head_size, first_row + later,
-                      kv_head * view.group + head - later * view.group);
+    const int head = i * kWarps + warp, row = row_of(i);
+    heads[i] = head + row * (view.num_kv_heads - 1) * view.group;
+    from[i] = head_of(score.query, view.head_size, first_row + row,
+                      kv_head * view.group + head - row * view.group);
     if (!is_there(i)) from[i] = nullptr;
   }
   float x[kOfWarp][Z::kParts][4], mean[Z::kParts][4], deviation[Z::kParts][4];
   load_floats(mean, view.mean + kv_head * view.head_size, view.head_size);
   load_floats(deviation, view.deviation + kv_head * view.head_size, view.head_size);
   load_heads(x, from, score.query.dtype, view.head_size);
-  float bias[kOfWarp] = {}, sum[kOfWarp] = {}, most[kOfWarp] = {}, steps[kOfWarp];
+  float bias[kOfWarp] = {}, most[kOfWarp] = {};
 #pragma unroll
   for (int i = 0; i < kOfWarp; ++i) {
     for_each(x[i], [&](int p, int value) {
@@ -115,24 +118,29 @@ __device__ inline void prepare_heads(const LayerView& view, const ScoreCodes& sc
 #pragma unroll
   for (int i = 0; i < kOfWarp; ++i) {
     for_each(x[i], [&](int p, int value) { most[i] = fmaxf(most[i], fabsf(x[i][p][value])); });
-    most[i] = fmaxf(warp_max(most[i]), 1e-20f);
+    // Not negative, so their bits are in the same order.
+    most[i] = __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(most[i])));
+    most[i] = fmaxf(most[i], 1e-20f);
   }
+  // One division for all: a lane's is of one head.
+  float steps = most[0];
 #pragma unroll
-  for (int i = 0; i < kOfWarp; ++i) steps[i] = 127.0f / most[i];
+  for (int i = 1; i < kOfWarp; ++i) steps = lane == i ? most[i] : steps;
+  steps = 127.0f / steps;
 #pragma unroll
   for (int i = 0; i < kOfWarp; ++i) {
-    for_each(x[i], [&](int p, int value) {
-      x[i][p][value] = rintf(x[i][p][value] * steps[i]);
-      sum[i] += x[i][p][value];  // of whole numbers: exact in any order
-    });
-    sum[i] = warp_sum(sum[i]);
+    const float of_head = kOfWarp == 1 ? steps : __shfl_sync(kAllLanes, steps, i);
+    int sum = 0;
 #pragma unroll
     for (int p = 0; p < Z::kParts; ++p) {
-      unsigned bytes = 0;
+      unsigned whole[4];  // numbers, half to even, as sums of products begin
 #pragma unroll
       for (int value = 0; value < 4; ++value) {
-        bytes |= (static_cast<unsigned>(__float2int_rn(x[i][p][value])) & 255u) << (8 * value);
+        whole[value] = __float_as_uint(__fmul_rn(x[i][p][value], of_head) + kFirstFloat);
+        sum += static_cast<int>(whole[value]) - kFirstSum;
       }
+      const unsigned bytes = permute_bytes(permute_bytes(whole[0], whole[1], 0x0040),
+                                           permute_bytes(whole[2], whole[3], 0x0040), 0x5410);
       // Four values that follow each other; eight are a word of codes, of its low and high nibbles.
       const int four = lane + 32 * p, word = four / 2;
       if (word >= 4 * Z::kSteps) continue;
@@ -140,12 +148,13 @@ __device__ inline void prepare_heads(const LayerView& view, const ScoreCodes& sc
       const int column = 2 * warp + i % 2, quarter = word / Z::kSteps;
       shared.columns[product * 32 + column * 4 + quarter][four % 2] = bytes;
     }
+    sum = __reduce_add_sync(kAllLanes, sum);
     if (lane == 0) {
-      const int head = i * kWarps + warp, later = Z::kJoint ? head / view.group : 0;
+      const int head = i * kWarps + warp;
       const float unit = score.scale * kLog2E * most[i] * (1.0f / 127.0f);
-      const int tokens = is_there(i) ? num_tokens - rows + 1 + later : 0;
+      const int tokens = is_there(i) ? num_tokens - rows + 1 + row_of(i) : 0;
       shared.heads[head] = {unit, bias[i], heads[i], tokens};
-      shared.sum[head] = sum[i];
+      shared.sum[head] = static_cast<float>(sum);
     }
   }
 }
@@ -154,20 +163,13 @@ __device__ inline void prepare_heads(const LayerView& view, const ScoreCodes& sc
 struct LogSum {
   float largest = -1e30f, sum = 0.0f;
 
-  __device__ void add(float log) {
-    const float larger = fmaxf(largest, log);
-    sum = sum * fast_exp2(largest - larger) + fast_exp2(log - larger);
+  __device__ void add(const LogSum& other) {
+    const float larger = fmaxf(largest, other.largest);
+    sum = sum * fast_exp2(largest - larger) + other.sum * fast_exp2(other.largest - larger);
     largest = larger;
   }
-  // Of some lanes, `first` to `last` bits apart.
-  __device__ void add_lanes(int first, int last) {
-    float larger = largest;
-    for (int bit = first; bit <= last; bit *= 2) {
-      larger = fmaxf(larger, __shfl_xor_sync(kAllLanes, larger, bit));
-    }
-    sum *= fast_exp2(largest - larger);
-    for (int bit = first; bit <= last; bit *= 2) sum += __shfl_xor_sync(kAllLanes, sum, bit);
-    largest = larger;
+  __device__ LogSum of_lane(int bits) const {
+    return {__shfl_xor_sync(kAllLanes, largest, bits), __shfl_xor_sync(kAllLanes, sum, bits)};
   }
   __device__ float log() const { return largest + fast_log2(sum); }
 };
@@ -208,9 +210,10 @@ class ListScores {
     next_token_ = static_cast<unsigned>(worker_) * kChunkTokens;
     if (next_token_ >= static_cast<unsigned>(num_tokens_)) return;
     here_ = place_of(worker_, page);
-    next_page_ = page_of(view_, step_, score, list_, worker_ + workers_);
+    static_assert(Z::Run::kAhead * kRunTokens < kChunkTokens, "no other chunk yet");
 #pragma unroll
     for (int i = 0; i < Z::Run::kAhead; ++i) run_.load(next(score));
+    next_page_ = page_of(view_, step_, score, list_, worker_ + workers_);
   }
 
   // Every n-th chunk.
@@ -225,16 +228,7 @@ class ListScores {
         multiply(scores, score);
         add_up(scores, token + group_ * kOwnTokens, sums);
       }
-#pragma unroll
-      for (int tile = 0; tile < Z::kTiles; ++tile) {
-        sums[tile].add_lanes(4, 16);
-        const QueryHead head = head_of(tile);
-        if (group_ == 0 && first < head.tokens) {
-          const int64_t row = static_cast<int64_t>(list_) * view_.group + head.row;
-          const_cast<float*>(step_.chunk_lse)[row * step_.max_chunks + chunk] =
-              fmaf(sums[tile].log(), kLn2, head.bias);
-        }
-      }
+      store_chunk(sums, chunk);
     }
   }
 
@@ -399,9 +393,34 @@ class ListScores {
 #pragma unroll
       for (int first = 0; first < kOwnTokens; first += kTokens) {
         const float log = sum_up<kTokens>(scores[tile], first, head.unit);
-        sums[tile].add(log);
+        sums[tile].add({log, 1.0f});
         store(log, head, first_token + first, kTokens);
       }
+    }
+  }
+
+  // Sums of a chunk over all groups. While there are several a lane keeps half of them, and gives
+  // the other half away, so that it ends with one.
+  __device__ void store_chunk(LogSum (&sums)[Z::kTiles], int chunk) const {
+    int tile = 0;
+#pragma unroll
+    for (int bit = 4, width = Z::kTiles / 2; bit <= 16; bit *= 2, width /= 2) {
+      const bool upper = (threadIdx.x & bit) != 0;
+#pragma unroll
+      for (int i = 0; i < width; ++i) {
+        const LogSum given = upper ? sums[i] : sums[i + width];
+        if (upper) sums[i] = sums[i + width];
+        sums[i].add(given.of_lane(bit));
+      }
+      if (width == 0) sums[0].add(sums[0].of_lane(bit));
+      if (upper) tile += width;
+    }
+    const QueryHead head = head_of(tile);
+    const bool writes = (threadIdx.x & (32 - 4 * Z::kTiles)) == 0;
+    if (writes && chunk * kChunkTokens < head.tokens) {
+      const int64_t row = static_cast<int64_t>(list_) * view_.group + head.row;
+      const_cast<float*>(step_.chunk_lse)[row * step_.max_chunks + chunk] =
+          fmaf(sums[0].log(), kLn2, head.bias);
     }
   }
 
@@ -412,10 +431,10 @@ class ListScores {
     for (int tile = 0; tile < Z::kTiles; ++tile) {
       const QueryHead head = head_of(tile);
       const float log = sum_up<kOwnTokens>(scores[tile], 0, head.unit);
-      sums[tile].add(log);
+      sums[tile].add({log, 1.0f});
       LogSum block;
-      block.add(log);
-      block.add_lanes(4, view_.block_tokens / 4);
+      block.add({log, 1.0f});
+      for (int bit = 4; bit <= view_.block_tokens / 4; bit *= 2) block.add(block.of_lane(bit));
       if (first_token % view_.block_tokens == 0) {
         store(block.log(), head, first_token, view_.block_tokens);
       }
@@ -495,6 +514,7 @@ __global__ void __launch_bounds__(kThreads, Z::kLeastBlocks)
       if (led.rows == 0) break;
       score_rows(view, step, score, shared, led.row * view.num_kv_heads + head, part % score.splits,
                  led.row, led.rows);
+      if (led.after * score.splits * view.num_kv_heads < static_cast<int>(gridDim.x)) break;
       __syncthreads();
     }
   }

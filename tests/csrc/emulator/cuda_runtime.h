@@ -147,6 +147,20 @@ T __shfl_up_sync(unsigned, T value, int delta) {
   const int source = static_cast<int>(emulator::lane()) - delta;
   return emulator::exchange(value, source < 0 ? emulator::lane() : static_cast<unsigned>(source));
 }
+template <typename T, typename Reduce>
+T reduce_lanes(T value, const Reduce& reduce) {
+  emulator::publish(emulator::to_word(value));
+  T all = emulator::from_word<T>(emulator::published(0));
+  for (unsigned i = 1; i < 32; ++i)
+    all = reduce(all, emulator::from_word<T>(emulator::published(i)));
+  return all;
+}
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+  return reduce_lanes(value, [](unsigned x, unsigned y) { return max(x, y); });
+}
+inline int __reduce_add_sync(unsigned, int value) {
+  return reduce_lanes(value, [](int x, int y) { return x + y; });
+}
 inline unsigned __ballot_sync(unsigned, bool predicate) {
   emulator::publish(predicate);
   unsigned lanes = 0;

@@ -149,10 +149,9 @@ __device__ inline void rotate(float (&x)[kHeads][kParts][4], int head_size, floa
     }
   }
   for (int lanes = 1; lanes < min(block / 4, 32); lanes *= 2) {
-    for_all([&](float& value) {
-      const float other = __shfl_xor_sync(kAllLanes, value, lanes);
-      value = lane & lanes ? other - value : value + other;
-    });
+    const float sign = lane & lanes ? -1.0f : 1.0f;
+    for_all(
+        [&](float& value) { value = fmaf(value, sign, __shfl_xor_sync(kAllLanes, value, lanes)); });
   }
   if constexpr (kParts == 2) {
     if (block == 256) {

@@ -46,6 +46,11 @@ struct Size {
                                                              : 5;
 };
 
+// A KV head's, of a row of the batch.
+struct List {
+  int row, head;
+};
+
 // What a lane needs of its query head to leave its scores.
 struct alignas(16) QueryHead {
   float unit;  // base-2 logarithm of a weight in one step of q' times one code
@@ -72,12 +77,11 @@ struct Shared {
 // `num_tokens`: of the last of `rows`, each of which has one more than the row before.
 template <typename Z>
 __device__ inline void prepare_heads(const LayerView& view, const ScoreCodes& score,
-                                     QueryShared<Z>& shared, int list, int rows, int num_tokens,
+                                     QueryShared<Z>& shared, List list, int rows, int num_tokens,
                                      bool writes) {
   constexpr int kOfWarp = Z::kHeads / kWarps;
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
-  const int kv_head = list % view.num_kv_heads, first_row = list / view.num_kv_heads;
-  const int64_t first_head = static_cast<int64_t>(list) * view.group;
+  const int num_heads = view.num_kv_heads * view.group, first_head = list.head * view.group;
   const auto is_there = [&](int i) { return i * kWarps + warp < rows * view.group; };
   // Which row of the list has a head: one division for all that there may be.
   const unsigned of_group = Z::kJoint ? 65536u / static_cast<unsigned>(view.group) + 1 : 0;
@@ -87,14 +91,14 @@ __device__ inline void prepare_heads(const LayerView& view, const ScoreCodes& sc
 #pragma unroll
   for (int i = 0; i < kOfWarp; ++i) {
     const int head = i * kWarps + warp, row = row_of(i);
-    heads[i] = head + row * (view.num_kv_heads - 1) * view.group;
-    from[i] = head_of(score.query, view.head_size, first_row + row,
-                      kv_head * view.group + head - row * view.group);
+    heads[i] = head + row * (num_heads - view.group);
+    from[i] =
+        head_of(score.query, view.head_size, list.row + row, first_head + head - row * view.group);
     if (!is_there(i)) from[i] = nullptr;
   }
   float x[kOfWarp][Z::kParts][4], mean[Z::kParts][4], deviation[Z::kParts][4];
-  load_floats(mean, view.mean + kv_head * view.head_size, view.head_size);
-  load_floats(deviation, view.deviation + kv_head * view.head_size, view.head_size);
+  load_floats(mean, view.mean + list.head * view.head_size, view.head_size);
+  load_floats(deviation, view.deviation + list.head * view.head_size, view.head_size);
   load_heads(x, from, score.query.dtype, view.head_size);
   float bias[kOfWarp] = {}, most[kOfWarp] = {};
 #pragma unroll
@@ -110,7 +114,7 @@ __device__ inline void prepare_heads(const LayerView& view, const ScoreCodes& sc
 #pragma unroll
     for (int i = 0; i < kOfWarp; ++i) {
       if (!is_there(i)) continue;
-      const int64_t head = first_head + heads[i];
+      const int64_t head = static_cast<int64_t>(list.row) * num_heads + first_head + heads[i];
       store_floats(x[i], score.transformed + head * view.head_size, view.head_size);
       if (lane == 0) score.bias[head] = bias[i];
     }
@@ -178,7 +182,7 @@ template <typename Z>
 class ListScores {
  public:
   // `num_tokens`: of the last of `rows`, each of which has one more than the row before.
-  __device__ ListScores(const LayerView& view, const Step& step, Shared<Z>& shared, int list,
+  __device__ ListScores(const LayerView& view, const Step& step, Shared<Z>& shared, List list,
                         int rows, int num_tokens, int worker, int workers)
       : view_(view),
         step_(step),
@@ -189,20 +193,18 @@ class ListScores {
         workers_(workers),
         group_(static_cast<int>(threadIdx.x & 31) / 4),
         quarter_(static_cast<int>(threadIdx.x & 3)),
-        blocks_out_(const_cast<float*>(step.block_lse) +
-                    static_cast<int64_t>(list) * view.group * step.max_blocks),
+        blocks_out_(const_cast<float*>(step.block_lse) + first_head() * step.max_blocks),
         least_tokens_(num_tokens - rows + 1),
         run_(shared.runs) {}
 
   // What of a chunk does not need the length: the page of each lane's eight tokens. Past the length
   // it is anything that the table holds.
   __device__ static unsigned page_of(const LayerView& view, const Step& step,
-                                     const ScoreCodes& score, int list, int chunk) {
+                                     const ScoreCodes& score, int row, int chunk) {
     const unsigned token = static_cast<unsigned>(chunk) * kChunkTokens + first_token_of_lane();
     const unsigned column = min(token / static_cast<unsigned>(view.page_tokens),
                                 static_cast<unsigned>(score.table_columns - 1));
-    const int64_t request = list / view.num_kv_heads;
-    return __ldg(step.block_table + request * step.table_stride + column);
+    return __ldg(step.block_table + row * step.table_stride + column);
   }
 
   // What does not need the queries. `page`: of the worker's first chunk.
@@ -213,7 +215,7 @@ class ListScores {
     static_assert(Z::Run::kAhead * kRunTokens < kChunkTokens, "no other chunk yet");
 #pragma unroll
     for (int i = 0; i < Z::Run::kAhead; ++i) run_.load(next(score));
-    next_page_ = page_of(view_, step_, score, list_, worker_ + workers_);
+    next_page_ = page_of(view_, step_, score, list_.row, worker_ + workers_);
   }
 
   // Every n-th chunk.
@@ -252,10 +254,9 @@ class ListScores {
     const unsigned token = static_cast<unsigned>(chunk) * kChunkTokens + first_token_of_lane();
     const unsigned page_tokens = view_.page_tokens, in_page = token % page_tokens;
     const unsigned physical = token < static_cast<unsigned>(num_tokens_) ? page : 0;
-    const unsigned head = list_ % view_.num_kv_heads;
     const unsigned head_vectors = page_tokens * (16 * Z::kSteps + 4) / 16;
     const unsigned begins =
-        physical * static_cast<unsigned>(view_.code_page_bytes / 16) + head * head_vectors;
+        physical * static_cast<unsigned>(view_.code_page_bytes / 16) + list_.head * head_vectors;
     return {begins + in_page * Z::kSteps, begins + page_tokens * Z::kSteps + in_page / 4};
   }
 
@@ -270,7 +271,7 @@ class ListScores {
       next_token_ += (workers_ - 1) * kChunkTokens;
       const int chunk = static_cast<int>(next_token_ / kChunkTokens);
       here_ = place_of(chunk, next_page_);
-      next_page_ = page_of(view_, step_, score, list_, chunk + workers_);
+      next_page_ = page_of(view_, step_, score, list_.row, chunk + workers_);
     }
     return {wanted, view_.codes + codes * 16, view_.codes + scales * 16};
   }
@@ -418,7 +419,7 @@ class ListScores {
     const QueryHead head = head_of(tile);
     const bool writes = (threadIdx.x & (32 - 4 * Z::kTiles)) == 0;
     if (writes && chunk * kChunkTokens < head.tokens) {
-      const int64_t row = static_cast<int64_t>(list_) * view_.group + head.row;
+      const int64_t row = first_head() + head.row;
       const_cast<float*>(step_.chunk_lse)[row * step_.max_chunks + chunk] =
           fmaf(sums[0].log(), kLn2, head.bias);
     }
@@ -444,7 +445,13 @@ class ListScores {
   const LayerView& view_;
   const Step& step_;
   const QueryShared<Z>& shared_;
-  const int list_, num_tokens_;
+  // The list's first query head, of those of the batch.
+  __device__ int64_t first_head() const {
+    return (static_cast<int64_t>(list_.row) * view_.num_kv_heads + list_.head) * view_.group;
+  }
+
+  const List list_;
+  const int num_tokens_;
   const int worker_, workers_;  // of those that share the list, which takes which chunks
   const int group_, quarter_;   // of the lane: which eight tokens, which quarter of their codes
   float* const blocks_out_;     // scores of the list's first query head
@@ -456,24 +463,24 @@ class ListScores {
   unsigned columns_[Z::kProducts == 1 ? Z::kSteps : Z::kProducts][2];
 };
 
-// A thread block's part of a list, for `rows` of the batch from `row` on.
+// A thread block's part of a list, for `rows` of the batch from the list's on.
 template <typename Z>
 __device__ inline void score_rows(const LayerView& view, const Step& step, const ScoreCodes& score,
-                                  Shared<Z>& shared, int list, int split, int row, int rows) {
+                                  Shared<Z>& shared, List list, int rows) {
   const int warp = threadIdx.x / 32, workers = score.splits * kWarps;
-  const int worker = split * kWarps + warp;
+  const int split = static_cast<int>(blockIdx.x), worker = split * kWarps + warp;
   const int num_tokens =
-      max(min(step.seq_lens[row + rows - 1], step.max_blocks * view.block_tokens), 0);
+      max(min(step.seq_lens[list.row + rows - 1], step.max_blocks * view.block_tokens), 0);
   // On its way while the length is.
-  const unsigned page = ListScores<Z>::page_of(view, step, score, list, worker);
+  const unsigned page = ListScores<Z>::page_of(view, step, score, list.row, worker);
   const int chunks = (num_tokens + kChunkTokens - 1) / kChunkTokens;
   // Of what this reads, the launch before wrote only the code of the newest token, and of those
   // just before it: the newest of another request, whose page this one shares, or those that a
   // draft comes after. The first warp waits in any case, so that no launch ends before the one
   // before it.
   const int last = (chunks - 1) % workers, before = last > 0 ? last - 1 : workers - 1;
-  const bool waits =
-      score.after_write && (worker == last || worker == before || (blockIdx.x == 0 && warp == 0));
+  const bool is_first = (blockIdx.x | blockIdx.y | blockIdx.z | warp) == 0;
+  const bool waits = score.after_write && (worker == last || worker == before || is_first);
   let_next_launch_begin();
   // A graph captured for longer requests has many such thread blocks: they should be short.
   if (split * kWarps >= chunks) {
@@ -499,22 +506,19 @@ __global__ void __launch_bounds__(kThreads, Z::kLeastBlocks)
   using Shared = Shared<Z>;
   __shared__ Shared shared;
   if (!score.after_write) wait_for_launch_before();
+  const int head = static_cast<int>(blockIdx.y);
   if constexpr (!Z::kJoint) {
-    const int list = static_cast<int>(blockIdx.x) / score.splits;
-    const int split = static_cast<int>(blockIdx.x) % score.splits;
-    score_rows(view, step, score, shared, list, split, list / view.num_kv_heads, 1);
+    score_rows(view, step, score, shared, {static_cast<int>(blockIdx.z), head}, 1);
   } else {
-    // As csrc/select.cu: where there are more lists than thread blocks they take turns. Of a thread
-    // block all are of one KV head, and it has the same part of each.
+    // As csrc/select.cu: where there are more lists than thread blocks they take turns.
     const int num_rows = step.num_lists / view.num_kv_heads;
+    const int at_once = static_cast<int>(gridDim.z);
 #pragma unroll 1
-    for (int part = static_cast<int>(blockIdx.x);; part += static_cast<int>(gridDim.x)) {
-      const int list = part / score.splits, head = list % view.num_kv_heads;
-      const Led led = find_led(score.spans, score.together, num_rows, list / view.num_kv_heads);
+    for (int number = static_cast<int>(blockIdx.z);; number += at_once) {
+      const Led led = find_led(score.spans, score.together, num_rows, number);
       if (led.rows == 0) break;
-      score_rows(view, step, score, shared, led.row * view.num_kv_heads + head, part % score.splits,
-                 led.row, led.rows);
-      if (led.after * score.splits * view.num_kv_heads < static_cast<int>(gridDim.x)) break;
+      score_rows(view, step, score, shared, {led.row, head}, led.rows);
+      if (led.after < at_once) break;
       __syncthreads();
     }
   }
@@ -524,10 +528,12 @@ template <int kSteps, bool kCapped>
 cudaError_t launch_steps(const LayerView& view, const Step& step, const ScoreCodes& score,
                          bool dependent, cudaStream_t stream) {
   const int num_rows = step.num_lists / view.num_kv_heads;
-  const int lists = (num_rows + score.together - 1) / score.together * view.num_kv_heads;
+  const auto of = [](int number) { return static_cast<unsigned>(number); };
+  const dim3 grid(of(score.splits), of(view.num_kv_heads),
+                  of((num_rows + score.together - 1) / score.together));
   const auto launch = [&](auto size) {
-    return launch_kernel(dependent, score_kernel<decltype(size)>, lists * score.splits, kThreads,
-                         stream, view, step, score);
+    return launch_kernel(dependent, score_kernel<decltype(size)>, grid, kThreads, stream, view,
+                         step, score);
   };
   const int heads = view.group * score.together;
   if (score.together > 1) {

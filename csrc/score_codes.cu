@@ -214,7 +214,7 @@ class ListScores {
     here_ = place_of(worker_, page);
     static_assert(Z::Run::kAhead * kRunTokens < kChunkTokens, "no other chunk yet");
 #pragma unroll
-    for (int i = 0; i < Z::Run::kAhead; ++i) run_.load(next(score));
+    for (int i = 0; i < Z::Run::kAhead; ++i, next_token_ += kRunTokens) run_.load(next());
     next_page_ = page_of(view_, step_, score, list_.row, worker_ + workers_);
   }
 
@@ -227,7 +227,8 @@ class ListScores {
 #pragma unroll 1
       for (int token = first; token < end; token += kRunTokens) {
         float scores[Z::kTiles][kOwnTokens];
-        multiply(scores, score);
+        multiply(scores, score.cap);
+        advance(score);
         add_up(scores, token + group_ * kOwnTokens, sums);
       }
       store_chunk(sums, chunk);
@@ -261,19 +262,21 @@ class ListScores {
   }
 
   // The run after the last that is on its way.
-  __device__ Source next(const ScoreCodes& score) {
+  __device__ Source next() const {
     const int lane = static_cast<int>(next_token_ % kChunkTokens / kOwnTokens) + group_;
     const size_t codes = __shfl_sync(kAllLanes, here_.codes, lane);
     const size_t scales = __shfl_sync(kAllLanes, here_.scales, lane);
-    const bool wanted = next_token_ < static_cast<unsigned>(num_tokens_);
+    return {next_token_ < static_cast<unsigned>(num_tokens_), view_.codes + codes * 16,
+            view_.codes + scales * 16};
+  }
+  // After it was loaded: who waits for its codes waits for the page that is loaded here, too.
+  __device__ void advance(const ScoreCodes& score) {
     next_token_ += kRunTokens;
-    if (next_token_ % kChunkTokens == 0) {
-      next_token_ += (workers_ - 1) * kChunkTokens;
-      const int chunk = static_cast<int>(next_token_ / kChunkTokens);
-      here_ = place_of(chunk, next_page_);
-      next_page_ = page_of(view_, step_, score, list_.row, chunk + workers_);
-    }
-    return {wanted, view_.codes + codes * 16, view_.codes + scales * 16};
+    if (next_token_ % kChunkTokens != 0) return;
+    next_token_ += (workers_ - 1) * kChunkTokens;
+    const int chunk = static_cast<int>(next_token_ / kChunkTokens);
+    here_ = place_of(chunk, next_page_);
+    next_page_ = page_of(view_, step_, score, list_.row, chunk + workers_);
   }
 
   __device__ void load_columns(int step) {
@@ -290,10 +293,10 @@ class ListScores {
 
   // Scores of the thread's tokens with one query head of each tile, in units of that head; capped
   // ones are base-2.
-  __device__ void multiply(float (&scores)[Z::kTiles][kOwnTokens], const ScoreCodes& score_codes) {
+  __device__ void multiply(float (&scores)[Z::kTiles][kOwnTokens], const SoftCap& cap) {
     constexpr unsigned kNibbles = 0x0f0f0f0fu;
     run_.wait();
-    const Source next = this->next(score_codes);
+    const Source next = this->next();
     int products[Z::kProducts][kOwnTokens / 2][4];
 #pragma unroll
     for (int i = 0; i < Z::kProducts * kOwnTokens * 2; ++i) {
@@ -331,7 +334,7 @@ class ListScores {
         score = fmaf(scales.y, shared_.sum[tile * kTileHeads + quarter_], product);
         if constexpr (Z::kCapped) {
           const QueryHead& head = shared_.heads[tile * kTileHeads + quarter_];
-          score = cap_score(score_codes.cap, fmaf(score, head.unit, head.bias * kLog2E));
+          score = cap_score(cap, fmaf(score, head.unit, head.bias * kLog2E));
         }
       }
     }

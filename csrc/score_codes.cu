@@ -6,6 +6,7 @@
 // eight columns, q' of as many query heads in int8. Tokens are dealt so that a thread ends with
 // eight that follow each other, and with one query head of each tile, two of a product: up to
 // blocks of eight nothing crosses lanes.
+#include "code_queries.cuh"
 #include "code_runs.cuh"
 #include "dependent.cuh"
 #include "head.cuh"
@@ -17,11 +18,6 @@ namespace kcache {
 namespace {
 
 constexpr int kThreads = 32 * kWarps;
-constexpr int kTileHeads = kWarps;  // query heads of every other column of a product
-// Sums of products begin at an int whose bits are this float: then their bits are this float plus
-// the sum, up to 2^22, and nothing converts them. A sum is at most 256 * 15 * 127.
-constexpr int kFirstSum = 0x4b400000;
-constexpr float kFirstFloat = 12582912.0f;
 static_assert(kChunkTokens == 32 * kOwnTokens, "each lane finds the place of eight tokens");
 
 // Where eight tokens begin, from the first page, in 16 bytes.
@@ -46,122 +42,11 @@ struct Size {
                                                              : 5;
 };
 
-// A KV head's, of a row of the batch.
-struct List {
-  int row, head;
-};
-
-// What a lane needs of its query head to leave its scores.
-struct alignas(16) QueryHead {
-  float unit;  // base-2 logarithm of a weight in one step of q' times one code
-  float bias;  // scale * (q . mean)
-  int row;     // of scores, from the list's first query head
-  int tokens;  // of the head's row of the batch; 0 without such a head
-};
-
-// The queries of a list, made once by a thread block.
-template <typename Z>
-struct QueryShared {
-  unsigned columns[Z::kProducts * Z::kSteps * 32][2];  // operands as lanes take them
-  QueryHead heads[Z::kHeads];
-  float sum[Z::kHeads];  // of q', in steps
-};
-
 template <typename Z>
 struct Shared {
-  QueryShared<Z> query;
+  PreparedQueries<Z> query;
   typename Z::Run::Shared runs;
 };
-
-// q' of the query heads of a list, some with each warp; heads past the group are zeros.
-// `num_tokens`: of the last of `rows`, each of which has one more than the row before.
-template <typename Z>
-__device__ inline void prepare_heads(const LayerView& view, const ScoreCodes& score,
-                                     QueryShared<Z>& shared, List list, int rows, int num_tokens,
-                                     bool writes) {
-  constexpr int kOfWarp = Z::kHeads / kWarps;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
-  const int num_heads = view.num_kv_heads * view.group, first_head = list.head * view.group;
-  const auto is_there = [&](int i) { return i * kWarps + warp < rows * view.group; };
-  // Which row of the list has a head: one division for all that there may be.
-  const unsigned of_group = Z::kJoint ? 65536u / static_cast<unsigned>(view.group) + 1 : 0;
-  const auto row_of = [&](int i) { return static_cast<int>((i * kWarps + warp) * of_group >> 16); };
-  const char* from[kOfWarp];
-  int heads[kOfWarp];  // of the batch, from the list's first
-#pragma unroll
-  for (int i = 0; i < kOfWarp; ++i) {
-    const int head = i * kWarps + warp, row = row_of(i);
-    heads[i] = head + row * (num_heads - view.group);
-    from[i] =
-        head_of(score.query, view.head_size, list.row + row, first_head + head - row * view.group);
-    if (!is_there(i)) from[i] = nullptr;
-  }
-  float x[kOfWarp][Z::kParts][4], mean[Z::kParts][4], deviation[Z::kParts][4];
-  load_floats(mean, view.mean + list.head * view.head_size, view.head_size);
-  load_floats(deviation, view.deviation + list.head * view.head_size, view.head_size);
-  load_heads(x, from, score.query.dtype, view.head_size);
-  float bias[kOfWarp] = {}, most[kOfWarp] = {};
-#pragma unroll
-  for (int i = 0; i < kOfWarp; ++i) {
-    for_each(x[i], [&](int p, int value) {
-      bias[i] += x[i][p][value] * mean[p][value];
-      x[i][p][value] *= deviation[p][value];
-    });
-    bias[i] = warp_sum(bias[i]) * score.scale;
-  }
-  rotate(x, view.head_size, view.rotation);
-  if (writes) {
-#pragma unroll
-    for (int i = 0; i < kOfWarp; ++i) {
-      if (!is_there(i)) continue;
-      const int64_t head = static_cast<int64_t>(list.row) * num_heads + first_head + heads[i];
-      store_floats(x[i], score.transformed + head * view.head_size, view.head_size);
-      if (lane == 0) score.bias[head] = bias[i];
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kOfWarp; ++i) {
-    for_each(x[i], [&](int p, int value) { most[i] = fmaxf(most[i], fabsf(x[i][p][value])); });
-    // Not negative, so their bits are in the same order.
-    most[i] = __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(most[i])));
-    most[i] = fmaxf(most[i], 1e-20f);
-  }
-  // One division for all: a lane's is of one head.
-  float steps = most[0];
-#pragma unroll
-  for (int i = 1; i < kOfWarp; ++i) steps = lane == i ? most[i] : steps;
-  steps = 127.0f / steps;
-#pragma unroll
-  for (int i = 0; i < kOfWarp; ++i) {
-    const float of_head = kOfWarp == 1 ? steps : __shfl_sync(kAllLanes, steps, i);
-    int sum = 0;
-#pragma unroll
-    for (int p = 0; p < Z::kParts; ++p) {
-      unsigned whole[4];  // numbers, half to even, as sums of products begin
-#pragma unroll
-      for (int value = 0; value < 4; ++value) {
-        whole[value] = __float_as_uint(__fmul_rn(x[i][p][value], of_head) + kFirstFloat);
-        sum += static_cast<int>(whole[value]) - kFirstSum;
-      }
-      const unsigned bytes = permute_bytes(permute_bytes(whole[0], whole[1], 0x0040),
-                                           permute_bytes(whole[2], whole[3], 0x0040), 0x5410);
-      // Four values that follow each other; eight are a word of codes, of its low and high nibbles.
-      const int four = lane + 32 * p, word = four / 2;
-      if (word >= 4 * Z::kSteps) continue;
-      const int product = i / 2 * Z::kSteps + word % Z::kSteps;
-      const int column = 2 * warp + i % 2, quarter = word / Z::kSteps;
-      shared.columns[product * 32 + column * 4 + quarter][four % 2] = bytes;
-    }
-    sum = __reduce_add_sync(kAllLanes, sum);
-    if (lane == 0) {
-      const int head = i * kWarps + warp;
-      const float unit = score.scale * kLog2E * most[i] * (1.0f / 127.0f);
-      const int tokens = is_there(i) ? num_tokens - rows + 1 + row_of(i) : 0;
-      shared.heads[head] = {unit, bias[i], heads[i], tokens};
-      shared.sum[head] = static_cast<float>(sum);
-    }
-  }
-}
 
 // A sum of weights, 2^largest * sum.
 struct LogSum {
@@ -193,7 +78,7 @@ class ListScores {
         workers_(workers),
         group_(static_cast<int>(threadIdx.x & 31) / 4),
         quarter_(static_cast<int>(threadIdx.x & 3)),
-        blocks_out_(const_cast<float*>(step.block_lse) + first_head() * step.max_blocks),
+        blocks_out_(const_cast<float*>(step.block_lse) + list.first_head(view) * step.max_blocks),
         least_tokens_(num_tokens - rows + 1),
         run_(shared.runs) {}
 
@@ -422,7 +307,7 @@ class ListScores {
     const QueryHead head = head_of(tile);
     const bool writes = (threadIdx.x & (32 - 4 * Z::kTiles)) == 0;
     if (writes && chunk * kChunkTokens < head.tokens) {
-      const int64_t row = first_head() + head.row;
+      const int64_t row = list_.first_head(view_) + head.row;
       const_cast<float*>(step_.chunk_lse)[row * step_.max_chunks + chunk] =
           fmaf(sums[0].log(), kLn2, head.bias);
     }
@@ -447,12 +332,7 @@ class ListScores {
 
   const LayerView& view_;
   const Step& step_;
-  const QueryShared<Z>& shared_;
-  // The list's first query head, of those of the batch.
-  __device__ int64_t first_head() const {
-    return (static_cast<int64_t>(list_.row) * view_.num_kv_heads + list_.head) * view_.group;
-  }
-
+  const PreparedQueries<Z>& shared_;
   const List list_;
   const int num_tokens_;
   const int worker_, workers_;  // of those that share the list, which takes which chunks
@@ -472,10 +352,11 @@ __device__ inline void score_rows(const LayerView& view, const Step& step, const
                                   Shared<Z>& shared, List list, int rows) {
   const int warp = threadIdx.x / 32, workers = score.splits * kWarps;
   const int split = static_cast<int>(blockIdx.x), worker = split * kWarps + warp;
-  const int num_tokens =
-      max(min(step.seq_lens[list.row + rows - 1], step.max_blocks * view.block_tokens), 0);
-  // On its way while the length is.
+  const int length = step.seq_lens[list.row + rows - 1];
+  // On their way while the length is.
   const unsigned page = ListScores<Z>::page_of(view, step, score, list.row, worker);
+  Queries<Z> queries(view, score, list, rows);
+  const int num_tokens = max(min(length, step.max_blocks * view.block_tokens), 0);
   const int chunks = (num_tokens + kChunkTokens - 1) / kChunkTokens;
   // Of what this reads, the launch before wrote only the code of the newest token, and of those
   // just before it: the newest of another request, whose page this one shares, or those that a
@@ -492,7 +373,7 @@ __device__ inline void score_rows(const LayerView& view, const Step& step, const
   }
   ListScores<Z> scores(view, step, shared, list, rows, num_tokens, worker, workers);
   if (!waits) scores.begin(score, page);
-  prepare_heads<Z>(view, score, shared.query, list, rows, num_tokens, split == 0);
+  queries.prepare(view, score, shared.query, num_tokens, split == 0);
   // As late as can be: where there is little to score, all wait for this warp.
   if (waits) {
     wait_for_launch_before();

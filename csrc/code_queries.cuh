@@ -51,7 +51,7 @@ class Queries {
   // All that is read of them, and before codes are on their way: who waits for the one would wait
   // for the other, too.
   __device__ Queries(const LayerView& view, const ScoreCodes& score, List list, int rows)
-      : list_(list), rows_(rows) {
+      : list_(list), rows_(rows), of_group_(Z::kJoint ? 65536 / view.group + 1 : 0) {
     const int first_head = list.head * view.group;
     float mean[Z::kParts][4], deviation[Z::kParts][4];
     load_floats(mean, view.mean + list.head * view.head_size, view.head_size);
@@ -59,7 +59,7 @@ class Queries {
     const char* from[kOfWarp];
 #pragma unroll
     for (int i = 0; i < kOfWarp; ++i) {
-      const int head = head_of_warp(i), row = row_of(view, i);
+      const int head = head_of_warp(i), row = row_of(i);
       heads_[i] = head + row * (view.num_kv_heads - 1) * view.group;
       from[i] = head_of(score.query, view.head_size, list.row + row,
                         first_head + head - row * view.group);
@@ -130,7 +130,7 @@ class Queries {
       if (lane == 0) {
         const int head = i * kWarps + warp;
         const float unit = score.scale * kLog2E * most[i] * (1.0f / 127.0f);
-        const int tokens = is_there(view, i) ? num_tokens - rows_ + 1 + row_of(view, i) : 0;
+        const int tokens = is_there(view, i) ? num_tokens - rows_ + 1 + row_of(i) : 0;
         shared.heads[head] = {unit, bias_[i], heads_[i], tokens};
         shared.sum[head] = static_cast<float>(sum);
       }
@@ -144,14 +144,12 @@ class Queries {
   __device__ bool is_there(const LayerView& view, int i) const {
     return head_of_warp(i) < rows_ * view.group;
   }
-  // Which of the rows has a head: one division for all that there may be.
-  __device__ static int row_of(const LayerView& view, int i) {
-    if constexpr (!Z::kJoint) return 0;
-    return head_of_warp(i) * (65536 / view.group + 1) >> 16;
-  }
+  // Which of the rows has a head.
+  __device__ int row_of(int i) const { return head_of_warp(i) * of_group_ >> 16; }
 
   const List list_;
   const int rows_;
+  const int of_group_;  // a product with it in place of a division by the group
   float x_[kOfWarp][Z::kParts][4], bias_[kOfWarp] = {};
   int heads_[kOfWarp];  // of the batch, from the list's first
 };

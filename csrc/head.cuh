@@ -59,27 +59,45 @@ __device__ inline char* head_of(const Heads& heads, int head_size, int64_t row, 
   return heads.data + row * heads.stride + static_cast<int64_t>(head) * head_size * bytes;
 }
 
+// Several heads, which begin where `from` says, all on their way at once; zeros where it is null.
+template <int kHeads, int kParts>
+__device__ inline void load_heads(float (&x)[kHeads][kParts][4], const char* const (&from)[kHeads],
+                                  Dtype dtype, int head_size) {
+  if (dtype == Dtype::kFloat32) {
+#pragma unroll
+    for (int head = 0; head < kHeads; ++head) {
+      const bool is_there = from[head] != nullptr;
+      load_floats(x[head], reinterpret_cast<const float*>(from[head]), is_there ? head_size : 0);
+    }
+    return;
+  }
+  uint2 four[kHeads][kParts];
+#pragma unroll
+  for (int head = 0; head < kHeads; ++head) {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      const int first = first_value(part, from[head] != nullptr ? head_size : 0);
+      four[head][part] = uint2{};
+      if (first >= 0) four[head][part] = *reinterpret_cast<const uint2*>(from[head] + 2 * first);
+    }
+  }
+  const bool is_half = dtype == Dtype::kFloat16;
+#pragma unroll
+  for (int head = 0; head < kHeads; ++head) {
+    for_each(x[head], [&](int part, int i) {
+      const unsigned two = i < 2 ? four[head][part].x : four[head][part].y;
+      const float2 halves = halves_to_floats(two);
+      const unsigned bits = i % 2 == 0 ? two << 16 : two & 0xffff0000u;
+      x[head][part][i] = is_half ? (i % 2 == 0 ? halves.x : halves.y) : __uint_as_float(bits);
+    });
+  }
+}
+
 template <int kParts>
 __device__ inline void load_head(float (&x)[kParts][4], const Heads& heads, int head_size,
                                  int64_t row, int head) {
-  const char* from = head_of(heads, head_size, row, head);
-  if (heads.dtype == Dtype::kFloat32) {
-    return load_floats(x, reinterpret_cast<const float*>(from), head_size);
-  }
-#pragma unroll
-  for (int part = 0; part < kParts; ++part) {
-    const int first = first_value(part, head_size);
-    uint2 four{};
-    if (first >= 0) four = *reinterpret_cast<const uint2*>(from + 2 * first);
-    const bool is_half = heads.dtype == Dtype::kFloat16;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const unsigned two = i == 0 ? four.x : four.y;
-      const float2 halves = halves_to_floats(two);
-      x[part][2 * i] = is_half ? halves.x : __uint_as_float(two << 16);
-      x[part][2 * i + 1] = is_half ? halves.y : __uint_as_float(two & 0xffff0000u);
-    }
-  }
+  const char* const from[1] = {head_of(heads, head_size, row, head)};
+  load_heads(reinterpret_cast<float (&)[1][kParts][4]>(x), from, heads.dtype, head_size);
 }
 
 template <int kParts>
@@ -104,36 +122,52 @@ __device__ inline void store_head(const float (&x)[kParts][4], const Heads& head
   }
 }
 
-// H x, as `rotate` of vllm_kcache/reference/codes.py, bit by bit: `factor` is not fused with what
-// is done to the result.
-template <int kParts>
-__device__ inline void rotate(float (&x)[kParts][4], int head_size, float factor) {
+// H x of several heads, as `rotate` of vllm_kcache/reference/codes.py, bit by bit: `factor` is not
+// fused with what is done to the result.
+template <int kHeads, int kParts>
+__device__ inline void rotate(float (&x)[kHeads][kParts][4], int head_size, float factor) {
   const int block = head_size & -head_size, lane = static_cast<int>(threadIdx.x & 31);
   const auto butterfly = [](float& low, float& high) {
     const float sum = low + high;
     high = low - high;
     low = sum;
   };
+  const auto for_all = [&](const auto& visit) {
 #pragma unroll
-  for (int part = 0; part < kParts; ++part) {
-    butterfly(x[part][0], x[part][1]);
-    butterfly(x[part][2], x[part][3]);
-    butterfly(x[part][0], x[part][2]);
-    butterfly(x[part][1], x[part][3]);
+    for (int head = 0; head < kHeads; ++head) {
+      for_each(x[head], [&](int part, int i) { visit(x[head][part][i]); });
+    }
+  };
+#pragma unroll
+  for (int head = 0; head < kHeads; ++head) {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      butterfly(x[head][part][0], x[head][part][1]);
+      butterfly(x[head][part][2], x[head][part][3]);
+      butterfly(x[head][part][0], x[head][part][2]);
+      butterfly(x[head][part][1], x[head][part][3]);
+    }
   }
   for (int lanes = 1; lanes < min(block / 4, 32); lanes *= 2) {
-    for_each(x, [&](int part, int i) {
-      const float other = __shfl_xor_sync(kAllLanes, x[part][i], lanes);
-      x[part][i] = lane & lanes ? other - x[part][i] : x[part][i] + other;
-    });
+    const float sign = lane & lanes ? -1.0f : 1.0f;
+    for_all(
+        [&](float& value) { value = fmaf(value, sign, __shfl_xor_sync(kAllLanes, value, lanes)); });
   }
   if constexpr (kParts == 2) {
     if (block == 256) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) butterfly(x[0][i], x[1][i]);
+      for (int head = 0; head < kHeads; ++head) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) butterfly(x[head][0][i], x[head][1][i]);
+      }
     }
   }
-  for_each(x, [&](int part, int i) { x[part][i] = __fmul_rn(x[part][i], factor); });
+  for_all([&](float& value) { value = __fmul_rn(value, factor); });
+}
+
+template <int kParts>
+__device__ inline void rotate(float (&x)[kParts][4], int head_size, float factor) {
+  rotate(reinterpret_cast<float (&)[1][kParts][4]>(x), head_size, factor);
 }
 
 // cap * tanh(score / cap) of a base-2 score: vllm_kcache/reference/soft_cap.py. Within 2^-20 of the
@@ -142,34 +176,6 @@ __device__ inline float cap_score(const SoftCap& cap, float score) {
   // 1 - 2 / (exp(2 x) + 1) is tanh(x), at both ends of the range, too.
   const float share = fast_reciprocal(fast_exp2(score * cap.slope) + 1.0f);
   return fmaf(-2.0f * cap.most, share, cap.most);
-}
-
-// Words that are read once, in the widest loads that their number allows; they begin where those
-// may.
-template <int kWords>
-__device__ inline void load_words(unsigned* words, const char* from) {
-  if constexpr (kWords % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < kWords / 4; ++i) {
-      const uint4 four = __ldcs(reinterpret_cast<const uint4*>(from) + i);
-      words[4 * i] = four.x;
-      words[4 * i + 1] = four.y;
-      words[4 * i + 2] = four.z;
-      words[4 * i + 3] = four.w;
-    }
-  } else if constexpr (kWords % 2 == 0) {
-#pragma unroll
-    for (int i = 0; i < kWords / 2; ++i) {
-      const uint2 two = __ldcs(reinterpret_cast<const uint2*>(from) + i);
-      words[2 * i] = two.x;
-      words[2 * i + 1] = two.y;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      words[i] = __ldcs(reinterpret_cast<const unsigned*>(from) + i);
-    }
-  }
 }
 
 }  // namespace kcache

@@ -164,11 +164,42 @@ __device__ inline void load_if(bool wanted, unsigned (&words)[1], const char* fr
       : "l"(from), "r"(static_cast<int>(wanted)));
 }
 
+// A store alone, and its place worked out before: the compiler would put both behind a branch, and
+// nothing goes past that.
+__device__ inline void store_if(bool wanted, float* to, float value) {
+  asm volatile(
+      "{\n\t.reg .pred wanted;\n\tsetp.ne.b32 wanted, %0, 0;\n\t"
+      "@wanted st.global.f32 [%1], %2;\n\t}" ::"r"(static_cast<int>(wanted)),
+      "l"(to), "f"(value)
+      : "memory");
+}
+
 // From shared memory each time: not kept in registers for the next.
 __device__ inline void load_shared(unsigned (&words)[2], const unsigned* from) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
                : "=r"(words[0]), "=r"(words[1])
                : "r"(static_cast<unsigned>(__cvta_generic_to_shared(from))));
+}
+
+// 16 bytes to shared memory that are read once; none unless `wanted`. They are there, for the
+// thread that asked for them, when it has waited for the group that they were committed in.
+__device__ inline void copy_async(bool wanted, char* to, const char* from) {
+  unsigned long long policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile(
+      "{\n\t.reg .pred wanted;\n\tsetp.ne.b32 wanted, %0, 0;\n\t"
+      "@wanted cp.async.cg.shared.global.L2::cache_hint [%1], [%2], 16, %3;\n\t}" ::"r"(
+          static_cast<int>(wanted)),
+      "r"(static_cast<unsigned>(__cvta_generic_to_shared(to))), "l"(from), "l"(policy)
+      : "memory");
+}
+__device__ inline void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// For all groups but the last so many.
+template <int kPending>
+__device__ inline void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 // 8 x 8 values of 16 bits, of which a lane has two of a row: after it, of a column. What a lane

@@ -6,6 +6,8 @@
 // eight columns, q' of as many query heads in int8. Tokens are dealt so that a thread ends with
 // eight that follow each other, and with one query head of each tile, two of a product: up to
 // blocks of eight nothing crosses lanes.
+#include "code_queries.cuh"
+#include "code_runs.cuh"
 #include "dependent.cuh"
 #include "head.cuh"
 #include "launch.h"
@@ -15,16 +17,13 @@
 namespace kcache {
 namespace {
 
-constexpr int kWarps = 4;  // vllm_kcache/kernels/score_codes.py
 constexpr int kThreads = 32 * kWarps;
-constexpr int kOwnTokens = 8;               // of a thread
-constexpr int kRunTokens = 8 * kOwnTokens;  // of a warp, at once
-constexpr int kTileHeads = 4;               // query heads of every other column of a product
-// Sums of products begin at an int whose bits are this float: then their bits are this float plus
-// the sum, up to 2^22, and nothing converts them. A sum is at most 256 * 15 * 127.
-constexpr int kFirstSum = 0x4b400000;
-constexpr float kFirstFloat = 12582912.0f;
 static_assert(kChunkTokens == 32 * kOwnTokens, "each lane finds the place of eight tokens");
+
+// Where eight tokens begin, from the first page, in 16 bytes.
+struct Place {
+  unsigned codes, scales;
+};
 
 // A kernel is compiled for `kSteps`, products that a head takes, `kTiles`, fours of query heads,
 // for rows that are each a request, or several tokens of one (`kJoint`): their query heads are
@@ -35,119 +34,31 @@ struct Size {
   static constexpr bool kJoint = kJoint_, kCapped = kCapped_;
   static constexpr int kHeads = kTileHeads * kTiles, kProducts = (kTiles + 1) / 2;
   static constexpr int kParts = parts_of(32 * kSteps);
+  using Run =
+      std::conditional_t<kTiles == 1 || kSteps == 8, RunInRegisters<kSteps>, RunInShared<kSteps>>;
   // Loads in flight rather than warps hide the latency; heads of more values want registers.
-  static constexpr int kLeastBlocks = kSteps == 8 ? 2 : kTiles == 4 ? 3 : kTiles == 2 ? 4 : 5;
+  static constexpr int kLeastBlocks = kSteps == 8            ? (kTiles == 4 ? 2 : 3)
+                                      : kTiles > 1 || kJoint ? 4
+                                                             : 5;
 };
 
-// The queries of a list, made once by a thread block.
 template <typename Z>
-struct QueryShared {
-  unsigned columns[Z::kProducts * Z::kSteps * 32][2];  // operands as lanes take them
-  float unit[Z::kHeads];  // base-2 logarithm of a weight in one step of q' times one code
-  float sum[Z::kHeads];   // of q', in steps
-  float bias[Z::kHeads];  // scale * (q . mean)
-};
-
-// q' of a query head with one warp; heads past the group are zeros.
-template <typename Z>
-__device__ inline void prepare_head(const LayerView& view, const ScoreCodes& score,
-                                    QueryShared<Z>& shared, int list, int rows, int head,
-                                    bool writes) {
-  const int lane = threadIdx.x & 31, kv_head = list % view.num_kv_heads;
-  const int later = Z::kJoint ? head / view.group : 0, in_group = head - later * view.group;
-  float x[Z::kParts][4] = {};
-  float bias = 0.0f, sum = 0.0f, most = 0.0f;
-  if (head < rows * view.group) {
-    float mean[Z::kParts][4], deviation[Z::kParts][4];
-    const int query_head = kv_head * view.group + in_group;
-    const int64_t request = list / view.num_kv_heads + later;
-    load_head(x, score.query, view.head_size, request, query_head);
-    load_floats(mean, view.mean + kv_head * view.head_size, view.head_size);
-    load_floats(deviation, view.deviation + kv_head * view.head_size, view.head_size);
-    for_each(x, [&](int p, int i) {
-      bias += x[p][i] * mean[p][i];
-      x[p][i] *= deviation[p][i];
-    });
-    rotate(x, view.head_size, view.rotation);
-    const int64_t row = request * view.num_kv_heads * view.group + query_head;
-    bias = warp_sum(bias) * score.scale;
-    if (writes) {
-      store_floats(x, score.transformed + row * view.head_size, view.head_size);
-      if (lane == 0) score.bias[row] = bias;
-    }
-    for_each(x, [&](int p, int i) { most = fmaxf(most, fabsf(x[p][i])); });
-    most = fmaxf(warp_max(most), 1e-20f);
-  }
-  const float steps = most > 0.0f ? 127.0f / most : 0.0f;
-  for_each(x, [&](int p, int i) {
-    x[p][i] = rintf(x[p][i] * steps);
-    sum += x[p][i];  // of whole numbers: exact in any order
-  });
-  sum = warp_sum(sum);
-#pragma unroll
-  for (int p = 0; p < Z::kParts; ++p) {
-    unsigned bytes = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      bytes |= (static_cast<unsigned>(__float2int_rn(x[p][i])) & 255u) << (8 * i);
-    }
-    // Four values that follow each other; eight are a word of codes, of its low and high nibbles.
-    const int four = lane + 32 * p, word = four / 2;
-    if (word >= 4 * Z::kSteps) continue;
-    const int product = head / (2 * kTileHeads) * Z::kSteps + word % Z::kSteps;
-    const int column = 2 * (head % kTileHeads) + head / kTileHeads % 2;
-    const int quarter = word / Z::kSteps;
-    shared.columns[product * 32 + column * 4 + quarter][four % 2] = bytes;
-  }
-  if (lane == 0) {
-    shared.unit[head] = score.scale * kLog2E * most / 127.0f;
-    shared.sum[head] = sum;
-    shared.bias[head] = bias;
-  }
-}
-
-// Where eight tokens begin, from the first page, in 16 bytes.
-struct Place {
-  unsigned codes, scales;
-};
-
-// Codes and scales of a thread's tokens: of each, a quarter of its codes.
-template <int kSteps>
-struct Run {
-  unsigned codes[kOwnTokens][kSteps];
-  unsigned scales[kOwnTokens];  // scale and zero, float16
-
-  __device__ void load(const char* pages, Place place, int quarter) {
-    const char* from =
-        pages + static_cast<size_t>(place.codes) * 16 + static_cast<unsigned>(quarter) * 4 * kSteps;
-#pragma unroll
-    for (int token = 0; token < kOwnTokens; ++token) {
-      load_words<kSteps>(codes[token], from + token * 16 * kSteps);
-    }
-    const char* scales_from = pages + static_cast<size_t>(place.scales) * 16;
-    load_words<4>(scales, scales_from);
-    load_words<4>(scales + 4, scales_from + 16);
-  }
+struct Shared {
+  PreparedQueries<Z> query;
+  typename Z::Run::Shared runs;
 };
 
 // A sum of weights, 2^largest * sum.
 struct LogSum {
   float largest = -1e30f, sum = 0.0f;
 
-  __device__ void add(float log) {
-    const float larger = fmaxf(largest, log);
-    sum = sum * fast_exp2(largest - larger) + fast_exp2(log - larger);
+  __device__ void add(const LogSum& other) {
+    const float larger = fmaxf(largest, other.largest);
+    sum = sum * fast_exp2(largest - larger) + other.sum * fast_exp2(other.largest - larger);
     largest = larger;
   }
-  // Of some lanes, `first` to `last` bits apart.
-  __device__ void add_lanes(int first, int last) {
-    for (int bit = first; bit <= last; bit *= 2) {
-      const float other = __shfl_xor_sync(kAllLanes, largest, bit);
-      const float other_sum = __shfl_xor_sync(kAllLanes, sum, bit);
-      const float larger = fmaxf(largest, other);
-      sum = sum * fast_exp2(largest - larger) + other_sum * fast_exp2(other - larger);
-      largest = larger;
-    }
+  __device__ LogSum of_lane(int bits) const {
+    return {__shfl_xor_sync(kAllLanes, largest, bits), __shfl_xor_sync(kAllLanes, sum, bits)};
   }
   __device__ float log() const { return largest + fast_log2(sum); }
 };
@@ -156,98 +67,69 @@ template <typename Z>
 class ListScores {
  public:
   // `num_tokens`: of the last of `rows`, each of which has one more than the row before.
-  __device__ ListScores(const LayerView& view, const Step& step, const QueryShared<Z>& shared,
-                        int list, int rows, int num_tokens)
+  __device__ ListScores(const LayerView& view, const Step& step, Shared<Z>& shared, List list,
+                        int rows, int num_tokens, int worker, int workers)
       : view_(view),
         step_(step),
-        shared_(shared),
+        shared_(shared.query),
         list_(list),
         num_tokens_(num_tokens),
-        chunks_((num_tokens + kChunkTokens - 1) / kChunkTokens),
+        worker_(worker),
+        workers_(workers),
         group_(static_cast<int>(threadIdx.x & 31) / 4),
         quarter_(static_cast<int>(threadIdx.x & 3)),
-        out_(const_cast<float*>(step.block_lse) +
-             (static_cast<int64_t>(list) * view.group + quarter_) * step.max_blocks),
-        least_tokens_(num_tokens - rows + 1) {
-    if constexpr (Z::kJoint) {
-#pragma unroll
-      for (int tile = 0; tile < Z::kTiles; ++tile) {
-        const int head = tile * kTileHeads + quarter_, later = head / view.group;
-        heads_[tile] = (list + later * view.num_kv_heads) * view.group + head % view.group;
-        lengths_[tile] = head < rows * view.group ? least_tokens_ + later : 0;
-      }
-    }
-  }
+        blocks_out_(const_cast<float*>(step.block_lse) + list.first_head(view) * step.max_blocks),
+        least_tokens_(num_tokens - rows + 1),
+        run_(shared.runs) {}
 
   // What of a chunk does not need the length: the page of each lane's eight tokens. Past the length
   // it is anything that the table holds.
   __device__ static unsigned page_of(const LayerView& view, const Step& step,
-                                     const ScoreCodes& score, int list, int chunk) {
+                                     const ScoreCodes& score, int row, int chunk) {
     const unsigned token = static_cast<unsigned>(chunk) * kChunkTokens + first_token_of_lane();
     const unsigned column = min(token / static_cast<unsigned>(view.page_tokens),
                                 static_cast<unsigned>(score.table_columns - 1));
-    const int64_t request = list / view.num_kv_heads;
-    return __ldg(step.block_table + request * step.table_stride + column);
+    return __ldg(step.block_table + row * step.table_stride + column);
   }
 
   // What does not need the queries. `page`: of the worker's first chunk.
-  __device__ void begin(int worker, unsigned page) {
-    if (worker >= chunks_) return;
-    here_ = place_of(worker, page);
-    load(0);
+  __device__ void begin(const ScoreCodes& score, unsigned page) {
+    next_token_ = static_cast<unsigned>(worker_) * kChunkTokens;
+    if (next_token_ >= static_cast<unsigned>(num_tokens_)) return;
+    here_ = place_of(worker_, page);
+    static_assert(Z::Run::kAhead * kRunTokens < kChunkTokens, "no other chunk yet");
+#pragma unroll
+    for (int i = 0; i < Z::Run::kAhead; ++i, next_token_ += kRunTokens) run_.load(next());
+    next_page_ = page_of(view_, step_, score, list_.row, worker_ + workers_);
   }
 
   // Every n-th chunk.
-  __device__ void run(const ScoreCodes& score, int worker, int workers) {
+  __device__ void run(const ScoreCodes& score) {
     if constexpr (Z::kProducts == 1) load_columns(0);
-    for (int chunk = worker; chunk < chunks_; chunk += workers) {
-      const int next = chunk + workers;
-      const bool more = next < chunks_;
-      const unsigned next_page = more ? page_of(view_, step_, score, list_, next) : 0;
+    for (int chunk = worker_; chunk * kChunkTokens < num_tokens_; chunk += workers_) {
       LogSum sums[Z::kTiles];
-      const int first = chunk * kChunkTokens;
-      const int runs = (min(kChunkTokens, num_tokens_ - first) + kRunTokens - 1) / kRunTokens;
+      const int first = chunk * kChunkTokens, end = min(first + kChunkTokens, num_tokens_);
 #pragma unroll 1
-      for (int run = 0; run < runs; ++run) {
+      for (int token = first; token < end; token += kRunTokens) {
         float scores[Z::kTiles][kOwnTokens];
         multiply(scores, score.cap);
-        // The next run's are on their way while this one's are added up.
-        const bool ends = run + 1 == runs;
-        if (ends && more) here_ = place_of(next, next_page);
-        if (!ends || more) load(ends ? 0 : run + 1);
-        add_up(scores, first + run * kRunTokens + group_ * kOwnTokens, sums);
+        advance(score);
+        add_up(scores, token + group_ * kOwnTokens, sums);
       }
-#pragma unroll
-      for (int tile = 0; tile < Z::kTiles; ++tile) {
-        sums[tile].add_lanes(4, 16);
-        const int head = tile * kTileHeads + quarter_;
-        if (group_ == 0 && lives(tile) && first < tokens_of(tile)) {
-          const int64_t row =
-              Z::kJoint ? heads_[tile] : static_cast<int64_t>(list_) * view_.group + head;
-          const_cast<float*>(step_.chunk_lse)[row * step_.max_chunks + chunk] =
-              fmaf(sums[tile].log(), kLn2, bias(head));
-        }
-      }
+      store_chunk(sums, chunk);
     }
   }
 
  private:
-  // Of scores as `multiply` leaves them: base-2 logarithm of a weight in 1, and what all have
-  // beside it. A cap needs both before.
-  __device__ float unit(int head) const { return Z::kCapped ? 1.0f : shared_.unit[head]; }
-  __device__ float bias(int head) const { return Z::kCapped ? 0.0f : shared_.bias[head]; }
-
-  // Of the lane's query head of a tile: whether there is one, its row's tokens, and its scores.
-  __device__ bool lives(int tile) const {
-    return Z::kJoint || tile * kTileHeads + quarter_ < view_.group;
-  }
-  __device__ int tokens_of(int tile) const { return Z::kJoint ? lengths_[tile] : num_tokens_; }
-  __device__ float* out_of(int tile) const {
-    if constexpr (Z::kJoint) {
-      return const_cast<float*>(step_.block_lse) +
-             static_cast<int64_t>(heads_[tile]) * step_.max_blocks;
+  // The lane's of a tile, for scores as `multiply` leaves them: of capped ones the cap needed unit
+  // and bias before.
+  __device__ QueryHead head_of(int tile) const {
+    QueryHead head = shared_.heads[tile * kTileHeads + quarter_];
+    if constexpr (Z::kCapped) {
+      head.unit = 1.0f;
+      head.bias = 0.0f;
     }
-    return out_ + static_cast<int64_t>(tile) * kTileHeads * step_.max_blocks;
+    return head;
   }
 
   // Of a chunk, where a lane looks eight tokens up for all.
@@ -258,19 +140,28 @@ class ListScores {
     const unsigned token = static_cast<unsigned>(chunk) * kChunkTokens + first_token_of_lane();
     const unsigned page_tokens = view_.page_tokens, in_page = token % page_tokens;
     const unsigned physical = token < static_cast<unsigned>(num_tokens_) ? page : 0;
-    const unsigned head = list_ % view_.num_kv_heads;
     const unsigned head_vectors = page_tokens * (16 * Z::kSteps + 4) / 16;
     const unsigned begins =
-        physical * static_cast<unsigned>(view_.code_page_bytes / 16) + head * head_vectors;
+        physical * static_cast<unsigned>(view_.code_page_bytes / 16) + list_.head * head_vectors;
     return {begins + in_page * Z::kSteps, begins + page_tokens * Z::kSteps + in_page / 4};
   }
 
-  __device__ void load(int run) {
-    const int lane = run * 8 + group_;
-    run_.load(
-        view_.codes,
-        {__shfl_sync(kAllLanes, here_.codes, lane), __shfl_sync(kAllLanes, here_.scales, lane)},
-        quarter_);
+  // The run after the last that is on its way.
+  __device__ Source next() const {
+    const int lane = static_cast<int>(next_token_ % kChunkTokens / kOwnTokens) + group_;
+    const size_t codes = __shfl_sync(kAllLanes, here_.codes, lane);
+    const size_t scales = __shfl_sync(kAllLanes, here_.scales, lane);
+    return {next_token_ < static_cast<unsigned>(num_tokens_), view_.codes + codes * 16,
+            view_.codes + scales * 16};
+  }
+  // After it was loaded: who waits for its codes waits for the page that is loaded here, too.
+  __device__ void advance(const ScoreCodes& score) {
+    next_token_ += kRunTokens;
+    if (next_token_ % kChunkTokens != 0) return;
+    next_token_ += (workers_ - 1) * kChunkTokens;
+    const int chunk = static_cast<int>(next_token_ / kChunkTokens);
+    here_ = place_of(chunk, next_page_);
+    next_page_ = page_of(view_, step_, score, list_.row, chunk + workers_);
   }
 
   __device__ void load_columns(int step) {
@@ -289,52 +180,61 @@ class ListScores {
   // ones are base-2.
   __device__ void multiply(float (&scores)[Z::kTiles][kOwnTokens], const SoftCap& cap) {
     constexpr unsigned kNibbles = 0x0f0f0f0fu;
+    run_.wait();
+    const Source next = this->next();
     int products[Z::kProducts][kOwnTokens / 2][4];
 #pragma unroll
     for (int i = 0; i < Z::kProducts * kOwnTokens * 2; ++i) {
       products[i / (2 * kOwnTokens)][i / 4 % (kOwnTokens / 2)][i % 4] = kFirstSum;
     }
 #pragma unroll
-    for (int step = 0; step < Z::kSteps; ++step) {
-      if constexpr (Z::kProducts > 1) load_columns(step);
+    for (int pair = 0; pair < kOwnTokens / 2; ++pair) {
+      unsigned one[Z::kSteps], other[Z::kSteps];
+      run_.read_codes(one, 2 * pair);
+      run_.read_codes(other, 2 * pair + 1);
 #pragma unroll
-      for (int pair = 0; pair < kOwnTokens / 2; ++pair) {
-        const unsigned one = run_.codes[2 * pair][step], other = run_.codes[2 * pair + 1][step];
-        const unsigned rows[4] = {one & kNibbles, other & kNibbles, (one >> 4) & kNibbles,
-                                  (other >> 4) & kNibbles};
+      for (int step = 0; step < Z::kSteps; ++step) {
+        if constexpr (Z::kProducts > 1) load_columns(step);
+        const unsigned rows[4] = {one[step] & kNibbles, other[step] & kNibbles,
+                                  (one[step] >> 4) & kNibbles, (other[step] >> 4) & kNibbles};
 #pragma unroll
         for (int i = 0; i < Z::kProducts; ++i) {
           multiply_add(products[i][pair], rows, columns_[Z::kProducts == 1 ? step : i]);
         }
       }
+      run_.replace_token(next, 2 * pair);
+      run_.replace_token(next, 2 * pair + 1);
     }
+    unsigned halves[kOwnTokens];
+    run_.read_scales(halves);
 #pragma unroll
-    for (int tile = 0; tile < Z::kTiles; ++tile) {
-      const int head = tile * kTileHeads + quarter_;
-      const float sum = shared_.sum[head];
+    for (int token = 0; token < kOwnTokens; ++token) {
+      const float2 scales = halves_to_floats(halves[token]);  // scale and zero
+      const float first = -kFirstFloat * scales.x;  // exact, and so is its sum with a product
 #pragma unroll
-      for (int token = 0; token < kOwnTokens; ++token) {
+      for (int tile = 0; tile < Z::kTiles; ++tile) {
         const int bits = products[tile / 2][token / 2][token % 2 * 2 + tile % 2];
-        const float product = __uint_as_float(static_cast<unsigned>(bits)) - kFirstFloat;
-        const float2 scales = halves_to_floats(run_.scales[token]);  // scale and zero
+        const float product = fmaf(scales.x, __uint_as_float(static_cast<unsigned>(bits)), first);
         float& score = scores[tile][token];
-        score = fmaf(scales.x, product, scales.y * sum);
+        score = fmaf(scales.y, shared_.sum[tile * kTileHeads + quarter_], product);
         if constexpr (Z::kCapped) {
-          score = cap_score(cap, fmaf(score, shared_.unit[head], shared_.bias[head] * kLog2E));
+          const QueryHead& head = shared_.heads[tile * kTileHeads + quarter_];
+          score = cap_score(cap, fmaf(score, head.unit, head.bias * kLog2E));
         }
       }
     }
+    run_.replace_rest(next);
   }
 
   __device__ void add_up(float (&scores)[Z::kTiles][kOwnTokens], int first_token,
                          LogSum (&sums)[Z::kTiles]) {
-    if (first_token + kOwnTokens > (Z::kJoint ? least_tokens_ : num_tokens_)) {
+    if (first_token + kOwnTokens > least_tokens_) {
 #pragma unroll
-      for (int token = 0; token < kOwnTokens; ++token) {
-        if (!Z::kJoint && first_token + token < num_tokens_) continue;
+      for (int tile = 0; tile < Z::kTiles; ++tile) {
+        const int there = head_of(tile).tokens - first_token;
 #pragma unroll
-        for (int tile = 0; tile < Z::kTiles; ++tile) {
-          if (first_token + token >= tokens_of(tile)) scores[tile][token] = -INFINITY;
+        for (int token = 0; token < kOwnTokens; ++token) {
+          if (token >= there) scores[tile][token] = -INFINITY;
         }
       }
     }
@@ -345,9 +245,32 @@ class ListScores {
         return add_blocks<2>(scores, first_token, sums);
       case 4:
         return add_blocks<4>(scores, first_token, sums);
-      default:
+      case kOwnTokens:
         return add_blocks<kOwnTokens>(scores, first_token, sums);
+      default:
+        return add_wide_blocks(scores, first_token, sums);
     }
+  }
+
+  // Base-2 logarithm of the weights of some of the thread's tokens, without the bias.
+  template <int kTokens>
+  __device__ float sum_up(const float (&scores)[kOwnTokens], int first, float unit) const {
+    float largest = scores[first];
+#pragma unroll
+    for (int i = 1; i < kTokens; ++i) largest = fmaxf(largest, scores[first + i]);
+    // Past the length every score is -infinity: the sum is 0 then, not NaN.
+    const float shift = largest == -INFINITY ? 0.0f : -unit * largest;
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) sum += fast_exp2(fmaf(scores[first + i], unit, shift));
+    return fast_log2(sum) - shift;
+  }
+
+  // Of the block that begins with `token`.
+  __device__ void store(float log, const QueryHead& head, int token, int block_tokens) const {
+    const float score = fmaf(log, kLn2, head.bias);
+    const unsigned block = static_cast<unsigned>(token) / static_cast<unsigned>(block_tokens);
+    store_if(token < head.tokens, blocks_out_ + (head.row * step_.max_blocks + block), score);
   }
 
   template <int kTokens>
@@ -355,113 +278,131 @@ class ListScores {
                              LogSum (&sums)[Z::kTiles]) {
 #pragma unroll
     for (int tile = 0; tile < Z::kTiles; ++tile) {
-      const int head = tile * kTileHeads + quarter_;
-      const float unit = this->unit(head), bias = this->bias(head);
-      float* out = out_of(tile);
-      const bool live = lives(tile);
-      const int num_tokens = tokens_of(tile);
+      const QueryHead head = head_of(tile);
 #pragma unroll
       for (int first = 0; first < kOwnTokens; first += kTokens) {
-        float largest = scores[tile][first];
+        const float log = sum_up<kTokens>(scores[tile], first, head.unit);
+        sums[tile].add({log, 1.0f});
+        store(log, head, first_token + first, kTokens);
+      }
+    }
+  }
+
+  // Sums of a chunk over all groups. While there are several a lane keeps half of them, and gives
+  // the other half away, so that it ends with one.
+  __device__ void store_chunk(LogSum (&sums)[Z::kTiles], int chunk) const {
+    int tile = 0;
 #pragma unroll
-        for (int i = 1; i < kTokens; ++i) largest = fmaxf(largest, scores[tile][first + i]);
-        // Past the length every score is -infinity: the sum is 0 then, not NaN.
-        const float shift = largest == -INFINITY ? 0.0f : -unit * largest;
-        float sum = 0.0f;
+    for (int bit = 4, width = Z::kTiles / 2; bit <= 16; bit *= 2, width /= 2) {
+      const bool upper = (threadIdx.x & bit) != 0;
 #pragma unroll
-        for (int i = 0; i < kTokens; ++i)
-          sum += fast_exp2(fmaf(scores[tile][first + i], unit, shift));
-        const float log = fast_log2(sum) - shift;
-        sums[tile].add(log);
-        const int token = first_token + first;
-        if (kTokens < kOwnTokens || view_.block_tokens == kOwnTokens) {
-          if (live && token < num_tokens) out[token / kTokens] = fmaf(log, kLn2, bias);
-        } else {
-          LogSum block;
-          block.add(log);
-          block.add_lanes(4, view_.block_tokens / 4);
-          if (live && token < num_tokens && token % view_.block_tokens == 0) {
-            out[token / view_.block_tokens] = fmaf(block.log(), kLn2, bias);
-          }
-        }
+      for (int i = 0; i < width; ++i) {
+        const LogSum given = upper ? sums[i] : sums[i + width];
+        if (upper) sums[i] = sums[i + width];
+        sums[i].add(given.of_lane(bit));
+      }
+      if (width == 0) sums[0].add(sums[0].of_lane(bit));
+      if (upper) tile += width;
+    }
+    const QueryHead head = head_of(tile);
+    const bool writes = (threadIdx.x & (32 - 4 * Z::kTiles)) == 0;
+    if (writes && chunk * kChunkTokens < head.tokens) {
+      const int64_t row = list_.first_head(view_) + head.row;
+      const_cast<float*>(step_.chunk_lse)[row * step_.max_chunks + chunk] =
+          fmaf(sums[0].log(), kLn2, head.bias);
+    }
+  }
+
+  // Of more tokens than a thread has.
+  __device__ void add_wide_blocks(const float (&scores)[Z::kTiles][kOwnTokens], int first_token,
+                                  LogSum (&sums)[Z::kTiles]) {
+#pragma unroll
+    for (int tile = 0; tile < Z::kTiles; ++tile) {
+      const QueryHead head = head_of(tile);
+      const float log = sum_up<kOwnTokens>(scores[tile], 0, head.unit);
+      sums[tile].add({log, 1.0f});
+      LogSum block;
+      block.add({log, 1.0f});
+      for (int bit = 4; bit <= view_.block_tokens / 4; bit *= 2) block.add(block.of_lane(bit));
+      if (first_token % view_.block_tokens == 0) {
+        store(block.log(), head, first_token, view_.block_tokens);
       }
     }
   }
 
   const LayerView& view_;
   const Step& step_;
-  const QueryShared<Z>& shared_;
-  const int list_, num_tokens_, chunks_;
-  const int group_, quarter_;  // of the lane: which eight tokens, which quarter of their codes
-  float* const out_;           // scores of the lane's query head of the first tile
-  const int least_tokens_;     // of the first row
-  // Of the lane's query head of each tile: which it is of all, and its row's tokens; 0 without one.
-  // Where rows are taken together.
-  int heads_[Z::kTiles], lengths_[Z::kTiles];
-  Place here_{};  // of the chunk that is loaded, one a lane
-  Run<Z::kSteps> run_;
+  const PreparedQueries<Z>& shared_;
+  const List list_;
+  const int num_tokens_;
+  const int worker_, workers_;  // of those that share the list, which takes which chunks
+  const int group_, quarter_;   // of the lane: which eight tokens, which quarter of their codes
+  float* const blocks_out_;     // scores of the list's first query head
+  const int least_tokens_;      // of the first row
+  unsigned next_token_;         // where the next run begins that is loaded
+  Place here_{};                // of its chunk, one a lane
+  unsigned next_page_;          // of the chunk after
+  typename Z::Run run_;
   unsigned columns_[Z::kProducts == 1 ? Z::kSteps : Z::kProducts][2];
 };
 
-// A thread block's part of a list, for `rows` of the batch from `row` on.
+// A thread block's part of a list, for `rows` of the batch from the list's on.
 template <typename Z>
 __device__ inline void score_rows(const LayerView& view, const Step& step, const ScoreCodes& score,
-                                  QueryShared<Z>& shared, int list, int split, int row, int rows) {
+                                  Shared<Z>& shared, List list, int rows) {
   const int warp = threadIdx.x / 32, workers = score.splits * kWarps;
-  const int worker = split * kWarps + warp;
-  const int num_tokens =
-      max(min(step.seq_lens[row + rows - 1], step.max_blocks * view.block_tokens), 0);
-  // On its way while the length is.
-  const unsigned page = ListScores<Z>::page_of(view, step, score, list, worker);
+  const int split = static_cast<int>(blockIdx.x), worker = split * kWarps + warp;
+  const int length = step.seq_lens[list.row + rows - 1];
+  // On their way while the length is.
+  const unsigned page = ListScores<Z>::page_of(view, step, score, list.row, worker);
+  Queries<Z> queries(view, score, list, rows);
+  const int num_tokens = max(min(length, step.max_blocks * view.block_tokens), 0);
   const int chunks = (num_tokens + kChunkTokens - 1) / kChunkTokens;
   // Of what this reads, the launch before wrote only the code of the newest token, and of those
   // just before it: the newest of another request, whose page this one shares, or those that a
   // draft comes after. The first warp waits in any case, so that no launch ends before the one
   // before it.
   const int last = (chunks - 1) % workers, before = last > 0 ? last - 1 : workers - 1;
-  const bool waits =
-      score.after_write && (worker == last || worker == before || (blockIdx.x == 0 && warp == 0));
+  const bool is_first = (blockIdx.x | blockIdx.y | blockIdx.z | warp) == 0;
+  const bool waits = score.after_write && (worker == last || worker == before || is_first);
   let_next_launch_begin();
   // A graph captured for longer requests has many such thread blocks: they should be short.
   if (split * kWarps >= chunks) {
     if (waits) wait_for_launch_before();
     return;
   }
-  ListScores<Z> scores(view, step, shared, list, rows, num_tokens);
-  if (!waits) scores.begin(worker, page);
-  for (int head = warp; head < Z::kHeads; head += kWarps) {
-    prepare_head<Z>(view, score, shared, list, rows, head, split == 0);
-  }
+  ListScores<Z> scores(view, step, shared, list, rows, num_tokens, worker, workers);
+  if (!waits) scores.begin(score, page);
+  queries.prepare(view, score, shared.query, num_tokens, split == 0);
   // As late as can be: where there is little to score, all wait for this warp.
   if (waits) {
     wait_for_launch_before();
-    scores.begin(worker, page);
+    scores.begin(score, page);
   }
   __syncthreads();
-  if (worker < chunks) scores.run(score, worker, workers);
+  scores.run(score);
 }
 
 template <typename Z>
 __global__ void __launch_bounds__(kThreads, Z::kLeastBlocks)
     score_kernel(const __grid_constant__ LayerView view, const __grid_constant__ Step step,
                  const __grid_constant__ ScoreCodes score) {
-  using Shared = QueryShared<Z>;
+  using Shared = Shared<Z>;
   __shared__ Shared shared;
   if (!score.after_write) wait_for_launch_before();
-  const int list = static_cast<int>(blockIdx.x) / score.splits;
-  const int split = static_cast<int>(blockIdx.x) % score.splits;
+  const int head = static_cast<int>(blockIdx.y);
   if constexpr (!Z::kJoint) {
-    score_rows(view, step, score, shared, list, split, list / view.num_kv_heads, 1);
+    score_rows(view, step, score, shared, {static_cast<int>(blockIdx.z), head}, 1);
   } else {
     // As csrc/select.cu: where there are more lists than thread blocks they take turns.
-    const int num_rows = step.num_lists / view.num_kv_heads, head = list % view.num_kv_heads;
-    const int at_once = static_cast<int>(gridDim.x) / (score.splits * view.num_kv_heads);
+    const int num_rows = step.num_lists / view.num_kv_heads;
+    const int at_once = static_cast<int>(gridDim.z);
 #pragma unroll 1
-    for (int number = list / view.num_kv_heads;; number += at_once) {
+    for (int number = static_cast<int>(blockIdx.z);; number += at_once) {
       const Led led = find_led(score.spans, score.together, num_rows, number);
       if (led.rows == 0) break;
-      score_rows(view, step, score, shared, led.row * view.num_kv_heads + head, split, led.row,
-                 led.rows);
+      score_rows(view, step, score, shared, {led.row, head}, led.rows);
+      if (led.after < at_once) break;
       __syncthreads();
     }
   }
@@ -471,10 +412,12 @@ template <int kSteps, bool kCapped>
 cudaError_t launch_steps(const LayerView& view, const Step& step, const ScoreCodes& score,
                          bool dependent, cudaStream_t stream) {
   const int num_rows = step.num_lists / view.num_kv_heads;
-  const int lists = (num_rows + score.together - 1) / score.together * view.num_kv_heads;
+  const auto of = [](int number) { return static_cast<unsigned>(number); };
+  const dim3 grid(of(score.splits), of(view.num_kv_heads),
+                  of((num_rows + score.together - 1) / score.together));
   const auto launch = [&](auto size) {
-    return launch_kernel(dependent, score_kernel<decltype(size)>, lists * score.splits, kThreads,
-                         stream, view, step, score);
+    return launch_kernel(dependent, score_kernel<decltype(size)>, grid, kThreads, stream, view,
+                         step, score);
   };
   const int heads = view.group * score.together;
   if (score.together > 1) {

@@ -21,12 +21,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.ops.common import DTYPE, PAGE_TOKENS, Problem, Report, arguments, time_calls
-from benchmarks.ops.score_codes import CodedBatch, coded_shape
+from benchmarks.ops.score_codes import TOKENS, CodedBatch, coded_shape
 from vllm_kcache.cache.layer_view import LayerView
 from vllm_kcache.kernels.decode import decode_step
 from vllm_kcache.kernels.rows import write_rows
 from vllm_kcache.kernels.select import own_lists, packed_view
-from vllm_kcache.kernels.workspace import DecodeBatch, DecodeWorkspace
+from vllm_kcache.kernels.workspace import DecodeWorkspace
 from vllm_kcache.reference.select import block_masses
 from vllm_kcache.types import Selection
 
@@ -39,7 +39,6 @@ PROBLEMS = (
     Problem("llama-2-7b 1x16K", 1, 16384, 32, 1),
 )
 SPECULATED = PROBLEMS[2:4]
-TOKENS, NOISE = 4, 0.3
 LIST_BLOCKS = 49  # of a list: what the default selects in the replay
 REPLAYS = 10
 KERNELS = ("write", "score", "select", "attend")
@@ -55,8 +54,8 @@ class Layers:
             rows = rows.pin_memory()
         rows.random_(0, 60)  # no scale is infinite or NaN
         slots = 2 * p.num_lists * p.max_blocks
-        coded = CodedBatch.make(p, host_rows=rows, num_slots=slots)
-        self.batch = _verified(coded.batch, tokens) if tokens > 1 else coded.batch
+        coded = CodedBatch.make(p, host_rows=rows, num_slots=slots, tokens=tokens)
+        self.batch = coded.batch
         rows_of_batch = self.batch.num_requests
         self.out = torch.empty_like(self.batch.query)
         size = (rows_of_batch, p.num_kv_heads, p.head_size)
@@ -118,20 +117,6 @@ class Layers:
             if name == "attend":
                 found["layer"].append(end - begin)
         return {f"{name}_us": statistics.median(times) for name, times in found.items()}
-
-
-def _verified(batch: DecodeBatch, tokens: int) -> DecodeBatch:
-    """The last tokens of each request of a batch, a row each."""
-    query = batch.query.repeat_interleave(tokens, 0)
-    at = torch.arange(tokens, dtype=torch.int32, device=query.device).repeat(batch.num_requests)
-    return replace(
-        batch,
-        query=query + NOISE * query.std() * torch.randn_like(query),
-        block_table=batch.block_table.repeat_interleave(tokens, 0),
-        seq_lens=batch.seq_lens.repeat_interleave(tokens) - (tokens - 1 - at),
-        spans=torch.stack([at, tokens - 1 - at], 1),
-        most_tokens=tokens,
-    )
 
 
 def measure(problem: Problem, report: Report, tokens: int = 1) -> None:

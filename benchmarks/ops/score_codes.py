@@ -2,8 +2,8 @@
 """Score from K codes: time and share of the HBM copy bandwidth.
 `python -m benchmarks.ops.score_codes`.
 
-Bytes counted: codes with scale and zero, read once. With --sweep also other numbers of thread
-blocks a list, best first.
+Bytes counted: codes with scale and zero, read once. Also of verification steps, of TOKENS tokens
+a request. With --sweep also other numbers of thread blocks a list, best first.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ PROBLEMS = (
     Problem("llama-2-7b 14x16K", 14, 16384, 32, 1),
     Problem("qwen-3-32b 26x32K", 26, 32768, 8, 8),
 )
+SPECULATED = PROBLEMS[1:3]
+# Queries of the tokens of a request are one and some noise, so that their lists are much alike.
+TOKENS, NOISE = 4, 0.3
 
 
 def coded_shape(problem: Problem) -> CacheShape:
@@ -66,10 +69,11 @@ class CodedBatch:
     @classmethod
     def make(
         cls, problem: Problem, max_blocks: int = 0, host_rows: torch.Tensor | None = None,
-        num_slots: int = 0,
+        num_slots: int = 0, tokens: int = 1,
     ) -> CodedBatch:  # fmt: skip
         """Args:
         max_blocks: where a graph is for longer requests.
+        tokens: of each request, a row each.
         host_rows: of the problem; without, nothing may read or write rows.
         """
         p, shape = problem, coded_shape(problem)
@@ -94,16 +98,19 @@ class CodedBatch:
                 hot_cache=cache,
             )  # fmt: skip
             views.append(replace(view, packed=packed_view(view)))
-        heads, lists = (p.num_requests, p.num_heads), (p.num_requests, p.num_kv_heads)
+        rows = p.num_requests * tokens
+        heads, lists = (rows, p.num_heads), (rows, p.num_kv_heads)
         columns = max_blocks or p.max_blocks
         chunks = score_plan.num_chunks(shape, columns)
         batch = DecodeBatch(
-            torch.randn((*heads, p.head_size), dtype=DTYPE, device="cuda"),
+            torch.randn((p.num_requests, p.num_heads, p.head_size), dtype=DTYPE, device="cuda"),
             torch.randperm(p.num_pages, device="cuda").int().view(p.num_requests, -1),
             torch.full((p.num_requests,), p.context, dtype=torch.int32, device="cuda"),
             p.head_size**-0.5,
             columns,
         )
+        if tokens > 1:
+            batch = _verified(batch, tokens)
         empty = torch.empty((*lists, 0), dtype=torch.int32, device="cuda")
         nothing = Selected(empty, empty, torch.empty(0, device="cuda"))
         return cls(
@@ -129,13 +136,27 @@ class CodedBatch:
         return time_calls([lambda view=view: call(view) for view in self.views])
 
 
-def sweep(batch: CodedBatch, peak: float) -> None:
+def _verified(batch: DecodeBatch, tokens: int) -> DecodeBatch:
+    """The last tokens of each request of a batch, a row each."""
+    query = batch.query.repeat_interleave(tokens, 0)
+    at = torch.arange(tokens, dtype=torch.int32, device=query.device).repeat(batch.num_requests)
+    return replace(
+        batch,
+        query=query + NOISE * query.std() * torch.randn_like(query),
+        block_table=batch.block_table.repeat_interleave(tokens, 0),
+        seq_lens=batch.seq_lens.repeat_interleave(tokens) - (tokens - 1 - at),
+        spans=torch.stack([at, tokens - 1 - at], 1),
+        most_tokens=tokens,
+    )
+
+
+def sweep(batch: CodedBatch, name: str, peak: float) -> None:
     p, shape = batch.problem, coded_shape(batch.problem)
     usual = score_codes.splits_of(shape, p.num_requests, p.max_blocks)
     each = -(-score_plan.num_chunks(shape, p.max_blocks) // score_codes.WARPS)
     tried = {-(-each // chunks) for chunks in (1, 2, 3, 4, 6, 8, 12, 16)} | {usual}
     found = [(batch.time_score(splits).p50, splits) for splits in tried]
-    print(f"\nscore codes sweep, {p.name} (default {usual} thread blocks a list)")
+    print(f"\nscore codes sweep, {name} (default {usual} thread blocks a list)")
     for ms, splits in sorted(found):
         print(
             f"  {ms * 1e3:8.1f} us  {code_bytes(p) / ms * 1e3 / peak:.3f}  {splits}, "
@@ -149,17 +170,19 @@ def main() -> None:
     report = Report("score_codes", options.results)
     print(f"HBM copy {peak / 1e12:.3f} TB/s")
     for problem in PROBLEMS:
-        cases = {"": 0, ", graph for 8x the length": problem.max_blocks * 8}
-        for words, max_blocks in cases.items():
-            batch = CodedBatch.make(problem, max_blocks)
+        cases = {"": (0, 1), ", graph for 8x the length": (problem.max_blocks * 8, 1)}
+        if problem in SPECULATED:
+            cases[f", {TOKENS} tokens a request"] = 0, TOKENS
+        for words, (max_blocks, tokens) in cases.items():
+            batch, name = CodedBatch.make(problem, max_blocks, tokens=tokens), problem.name + words
             timing = batch.time_score()
             rate = code_bytes(problem) / timing.p50 * 1e3
             report.add(
-                problem.name + words, timing, rate / 1e9, share_of_hbm_copy=rate / peak,
+                name, timing, rate / 1e9, share_of_hbm_copy=rate / peak,
                 hbm_copy_gb_per_s=peak / 1e9,
             )  # fmt: skip
-            if options.sweep and not words:
-                sweep(batch, peak)
+            if options.sweep and not max_blocks:
+                sweep(batch, name, peak)
             del batch
     report.finish()
 

@@ -2,6 +2,8 @@
 // Kernels with a fault each, which the emulator must notice (test_emulator.py).
 #include <cuda_runtime.h>
 
+#include "ptx.cuh"
+
 namespace {
 
 // Each thread adds up what all wrote. `barrier` off: some read before others wrote.
@@ -70,6 +72,28 @@ __global__ void shuffles(int* out) {
   out[threadIdx.x] = down + (__ballot_sync(0xffffffffu, lane % 2 == 1) == 0xaaaaaaaau ? 100 : 0);
 }
 
+alignas(16) __device__ int sevens[4] = {7, 7, 7, 7};
+
+// Each thread copies a group, and another, waits for all but `kPending`, and begins a third that
+// takes the place of the first.
+template <int kPending>
+__global__ void copies(int* out) {
+  __shared__ int words[512];
+  char* first = reinterpret_cast<char*>(words + 4 * threadIdx.x);
+  char* second = reinterpret_cast<char*>(words + 256 + 4 * threadIdx.x);
+  const char* from = reinterpret_cast<const char*>(sevens);
+  kcache::copy_async(true, first, from);
+  kcache::copy_async(false, second, from);
+  kcache::commit_copies();
+  kcache::copy_async(true, second, from);
+  kcache::commit_copies();
+  kcache::wait_for_copies<kPending>();
+  out[threadIdx.x] = words[4 * threadIdx.x + 3];
+  out[64 + threadIdx.x] = words[256 + 4 * threadIdx.x];
+  kcache::copy_async(true, first, from);
+  out[128 + threadIdx.x] = words[4 * threadIdx.x];
+}
+
 }  // namespace
 
 extern "C" int run(int which, int* out) {
@@ -82,5 +106,8 @@ extern "C" int run(int which, int* out) {
   if (which == 6) shuffles<<<1, 64, 0, nullptr>>>(out);
   if (which == 7) far_ahead<<<3, 64, 0, nullptr>>>(out);
   if (which == 8) order<<<192, 32, 0, nullptr>>>(out);
+  if (which == 9) copies<0><<<1, 64, 0, nullptr>>>(out);
+  if (which == 10) copies<1><<<1, 64, 0, nullptr>>>(out);
+  if (which == 11) copies<2><<<1, 64, 0, nullptr>>>(out);
   return cudaGetLastError();
 }

@@ -65,6 +65,17 @@ def test_shared_memory_that_nobody_wrote_is_poison(run: Run) -> None:
     assert (out == -1).all()
 
 
+@pytest.mark.parametrize("pending", [0, 1, 2])
+def test_copies_are_not_there_before_a_wait(pending: int, run: Run) -> None:
+    """Nor what they take the place of."""
+    error, out = run(9 + pending)
+    assert error == 0
+    first, second, replaced = out.reshape(3, 64)
+    assert (first == (7 if pending < 2 else -1)).all()
+    assert (second == (7 if pending < 1 else -1)).all()
+    assert (replaced == -1).all()
+
+
 def test_thread_blocks_have_no_order(run: Run) -> None:
     first, second = run(8)[1], run(8)[1]
     assert sorted(first) == sorted(second) == list(range(192))

@@ -140,6 +140,8 @@ def test_scores_from_codes() -> None:
     """Each size of the score kernel; thread blocks with several chunks, with one and with none."""
     for shape in code_checks.SCORED:
         code_checks.check_scores(shape, 2, device=DEVICE)
+    for shape in code_checks.SOME_SCORED:
+        code_checks.check_joint_scores(shape, 2, 0, DEVICE)
 
 
 @pytest.mark.parametrize("host_dtype", code_checks.HOST_DTYPES)

@@ -71,6 +71,12 @@ void publish(uint64_t value);
 uint64_t published(unsigned lane);
 unsigned lane();
 
+// A copy of the thread that runs, with others in groups: `to` is poisoned at once, and written when
+// the thread waits for the copy's group, so that nothing may read or write it between.
+void copy_async(void* to, const void* from, size_t bytes);
+void commit_copies();
+void wait_for_copies(unsigned pending);
+
 // Memory of a `__shared__` variable, told from others by its line; poisoned when a block begins.
 void* shared_memory(int line, size_t bytes);
 cudaError_t run(dim3 grid, unsigned threads, const std::function<void()>& thread);
@@ -140,6 +146,20 @@ template <typename T>
 T __shfl_up_sync(unsigned, T value, int delta) {
   const int source = static_cast<int>(emulator::lane()) - delta;
   return emulator::exchange(value, source < 0 ? emulator::lane() : static_cast<unsigned>(source));
+}
+template <typename T, typename Reduce>
+T reduce_lanes(T value, const Reduce& reduce) {
+  emulator::publish(emulator::to_word(value));
+  T all = emulator::from_word<T>(emulator::published(0));
+  for (unsigned i = 1; i < 32; ++i)
+    all = reduce(all, emulator::from_word<T>(emulator::published(i)));
+  return all;
+}
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+  return reduce_lanes(value, [](unsigned x, unsigned y) { return max(x, y); });
+}
+inline int __reduce_add_sync(unsigned, int value) {
+  return reduce_lanes(value, [](int x, int y) { return x + y; });
 }
 inline unsigned __ballot_sync(unsigned, bool predicate) {
   emulator::publish(predicate);

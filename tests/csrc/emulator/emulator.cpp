@@ -29,7 +29,14 @@ constexpr unsigned kMostHostThreads = 4;
 
 enum class State { kReady, kAtBarrier, kAtWarpBarrier, kEnded };
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
 struct Thread {
+  std::vector<std::vector<Copy>> copies;  // groups, the last of which is not committed
   ucontext_t start;
   jmp_buf resume;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
@@ -61,6 +68,7 @@ class ThreadBlock {
       thread.state = State::kReady;
       thread.started = false;
       thread.exchanges = 0;
+      thread.copies.assign(1, {});
       getcontext(&thread.start);
       thread.start.uc_stack.ss_sp = thread.stack.get();
       thread.start.uc_stack.ss_size = kStackBytes;
@@ -108,6 +116,7 @@ class ThreadBlock {
     return warps_[current_ / 32].words[threads_[current_]->exchanges & 1][lane];
   }
   unsigned lane() const { return current_ % 32; }
+  Thread& current() { return *threads_[current_]; }
   void* shared(int line, size_t bytes) {
     std::vector<unsigned char>& memory = shared_[line];
     if (memory.empty()) memory.assign(bytes + kGuardBytes, kPoison);
@@ -216,6 +225,19 @@ uint64_t published(unsigned lane) {
 }
 unsigned lane() {
   return ThreadBlock::running->lane();
+}
+void copy_async(void* to, const void* from, size_t bytes) {
+  std::memset(to, kPoison, bytes);
+  ThreadBlock::running->current().copies.back().push_back({to, from, bytes});
+}
+void commit_copies() {
+  ThreadBlock::running->current().copies.emplace_back();
+}
+void wait_for_copies(unsigned pending) {
+  std::vector<std::vector<Copy>>& groups = ThreadBlock::running->current().copies;
+  for (; groups.size() > pending + 1; groups.erase(groups.begin())) {
+    for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+  }
 }
 void* shared_memory(int line, size_t bytes) {
   return ThreadBlock::running->shared(line, bytes);

@@ -138,6 +138,21 @@ void load_if(bool wanted, unsigned (&words)[kWords], const char* from) {
   if (wanted) std::memcpy(words, from, sizeof(words));
 }
 
+inline void store_if(bool wanted, float* to, float value) {
+  if (wanted) *to = value;
+}
+
+inline void copy_async(bool wanted, char* to, const char* from) {
+  if (wanted) emulator::copy_async(to, from, 16);
+}
+inline void commit_copies() {
+  emulator::commit_copies();
+}
+template <int kPending>
+void wait_for_copies() {
+  emulator::wait_for_copies(kPending);
+}
+
 inline void load_shared(unsigned (&words)[2], const unsigned* from) {
   std::memcpy(words, from, sizeof(words));
 }

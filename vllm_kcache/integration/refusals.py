@@ -283,7 +283,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "state_match_unit",
-        "prefix_match_unit={value} beside layers with a state",
+        "part of a page as a prefix, beside layers with a state (prefix_match_unit={value})",
         "vLLM copies parts of pages of K there, and their V would stay behind",
         "Leave --prefix-match-unit out: hits end where pages do.",
         value=features.beside_states(lambda c: c.cache_config.prefix_match_unit),

@@ -180,7 +180,8 @@ CASES = {
     "prefixes that end within a page, beside states": Case(
         "part of a page as a prefix, beside layers with a state (prefix_match_unit={value})",
         "part of a page as a prefix, beside layers with a state (prefix_match_unit=8):",
-        "Leave --prefix-match-unit out", model="jamba", arguments={"enable_prefix_caching": True, "prefix_match_unit": 8},
+        "Leave --prefix-match-unit out", model="jamba",
+        arguments={"enable_prefix_caching": True, "prefix_match_unit": 8},
     ),
     "states and drafts": Case(
         "speculative decoding beside layers with a state (method={value})",

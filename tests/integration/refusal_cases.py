@@ -38,7 +38,6 @@ KV_DTYPE = "kv_cache_dtype={value}"
 WINDOW = "sliding-window attention in every layer ({value})"
 SINKS = "attention sinks ({value})"
 ALIBI = "ALiBi ({value})"
-UNCACHED = {"enable_prefix_caching": False}
 CONNECTOR = "kv_connector={value}"
 MICROBATCHING = "microbatching ({value})"
 CHUNKED = "chunked local attention in every layer ({value})"
@@ -178,22 +177,22 @@ CASES = {
         "multi-head latent attention, MLA (DeepseekV2ForCausalLM):", OWN_BACKEND,
         model="deepseek v2",
     ),
-    "states of prefixes": Case(
-        "prefix caching beside layers with a state (mamba_cache_mode={value})",
-        "prefix caching beside layers with a state (mamba_cache_mode=align):",
-        "Set --no-enable-prefix-caching", model="jamba",
-        arguments={"enable_prefix_caching": True},
+    "prefixes that end within a page, beside states": Case(
+        "part of a page as a prefix, beside layers with a state (prefix_match_unit={value})",
+        "part of a page as a prefix, beside layers with a state (prefix_match_unit=8):",
+        "Leave --prefix-match-unit out", model="jamba",
+        arguments={"enable_prefix_caching": True, "prefix_match_unit": 8},
     ),
     "states and drafts": Case(
         "speculative decoding beside layers with a state (method={value})",
         "speculative decoding beside layers with a state (method=ngram):",
         "Leave --speculative-config out", model="jamba",
-        arguments={**UNCACHED, "speculative_config": NGRAM},
+        arguments={"speculative_config": NGRAM},
     ),
     "one pool beside states": Case(
         "one pool for all layers beside sliding-window layers ({value})",
         "one pool for all layers beside sliding-window layers (disable_hybrid_kv_cache_manager",
-        "Leave --disable-hybrid-kv-cache-manager out", model="jamba", arguments=UNCACHED,
+        "Leave --disable-hybrid-kv-cache-manager out", model="jamba",
         changed={"scheduler_config.disable_hybrid_kv_cache_manager": True},
     ),
     "attention-free": Case(
@@ -354,7 +353,8 @@ FREE: dict[str, tuple[str, dict[str, Any]]] = {
         {"weight_transfer_config": {"backend": "nccl"}},
     ),
     "Transformers' model code": ("llama", {"model_impl": "transformers"}),
-    "layers with a state": ("jamba", UNCACHED),
+    "layers with a state": ("jamba", {}),
+    "layers with a state, without prefix caching": ("jamba", {"enable_prefix_caching": False}),
     "n-grams": ("llama", {"speculative_config": NGRAM}),
     "drafts of a class of one's own": (
         "llama",

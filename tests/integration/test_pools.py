@@ -269,6 +269,47 @@ def test_states_have_the_pool_of_window_layers(vllm_config: Any) -> None:
     assert not config.needs_kv_cache_zeroing
 
 
+@pytest.mark.parametrize(
+    ("device", "within", "held"), [("cuda", 0, 2), ("cuda", 1, 3), ("cpu", 1, 2)]
+)
+def test_kept_states_have_blocks(vllm_config: Any, device: str, within: int, held: int) -> None:
+    """With prefix caching: one more a request, and one within a prompt where a kernel keeps it."""
+    from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
+    from vllm.v1.kv_cache_interface import MambaSpec
+
+    from vllm_kcache.integration.pools import planning, window_pool
+
+    cache_config = vllm_config.cache_config
+    cache_config.enable_prefix_caching, cache_config.mamba_cache_mode = True, "align"
+    object.__setattr__(vllm_config.device_config, "device_type", device)
+    state = MambaSpec(
+        block_size=BLOCK, shapes=((999, 64),), dtypes=(torch.float32,), mamba_cache_mode="align",
+        num_prefill_checkpoint_blocks=within, prefill_checkpoint_alignment=within or None,
+    )  # fmt: skip
+    made = {name: spec if name in FULL_NAMES else state for name, spec in specs().items()}
+    pool = window_pool(vllm_config, made)
+    assert pool.request_blocks == held
+    assert pool.step_blocks == held + 1
+    (config,) = planning.get_kv_cache_configs(vllm_config, [made], [2**26])
+    (kept,) = (group.kv_cache_spec for group in config.kv_cache_groups[1:])
+    assert kept.num_prefill_checkpoint_blocks == held - 2
+    # Hits end where pages do, so that no page is copied in part.
+    assert resolve_kv_cache_block_sizes(config, vllm_config) == (BLOCK, BLOCK)
+
+
+def test_a_kept_state_covers_a_page(vllm_config: Any) -> None:
+    from vllm.platforms.interface import Platform
+
+    cache_config = vllm_config.cache_config
+    cache_config.block_size, cache_config.mamba_block_size = 48, 16
+    cache_config.mamba_cache_mode = "align"
+    Platform._align_hybrid_block_size(vllm_config, None)
+    assert (cache_config.block_size, cache_config.mamba_block_size) == (48, 48)
+    cache_config.mamba_cache_mode, cache_config.mamba_block_size = "none", 512
+    Platform._align_hybrid_block_size(vllm_config, None)
+    assert cache_config.mamba_block_size == 512
+
+
 def test_chunked_layers_have_the_pool_of_window_layers(vllm_config: Any) -> None:
     """In blocks for at least what vLLM lets a request take."""
     from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec

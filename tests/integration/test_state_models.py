@@ -19,19 +19,19 @@ pytestmark = [pytest.mark.full, pytest.mark.slow, pytest.mark.timeout(900)]
 
 FAMILY, FULL_LAYERS = FAMILIES["Granite 4-H"], 2
 # Few blocks of states, and so few pages go with them that some of a crowd must wait.
-STATES, PAGE_TOKENS = 5, 32
+STATES, PAGE_TOKENS = 15, 32
 # Tokens of a piece of the text by which K is measured.
 PIECE = 128
 
 
 def test_text_equals_stock(tmp_path: Path) -> None:
-    """Through chunked prefill, n > 1 and preemption."""
+    """Through chunked prefill, shared prefixes, n > 1 and preemption."""
     model = write_random_model(tmp_path / "model", FAMILY.model_type, **FAMILY.changes)
     engine: dict[str, Any] = {**ENGINE, **FAMILY.engine, "model": model}
     runs = run_engines(
         tmp_path,
         {
-            "stock": spec_of(work(), **engine),
+            "stock": spec_of(work(), **engine, **FAMILY.stock),
             "split": spec_of(
                 work(), {**GATE, "k_bits": 16}, **engine, num_gpu_blocks_override=STATES
             ),
@@ -44,6 +44,9 @@ def test_text_equals_stock(tmp_path: Path) -> None:
     assert len(set(map(tuple, texts))) == len(texts)
     assert split["vllm_metrics"]["vllm:num_preemptions"] > 0
     assert split["num_blocks"] == STATES
+    for cached in (split, runs["codes"]):
+        # A prefix ends where a page does, one token before the prompt's end at the latest.
+        assert [row["cached_tokens"] for row in cached["batches"][1]] == [0, 32, 384, 64]
     figures = split["kcache_metrics"]
     assert figures["decode_layer_steps"] % FULL_LAYERS == 0
     assert figures["dropped_mass"][0] == [1e-4, figures["selected_lists"]]

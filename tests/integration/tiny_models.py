@@ -310,6 +310,39 @@ def write_random_model(folder: Path, model_type: str, **changes: Any) -> str:
     return str(folder)
 
 
+# Of the tokens that stand for images, and of a rotary embedding in three directions.
+_IMAGES = {
+    "image_token_id": 508, "video_token_id": 509, "vision_start_token_id": 510,
+    "vision_end_token_id": 511,
+}  # fmt: skip
+_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [12, 10, 10]}
+
+
+def write_qwen3_vl(folder: Path) -> str:
+    """A random float32 Qwen3-VL, an encoder of images before its language layers; returns its
+    folder."""
+    import torch
+    from transformers import AutoModelForImageTextToText, Qwen3VLConfig
+
+    torch.manual_seed(0)
+    text = {
+        **_COMMON, "num_hidden_layers": 4, "vocab_size": 512, "head_dim": 64, "pad_token_id": 0,
+        "initializer_range": 0.2, "rope_parameters": {**_ROPE, "mrope_interleaved": True},
+        "torch_dtype": "float32",
+    }  # fmt: skip
+    vision = {
+        "depth": 2, "hidden_size": 64, "intermediate_size": 64, "num_heads": 4,
+        "out_hidden_size": text["hidden_size"], "deepstack_visual_indexes": [0],
+        "num_position_embeddings": 64,
+    }  # fmt: skip
+    config = Qwen3VLConfig(
+        text_config=text, vision_config=vision, torch_dtype="float32", tie_word_embeddings=False,
+        **_IMAGES,
+    )  # fmt: skip
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    return str(folder)
+
+
 def cut_model(source: Path, folder: Path, layers: list[int]) -> str:
     """The model of `source` with these of its layers only, in a new folder; returns its path."""
     from safetensors import safe_open

@@ -199,6 +199,9 @@ def _metadata(builders: dict[str, Any], tokens: int, device: torch.device) -> di
     """Of one request that prefills all of its so many tokens, by the layer's name."""
     starts = torch.tensor([0, tokens], dtype=torch.int32)
     lengths = starts[1:]
+    # Where states of prefixes are kept a table has a column for each, otherwise one.
+    kept = min((each.kv_cache_spec.block_size for each in builders.values()), default=tokens)
+    table = torch.full((1, -(-tokens // kept)), _STATE_BLOCK, dtype=torch.int32, device=device)
     batch = CommonAttentionMetadata(
         query_start_loc=starts.to(device),
         query_start_loc_cpu=starts,
@@ -207,7 +210,7 @@ def _metadata(builders: dict[str, Any], tokens: int, device: torch.device) -> di
         num_actual_tokens=tokens,
         max_query_len=tokens,
         max_seq_len=tokens,
-        block_table_tensor=torch.full((1, 1), _STATE_BLOCK, dtype=torch.int32, device=device),
+        block_table_tensor=table,
         slot_mapping=torch.arange(tokens, device=device),
         is_prefilling=torch.ones(1, dtype=torch.bool),
         seq_lens_cpu_upper_bound=lengths,

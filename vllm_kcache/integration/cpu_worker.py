@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -29,3 +32,18 @@ class KCacheCPUWorker(SplitCacheWorker, CPUWorker):
     def _host_bytes_per_page(self, page_bytes: int, row_bytes: int) -> int:
         # "auto" is a share of all that is left, and pages will be in the same memory.
         return page_bytes + row_bytes if self.kcache_config.host_memory_gib == "auto" else row_bytes
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """As vLLM's, which would fail at a seeded request whose prompt goes on after this step.
+
+        It samples for such a request all the same, and turns its generator back: that of a CPU
+        cannot be. Beside states with prefix caching, most prompts take two steps.
+        """
+        runner = self.model_runner
+        batch = runner.input_batch
+        unfinished = np.flatnonzero(runner.discard_request_mask.np[: batch.num_reqs])
+        aside = {i: batch.generators.pop(i) for i in unfinished if i in batch.generators}
+        try:
+            return super().sample_tokens(grammar_output)
+        finally:
+            batch.generators.update(aside)

@@ -148,12 +148,6 @@ def beside_states(value: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda c: value(c) if c.model_config.is_hybrid else None
 
 
-def state_caching(vllm_config: Any) -> str | None:
-    """How states are kept for prefixes."""
-    mode = vllm_config.cache_config.mamba_cache_mode
-    return None if mode == "none" else mode
-
-
 def one_pool(vllm_config: Any) -> str | None:
     """Setting that gives all layers one pool of blocks."""
     is_on = vllm_config.scheduler_config.disable_hybrid_kv_cache_manager

@@ -2,8 +2,9 @@
 """KV cache groups of a model with window layers: its full layers get a pool of their own.
 
 Window layers are those with a sliding window, and those that attend within chunks (Llama 4). Layers
-that keep a state (linear attention, Mamba) are beside the full ones as window layers are: their
-blocks hold the state of one request.
+that keep a state (linear attention, Mamba) are beside the full ones as window layers are: a block
+holds a state. With prefix caching a block of states covers as many tokens as a page, so that hits
+end where pages do and vLLM copies no part of one: its V would stay behind.
 
 vLLM gives all groups of layers one pool of blocks and one allocation, which each group reads in its
 own way. Pages of K or codes are smaller than the window layers' blocks and would be padded to them;
@@ -90,7 +91,7 @@ _USAGE_RECORD = PatchRecord(
 _ALIGN_RECORD = PatchRecord(
     target="vllm.platforms.interface.Platform._align_hybrid_block_size",
     why="It makes pages of K as large as the states of other layers: thousands of tokens.",
-    how="It does nothing where the two have pools of their own.",
+    how="Where the two have pools of their own a kept state covers as many tokens as a page.",
     upstream=_UPSTREAM,
     until=_UNTIL,
 )
@@ -208,10 +209,9 @@ def _window_pool(vllm_config: Any, groups: list[KVCacheGroupSpec]) -> WindowPool
     own = _own_group(groups)
     assert own is not None
     specs = [next(iter(iter_layer_specs(g.kv_cache_spec))) for g in groups if g is not own]
-    scheduler, drafts = vllm_config.scheduler_config, vllm_config.num_speculative_tokens
+    scheduler = vllm_config.scheduler_config
     return WindowPool.plan(
-        # While drafts are verified a request holds them beside its window.
-        [_window_and_block(spec, drafts) for spec in specs],
+        [each for spec in specs for each in _windows_and_blocks(vllm_config, spec)],
         block_bytes=planning._pool_bytes_per_block(vllm_config, groups),
         page_bytes=planning._get_kv_cache_bytes_per_block(
             [own], vllm_config.cache_config.get_resolved_kv_cache_layout()
@@ -226,14 +226,17 @@ def _window_pool(vllm_config: Any, groups: list[KVCacheGroupSpec]) -> WindowPool
     )
 
 
-def _window_and_block(spec: Any, drafts: int) -> tuple[int, int]:
+def _windows_and_blocks(vllm_config: Any, spec: Any) -> list[tuple[int, int]]:
     """Tokens that a request holds at most in a window layer, beside those of a step, and tokens of
-    a block; of a state as many as a request may have, in one block."""
+    a block. Of states, each of which is a block, one entry for each that it holds at most: with
+    prefix caching the last one beside the present one, and one within a prompt where the model can
+    keep it. Those of earlier prompts are kept in blocks that are not held."""
     if isinstance(spec, MambaSpec):
-        return 1, spec.block_size
-    return (getattr(spec, "sliding_window", None) or spec.attention_chunk_size) + drafts, (
-        spec.block_size
-    )
+        states = spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes
+        return [(1, vllm_config.model_config.max_model_len)] * states
+    # While drafts are verified a request holds them beside its window.
+    window = getattr(spec, "sliding_window", None) or spec.attention_chunk_size
+    return [(window + vllm_config.num_speculative_tokens, spec.block_size)]
 
 
 def _own_group(groups: list[KVCacheGroupSpec]) -> KVCacheGroupSpec | None:
@@ -255,6 +258,8 @@ def _with_own_group(original: Callable) -> Callable:
             kinds = sorted({get_kv_cache_spec_kind(spec).value for spec in others})
             refusals.refuse("kv_cache_groups", f"sliding_window, {', '.join(kinds)}")
         refusals.check_beside_windows(vllm_config)
+        if vllm_config.device_config.device_type == "cpu":
+            windows = {name: _without_checkpoints(spec) for name, spec in windows.items()}
         KVCacheSpecRegistry._ensure_registered(vllm_config)
         KVCacheSpecRegistry.register(OwnPoolSpec, OwnPoolManager, FullAttentionSpec)
         own = {name: replace_as(spec, OwnPoolSpec) for name, spec in full.items()}
@@ -263,6 +268,17 @@ def _with_own_group(original: Callable) -> Callable:
         return [group, *original(vllm_config, windows)]
 
     return get_kv_cache_groups
+
+
+def _without_checkpoints(spec: Any) -> Any:
+    """The spec of a layer whose kernel keeps no state within a prompt's chunk: chunks end there.
+
+    vLLM's kernels of Mamba layers on a CPU return the last states only, and it fails at the first
+    prompt that it asks for another.
+    """
+    if not isinstance(spec, MambaSpec):
+        return spec
+    return replace(spec, num_prefill_checkpoint_blocks=0, prefill_checkpoint_alignment=None)
 
 
 def _with_own_pool(original: Callable) -> Callable:
@@ -309,8 +325,11 @@ def _with_own_pool(original: Callable) -> Callable:
 
 def _unless_apart(original: Callable) -> Callable:
     def _align_hybrid_block_size(cls: Any, vllm_config: Any, backend_cls: Any) -> None:
+        cache_config = vllm_config.cache_config
         if settings_of(vllm_config) is None:
             original(cls, vllm_config, backend_cls)
+        elif cache_config.mamba_cache_mode == "align":
+            cache_config.mamba_block_size = cache_config.block_size
 
     return _align_hybrid_block_size
 

@@ -282,11 +282,11 @@ REFUSALS: tuple[Refusal, ...] = (
         value=features.architecture_if(lambda c: c.model_config.is_attention_free),
     ),
     Refusal(
-        "states_cached",
-        "prefix caching beside layers with a state (mamba_cache_mode={value})",
-        "vLLM copies blocks of K there, and their V would stay behind",
-        "Set --no-enable-prefix-caching.",
-        value=features.beside_states(features.state_caching),
+        "state_match_unit",
+        "part of a page as a prefix, beside layers with a state (prefix_match_unit={value})",
+        "vLLM copies parts of pages of K there, and their V would stay behind",
+        "Leave --prefix-match-unit out: hits end where pages do.",
+        value=features.beside_states(lambda c: c.cache_config.prefix_match_unit),
     ),
     Refusal(
         "states_with_drafts",

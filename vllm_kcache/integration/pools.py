@@ -211,7 +211,7 @@ def _window_pool(vllm_config: Any, groups: list[KVCacheGroupSpec]) -> WindowPool
     scheduler, drafts = vllm_config.scheduler_config, vllm_config.num_speculative_tokens
     return WindowPool.plan(
         # While drafts are verified a request holds them beside its window.
-        [_window_and_block(spec, drafts) for spec in specs],
+        [each for spec in specs for each in _windows_and_blocks(spec, drafts)],
         block_bytes=planning._pool_bytes_per_block(vllm_config, groups),
         page_bytes=planning._get_kv_cache_bytes_per_block(
             [own], vllm_config.cache_config.get_resolved_kv_cache_layout()
@@ -226,14 +226,14 @@ def _window_pool(vllm_config: Any, groups: list[KVCacheGroupSpec]) -> WindowPool
     )
 
 
-def _window_and_block(spec: Any, drafts: int) -> tuple[int, int]:
+def _windows_and_blocks(spec: Any, drafts: int) -> list[tuple[int, int]]:
     """Tokens that a request holds at most in a window layer, beside those of a step, and tokens of
-    a block; of a state as many as a request may have, in one block."""
+    a block. Of a state as many as a request may have, in one block; and in one more for each draft,
+    for vLLM keeps the state that each of them leaves until it knows how many are accepted."""
     if isinstance(spec, MambaSpec):
-        return 1, spec.block_size
-    return (getattr(spec, "sliding_window", None) or spec.attention_chunk_size) + drafts, (
-        spec.block_size
-    )
+        return [(1, spec.block_size)] * (1 + spec.num_speculative_blocks)
+    window = getattr(spec, "sliding_window", None) or spec.attention_chunk_size
+    return [(window + drafts, spec.block_size)]
 
 
 def _own_group(groups: list[KVCacheGroupSpec]) -> KVCacheGroupSpec | None:

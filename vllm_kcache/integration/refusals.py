@@ -453,6 +453,12 @@ REFUSALS: tuple[Refusal, ...] = (
         "Take a draft model with full attention in every layer.",
     ),
     Refusal(
+        "draft_shares",
+        "drafts that read the cache of the model ({value})",
+        "its pages hold no V",
+        "Leave --speculative-config out, or set its method to ngram.",
+    ),
+    Refusal(
         "window_layer",
         "a sliding window in a split layer ({value})",
         "selection covers the whole context",

@@ -62,7 +62,7 @@ CASES = {
     ),
     "KV of another float type": Case(
         KV_DTYPE, "kv_cache_dtype=bfloat16:", "Leave --kv-cache-dtype at auto",
-        arguments={"kv_cache_dtype": "bfloat16", "dtype": "float32"},
+        arguments={"dtype": "float32"}, changed={"cache_config.cache_dtype": "bfloat16"},
     ),
     "fp8 KV of the checkpoint": Case(
         KV_DTYPE, "kv_cache_dtype=fp8, from kv_cache_scheme={",

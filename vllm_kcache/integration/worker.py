@@ -113,7 +113,7 @@ class SplitCacheWorker:
         self._check_one_request_fits(pages, available, window)
         self._log_plan(pages, page_bytes, host_pages, window)
         # The engine would take the least blocks of the ranks, and knows of no pages beside them.
-        return _least_of_ranks(window.bytes_for(pages), self.vllm_config)
+        return _least_of_ranks(pools.bytes_asked(window, pages), self.vllm_config)
 
     def _page_bytes(self) -> tuple[int, WindowPool | None]:
         """Bytes of a page of all layers that attend to the whole context, and what those with a

@@ -14,6 +14,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from tests.integration.builders import configs_of
 from vllm_kcache.config import KCacheConfigError
 
 pytestmark = pytest.mark.usefixtures("quick_vllm")
@@ -62,16 +63,6 @@ def specs(dense: bool = False, windows: int = 1) -> dict[str, Any]:
             keeps_v = dense and name == FULL_NAMES[1]
             made[name] = FullAttentionSpec(**shape, state_content_bytes=None if keeps_v else 36)
     return made
-
-
-def configs_of(vllm_config: Any, made: list[dict[str, Any]], available: int) -> list[Any]:
-    """vLLM's configuration of each rank, with so many bytes each."""
-    from vllm_kcache.integration.pools import planning
-
-    # vLLM 0.33 groups layers beforehand.
-    group = getattr(planning, "get_global_kv_cache_groups", None)
-    groups = [] if group is None else [group(vllm_config, made)]
-    return planning.get_kv_cache_configs(vllm_config, made, [available] * len(made), *groups)
 
 
 def planned(vllm_config: Any, available: int, **changes: Any) -> Any:

@@ -45,7 +45,7 @@ CHUNKED = "chunked local attention in every layer ({value})"
 SPECULATION = "speculative decoding (method={value})"
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 OTHER_DRAFTS = (
-    "medusa", "mlp_speculator", "suffix", "extract_hidden_states", "dflash", "dspark",
+    "medusa", "mlp_speculator", "extract_hidden_states", "dflash", "dspark",
 )  # fmt: skip
 OWN_BACKEND = "vLLM's own backend"
 FULL_ATTENTION = "Serve a model with full attention in every layer"

@@ -254,21 +254,27 @@ def test_other_kinds_of_layers_are_refused(vllm_config: Any) -> None:
         planning.get_kv_cache_groups(vllm_config, {**specs(), "model.layers.5.attn": latent})
 
 
-def test_states_have_the_pool_of_window_layers(vllm_config: Any) -> None:
-    """One block a request, and pages of the full layers are no larger for them."""
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_states_have_the_pool_of_window_layers(vllm_config: Any, drafts: int) -> None:
+    """One block a request, and one for each draft; and pages of the full layers are no larger for
+    them."""
     from vllm.v1.kv_cache_interface import MambaSpec
 
     from vllm_kcache.integration.pools import planning, window_pool
 
     length = vllm_config.model_config.max_model_len
-    state = MambaSpec(block_size=length, shapes=((999, 64),), dtypes=(torch.float32,))
+    state = MambaSpec(
+        block_size=length, shapes=((999, 64),), dtypes=(torch.float32,),
+        num_speculative_blocks=drafts,
+    )  # fmt: skip
     made = {name: spec if name in FULL_NAMES else state for name, spec in specs().items()}
     own, others = planning.get_kv_cache_groups(vllm_config, dict(made))
     assert set(own.layer_names) == set(FULL_NAMES)
     assert own.kv_cache_spec.block_size == BLOCK
     assert set(others.layer_names) == set(made) - set(FULL_NAMES)
     pool = window_pool(vllm_config, made)
-    assert pool.request_blocks == 1
+    assert pool.request_blocks == 1 + drafts
+    assert pool.request_blocks * state.page_size_bytes == state.max_memory_usage_bytes(vllm_config)
     assert pool.block_bytes == len(others.layer_names) * 999 * 64 * 4
     (config,) = configs_of(vllm_config, [made], 2**24)
     assert config.has_mamba_layers

@@ -223,6 +223,20 @@ def test_a_selection_is_the_same_for_a_draft(k_bits: int, long_runs: Runs) -> No
         assert figures["dropped_mass"][0][1] < figures["selected_lists"] / 2
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("k_bits", [4, 16])
+def test_suffixes(k_bits: int, model: str, stock: dict[str, Any], tmp_path: Path) -> None:
+    """Drafts of as many tokens as each request's text gives, another number in each step."""
+    pytest.importorskip("arctic_inference.suffix_decoding", reason="vLLM asks for this package")
+    drafts = {"method": "suffix", "num_speculative_tokens": 8}
+    found = run_engine(
+        tmp_path, work()[:1], {**GATE, "k_bits": k_bits}, model=model, speculative_config=drafts,
+        **ENGINE,
+    )  # fmt: skip
+    assert tokens_of(found) == tokens_of(stock)
+    assert 0 < figures_of(found)[2] < figures_of(found)[1]
+
+
 # Drafts that are known to be right up to a place.
 
 

@@ -19,7 +19,7 @@ SINK_MODEL_TYPES = ("openai_privacy_filter",)
 WINDOW_KINDS = ("sliding_attention", "chunked_attention")
 # Drafts of a custom class are taken to need no layers. `ngram_gpu` is of a GPU alone.
 SERVED_SPECULATION = (
-    "ngram", "ngram_gpu", "custom_class", "draft_model", "eagle", "eagle3", "mtp",
+    "ngram", "ngram_gpu", "suffix", "custom_class", "draft_model", "eagle", "eagle3", "mtp",
 )  # fmt: skip
 SINK_SETTINGS = (
     "attention_sinks",

@@ -31,7 +31,7 @@ _CHUNKED_RECORD = PatchRecord(
     ),
     why="It derives its backend from the one chosen for layers of the whole context.",
     how="While it is built no backend is chosen, so it derives from vLLM's own.",
-    upstream="So in 0.32; not looked at in 0.33.",
+    upstream="So in 0.32 and 0.33.",
     until="vLLM can pick a backend for chunked layers.",
 )
 _CPU_RECORD = PatchRecord(

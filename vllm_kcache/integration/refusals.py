@@ -291,7 +291,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "states_with_drafts",
         "speculative decoding beside layers with a state (method={value})",
-        "these were not tried together",
+        "vLLM's kernels of a CPU keep what a rejected draft leaves in a state, and on a GPU the "
+        "two were not tried together",
         "Leave --speculative-config out.",
         value=features.beside_states(lambda c: getattr(c.speculative_config, "method", None)),
     ),

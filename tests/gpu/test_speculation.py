@@ -20,6 +20,7 @@ import pytest
 from tests.gpu.comparing import GRAPHS
 from tests.integration import drafting
 from tests.integration.engines import GATE, run_engine, tokens_of
+from tests.integration.families import FAMILIES
 from tests.integration.test_speculation import (
     BLOCK,
     DRAFTS,
@@ -38,7 +39,7 @@ from tests.integration.test_speculation import (
     texts_of,
     work,
 )
-from tests.integration.tiny_models import write_llama
+from tests.integration.tiny_models import write_llama, write_random_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
@@ -94,6 +95,38 @@ class Engines:
         return self._running[name].result()
 
 
+def start_heads(
+    found: Engines, model: str, folder: Path, settings: dict[int, dict[str, Any]]
+) -> None:
+    """Engines with drafts of heads, and stock's."""
+    heads = heads_of(model, folder)
+    found.start("stock plain mtp", work, model=heads["mtp"][0])
+    for method, (served, drafts) in heads.items():
+        found.start(f"stock {method}", work, model=served, speculative_config=drafts)
+    for method, k_bits, eager in (
+        ("eagle", 4, False), ("eagle3", 16, False), ("eagle3", 4, False), ("mtp", 4, False),
+        ("mtp", 16, True),
+    ):  # fmt: skip
+        served, drafts = heads[method]
+        found.start(
+            f"{method} {k_bits}", work, settings[k_bits], model=served,
+            speculative_config=drafts, enforce_eager=eager,
+        )  # fmt: skip
+
+
+def start_states(found: Engines, folder: Path, settings: dict[int, dict[str, Any]]) -> None:
+    """Engines of a model with Mamba layers, with n-grams and without."""
+    family = FAMILIES["Granite 4-H"]
+    served = write_random_model(
+        folder / "granite", family.model_type, **{**family.changes, "vocab_size": VOCABULARY}
+    )
+    engine: dict[str, Any] = {**family.engine, "model": served}
+    found.start("stock plain states", work, **engine)
+    for k_bits in (16, 4):
+        drafts = {"speculative_config": NGRAM, **engine}
+        found.start(f"states {k_bits}", work, settings[k_bits], **drafts)
+
+
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     folder = tmp_path_factory.mktemp("speculation")
@@ -108,10 +141,6 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
         found = Engines(folder, pool, model)
         found.start("stock", work)
         found.start("stock draft", work, speculative_config=smaller)
-        heads = heads_of(model, folder)
-        found.start("stock plain mtp", work, model=heads["mtp"][0])
-        for method, (served, drafts) in heads.items():
-            found.start(f"stock {method}", work, model=served, speculative_config=drafts)
         settings = {k_bits: {**GATE, **HOT, "k_bits": k_bits} for k_bits in (16, 4)}
         on_gpu = {**NGRAM, "method": "ngram_gpu"}
         for name, k_bits, drafts, engine in (
@@ -123,15 +152,8 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
             ("draft 4", 4, smaller, EAGER),
         ):
             found.start(name, work, settings[k_bits], speculative_config=drafts, **engine)
-        for method, k_bits, engine in (
-            ("eagle", 4, {}), ("eagle3", 16, {}), ("eagle3", 4, {}), ("mtp", 4, {}),
-            ("mtp", 16, EAGER),
-        ):  # fmt: skip
-            served, drafts = heads[method]
-            found.start(
-                f"{method} {k_bits}", work, settings[k_bits], model=served,
-                speculative_config=drafts, **engine,
-            )  # fmt: skip
+        start_heads(found, model, folder, settings)
+        start_states(found, folder, settings)
         few = {**SELECTION, **HOT, "k_bits": 4}
         found.start("selection", lambda: work()[:1], few)
         found.start("selection ngram", lambda: work()[:1], few, speculative_config=NGRAM)
@@ -197,6 +219,15 @@ def test_heads_leave_the_text_as_it_is(name: str, engines: Engines) -> None:
         check_text(engines[name], engines["stock plain mtp"], MTP_WORDS)
     else:
         check_text(engines[name], engines["stock"])
+
+
+@pytest.mark.parametrize("k_bits", [16, 4])
+def test_drafts_beside_states(k_bits: int, engines: Engines) -> None:
+    """A state after each draft is kept until it is known how many are accepted."""
+    found = engines[f"states {k_bits}"]
+    assert tokens_of(found) == tokens_of(engines["stock plain states"])
+    _, drafts, accepted = figures_of(found)
+    assert 0 < accepted < drafts
 
 
 @pytest.mark.parametrize(

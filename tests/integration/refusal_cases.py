@@ -184,8 +184,8 @@ CASES = {
         arguments={"enable_prefix_caching": True},
     ),
     "states and drafts": Case(
-        "speculative decoding beside layers with a state (method={value})",
-        "speculative decoding beside layers with a state (method=ngram):",
+        "speculative decoding beside layers with a state, on a CPU (method={value})",
+        "speculative decoding beside layers with a state, on a CPU (method=ngram):",
         "Leave --speculative-config out", model="jamba",
         arguments={**UNCACHED, "speculative_config": NGRAM},
     ),

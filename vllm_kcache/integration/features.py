@@ -150,6 +150,13 @@ def beside_states(value: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda c: value(c) if c.model_config.is_hybrid else None
 
 
+def drafts_on_a_cpu(vllm_config: Any) -> str | None:
+    """Method of speculative decoding on a CPU."""
+    if vllm_config.device_config.device_type != "cpu":
+        return None
+    return getattr(vllm_config.speculative_config, "method", None)
+
+
 def state_caching(vllm_config: Any) -> str | None:
     """How states are kept for prefixes."""
     mode = vllm_config.cache_config.mamba_cache_mode

@@ -290,11 +290,10 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "states_with_drafts",
-        "speculative decoding beside layers with a state (method={value})",
-        "vLLM's kernels of a CPU keep what a rejected draft leaves in a state, and on a GPU the "
-        "two were not tried together",
+        "speculative decoding beside layers with a state, on a CPU (method={value})",
+        "vLLM's kernels of a CPU keep what a rejected draft leaves in a state",
         "Leave --speculative-config out.",
-        value=features.beside_states(lambda c: getattr(c.speculative_config, "method", None)),
+        value=features.beside_states(features.drafts_on_a_cpu),
     ),
     Refusal(
         "diffusion",

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speculative decoding on a GPU: the text is the one without it, whatever is drafted.
 
-As tests/integration/test_speculation.py, with vLLM's runners of a GPU: the second one with n-grams
-and a draft model, the first one with a class of one's own. All engines run at the same time.
+As tests/integration/test_speculation.py, with vLLM's runners of a GPU: the second one with n-grams,
+a draft model and heads over hidden states, the first one with a class of one's own. All engines run
+at the same time.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from tests.integration.test_speculation import (
     KNOWN,
     KV_HEADS,
     LAYERS,
+    MTP_WORDS,
     NGRAM,
     SELECTION,
     VOCABULARY,
     begun,
     figures_of,
+    heads_of,
     smaller_model,
     steps_of,
     texts_of,
@@ -91,6 +94,25 @@ class Engines:
         return self._running[name].result()
 
 
+def start_heads(
+    found: Engines, model: str, folder: Path, settings: dict[int, dict[str, Any]]
+) -> None:
+    """Engines with drafts of heads, and stock's."""
+    heads = heads_of(model, folder)
+    found.start("stock plain mtp", work, model=heads["mtp"][0])
+    for method, (served, drafts) in heads.items():
+        found.start(f"stock {method}", work, model=served, speculative_config=drafts)
+    for method, k_bits, eager in (
+        ("eagle", 4, False), ("eagle3", 16, False), ("eagle3", 4, False), ("mtp", 4, False),
+        ("mtp", 16, True),
+    ):  # fmt: skip
+        served, drafts = heads[method]
+        found.start(
+            f"{method} {k_bits}", work, settings[k_bits], model=served,
+            speculative_config=drafts, enforce_eager=eager,
+        )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     folder = tmp_path_factory.mktemp("speculation")
@@ -116,6 +138,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
             ("draft 4", 4, smaller, EAGER),
         ):
             found.start(name, work, settings[k_bits], speculative_config=drafts, **engine)
+        start_heads(found, model, folder, settings)
         few = {**SELECTION, **HOT, "k_bits": 4}
         found.start("selection", lambda: work()[:1], few)
         found.start("selection ngram", lambda: work()[:1], few, speculative_config=NGRAM)
@@ -140,10 +163,10 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
         yield found
 
 
-def check_text(found: Result, stock: Result) -> None:
+def check_text(found: Result, stock: Result, words: int = VOCABULARY // 3) -> None:
     """Stock vLLM's, with everything selected; some drafts are accepted, and some are not."""
     # Equal text says little where all text is equal.
-    assert all(len(set(tokens)) > VOCABULARY // 3 for (tokens,) in tokens_of(stock)[0])
+    assert all(len(set(tokens)) > words for (tokens,) in tokens_of(stock)[0])
     assert tokens_of(found) == tokens_of(stock)
     steps, drafts, accepted = figures_of(found)
     assert 0 < accepted < drafts
@@ -174,11 +197,22 @@ def test_verification_steps_are_replayed(engines: Engines) -> None:
     assert graphs < eager / 2
 
 
-@pytest.mark.parametrize("k_bits", [16, 4])
-def test_a_draft_model_is_as_right_as_with_stock(k_bits: int, engines: Engines) -> None:
+@pytest.mark.parametrize("name", ["eagle 4", "eagle3 16", "eagle3 4", "mtp 4", "mtp 16"])
+def test_heads_leave_the_text_as_it_is(name: str, engines: Engines) -> None:
+    """Their layers, and what they are given of the model's, are vLLM's own."""
+    if name.startswith("mtp"):
+        check_text(engines[name], engines["stock plain mtp"], MTP_WORDS)
+    else:
+        check_text(engines[name], engines["stock"])
+
+
+@pytest.mark.parametrize(
+    "name", ["draft 16", "draft 4", "eagle 4", "eagle3 16", "eagle3 4", "mtp 4", "mtp 16"]
+)
+def test_drafts_are_as_right_as_with_stock(name: str, engines: Engines) -> None:
     shares = []
-    for name in (f"draft {k_bits}", "stock draft"):
-        _, drafts, accepted = figures_of(engines[name])
+    for each in (name, f"stock {name.split()[0]}"):
+        _, drafts, accepted = figures_of(engines[each])
         shares.append(accepted / drafts)
     assert abs(shares[0] - shares[1]) <= 0.01, shares
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The builder of metadata as an engine makes it, without an engine."""
+"""What an engine makes at start, without one: the builder of metadata, the layout of a cache."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -23,3 +24,13 @@ def builder_of(
     )
     spec = SimpleNamespace(block_size=page_tokens)
     return KCacheMetadataBuilder(spec, ["layer"], vllm_config, torch.device("cpu"))
+
+
+def configs_of(vllm_config: Any, made: list[dict[str, Any]], available: int) -> list[Any]:
+    """vLLM's configuration of each rank, with so many bytes each."""
+    from vllm_kcache.integration.pools import planning
+
+    # vLLM 0.33 groups layers beforehand.
+    group = getattr(planning, "get_global_kv_cache_groups", None)
+    groups = [] if group is None else [group(vllm_config, made)]
+    return planning.get_kv_cache_configs(vllm_config, made, [available] * len(made), *groups)

@@ -44,8 +44,7 @@ CHUNKED = "chunked local attention in every layer ({value})"
 SPECULATION = "speculative decoding (method={value})"
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 OTHER_DRAFTS = (
-    "eagle", "eagle3", "mtp", "medusa", "mlp_speculator", "suffix",
-    "extract_hidden_states", "dflash", "dspark",
+    "medusa", "mlp_speculator", "extract_hidden_states", "dflash", "dspark",
 )  # fmt: skip
 OWN_BACKEND = "vLLM's own backend"
 FULL_ATTENTION = "Serve a model with full attention in every layer"
@@ -62,7 +61,7 @@ CASES = {
     ),
     "KV of another float type": Case(
         KV_DTYPE, "kv_cache_dtype=bfloat16:", "Leave --kv-cache-dtype at auto",
-        arguments={"kv_cache_dtype": "bfloat16", "dtype": "float32"},
+        arguments={"dtype": "float32"}, changed={"cache_config.cache_dtype": "bfloat16"},
     ),
     "fp8 KV of the checkpoint": Case(
         KV_DTYPE, "kv_cache_dtype=fp8, from kv_cache_scheme={",
@@ -184,8 +183,8 @@ CASES = {
         arguments={"enable_prefix_caching": True, "prefix_match_unit": 8},
     ),
     "states and drafts": Case(
-        "speculative decoding beside layers with a state (method={value})",
-        "speculative decoding beside layers with a state (method=ngram):",
+        "speculative decoding beside layers with a state, on a CPU (method={value})",
+        "speculative decoding beside layers with a state, on a CPU (method=ngram):",
         "Leave --speculative-config out", model="jamba",
         arguments={"speculative_config": NGRAM},
     ),

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.integration.builders import configs_of
 from vllm_kcache.cli import main
 
 pytestmark = pytest.mark.usefixtures("quick_vllm")
@@ -125,8 +126,6 @@ def test_blocks_of_window_layers_that_do_not_fit(
     from vllm import EngineArgs
     from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-    from vllm_kcache.integration.pools import planning
-
     config = json.loads(Path(folders("gemma3"), "config.json").read_text())
     config |= {"num_hidden_layers": 4, "layer_types": config["layer_types"] * 2}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -147,7 +146,7 @@ def test_blocks_of_window_layers_that_do_not_fit(
         )
         for number in range(4)
     }
-    (made,) = planning.get_kv_cache_configs(vllm_config, [specs], [0])
+    (made,) = configs_of(vllm_config, [specs], 0)
     pages = made.hisparse_host_num_blocks
     assert pages != blocks
     split = 2 - len(set(dense) & {1, 3})

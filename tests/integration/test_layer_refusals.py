@@ -342,19 +342,33 @@ def test_layers_of_different_query_heads_are_refused(vllm_config: Any) -> None:
         split_layers(vllm_config)
 
 
-# Layers of a draft model.
+# Layers that make drafts.
 
 
+def add_draft_layer(
+    vllm_config: Any, index: int, tag: str = "draft_model", **arguments: Any
+) -> Any:
+    """Build an attention layer as vLLM's runners do for drafts; a head's come after the model's."""
+    from vllm.compilation.backends import set_model_tag
+
+    with set_model_tag(tag):
+        model = "model" if tag == "eagle_head" else "draft_model.model"
+        return add_layer(vllm_config, index, model, **arguments)
+
+
+@pytest.mark.parametrize("tag", ["draft_model", "eagle_head"])
 @pytest.mark.parametrize("takes_choice_away", [True, False])
-def test_a_draft_models_layers_are_not_split(vllm_config: Any, takes_choice_away: bool) -> None:
+def test_layers_of_drafts_are_not_split(
+    vllm_config: Any, takes_choice_away: bool, tag: str
+) -> None:
     """One of vLLM's runners takes our choice of backend away from them, the other does not; their
-    numbers are of another model."""
+    numbers are of another model, or no layer of this one has them."""
     add_layer(vllm_config, 0, attn_backend=stock_backend())
     add_layer(vllm_config, 1)
     chosen = vllm_config.attention_config.backend
-    for index in range(3):
+    for index in range(2, 5) if tag == "eagle_head" else range(3):
         vllm_config.attention_config.backend = None if takes_choice_away else chosen
-        layer = add_layer(vllm_config, index, model="draft_model.model")
+        layer = add_draft_layer(vllm_config, index, tag)
         assert layer.get_attn_backend() is stock_backend()
     assert takes_choice_away or vllm_config.attention_config.backend is chosen
     assert split_layers(vllm_config, dense_layers=1) == ["model.layers.1.self_attn.attn"]
@@ -364,19 +378,27 @@ def test_a_draft_model_that_would_be_split(vllm_config: Any) -> None:
     from vllm_kcache.integration.backend import KCacheBackend
 
     add_layer(vllm_config, 0)
-    add_layer(vllm_config, 0, model="draft_model.model", attn_backend=KCacheBackend)
+    add_draft_layer(vllm_config, 0, attn_backend=KCacheBackend)
     with pytest.raises(RuntimeError, match=r"expected vLLM own attention \(draft layer\)"):
         split_layers(vllm_config)
 
 
-def test_windows_of_a_draft_model(vllm_config: Any) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "feature"),
+    [
+        ({"per_layer_sliding_window": 64}, "a sliding window in a draft model ({})"),
+        (
+            {"kv_sharing_target_layer_name": "model.layers.0.self_attn.attn"},
+            "drafts that read the cache of the model ({} that of model.layers.0.self_attn.attn)",
+        ),
+    ],
+)
+def test_layers_of_drafts_that_are_refused(
+    vllm_config: Any, arguments: dict[str, Any], feature: str
+) -> None:
     add_layer(vllm_config, 0)
-    add_layer(
-        vllm_config, 0, model="draft_model.model", attn_backend=stock_backend(),
-        per_layer_sliding_window=64,
-    )  # fmt: skip
+    add_draft_layer(vllm_config, 0, attn_backend=stock_backend(), **arguments)
     with pytest.raises(KCacheConfigError) as caught:
         split_layers(vllm_config)
-    assert str(caught.value).startswith(
-        PREFIX + "a sliding window in a draft model (draft_model.model.layers.0.self_attn.attn)"
-    )
+    name = "draft_model.model.layers.0.self_attn.attn"
+    assert str(caught.value).startswith(PREFIX + feature.format(name))

@@ -14,6 +14,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from tests.integration.builders import configs_of
 from vllm_kcache.config import KCacheConfigError
 
 pytestmark = pytest.mark.usefixtures("quick_vllm")
@@ -66,11 +67,9 @@ def specs(dense: bool = False, windows: int = 1) -> dict[str, Any]:
 
 def planned(vllm_config: Any, available: int, **changes: Any) -> Any:
     """vLLM's configuration of two ranks with so many bytes each."""
-    from vllm_kcache.integration.pools import planning
-
-    configs = planning.get_kv_cache_configs(vllm_config, [specs(**changes)] * 2, [available] * 2)
-    assert configs[0] == configs[1]
-    return configs[0]
+    first, second = configs_of(vllm_config, [specs(**changes)] * 2, available)
+    assert first == second
+    return first
 
 
 def room(requests: int) -> int:
@@ -82,13 +81,14 @@ def room(requests: int) -> int:
 def test_full_layers_are_one_group_with_its_own_pool(vllm_config: Any) -> None:
     from vllm_kcache.integration.pools import own_pool_pages
 
-    config = planned(vllm_config, room(3))
+    # So many that their bytes are those of whole blocks.
+    config = planned(vllm_config, room(11))
     own, windows = config.kv_cache_groups
     assert (sorted(own.layer_names), own.host_resident) == (FULL_NAMES, True)
     assert (sorted(windows.layer_names), windows.host_resident) == (WINDOW_NAMES, False)
-    assert config.num_blocks == STEP_BLOCKS + 3 * REQUEST_BLOCKS
-    # Of three requests, and the page that vLLM keeps for itself.
-    assert own_pool_pages(config) == 3 * PAGES + 1 == own.kv_cache_spec.num_pages
+    assert config.num_blocks == STEP_BLOCKS + 11 * REQUEST_BLOCKS
+    # Of the requests, and the page that vLLM keeps for itself.
+    assert own_pool_pages(config) == 11 * PAGES + 1 == own.kv_cache_spec.num_pages
     assert not config.needs_kv_cache_zeroing
 
 
@@ -108,8 +108,9 @@ def test_warming_up_stays_within_both_pools(
     vllm_config.scheduler_config.max_num_batched_tokens = 1024
     runner = SimpleNamespace(
         vllm_config=vllm_config, scheduler_config=vllm_config.scheduler_config,
-        kv_cache_config=config, max_model_len=LENGTH, num_speculative_steps=0, decode_query_len=1,
-        is_pooling_model=False, is_encoder_decoder=False, is_last_pp_rank=False,
+        speculative_config=None, kv_cache_config=config, max_model_len=LENGTH,
+        num_speculative_steps=0, decode_query_len=1, is_pooling_model=False,
+        is_encoder_decoder=False, is_last_pp_rank=False,
         model_state=None, kv_block_zeroer=None, kv_connector=Mock(), adaptive_verification=None,
         rejection_sampler=None,
     )  # fmt: skip
@@ -158,21 +159,26 @@ def test_an_override_is_of_window_blocks(vllm_config: Any) -> None:
 
 @pytest.mark.parametrize("max_num_seqs", [256, 5, 1])
 def test_the_worker_and_the_engine_agree(vllm_config: Any, max_num_seqs: int) -> None:
-    """The worker asks for the bytes of so many pages; the engine makes as many of them."""
-    from vllm_kcache.integration.pools import window_pool
+    """The worker asks for the bytes of so many pages; the engine makes as many of them, or some
+    fewer where it takes whole blocks of the bytes, and never one more."""
+    from vllm_kcache.integration import pools
 
     vllm_config.scheduler_config.max_num_seqs = max_num_seqs
-    window = window_pool(vllm_config, specs())
+    window = pools.window_pool(vllm_config, specs())
     assert window is not None
     assert (window.block_bytes, window.page_bytes) == (BLOCK_BYTES, PAGE_BYTES)
     assert (window.request_blocks, window.step_blocks) == (REQUEST_BLOCKS, STEP_BLOCKS)
     assert (window.request_pages, window.longest_pages) == (PAGES, MOST_PAGES)
+    lost = 1 if pools.TAKES_WHOLE_BLOCKS else 0
+    fewer = 2 * lost * BLOCK_BYTES // PAGE_BYTES
     for pages in range(MOST_PAGES + 1, 400):
-        config = planned(vllm_config, window.bytes_for(pages))
-        assert config.hisparse_host_num_blocks == pages
-        assert config.num_blocks == window.blocks_for(pages)
-        assert window.bytes_for(pages) <= config.kv_cache_tensors[0].size
-        assert config.kv_cache_tensors[0].size < window.bytes_for(pages) + 4096
+        config = planned(vllm_config, pools.bytes_asked(window, pages))
+        made = config.hisparse_host_num_blocks
+        assert pages - fewer <= made <= pages
+        assert window.blocks_for(made) - lost <= config.num_blocks <= window.blocks_for(pages)
+        size = config.kv_cache_tensors[0].size
+        assert window.bytes_for(made) - lost * BLOCK_BYTES <= size
+        assert size < window.bytes_for(pages) + 4096
     # No block is for more requests than there may be.
     assert config.num_blocks <= STEP_BLOCKS + max_num_seqs * REQUEST_BLOCKS
 
@@ -198,7 +204,7 @@ def test_drafts_are_held_beside_the_window(folders: Callable[[str], str]) -> Non
 
 @pytest.mark.parametrize("length", [16, 200, 273, 512, 4000])
 def test_one_request_has_the_blocks_that_vllm_asks_for(vllm_config: Any, length: int) -> None:
-    from vllm_kcache.integration.pools import window_pool
+    from vllm_kcache.integration.pools import bytes_asked, window_pool
 
     vllm_config.model_config.max_model_len = length
     window = window_pool(vllm_config, specs())
@@ -207,7 +213,7 @@ def test_one_request_has_the_blocks_that_vllm_asks_for(vllm_config: Any, length:
     pages = 1 + -(-length // BLOCK)
     most = spec.max_admission_blocks_per_request(CHUNK, length)
     assert window.blocks_for(pages) - 1 >= most
-    config = planned(vllm_config, window.bytes_for(pages))
+    config = planned(vllm_config, bytes_asked(window, pages))
     assert config.num_blocks > most
     assert config.hisparse_host_num_blocks == pages
 
@@ -233,7 +239,7 @@ def test_others_are_grouped_by_vllm(vllm_config: Any, folders: Callable[[str], s
     for config, made in ((vllm_config, full), (make_config(folders("gemma3")), specs())):
         groups = planning.get_kv_cache_groups(config, dict(made))
         assert not any(group.host_resident for group in groups)
-        (whole,) = planning.get_kv_cache_configs(config, [made], [2**24])
+        (whole,) = configs_of(config, [made], 2**24)
         assert own_pool_pages(whole) is None
         assert whole.hisparse_host_num_blocks is None
 
@@ -248,23 +254,29 @@ def test_other_kinds_of_layers_are_refused(vllm_config: Any) -> None:
         planning.get_kv_cache_groups(vllm_config, {**specs(), "model.layers.5.attn": latent})
 
 
-def test_states_have_the_pool_of_window_layers(vllm_config: Any) -> None:
-    """One block a request, and pages of the full layers are no larger for them."""
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_states_have_the_pool_of_window_layers(vllm_config: Any, drafts: int) -> None:
+    """One block a request, and one for each draft; and pages of the full layers are no larger for
+    them."""
     from vllm.v1.kv_cache_interface import MambaSpec
 
     from vllm_kcache.integration.pools import planning, window_pool
 
     length = vllm_config.model_config.max_model_len
-    state = MambaSpec(block_size=length, shapes=((999, 64),), dtypes=(torch.float32,))
+    state = MambaSpec(
+        block_size=length, shapes=((999, 64),), dtypes=(torch.float32,),
+        num_speculative_blocks=drafts,
+    )  # fmt: skip
     made = {name: spec if name in FULL_NAMES else state for name, spec in specs().items()}
     own, others = planning.get_kv_cache_groups(vllm_config, dict(made))
     assert set(own.layer_names) == set(FULL_NAMES)
     assert own.kv_cache_spec.block_size == BLOCK
     assert set(others.layer_names) == set(made) - set(FULL_NAMES)
     pool = window_pool(vllm_config, made)
-    assert pool.request_blocks == 1
+    assert pool.request_blocks == 1 + drafts
+    assert pool.request_blocks * state.page_size_bytes == state.max_memory_usage_bytes(vllm_config)
     assert pool.block_bytes == len(others.layer_names) * 999 * 64 * 4
-    (config,) = planning.get_kv_cache_configs(vllm_config, [made], [2**24])
+    (config,) = configs_of(vllm_config, [made], 2**24)
     assert config.has_mamba_layers
     assert not config.needs_kv_cache_zeroing
 
@@ -355,23 +367,19 @@ def test_windows_that_no_setting_told_of(
 
 @pytest.fixture
 def manager(vllm_config: Any) -> Any:
-    """vLLM's manager, with windows for ten requests and pages for two of the greatest length."""
+    """vLLM's manager, with windows for eleven requests and pages for two of the greatest length."""
     from dataclasses import replace
 
     from vllm.utils.hashing import sha256
     from vllm.v1.core.kv_cache_manager import KVCacheManager
-    from vllm.v1.core.kv_cache_utils import init_none_hash
-
-    from vllm_kcache.integration.pools import planning
+    from vllm.v1.core.kv_cache_utils import generate_scheduler_kv_cache_config, init_none_hash
 
     init_none_hash(sha256)
-    config = planned(vllm_config, room(10))
+    config = planned(vllm_config, room(11))
     own, windows = config.kv_cache_groups
     pages = 2 * LENGTH // BLOCK + 1
     own = replace(own, kv_cache_spec=replace(own.kv_cache_spec, num_pages=pages))
-    config = planning.generate_scheduler_kv_cache_config(
-        [replace(config, kv_cache_groups=[own, windows])]
-    )
+    config = generate_scheduler_kv_cache_config([replace(config, kv_cache_groups=[own, windows])])
     return KVCacheManager(
         config, max_model_len=LENGTH, scheduler_block_size=BLOCK, hash_block_size=BLOCK,
         max_in_flight_tokens=CHUNK,
@@ -413,7 +421,7 @@ def free_blocks(manager: Any) -> tuple[int, int]:
 def test_a_request_waits_for_pages(manager: Any) -> None:
     """Blocks of window layers are left, pages are not; and both come back where they belong."""
     before = free_blocks(manager)
-    assert before == (2 * LENGTH // BLOCK, STEP_BLOCKS - 1 + 10 * REQUEST_BLOCKS)
+    assert before == (2 * LENGTH // BLOCK, STEP_BLOCKS - 1 + 11 * REQUEST_BLOCKS)
     first, second = (request(str(i), LENGTH - 4 * BLOCK, 1000 * i) for i in range(2))
     assert prefill(manager, first)
     assert prefill(manager, second)

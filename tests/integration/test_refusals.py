@@ -59,7 +59,7 @@ def test_every_entry_has_a_case() -> None:
     assert {r.name for r in REFUSALS if r.argument is None and r.value is None} == {
         "attention_type", "derived_backend", "not_causal", "output_quantisation",
         "kv_cache_groups", "layer_shapes", "v_head_size", "layer_query_heads", "shared_cache",
-        "reload_weights", "window_layer", "draft_windows",
+        "reload_weights", "window_layer", "draft_windows", "draft_shares",
     }  # fmt: skip
 
 

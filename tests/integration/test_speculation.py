@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speculative decoding: the text is the one without it, whatever is drafted.
 
-Drafts are n-grams of the text, a smaller model's, or known to be right up to a place that changes
-from step to step (drafting.py).
+Drafts are n-grams of the text, a smaller model's, those of a head over hidden states
+(draft_heads.py), or known to be right up to a place that changes from step to step (drafting.py).
 """
 
 from __future__ import annotations
@@ -18,8 +18,23 @@ from typing import Any
 import pytest
 
 from tests.integration import drafting
-from tests.integration.engines import GATE, Runs, run_engine, run_engines, spec_of, tokens_of
-from tests.integration.tiny_models import cut_model, write_llama, write_window_model
+from tests.integration.draft_heads import write_eagle_head, write_mtp_model
+from tests.integration.engines import (
+    GATE,
+    Runs,
+    in_forks,
+    run_engine,
+    run_engines,
+    spec_of,
+    tokens_of,
+)  # fmt: skip
+from tests.integration.families import FAMILIES
+from tests.integration.tiny_models import (
+    cut_model,
+    write_llama,
+    write_random_model,
+    write_window_model,
+)  # fmt: skip
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -222,6 +237,20 @@ def test_a_selection_is_the_same_for_a_draft(k_bits: int, long_runs: Runs) -> No
         assert figures["dropped_mass"][0][1] < figures["selected_lists"] / 2
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("k_bits", [4, 16])
+def test_suffixes(k_bits: int, model: str, stock: dict[str, Any], tmp_path: Path) -> None:
+    """Drafts of as many tokens as each request's text gives, another number in each step."""
+    pytest.importorskip("arctic_inference.suffix_decoding", reason="vLLM asks for this package")
+    drafts = {"method": "suffix", "num_speculative_tokens": 8}
+    found = run_engine(
+        tmp_path, work()[:1], {**GATE, "k_bits": k_bits}, model=model, speculative_config=drafts,
+        **ENGINE,
+    )  # fmt: skip
+    assert tokens_of(found) == tokens_of(stock)
+    assert 0 < figures_of(found)[2] < figures_of(found)[1]
+
+
 # Drafts that are known to be right up to a place.
 
 
@@ -325,8 +354,123 @@ def test_a_draft_model(
         assert 0 < accepted < drafts
 
 
+# Heads over hidden states.
+
+HEADS = ("eagle", "eagle3", "mtp")
+# A random model of this family says fewer words.
+MTP_WORDS = 3
+MTP_MODEL = {
+    "num_hidden_layers": 4, "num_attention_heads": 24, "head_dim": 64, "n_routed_experts": 4,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 64, "first_k_dense_replace": 1,
+    "use_qk_norm": True, "vocab_size": VOCABULARY, "initializer_range": 0.4,
+}  # fmt: skip
+
+
+def heads_of(model: str, folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
+    """The model that is served by method, and how vLLM is asked for drafts."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for method in ("eagle", "eagle3"):
+        head = write_eagle_head(Path(model), folder / method, method)
+        found[method] = model, {"method": method, "model": head, "num_speculative_tokens": 3}
+    glm = write_mtp_model(folder / "mtp", **MTP_MODEL)
+    return {**found, "mtp": (glm, {"method": "mtp", "num_speculative_tokens": 3})}
+
+
+def hits_of(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch that begins with the same prompts."""
+    return {**batch, "prompts": [[*prompt, 5, 7, 9] for prompt in batch["prompts"]]}
+
+
+@pytest.fixture(scope="module")
+def head_runs(model: str, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Stock vLLM without drafts and with those of each head, and the split cache with these."""
+    folder = tmp_path_factory.mktemp("heads")
+    specs: dict[str, dict[str, Any]] = {}
+    batches = [work()[0], hits_of(work()[0])]
+    heads = heads_of(model, folder)
+    _, eagle3 = heads["eagle3"]
+    for method, (served, drafts) in heads.items():
+        engine: dict[str, Any] = {**ENGINE, "model": served}
+        specs[f"plain, {method}"] = spec_of(batches, **engine)
+        engine["speculative_config"] = drafts
+        specs[f"stock, {method}"] = spec_of(batches, **engine)
+        for kind, settings in (("4", {"k_bits": 4}), ("16", {}), ("dense", {"dense_layers": 1})):
+            specs[f"{method}, {kind}"] = spec_of(batches, {**GATE, **settings}, **engine)
+    specs["crowd"] = spec_of(work()[1:], {**GATE, "k_bits": 4}, **engine)
+    del engine["speculative_config"]
+    specs["plain, crowd"] = spec_of(work()[1:], **engine)
+    # A head of the other model's sizes, which are those of this one.
+    kinds = ["sliding_attention", "full_attention"] * 2
+    engine["model"] = write_window_model(
+        folder / "gpt-oss", "gpt_oss", num_hidden_layers=4, layer_types=kinds,
+        vocab_size=VOCABULARY,
+    )  # fmt: skip
+    specs["plain, windows"] = spec_of(batches, **engine)
+    engine["speculative_config"] = eagle3
+    for k_bits in (4, 16):
+        specs[f"windows, {k_bits}"] = spec_of(batches, {**GATE, "k_bits": k_bits}, **engine)
+    return run_engines(folder, specs)
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("method", ["custom_class", "draft_model"])
+@pytest.mark.parametrize("method", HEADS)
+@pytest.mark.parametrize("kind", ["4", "16", "dense"])
+def test_heads(method: str, kind: str, head_runs: Runs) -> None:
+    """Their layers keep K and V in pages of their own, beside the split ones; each draft is the one
+    of stock vLLM, and so are prefix hits."""
+    found, plain, stock = (head_runs[f"{x}, {y}"] for x, y in (
+        (method, kind), ("plain", method), ("stock", method),
+    ))  # fmt: skip
+    least = MTP_WORDS if method == "mtp" else VOCABULARY // 3
+    assert all(len(set(tokens)) > least for (tokens,) in tokens_of(plain)[0])
+    assert tokens_of(found) == tokens_of(plain)
+    assert figures_of(found) == figures_of(stock)
+    _, drafts, accepted = figures_of(found)
+    assert 0 < accepted < drafts
+    hits = [[row["cached_tokens"] for row in run["batches"][1]] for run in (found, stock)]
+    assert hits[0] == hits[1]
+    assert max(hits[0]) > 0
+
+
+@pytest.mark.full
+def test_a_head_under_preemption(head_runs: Runs) -> None:
+    found = head_runs["crowd"]
+    assert found["vllm_metrics"]["vllm:num_preemptions"] > 0
+    assert tokens_of(found) == tokens_of(head_runs["plain, crowd"])
+    assert 0 < figures_of(found)[2] < figures_of(found)[1]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("k_bits", [4, 16])
+def test_a_head_beside_window_layers(k_bits: int, head_runs: Runs) -> None:
+    """Its layer has pages of the full layers' pool, beside gpt-oss's windows and sinks."""
+    found = head_runs[f"windows, {k_bits}"]
+    assert tokens_of(found) == tokens_of(head_runs["plain, windows"])
+    assert 0 < figures_of(found)[2] < figures_of(found)[1]
+    assert max(row["cached_tokens"] for row in found["batches"][1]) > 0
+
+
+@pytest.mark.full
+def test_drafts_beside_states(tmp_path: Path) -> None:
+    """A request has a block for the state after each draft; with kernels of a CPU that use it."""
+    family = FAMILIES["Granite 4-H"]
+    model = write_random_model(
+        tmp_path / "model", family.model_type, **{**family.changes, "vocab_size": VOCABULARY}
+    )
+    engine: dict[str, Any] = {**ENGINE, **family.engine, "model": model}
+    specs = {"plain": spec_of(work()[:1], **engine)}
+    for k_bits in (4, 16):
+        specs[f"ngram, {k_bits}"] = spec_of(
+            work()[:1], {**GATE, "k_bits": k_bits}, speculative_config=NGRAM, **engine
+        )
+    calls = {name: ["tests.integration.state_kernels:run", spec] for name, spec in specs.items()}
+    runs = Runs(in_forks(tmp_path, calls))
+    for k_bits in (4, 16):
+        check_ngrams(runs[f"ngram, {k_bits}"], runs["plain"])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("method", ["custom_class", "draft_model", "eagle3"])
 def test_drafts_on_two_ranks(
     method: str,
     model: str,
@@ -340,6 +484,8 @@ def test_drafts_on_two_ranks(
     drafts = KNOWN
     if method == "draft_model":
         drafts = {**smaller_model(model, tmp_path), "draft_tensor_parallel_size": 2}
+    elif method == "eagle3":
+        drafts = {**heads_of(model, tmp_path)[method][1], "draft_tensor_parallel_size": 2}
     batch = work()[0]
     found = run_engine(
         tmp_path, [batch], {**GATE, "k_bits": 4}, model=model, speculative_config=drafts,

@@ -18,7 +18,9 @@ SINK_MODEL_TYPES = ("openai_privacy_filter",)
 # In vLLM's own attention beside split layers.
 WINDOW_KINDS = ("sliding_attention", "chunked_attention")
 # Drafts of a custom class are taken to need no layers. `ngram_gpu` is of a GPU alone.
-SERVED_SPECULATION = ("ngram", "ngram_gpu", "custom_class", "draft_model")
+SERVED_SPECULATION = (
+    "ngram", "ngram_gpu", "suffix", "custom_class", "draft_model", "eagle", "eagle3", "mtp",
+)  # fmt: skip
 SINK_SETTINGS = (
     "attention_sinks",
     "add_full_attention_sink_bias",

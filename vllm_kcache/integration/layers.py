@@ -13,6 +13,9 @@ from vllm_kcache.integration.patches import PatchRecord, wrap
 from vllm_kcache.integration.settings import settings_of
 
 BACKEND_PATH = "vllm_kcache.integration.backend.KCacheBackend"
+# What vLLM's runners call a model that makes drafts while they build it (`set_model_tag`): one of
+# its own, or a head over hidden states of the model that is served (EAGLE, MTP).
+DRAFT_TAGS = ("draft_model", "eagle_head")
 
 _LAYER_RECORD = PatchRecord(
     target="vllm.model_executor.layers.attention.attention.Attention.__init__",
@@ -28,7 +31,7 @@ _CHUNKED_RECORD = PatchRecord(
     ),
     why="It derives its backend from the one chosen for layers of the whole context.",
     how="While it is built no backend is chosen, so it derives from vLLM's own.",
-    upstream="So in 0.32; not looked at in 0.33.",
+    upstream="So in 0.32 and 0.33.",
     until="vLLM can pick a backend for chunked layers.",
 )
 _CPU_RECORD = PatchRecord(
@@ -83,13 +86,11 @@ def is_dense_layer(layer_name: str, config: KCacheConfig, num_layers: int) -> bo
     return extract_layer_index(layer_name) in config.resolved_dense_layers(num_layers)
 
 
-def is_draft_layer(layer_name: str) -> bool:
-    """Whether the layer is of a draft model: vLLM gives all of these one prefix.
+def _is_drafting() -> bool:
+    """Whether the model that is being built makes drafts. Its layers' names do not tell."""
+    from vllm.compilation import backends
 
-    Args:
-        layer_name: vLLM's name.
-    """
-    return layer_name.startswith("draft_model.")
+    return backends.model_tag in DRAFT_TAGS
 
 
 def _some_layers_keep_stock_backend(original: Callable) -> Callable:
@@ -100,22 +101,21 @@ def _some_layers_keep_stock_backend(original: Callable) -> Callable:
 
         vllm_config = get_current_vllm_config()
         config = settings_of(vllm_config)
-        given = {} if config is None else signature.bind(self, *args, **kwargs).arguments
-        prefix = given.get("prefix", "")
-        if config is None or given.get("attn_backend") is not None or not prefix:
+        if config is None:
             original(self, *args, **kwargs)
             return
-        if is_draft_layer(prefix):
-            # One of vLLM's runners gives a draft model a backend of its own, the other the model's.
-            is_stock = getattr(vllm_config.attention_config.backend, "name", None) == "CUSTOM"
+        given = signature.bind(self, *args, **kwargs).arguments
+        is_draft = _is_drafting()
+        is_open = given.get("prefix") and given.get("attn_backend") is None
+        if is_open and (
+            _is_custom(vllm_config) if is_draft else _is_stock(given, config, vllm_config)
+        ):
+            with _no_choice(vllm_config):
+                original(self, *args, **kwargs)
         else:
-            num_layers = vllm_config.model_config.get_total_num_hidden_layers()
-            is_stock = _has_window(given) or is_dense_layer(prefix, config, num_layers)
-        if not is_stock:
             original(self, *args, **kwargs)
-            return
-        with _no_choice(vllm_config):
-            original(self, *args, **kwargs)
+        # vLLM sets it when all layers are built; of 0.32 one of its runners does not.
+        self.is_draft_layer = is_draft
 
     return __init__
 
@@ -148,6 +148,18 @@ def _no_choice(vllm_config: Any) -> Iterator[None]:
 def chunk_of(layer: Any) -> int | None:
     """Tokens of the chunks that an attention layer attends within; None for one without."""
     return getattr(layer, "attention_chunk_size", None)
+
+
+def _is_custom(vllm_config: Any) -> bool:
+    """Whether our backend is the one of all layers. To drafts one of vLLM's runners gives their
+    own, the other this."""
+    return getattr(vllm_config.attention_config.backend, "name", None) == "CUSTOM"
+
+
+def _is_stock(given: dict[str, Any], config: KCacheConfig, vllm_config: Any) -> bool:
+    """Whether a layer of the model that is served runs vLLM's own attention."""
+    num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+    return _has_window(given) or is_dense_layer(given["prefix"], config, num_layers)
 
 
 def _has_window(given: dict[str, Any]) -> bool:

@@ -49,8 +49,13 @@ from vllm_kcache.memory import StepLimits, WindowPool
 
 try:
     from vllm.v1.core import kv_cache_planning as planning
+
+    # Of the bytes that a worker asks for, vLLM 0.33 takes whole blocks.
+    TAKES_WHOLE_BLOCKS = True
 except ImportError:  # vLLM 0.32
     from vllm.v1.core import kv_cache_utils as planning
+
+    TAKES_WHOLE_BLOCKS = False
 
 WINDOW_SPECS = (SlidingWindowSpec, ChunkedLocalAttentionSpec, MambaSpec)
 # The second pool begins at a multiple of so many bytes in the one allocation.
@@ -203,6 +208,17 @@ def window_pool(vllm_config: Any, specs: dict[str, KVCacheSpec]) -> WindowPool |
         return None
     groups = planning.get_kv_cache_groups(vllm_config, dict(specs))
     return None if _own_group(groups) is None else _window_pool(vllm_config, groups)
+
+
+def bytes_asked(window: WindowPool, pages: int) -> int:
+    """Bytes that the worker asks for, to get so many pages and the blocks that go with them: where
+    vLLM takes whole blocks, as many as make no more pages than that."""
+    asked = window.bytes_for(pages)
+    if TAKES_WHOLE_BLOCKS:
+        asked -= asked % window.block_bytes
+        while asked > 0 and window.divide(asked)[1] > pages > window.longest_pages:
+            asked -= window.block_bytes
+    return asked
 
 
 def _window_pool(vllm_config: Any, groups: list[KVCacheGroupSpec]) -> WindowPool:

@@ -291,7 +291,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "states_with_drafts",
         "speculative decoding beside layers with a state (method={value})",
-        "these were not tried together",
+        "vLLM's kernels of a CPU keep what a rejected draft leaves in a state, and on a GPU these "
+        "were not tried together",
         "Leave --speculative-config out.",
         value=features.beside_states(lambda c: getattr(c.speculative_config, "method", None)),
     ),
@@ -451,6 +452,12 @@ REFUSALS: tuple[Refusal, ...] = (
         "a sliding window in a draft model ({value})",
         "its layers were not tried beside pools for window layers",
         "Take a draft model with full attention in every layer.",
+    ),
+    Refusal(
+        "draft_shares",
+        "drafts that read the cache of the model ({value})",
+        "its pages hold no V",
+        "Leave --speculative-config out, or set its method to ngram.",
     ),
     Refusal(
         "window_layer",

@@ -22,7 +22,6 @@ from vllm_kcache.integration.layers import (
     activate_backend,
     chunk_of,
     is_dense_layer,
-    is_draft_layer,
 )
 from vllm_kcache.integration.settings import engines_on_host, settings_of
 from vllm_kcache.memory import StepLimits, WindowPool, what_limits
@@ -114,7 +113,7 @@ class SplitCacheWorker:
         self._check_one_request_fits(pages, available, window)
         self._log_plan(pages, page_bytes, host_pages, window)
         # The engine would take the least blocks of the ranks, and knows of no pages beside them.
-        return _least_of_ranks(window.bytes_for(pages), self.vllm_config)
+        return _least_of_ranks(pools.bytes_asked(window, pages), self.vllm_config)
 
     def _page_bytes(self) -> tuple[int, WindowPool | None]:
         """Bytes of a page of all layers that attend to the whole context, and what those with a
@@ -344,9 +343,11 @@ def split_layers(vllm_config: Any, config: KCacheConfig) -> list[str]:
             # vLLM derives such classes to change what is attended, as for bidirectional prompts.
             refusals.refuse("derived_backend", f"{backend.__name__} of {name}")
         has_window = layer.sliding_window is not None or chunk_of(layer) is not None
-        is_draft = is_draft_layer(name)
+        is_draft = layer.is_draft_layer
         if is_draft and has_window:
             refusals.refuse("draft_windows", name)
+        if is_draft and layer.kv_sharing_target_layer_name is not None:
+            refusals.refuse("draft_shares", f"{name} that of {layer.kv_sharing_target_layer_name}")
         if has_window:
             # The model's number of heads may be that of its window layers.
             query_heads.add(

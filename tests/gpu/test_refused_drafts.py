@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speculative decoding beside window layers on a GPU, which is refused until this has passed there.
+"""Speculative decoding beside window layers, and states, on a GPU: refused until this has passed.
 
-The engines run without that one refusal. As tests/integration/test_speculation.py, where a CPU
+The engines run without those two refusals. As tests/integration/test_speculation.py, where a CPU
 serves the same.
 """
 
@@ -17,6 +17,7 @@ import pytest
 from tests.gpu.comparing import GRAPHS
 from tests.integration import drafting
 from tests.integration.engines import GATE, Runs, in_forks, spec_of, tokens_of
+from tests.integration.families import FAMILIES
 from tests.integration.generate import run
 from tests.integration.test_speculation import (
     KNOWN,
@@ -30,12 +31,12 @@ from tests.integration.test_speculation import (
     work,
 )
 from tests.integration.test_window_models import FULL, WINDOW
-from tests.integration.tiny_models import write_llama, write_window_model
+from tests.integration.tiny_models import write_llama, write_random_model, write_window_model
 from vllm_kcache.integration import refusals
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
-REFUSAL = "drafts_beside_windows"
+REFUSED = ("drafts_beside_windows", "states_with_drafts")
 ENGINE: dict[str, Any] = {
     **GRAPHS, "dtype": "float32", "skip_tokenizer_init": True, "max_model_len": 512,
     "max_num_seqs": 16, "max_num_batched_tokens": 256, "kv_cache_memory_bytes": 1 << 30,
@@ -44,8 +45,8 @@ ENGINE: dict[str, Any] = {
 
 def run_all_the_same(spec: dict[str, Any]) -> dict[str, Any]:
     """What an engine makes of a specification that is refused."""
-    kept = tuple(each for each in refusals.REFUSALS if each.name != REFUSAL)
-    assert len(kept) == len(refusals.REFUSALS) - 1
+    kept = tuple(each for each in refusals.REFUSALS if each.name not in REFUSED)
+    assert len(kept) == len(refusals.REFUSALS) - len(REFUSED)
     refusals.REFUSALS = kept
     return run(spec)
 
@@ -54,7 +55,7 @@ def run_one(folder: Path, name: str, spec: dict[str, Any]) -> dict[str, Any]:
     """The result of an engine, in a process of its own."""
     own = folder / name.replace(" ", "-")
     own.mkdir()
-    return Runs(in_forks(own, {name: ["tests.gpu.test_window_drafts:run_all_the_same", spec]}))[
+    return Runs(in_forks(own, {name: ["tests.gpu.test_refused_drafts:run_all_the_same", spec]}))[
         name
     ]
 
@@ -71,7 +72,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         folder / "llama", num_key_value_heads=KV_HEADS, num_hidden_layers=LAYERS,
         vocab_size=VOCABULARY, max_position_embeddings=1024,
     )  # fmt: skip
-    engine = {**ENGINE, "model": model}
+    family = FAMILIES["Granite 4-H"]
+    states = write_random_model(
+        folder / "granite", family.model_type, **{**family.changes, "vocab_size": VOCABULARY}
+    )
+    engine, with_states = {**ENGINE, "model": model}, {**ENGINE, **family.engine, "model": states}
     found = {"stock": run_one(folder, "stock", spec_of(batches, **engine))}
     texts = folder / "texts.json"
     pairs = zip(batches, tokens_of(found["stock"]), strict=True)
@@ -79,13 +84,22 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     drafts = {"ngram": NGRAM, "known": KNOWN, "draft": smaller_model(llama, folder)}
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(6) as pool:
         patch.setenv(drafting.TEXTS, str(texts))
-        specs = {
-            f"{name} {k_bits}": spec_of(
-                batches, {**GATE, "k_bits": k_bits}, speculative_config=config, **engine
-            )
-            for name, config in drafts.items()
-            for k_bits in (16, 4)
-        }
+        specs = (
+            {
+                f"{name} {k_bits}": spec_of(
+                    batches, {**GATE, "k_bits": k_bits}, speculative_config=config, **engine
+                )
+                for name, config in drafts.items()
+                for k_bits in (16, 4)
+            }
+            | {
+                f"states {k_bits}": spec_of(
+                    batches, {**GATE, "k_bits": k_bits}, speculative_config=NGRAM, **with_states
+                )
+                for k_bits in (16, 4)
+            }
+            | {"stock states": spec_of(batches, **with_states)}
+        )
         running = {name: pool.submit(run_one, folder, name, spec) for name, spec in specs.items()}
         return found | {name: each.result() for name, each in running.items()}
 
@@ -107,3 +121,12 @@ def test_the_text_is_the_one_without_drafts(
     assert 0 < accepted < drafts
     figures = split["kcache_metrics"]
     assert figures["dropped_mass"][0] == [1e-4, figures["selected_lists"]]
+
+
+@pytest.mark.parametrize("k_bits", [16, 4])
+def test_drafts_beside_states(k_bits: int, results: dict[str, dict[str, Any]]) -> None:
+    """A state after each draft is kept until it is known how many are accepted."""
+    found = results[f"states {k_bits}"]
+    assert tokens_of(found) == tokens_of(results["stock states"])
+    _, drafts, accepted = figures_of(found)
+    assert 0 < accepted < drafts

@@ -183,8 +183,8 @@ CASES = {
         arguments={"enable_prefix_caching": True, "prefix_match_unit": 8},
     ),
     "states and drafts": Case(
-        "speculative decoding beside layers with a state, on a CPU (method={value})",
-        "speculative decoding beside layers with a state, on a CPU (method=ngram):",
+        "speculative decoding beside layers with a state (method={value})",
+        "speculative decoding beside layers with a state (method=ngram):",
         "Leave --speculative-config out", model="jamba",
         arguments={"speculative_config": NGRAM},
     ),

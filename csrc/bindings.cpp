@@ -443,7 +443,8 @@ void attend_int8_rows(Tensor layer, Tensor blocks, Tensor counts, Tensor rows, T
   STD_TORCH_CHECK(every >= 1 && every < 1ll << 31, "every=", every, ": must be at least 1");
   STD_TORCH_CHECK(splits * step.num_lists < 1ll << 31, "splits=", splits, ": too many for ",
                   step.num_lists, " lists");
-  // With several rows to a list `splits` is of the launch, and each thread block may leave two parts.
+  // With several rows to a list `splits` is of the launch, and each thread block may leave two
+  // parts.
   const int64_t rows_of_parts =
       together > 1 ? splits * together + step.num_lists : splits * step.num_lists;
   const int64_t parts = rows_of_parts * view.group * (clips ? 2 : 1);

@@ -199,9 +199,13 @@ def _metadata(builders: dict[str, Any], tokens: int, device: torch.device) -> di
     """Of one request that prefills all of its so many tokens, by the layer's name."""
     starts = torch.tensor([0, tokens], dtype=torch.int32)
     lengths = starts[1:]
-    # Where states of prefixes are kept a table has a column for each, otherwise one.
-    kept = min((each.kv_cache_spec.block_size for each in builders.values()), default=tokens)
-    table = torch.full((1, -(-tokens // kept)), _STATE_BLOCK, dtype=torch.int32, device=device)
+    # Where states of prefixes are kept a table has a column for each, otherwise one; and one more
+    # for the state after each draft.
+    specs = [each.kv_cache_spec for each in builders.values()]
+    kept = min((spec.block_size for spec in specs), default=tokens)
+    drafts = max((getattr(spec, "num_speculative_blocks", 0) for spec in specs), default=0)
+    columns = -(-tokens // kept) + drafts
+    table = torch.full((1, columns), _STATE_BLOCK, dtype=torch.int32, device=device)
     batch = CommonAttentionMetadata(
         query_start_loc=starts.to(device),
         query_start_loc_cpu=starts,

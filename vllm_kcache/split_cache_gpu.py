@@ -176,8 +176,8 @@ class GPUSplitCache(SplitCache):
         """Order the coming step after V that is still on its way to the host.
 
         Args:
-            resumes: Whether a request goes on that was preempted. It may decode in this step, over
-                pages of the prefix cache that a prompt of this step fills.
+            resumes: Whether a request may decode in the step that gives it pages of the prefix
+                cache, as one that goes on after preemption: a prompt of this step may fill them.
         """
         self.transfer.fence()
         self.transfer.end_step()

@@ -33,7 +33,8 @@ def __getattr__(name: str) -> type[Player]:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from benchmarks.replay.replay import Replay
 
-    replay = Replay(Recording.load(path), "cuda")
+    # Every worker's current GPU is the first one until the worker is made.
+    replay = Replay(Recording.load(path), "cpu")
     replay.install()
     _installed.append(replay)
     return Player

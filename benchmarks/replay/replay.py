@@ -141,7 +141,8 @@ class Replay:
 
     Args:
         recording: what to play.
-        device: where the steps run; the recording is copied there.
+        device: where the recording is copied to. It follows the workspaces: one of several workers
+            does not know its GPU before.
     Raises:
         ValueError: the recording is no longer than the recent blocks.
 
@@ -159,21 +160,27 @@ class Replay:
                 f"{RECENT_BLOCKS}"
             )
         self.recording = recording
-        self.codes = recording.codes.to(device).contiguous()
-        self.lengths = recording.num_blocks.to(device=device, dtype=torch.int32)
         # By number of requests: shape and P of the last step.
         self._launched: dict[int, tuple[CacheShape, int]] = {}
         self.Workspace = self._workspace()
-        # What is written already, and the stream that it is written on; None on the CPU.
+        # What is written already.
         self._ahead: tuple[int, ...] | None = None
-        self._stream = torch.cuda.Stream() if self.codes.is_cuda else None
+        self._move_to(torch.device(device))
+
+    def _move_to(self, device: torch.device) -> None:
+        self.codes = self.recording.codes.to(device).contiguous()
+        self.lengths = self.recording.num_blocks.to(device=device, dtype=torch.int32)
+        # What comes ahead is written on it; None on the CPU.
+        self._stream = torch.cuda.Stream(device) if self.codes.is_cuda else None
 
     def _workspace(self) -> type[DecodeWorkspace]:
-        play = self._play
+        play, replay = self._play, self
 
         @dataclass
         class Workspace(DecodeWorkspace):
             def __post_init__(self) -> None:
+                if replay.codes.device != self.block_lse.device:
+                    replay._move_to(self.block_lse.device)
                 # Here, so that an engine that measures what memory is left counts them. Two of
                 # each: a layer's are read while the next one's are written.
                 self.played = [

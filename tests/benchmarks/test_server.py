@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer
 
 from benchmarks.engine import server
 from benchmarks.engine.server import Workload
 from benchmarks.replay import extension, replay
 from benchmarks.replay.record import Recording
+from vllm_kcache.cache.formats import CacheShape
+from vllm_kcache.types import Selection
 
 
 @pytest.mark.parametrize("text", ["16384/512", "32768+256/256"])
@@ -86,7 +89,7 @@ def test_a_worker_that_looks_for_the_extension_plays(monkeypatch: pytest.MonkeyP
 
     class Played:
         def __init__(self, recording: Recording, device: str) -> None:
-            assert device == "cuda"
+            assert device == "cpu"
             self.group = recording.group
 
         def install(self) -> None:
@@ -99,6 +102,18 @@ def test_a_worker_that_looks_for_the_extension_plays(monkeypatch: pytest.MonkeyP
     assert played == [3, 1]
     with pytest.raises(AttributeError):
         _ = extension.mean
+
+
+def test_a_recording_goes_where_a_worker_has_its_buffers() -> None:
+    """When it looks for the extension, a worker's current GPU is the first one, whichever it is to
+    be."""
+    shape = CacheShape(1, 4, 2, 64, 16, 8, torch.bfloat16)
+    played = replay.Replay(Recording.load(), "cpu")
+    assert played.codes.device.type == "cpu"
+    its = played.Workspace.make(shape, Selection(None, 0.9, 1, 16, "sum"), 2, 8, "meta")
+    assert {its.block_lse.device, played.codes.device, played.lengths.device} == {
+        torch.device("meta")
+    }
 
 
 def test_replay_needs_long_prompts() -> None:

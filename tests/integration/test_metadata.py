@@ -5,6 +5,8 @@ vLLM looks for it. Through the attention of a layer, without an engine."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from tests.integration.builders import builder_of
 from vllm_kcache.cache.formats import CacheShape
 from vllm_kcache.config import KCacheConfig
+from vllm_kcache.integration import gpu_worker
 from vllm_kcache.integration.backend import KCacheBackend, KCacheImpl
 from vllm_kcache.integration.counters import Counters
 from vllm_kcache.integration.metadata import KCacheMetadata
@@ -385,3 +388,36 @@ def test_a_batch_that_is_not_causal() -> None:
     batch.common = batch.common.replace(causal=False)
     with pytest.raises(Exception, match="causal"):
         batch.build()
+
+
+@pytest.mark.parametrize(
+    ("is_hybrid", "resumed", "new", "decodes"),
+    [
+        (False, {"old"}, (0, 40), True),
+        (False, set(), (64, 1), False),
+        (True, set(), (64, 1), True),
+        (True, set(), (64, 3), True),
+        (True, set(), (64, 4), False),
+        (True, set(), (0, 1), False),
+    ],
+)
+def test_which_steps_begin_with_a_decode(
+    is_hybrid: bool, resumed: set[str], new: tuple[int, int], decodes: bool
+) -> None:
+    """Over pages that a prompt of the step may fill. Beside states the last token of a prompt
+    decodes (`prefill_runs_as_decode_np` of vLLM's second runner), with drafts of which there may be
+    two here."""
+    step = SimpleNamespace(
+        scheduled_cached_reqs=SimpleNamespace(resumed_req_ids=resumed),
+        scheduled_new_reqs=[
+            SimpleNamespace(req_id="long", num_computed_tokens=0),
+            SimpleNamespace(req_id="new", num_computed_tokens=new[0]),
+        ],
+        num_scheduled_tokens={"long": 4096, "new": new[1]},
+    )
+    worker: Any = SimpleNamespace(
+        vllm_config=SimpleNamespace(
+            model_config=SimpleNamespace(is_hybrid=is_hybrid), num_speculative_tokens=2
+        )
+    )
+    assert gpu_worker.KCacheGPUWorker._begins_with_a_decode(worker, step) is decodes

@@ -130,13 +130,24 @@ class KCacheGPUWorker(SplitCacheWorker, Worker):
         return times
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        # To vLLM's second runner they are new requests, whose last token of old ones prefills; to
-        # the first it decodes.
-        resumes = bool(scheduler_output.scheduled_cached_reqs.resumed_req_ids)
-        self.split_cache.before_step(resumes)
+        self.split_cache.before_step(self._begins_with_a_decode(scheduler_output))
         result = super().execute_model(scheduler_output)
         self._publish_counters()
         return result
+
+    def _begins_with_a_decode(self, scheduler_output: Any) -> bool:
+        """Whether a request may decode in the step that gives it pages of the prefix cache."""
+        # To vLLM's second runner those that go on are new requests, whose last token of old ones
+        # prefills; to the first it decodes.
+        if scheduler_output.scheduled_cached_reqs.resumed_req_ids:
+            return True
+        # Beside states the second has every last token of a prompt decode.
+        few = 1 + self.vllm_config.num_speculative_tokens
+        tokens = scheduler_output.num_scheduled_tokens
+        return self.vllm_config.model_config.is_hybrid and any(
+            new.num_computed_tokens > 0 and tokens[new.req_id] <= few
+            for new in scheduler_output.scheduled_new_reqs
+        )
 
     def execute_dummy_batch(self) -> None:
         # It overwrites the slots that V of the step before may still be leaving to.

@@ -123,8 +123,9 @@ class KCacheMetadataBuilder(AttentionMetadataBuilder[KCacheMetadata]):
         """Split the batch into decodes and prefills.
 
         A request that still prefills counts as prefill even with one token left, so that its
-        attention is exact; but a captured decode graph, which vLLM may replay for a batch of short
-        requests, holds decodes only. Of a request that verifies drafts each token decodes.
+        attention is exact; but beside states vLLM's second runner says that it decodes, and a
+        captured decode graph, which vLLM may replay for a batch of short requests, holds decodes
+        only. Of a request that verifies drafts each token decodes.
         """
         common, threshold, rows = common_attn_metadata, self.reorder_batch_threshold, self._rows
         if common.causal is not True:

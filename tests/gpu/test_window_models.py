@@ -126,7 +126,7 @@ def engines(
 
 @pytest.mark.parametrize(
     "case",
-    itertools.product(sinks.SHAPES[:1], sinks.RULES[::2], sinks.GPU_KINDS, sinks.SOFT_CAPS),
+    list(itertools.product(sinks.SHAPES[:1], sinks.RULES[::2], sinks.GPU_KINDS, sinks.SOFT_CAPS)),
     ids=str,
 )
 def test_steps_of_codes_with_sinks(case: tuple[Any, ...]) -> None:

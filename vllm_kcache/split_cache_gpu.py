@@ -122,7 +122,7 @@ class GPUSplitCache(SplitCache):
         self.is_final = False
         # Decode steps that ran outside a graph.
         self.eager_decode_steps = 0
-        # Rows of this step's prompts are to be on the host before its decodes look for theirs.
+        # See `before_step`.
         self._store_at_once = False
         self.workspace = self._make_workspace()
         self.transfer = PrefillTransfer(
@@ -172,16 +172,17 @@ class GPUSplitCache(SplitCache):
         if self.hot_cache is not None:
             self.hot_cache.flush()
 
-    def before_step(self, resumes: bool = False) -> None:
+    def before_step(self, store_at_once: bool = False) -> None:
         """Order the coming step after V that is still on its way to the host.
 
         Args:
-            resumes: Whether a request may decode in the step that gives it pages of the prefix
-                cache, as one that goes on after preemption: a prompt of this step may fill them.
+            store_at_once: Rows of this step's prompts are to be on the host before its decodes look
+                for theirs: a request may decode in the step that gives it pages of the prefix
+                cache, which a prompt may be filling.
         """
         self.transfer.fence()
         self.transfer.end_step()
-        self._store_at_once = resumes
+        self._store_at_once = store_at_once
 
     def close(self) -> None:
         if self.pool is not None:

@@ -16,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from benchmarks.replay.extension import name_for
 from benchmarks.rows import origin
 from vllm_kcache.integration.counters import SCALARS
 from vllm_kcache.reference.codes import code_parts
@@ -48,7 +49,8 @@ def measure(options: dict[str, Any]) -> None:
     split = options["engine"] == "kcache"
     replay = split and options["mode"] == "replay"
     started = time.monotonic()
-    llm = _start_engine(options, _extension_of(options) if replay else "")
+    extension = name_for(options["kcache_config"], min(options["contexts"])) if replay else ""
+    llm = _start_engine(options, extension)
     start_seconds = time.monotonic() - started
     if split:
         llm.collective_rpc(fill_cache)
@@ -128,19 +130,6 @@ def _counts(requests: list[int], most: int) -> dict[int, int]:
 def _longest(options: dict[str, Any]) -> int:
     """The engine's max_model_len: as asked, else what the longest context needs."""
     return options["max_model_len"] or max(options["contexts"]) + options["output"] + 16
-
-
-def _extension_of(options: dict[str, Any]) -> str:
-    """What has the workers play the recording that is made for the rule.
-
-    Raises:
-        ValueError: a context shorter than what was recorded.
-    """
-    from benchmarks.replay.record import RECORDINGS, Recording
-
-    combine = "max" if "mass_threshold" in options["kcache_config"] else "sum"
-    Recording.load(RECORDINGS[combine]).check_context(min(options["contexts"]))
-    return f"benchmarks.replay.extension.{combine}"
 
 
 def _start_engine(options: dict[str, Any], extension: str) -> Any:

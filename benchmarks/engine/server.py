@@ -47,10 +47,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.engine.prefill import model_folder
-from benchmarks.replay.record import RECORDINGS, V_BLOCK_TOKENS, Recording
+from benchmarks.replay.extension import name_for
 from benchmarks.rows import RESULTS, Row, append, command, commit, date, device, grouped, load
-from vllm_kcache.config import KCacheConfig
-from vllm_kcache.types import HeadCombine
 
 if TYPE_CHECKING:
     from benchmarks.engine.server_process import BenchmarkServer
@@ -202,24 +200,17 @@ def serve_arguments(
         arguments += ["--kv-backend", "kcache"]
         arguments += ["--kcache-config", json.dumps(engine["kcache_config"])]
         if options.mode == "replay":
-            recording = f"benchmarks.replay.extension.{combine_of(engine['kcache_config'])}"
-            arguments += ["--worker-extension-cls", recording]
+            arguments += ["--worker-extension-cls", replay_of(options, engine["kcache_config"])]
     return [*arguments, *shlex.split(options.serve_arguments)]
 
 
-def combine_of(config: Row) -> HeadCombine:
-    """How the rule of a configuration combines query heads: which recording is played."""
-    return KCacheConfig.from_user(config).selection(V_BLOCK_TOKENS).combine
-
-
-def check_replay(options: argparse.Namespace) -> None:
-    """Every recorded block must have a place in each request.
+def replay_of(options: argparse.Namespace, config: Row) -> str:
+    """The extension that plays what a configuration's rule reads.
 
     Raises:
-        ValueError: a workload with shorter prompts.
+        ValueError: a workload's prompts have no place for every recorded block.
     """
-    recording = Recording.load(RECORDINGS[combine_of(options.kcache_config)])
-    recording.check_context(min(each.input for each in options.workloads))
+    return name_for(config, min(each.input for each in options.workloads))
 
 
 def send(
@@ -438,7 +429,7 @@ def main() -> None:
         sys.exit("--mode replay: plays recorded scores in the kernels of a GPU; here --mode fixed")
     if options.mode == "replay":
         try:
-            check_replay(options)
+            replay_of(options, options.kcache_config)
         except ValueError as error:
             sys.exit(str(error))
     # Whoever ends this must not leave a server behind.

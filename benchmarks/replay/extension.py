@@ -11,7 +11,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.replay.record import RECORDINGS, Recording
+from benchmarks.replay.record import RECORDINGS, V_BLOCK_TOKENS, Recording
+from vllm_kcache.config import KCacheConfig
+
+
+def name_for(config: dict[str, Any], shortest: int) -> str:
+    """The extension that plays what the rule of a configuration reads.
+
+    Args:
+        config: Of the split cache.
+        shortest: Tokens of the shortest request.
+
+    Raises:
+        ValueError: it has no place for every recorded block.
+    """
+    combine = KCacheConfig.from_user(config).selection(V_BLOCK_TOKENS).combine
+    Recording.load(RECORDINGS[combine]).check_context(shortest)
+    return f"{__name__}.{combine}"
 
 
 class Player:

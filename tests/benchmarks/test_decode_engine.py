@@ -76,16 +76,6 @@ def sums(worker: Any) -> dict[str, int]:
     }
 
 
-def test_workers_play_what_the_rule_reads() -> None:
-    from benchmarks.engine.decode_engine import _extension_of
-
-    options = {"kcache_config": {"mass_threshold": 0.002}, "contexts": [8192, 4168]}
-    assert _extension_of(options) == "benchmarks.replay.extension.max"
-    assert _extension_of({**options, "kcache_config": {}}) == "benchmarks.replay.extension.sum"
-    with pytest.raises(ValueError, match=r"at least 4168 tokens.* 4167"):
-        _extension_of({**options, "contexts": [8192, 4167]})
-
-
 def test_no_profile_of_several_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     assert parse(["shape", "--profile"]).tensor_parallel_size == 1
     with pytest.raises(SystemExit):

@@ -117,9 +117,9 @@ def test_a_recording_goes_where_a_worker_has_its_buffers() -> None:
 
 
 def test_replay_needs_long_prompts() -> None:
-    server.check_replay(server.parse(["shape", "--workloads", "4168/4", "4160+8/4"]))
+    server.replay_of(server.parse(["shape", "--workloads", "4168/4", "4160+8/4"]), {})
     with pytest.raises(ValueError, match=r"at least 4168 tokens.* 4167"):
-        server.check_replay(server.parse(["shape", "--workloads", "4167/4", "8192/4"]))
+        server.replay_of(server.parse(["shape", "--workloads", "4167/4", "8192/4"]), {})
 
 
 REPORT = {

@@ -21,6 +21,7 @@ Tasks, RULER's among them: python -m benchmarks.accuracy.tasks --help
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -50,7 +51,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     sweep.add_argument("--dtype", default="float32")
     sweep.add_argument("--block-size", type=int, help="tokens of a K page (GPU 16, CPU 32)")
     sweep.add_argument("--max-num-batched-tokens", type=int, help="(GPU 8192, CPU 2048)")
-    sweep.add_argument("--gpu-memory-utilization", type=float, default=0.85)
+    sweep.add_argument("--engine", type=json.loads, default={}, help="more of vllm.LLM, JSON")
     sweep.add_argument("--hot-cache-gib", type=float, help="hot V cache; large is fast")
     sweep.add_argument("--cpu-cache-gib", type=int, help="cache of the CPU engine (4)")
     sweep.add_argument(

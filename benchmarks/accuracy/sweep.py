@@ -91,8 +91,8 @@ class Sweep:
             "seed": 0,
         }
         if self.gpu:
-            arguments["gpu_memory_utilization"] = options.gpu_memory_utilization
-        return arguments
+            arguments["gpu_memory_utilization"] = 0.85
+        return {**arguments, **options.engine}
 
     def head_size(self) -> int:
         """D."""

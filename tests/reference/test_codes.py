@@ -60,6 +60,14 @@ def test_a_rounded_query_is_in_whole_steps(head_size):
     assert_close(rounded.abs().amax(-1), query.abs().amax(-1))
 
 
+def test_steps_of_a_query_are_rounded_once():
+    """127 / most in one division, as kernels have it: this value is in the middle of two steps
+    then, and its even one is lower. A reciprocal times 127 would take the upper."""
+    query = torch.tensor([3.2040534019470215, 0.5171897411346436])
+    steps = codes.round_query(query) / query[0] * 127
+    assert steps.round().tolist() == [127, 20]
+
+
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 def test_rounding_the_query_adds_little_to_what_codes_cost(head_size):
     """Estimates are off by the codes of K; by the 8 bits of q' in addition less than 1%."""

@@ -98,7 +98,9 @@ def round_query(transformed: torch.Tensor) -> torch.Tensor:
     Returns:
         The same in whole steps.
     """
-    steps = INT8_MOST / transformed.abs().amax(-1, keepdim=True).clamp_min(LEAST_QUERY)
+    most = transformed.abs().amax(-1, keepdim=True).clamp_min(LEAST_QUERY)
+    # A number over a tensor would be its reciprocal times the number, which rounds twice.
+    steps = torch.full_like(most, INT8_MOST) / most
     return (transformed * steps).round() / steps
 
 

@@ -28,10 +28,17 @@ def test_defaults():
     config = KCacheConfig.from_user(None)
     assert config == KCacheConfig.from_user({}) == KCacheConfig.from_user("{}") == KCacheConfig()
     assert (config.resolved_top_n, config.resolved_coverage) == (None, None)
-    assert config.resolved_mass_threshold == 0.002
+    assert config.selection(8).mass_threshold == 0.002
+    assert config.selection(8).threshold_length == 8192
     assert (config.sink_tokens, config.recent_tokens, config.dense_layers) == (8, 32, 0)
     assert (config.resolved_tail, config.selection(8).combine) == ("clip", "max")
     assert config.host_memory_gib == config.hot_cache_gib == config.prefill == "auto"
+
+
+@pytest.mark.parametrize(("tokens", "threshold"), [(4, 0.001), (8, 0.002), (16, 0.004)])
+def test_the_default_threshold_is_in_proportion_to_the_block(tokens, threshold):
+    assert KCacheConfig().selection(tokens).mass_threshold == threshold
+    assert KCacheConfig.from_user({"mass_threshold": 0.002}).selection(tokens).clip == 0.001
 
 
 @pytest.mark.parametrize(
@@ -73,7 +80,7 @@ def test_top_n_and_coverage_together(given, top_n, coverage):
 )
 def test_mass_threshold_brings_its_own_tail_and_combination(given, threshold):
     config = KCacheConfig.from_user(given)
-    assert config.selection(8) == Selection(None, None, 1, 32, "max", threshold)
+    assert config.selection(8) == Selection(None, None, 1, 32, "max", threshold, 8192)
     assert config.selection(8).clip == threshold / 2
     assert not config.selection(8).selects_everything
     assert config.resolved_tail == "clip"
@@ -84,7 +91,7 @@ def test_mass_threshold_with_a_cap_and_another_tail():
         {"mass_threshold": 0.002, "top_n": 64, "coverage": None, "tail": "renormalize"}
         | {"head_combine": "sum"}
     )
-    assert config.selection(8) == Selection(64, None, 1, 32, "sum", 0.002)
+    assert config.selection(8) == Selection(64, None, 1, 32, "sum", 0.002, 8192)
     assert config.resolved_tail == "renormalize"
 
 
@@ -93,7 +100,9 @@ def test_settings_that_exclude_each_other():
     assert refusal({"tail": "clip", "top_n": 64}) == (
         "kcache_config.tail='clip': needs kcache_config.mass_threshold, which says where to clip"
     )
-    assert KCacheConfig.from_user({"threshold_length": 4096}).selection(8).threshold_length == 4096
+    for given in (4096, None):
+        config = KCacheConfig.from_user({"threshold_length": given})
+        assert config.selection(8).threshold_length == given
     assert refusal({"threshold_length": 4096, "top_n": 64}) == (
         "kcache_config.threshold_length=4096: needs kcache_config.mass_threshold, which falls "
         "beyond so many tokens"
@@ -109,12 +118,12 @@ def test_settings_that_exclude_each_other():
 @pytest.mark.parametrize(
     ("given", "bits", "two_bytes", "four_bytes"),
     [
-        ({}, 16, "model", "model"),
+        ({}, 4, "int8", "model"),
         ({"k_bits": 16}, 16, "model", "model"),
         ({"k_bits": 4}, 4, "int8", "model"),
         ({"k_bits": 4, "host_dtype": "model"}, 4, "model", "model"),
         ({"k_bits": 4, "host_dtype": "int8"}, 4, "int8", "int8"),
-        ({"k_bits": "auto", "host_dtype": "auto"}, 16, "model", "model"),
+        ({"k_bits": "auto", "host_dtype": "auto"}, 4, "int8", "model"),
     ],
     ids=str,
 )
@@ -126,9 +135,9 @@ def test_bits_of_k_and_what_rows_hold(given, bits, two_bytes, four_bytes):
     assert config.resolved_host_dtype(torch.float32) == four_bytes
 
 
-@pytest.mark.parametrize("bits", [{}, {"k_bits": 16}, {"k_bits": "auto"}], ids=str)
-def test_int8_rows_need_codes(bits):
-    assert refusal({"host_dtype": "int8", **bits}) == (
+def test_int8_rows_need_codes():
+    assert KCacheConfig.from_user({"host_dtype": "int8"}).resolved_k_bits == 4
+    assert refusal({"host_dtype": "int8", "k_bits": 16}) == (
         "kcache_config.host_dtype='int8': needs kcache_config.k_bits=4; with 16 the host holds V "
         "as the model has it"
     )

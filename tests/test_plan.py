@@ -226,8 +226,9 @@ def test_rows_of_the_benchmark(row: dict[str, Any], run: dict[str, Any]) -> None
 
 def measured_work(row: dict[str, Any], run: dict[str, Any], shape: Any) -> SplitWork:
     """The selection as the row counted it: of the run where it says so, of the engine otherwise."""
-    # Rows of before "auto" was 4 do not name it.
-    config = KCacheConfig.from_user({"k_bits": 16, **row["kcache_config"]})
+    # Rows of before these were defaults do not name them.
+    before = {"k_bits": 16, "threshold_length": None}
+    config = KCacheConfig.from_user({**before, **row["kcache_config"]})
     figures = run.get("kcache_metrics") or row["kcache_metrics"]
     memory = gpu_memory(shape, engine_of(row["context"]), config)
     fetched = figures["hot_cache_misses"] + figures["direct_host_reads"]
@@ -446,7 +447,9 @@ def test_threshold_tokens_are_those_of_the_study() -> None:
         (100, {"top_n": 16}, 100),
         (4096, {"coverage": 0.9}, 345),
         (4096, {"coverage": 0.9, "top_n": 16}, 128),
-        (32768, {"mass_threshold": 0.002}, 497),
+        (8192, {}, 497),
+        (32768, {}, 773),
+        (32768, {"threshold_length": None}, 497),
         (32768, {"mass_threshold": 0.002, "top_n": 16}, 128),
         (512, {"mass_threshold": 0.0001}, 512),
     ],

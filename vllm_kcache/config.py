@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 KEY_PREFIX = "kcache_config"
 # At 2K to 8K tokens the perplexity is within .4%, below 500 tokens a head (docs/accuracy.md).
 DEFAULT_MASS_THRESHOLD = 0.002
+# What it is for; for blocks of other sizes it changes in proportion.
+DEFAULT_THRESHOLD_V_BLOCK_TOKENS = 8
+# With one threshold at any length what lists leave out grows (docs/selection.md).
+DEFAULT_THRESHOLD_LENGTH = 8192
 
 # What the threshold is for: larger blocks take a quarter more tokens (docs/selection.md).
 V_BLOCK_TOKENS_AUTO = 8
@@ -77,7 +81,8 @@ class KCacheConfig(BaseModel):
 
     | top_n | coverage | selected, per request and KV head |
     |---|---|---|
-    | not given | not given | every block that holds .002 of the mass of one query head |
+    | not given | not given | every block that holds .002 of the mass of one query head (of 8
+      tokens; less of smaller blocks) |
     | "all" | not given | every block: equal to full attention |
     | N | not given | the N blocks of most mass (the paper's mode, arXiv 2404.18057) |
     | not given or "all" | c | the fewest blocks that reach coverage c |
@@ -94,9 +99,9 @@ class KCacheConfig(BaseModel):
         mass_threshold: least share of the softmax mass for which a block is selected. `"auto"` is
             "not given".
         threshold_length: tokens of a request beyond which the mass threshold falls with the square
-            root of the length. None, and `"auto"`: at no length.
-        k_bits: 16, GPU pages hold K, which scores are of; 4, they hold K codes, scores are
-            estimates, and host rows hold K beside V (see `resolved_k_bits`).
+            root of the length; None, at no length. `"auto"`: 8192.
+        k_bits: 4, GPU pages hold K codes, by which scores are estimated, and host rows hold K
+            beside V; 16, they hold K itself, which scores are of. `"auto"`: 4.
         host_dtype: with k_bits 4, the values of rows: the model's dtype, or int8. "auto": int8 for
             models of 2 bytes a value.
         v_block_tokens: tokens of a V block. `"auto"`: 8, or 2 KiB at 2 bytes a value where that is
@@ -191,7 +196,7 @@ class KCacheConfig(BaseModel):
                 f"{KEY_PREFIX}.host_dtype='int8': needs {KEY_PREFIX}.k_bits=4; with 16 the host "
                 "holds V as the model has it"
             )
-        if self.resolved_mass_threshold is None:
+        if not self.has_mass_threshold:
             if self.threshold_length not in ("auto", None):
                 raise KCacheConfigError(
                     f"{KEY_PREFIX}.threshold_length={self.threshold_length}: needs "
@@ -223,24 +228,37 @@ class KCacheConfig(BaseModel):
         return None if self.coverage == "auto" else self.coverage
 
     @property
-    def resolved_mass_threshold(self) -> float | None:
-        """The least mass of a selected block, or None where it does not decide."""
+    def has_mass_threshold(self) -> bool:
+        """Whether a mass threshold decides (see the class's table)."""
+        return self.resolved_mass_threshold(DEFAULT_THRESHOLD_V_BLOCK_TOKENS) is not None
+
+    def resolved_mass_threshold(self, v_block_tokens: int) -> float | None:
+        """The least mass of a selected block of `v_block_tokens` tokens, or None where it does not
+        decide. What the user gave is for blocks of any size."""
         if self.mass_threshold != "auto":
             return self.mass_threshold
-        is_default = self.top_n is None and self.coverage == "auto"
-        return DEFAULT_MASS_THRESHOLD if is_default else None
+        if self.top_n is not None or self.coverage != "auto":
+            return None
+        return DEFAULT_MASS_THRESHOLD * v_block_tokens / DEFAULT_THRESHOLD_V_BLOCK_TOKENS
+
+    @property
+    def resolved_threshold_length(self) -> int | None:
+        """Tokens of a request beyond which the mass threshold falls, or None."""
+        if self.threshold_length != "auto":
+            return self.threshold_length
+        return DEFAULT_THRESHOLD_LENGTH if self.has_mass_threshold else None
 
     @property
     def resolved_tail(self) -> Tail:
         """What happens to the mass that was not selected."""
         if self.tail != "auto":
             return self.tail
-        return "renormalize" if self.resolved_mass_threshold is None else "clip"
+        return "clip" if self.has_mass_threshold else "renormalize"
 
     @property
     def resolved_k_bits(self) -> int:
         """Bits of an element of K in GPU pages. The one place that decides what "auto" means."""
-        return 16 if self.k_bits == "auto" else self.k_bits
+        return 4 if self.k_bits == "auto" else self.k_bits
 
     def resolved_host_dtype(self, dtype: torch.dtype) -> HostDtype:
         """What host rows hold for a model of this dtype."""
@@ -292,15 +310,15 @@ class KCacheConfig(BaseModel):
         self.check_together()
         combine = self.head_combine
         if combine == "auto":
-            combine = "sum" if self.resolved_mass_threshold is None else "max"
+            combine = "max" if self.has_mass_threshold else "sum"
         selection = Selection(
             top_n=self.resolved_top_n,
             coverage=self.resolved_coverage,
             sink_blocks=-(-self.sink_tokens // v_block_tokens),
             recent_tokens=self.recent_tokens,
             combine=combine,
-            mass_threshold=self.resolved_mass_threshold,
-            threshold_length=None if self.threshold_length == "auto" else self.threshold_length,
+            mass_threshold=self.resolved_mass_threshold(v_block_tokens),
+            threshold_length=self.resolved_threshold_length,
         )
         forced = selection.most_forced_blocks(v_block_tokens)
         if selection.top_n is not None and selection.top_n < forced:

@@ -50,7 +50,7 @@ from typing import Any
 
 from benchmarks.engine.decode_engine import SHORT_STEPS, SPARE_TOKENS
 from benchmarks.rows import RESULTS, ROOT, append, command
-from vllm_kcache.config import KCacheConfig
+from vllm_kcache.config import DEFAULT_THRESHOLD_LENGTH, KCacheConfig
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -171,7 +171,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--top-n", type=int, default=None, help="V blocks per KV head")
     parser.add_argument("--coverage", type=float, help=f"in replay {REPLAY_COVERAGE} unless given")
     parser.add_argument("--mass-threshold", type=float, help="in place of a coverage")
-    parser.add_argument("--threshold-length", type=int, help="tokens beyond which that falls")
+    parser.add_argument(
+        "--threshold-length", type=int, help="tokens beyond which that falls; 0: never"
+    )
     parser.add_argument("--hot-cache-gib", type=gib, help='a number or "auto"')
     parser.add_argument("--host-memory-gib", type=gib, help='a number or "auto"')
     parser.add_argument("--host-dtype", choices=["model", "int8"], help="of rows, with k_bits 4")
@@ -221,6 +223,9 @@ def engine_options(engine: str, settings: dict[str, Any], host_dtype: str | None
     if name == "kcache":
         # In the row, whatever "auto" is by then.
         config["k_bits"] = int(variant or KCacheConfig().resolved_k_bits)
+        if "mass_threshold" in config:
+            length = config.setdefault("threshold_length", DEFAULT_THRESHOLD_LENGTH)
+            config["threshold_length"] = length or None
     if config.get("k_bits") == 4 and host_dtype is not None:
         config["host_dtype"] = host_dtype
     dtype = variant if name == "stock" and variant else "auto"

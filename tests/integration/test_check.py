@@ -29,7 +29,8 @@ def test_nothing_to_refuse(
     folders: Callable[[str], str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = folders("llama")
-    assert main(["check", folder, "--max-model-len", "256"]) == 0
+    flags = ["--max-model-len", "256", "--kcache-config", '{"k_bits": 16}']
+    assert main(["check", folder, *flags]) == 0
     assert capsys.readouterr().out == f"{folder}: nothing would be refused\n"
 
 
@@ -59,7 +60,8 @@ def test_exit_code_and_lines(
     assert main(["check", folder]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"refused: {PREFIX}ALiBi (BloomForCausalLM):")
-    assert lines[1:] == [f"{folder}: 1 refusal"]
+    assert lines[1].startswith("note: k_bits 4: ")
+    assert lines[2:] == [f"{folder}: 1 refusal"]
 
 
 def test_json(folders: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -257,7 +259,7 @@ def test_codes_are_measured_at_start(
     folders: Callable[[str], str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = folders("llama")
-    for chosen, noted in (('{"k_bits": 4}', True), ('{"k_bits": 16}', False), ("{}", False)):
+    for chosen, noted in (('{"k_bits": 4}', True), ('{"k_bits": 16}', False), ("{}", True)):
         assert main(["check", folder, "--kcache-config", chosen]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert [line.split(":")[0] for line in lines[:-1]] == ["note"] * noted

@@ -337,7 +337,7 @@ def _notes(setup: Setup, load: Load, splits: list[SplitPrediction]) -> list[str]
     if setup.hardware.source != "measured":
         notes.append(f"{setup.hardware.name}: {setup.hardware.source}.")
     config = setup.config
-    selects = (config.resolved_coverage, config.resolved_mass_threshold) != (None, None)
+    selects = config.has_mass_threshold or config.resolved_coverage is not None
     if load.selected_tokens is None and selects:
         notes.append(
             "The tokens selected are an estimate from SmolLM2-135M; measure your model "

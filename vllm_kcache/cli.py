@@ -227,10 +227,10 @@ def _check(parsed: argparse.Namespace, others: list[str]) -> int:
     if parsed.json:
         print(json.dumps(found, indent=2))
     else:
-        for text in notes(parsed.model, others):
-            print(f"note: {_one_line(text)}")
         for text in found:
             print(f"refused: {text}")
+        for text in notes(parsed.model, others):
+            print(f"note: {_one_line(text)}")
         count = f"{len(found) or 'no'} refusal{'' if len(found) == 1 else 's'}"
         print(f"{_one_line(parsed.model)}: {count if found else 'nothing would be refused'}")
     return 1 if found else 0

@@ -62,8 +62,8 @@ def check_host_memory_is_shared(server: Server) -> None:
     }
     info = server.samples("vllm:cache_config_info")
     (tokens,) = {int(sample.labels["block_size"]) for sample in info}
-    v_bytes = NUM_LAYERS * NUM_KV_HEADS * HEAD_SIZE * FLOAT32_BYTES * tokens
-    assert blocks == {int(HOST_GIB * 2**30 / len(ENGINES)) // v_bytes}
+    row_bytes = NUM_LAYERS * NUM_KV_HEADS * 2 * HEAD_SIZE * FLOAT32_BYTES * tokens
+    assert blocks == {int(HOST_GIB * 2**30 / len(ENGINES)) // row_bytes}
 
 
 def test_both_engines_answer_and_are_counted(server: Server) -> None:

@@ -108,7 +108,8 @@ def test_a_long_prompt_decodes_from_a_selection(server: Server, client: openai.O
     all_blocks = answer.usage.prompt_tokens // v_block_tokens
     assert 0 < selected < 0.9 * lists * all_blocks
     fetched_bytes = server.metric("vllm_kcache_fetched_bytes_total") - bytes_before
-    assert fetched_bytes == selected * v_block_tokens * HEAD_SIZE * FLOAT32_BYTES
+    # K and V, which answer.
+    assert fetched_bytes == selected * v_block_tokens * 2 * HEAD_SIZE * FLOAT32_BYTES
     dropped = {
         bound: count - dropped_before[bound]
         for bound, count in server.buckets("vllm_kcache_dropped_mass").items()
@@ -122,8 +123,8 @@ def test_a_long_prompt_decodes_from_a_selection(server: Server, client: openai.O
 def test_host_pool_mirrors_the_device_cache(server: Server) -> None:
     blocks = server.metric("vllm_kcache_host_pool_blocks", state="total")
     block_tokens = 128
-    k_block_bytes = NUM_LAYERS * NUM_KV_HEADS * block_tokens * HEAD_SIZE * FLOAT32_BYTES
-    assert blocks == KV_CACHE_BYTES // k_block_bytes
+    code_block_bytes = NUM_LAYERS * NUM_KV_HEADS * block_tokens * (HEAD_SIZE // 2 + 4)
+    assert blocks == KV_CACHE_BYTES // code_block_bytes
 
 
 def test_metrics_survive_what_lies_where_the_counters_should(server: Server) -> None:

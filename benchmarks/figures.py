@@ -280,7 +280,7 @@ def finish(figure: Any, axes: Any, x_label: str, y_label: str) -> None:
     )  # fmt: skip
 
 
-# A decode step: what lies in which memory, and what crosses the link. Nothing in it is measured.
+# A decode step with K codes: what lies in which memory, and what crosses the link. Nothing in it is measured.
 # Boxes: left, bottom, width, height, colour, colour of the edge, text.
 _BLUE, _RED, _GREY = "#0072B2", "#D55E00", "#777777"
 AREAS = (
@@ -289,30 +289,29 @@ AREAS = (
     (0.2, 0.2, 11.6, 1.1, "#FBEFE3", "host memory (pinned)", "right"),
 )
 STORES = (
-    (2.0, 2.45, 2.4, 0.95, "K pages\nevery K, paged by vLLM"),
-    (7.0, 2.45, 2.6, 0.95, "hot V cache: copies of\nV blocks, the newest always"),
-    (4.0, 0.32, 5.6, 0.72, "host V pool: V of every page, written through, complete"),
+    (2.0, 2.45, 2.4, 0.95, "K codes, 4 bits\nof every K, paged by vLLM"),
+    (7.0, 2.45, 2.6, 0.95, "hot cache: copies of rows,\nthe newest always"),
+    (4.0, 0.32, 5.6, 0.72, "host pool: rows of K and V of every page, complete"),
 )
 STEPS = (
     (0.5, "1. write", "K and V of\nthe new token"),
-    (2.75, "2. score", "exact QK over\nevery K"),
-    (5.0, "3. select", "fewest V blocks\nthat cover the mass"),
-    (7.25, "4. fetch", "V blocks that\nare not resident"),
-    (9.5, "5. attend", "softmax and PV over\nthe selected tokens"),
+    (2.75, "2. score", "estimates of QK\nfrom every code"),
+    (5.0, "3. select", "V blocks that\nhold the mass"),
+    (7.25, "4. fetch", "rows that are\nnot resident"),
+    (9.5, "5. attend", "softmax and PV with\ntrue K and V"),
 )
 # From, to, colour, text and its place.
 ARROWS: tuple[tuple[Any, ...], ...] = (
     ((3.625, 6.2), (3.625, 5.7), _GREY), ((10.375, 6.2), (10.375, 5.7), _GREY),
     ((4.5, 5.225), (5.0, 5.225), "#222222"), ((6.75, 5.225), (7.25, 5.225), "#222222"),
     ((9.0, 5.225), (9.5, 5.225), "#222222"),
-    ((1.9, 4.75), (2.6, 3.4), _BLUE, "K", (1.98, 4.1)),
-    ((3.4, 3.4), (3.625, 4.75), _BLUE, "every K,\nat HBM speed", (3.6, 3.9)),
-    ((0.9, 0.68), (4.0, 0.68), _RED, "V of the new\ntoken", (1.0, 1.52)),
-    ((4.4, 3.0), (9.9, 4.75), "#999999", "K of the selected", (5.15, 2.95)),
+    ((1.9, 4.75), (2.6, 3.4), _BLUE, "code of K", (1.15, 3.6)),
+    ((3.4, 3.4), (3.625, 4.75), _BLUE, "every code,\nat HBM speed", (3.6, 3.9)),
+    ((0.9, 0.68), (4.0, 0.68), _RED, "K and V of the\nnew token", (1.0, 1.52)),
     ((7.6, 1.04), (7.6, 2.45), _RED,
-     "misses only: whole V blocks, read by\na kernel beside the scoring", (7.7, 1.52)),
+     "misses only: whole rows,\nread by a kernel", (7.7, 1.52)),
     ((8.0, 4.75), (8.0, 3.4), _BLUE, "look up", (8.08, 3.95)),
-    ((9.3, 3.4), (10.6, 4.75), _BLUE, "selected V", (10.15, 3.9)),
+    ((9.3, 3.4), (10.6, 4.75), _BLUE, "selected rows", (10.15, 3.9)),
 )  # fmt: skip
 
 

@@ -467,29 +467,6 @@ def test_host_memory_limits() -> None:
     assert tight.fit.num_blocks == 20 * GIB // (16 * 32 * 8 * 128 * 2)
 
 
-@pytest.mark.parametrize(
-    ("requests", "longest", "utilization", "measured"),
-    [(8, 65568, 0.9, 62762319872), (2, 32800, 0.5, 23956619264)],
-)
-def test_few_requests_leave_memory_free(
-    requests: int, longest: int, utilization: float, measured: int
-) -> None:
-    """Peaks of two engines of prefill.py (H200, Llama-3-8B shape, k_bits 4): all rows that there
-    can be have a slot, and the rest of the GPU's memory is left alone."""
-    shape, config = (
-        read_shape(str(ROOT / "benchmarks/shapes/llama-3-8b"), "bfloat16"),
-        KCacheConfig(k_bits=4),
-    )
-    engine = Engine(longest, requests, 8192, 16, utilization)
-    fit = fit_split(shape, engine, 150109880320, 100 * GIB, config)
-    assert fit.num_blocks == requests * (longest // 16) + 1
-    assert fit.hot_cache_bytes == fit.num_blocks * 32 * 8 * 2 * (2080 + 8)
-    assert fit.gpu_bytes == pytest.approx(measured, rel=0.03)
-    engine = dataclasses.replace(engine, max_num_seqs=256)
-    many = fit_split(shape, engine, 150109880320, 100 * GIB, config)
-    assert many.gpu_bytes == pytest.approx(150109880320 * utilization, abs=2 * 2088)
-
-
 def test_codes_and_rows_that_fit() -> None:
     """With 109 GiB for rows the host decides; all that pages leave is hot cache."""
     plan = plan_of(max_num_seqs=64)

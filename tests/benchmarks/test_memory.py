@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,8 @@ import pytest
 import vllm_kcache
 from benchmarks.engine import memory
 from vllm_kcache.config import KCacheConfig
+from vllm_kcache.planner.memory import GIB, Engine, fit_split
+from vllm_kcache.planner.shape import read_shape
 
 SHAPE = Path(__file__).resolve().parents[2] / "benchmarks/shapes/llama-3-8b"
 
@@ -47,3 +50,26 @@ def test_measured_engines_are_as_planned(
     assert {"GPU memory", "blocks"} <= set(found)
     measured["gpu"]["peak"] *= 1.05
     assert "OUT OF BOUNDS" in memory.lines_against_plan("kcache", measured)[0]
+
+
+@pytest.mark.parametrize(
+    ("requests", "longest", "utilization", "measured"),
+    [(8, 65568, 0.9, 62762319872), (2, 32800, 0.5, 23956619264)],
+)
+def test_few_requests_leave_memory_free(
+    requests: int, longest: int, utilization: float, measured: int
+) -> None:
+    """Peaks of two engines of prefill.py (H200, Llama-3-8B shape, k_bits 4): all rows that there
+    can be have a slot, and the rest of the GPU's memory is left alone."""
+    shape, config = (
+        read_shape(str(SHAPE), "bfloat16"),
+        KCacheConfig(k_bits=4),
+    )
+    engine = Engine(longest, requests, 8192, 16, utilization)
+    fit = fit_split(shape, engine, 150109880320, 100 * GIB, config)
+    assert fit.num_blocks == requests * (longest // 16) + 1
+    assert fit.hot_cache_bytes == fit.num_blocks * 32 * 8 * 2 * (2080 + 8)
+    assert fit.gpu_bytes == pytest.approx(measured, rel=0.03)
+    engine = dataclasses.replace(engine, max_num_seqs=256)
+    many = fit_split(shape, engine, 150109880320, 100 * GIB, config)
+    assert many.gpu_bytes == pytest.approx(150109880320 * utilization, abs=2 * 2088)

@@ -31,6 +31,9 @@ connector's random K and V, states its zeros. With heads of 256 say --v-block-to
 --preset paper: the setting of the KCache paper (arXiv 2404.18057) as far as it is known:
 Llama-2-7B, 8 requests of up to 32K tokens (as many as fit), a small fixed N. Other options may
 change it.
+--preset grid: contexts of 2K to 128K, 1 to 64 requests and all that fit, four engines; see grid.py.
+--resume: cells whose rows are there, of the same commit, GPU and settings, are left out; where none
+is left of an engine, it is not started. --seconds: no cell is begun after so many.
 --drafts 0 3: steps that verify so many drafts a request, all of them as good as always wrong
 (drafting.py), so that a step still makes one token. With the option given, also at 0, engines run
 vLLM's first runner without asynchronous scheduling: drafts of a class of one's own need that.
@@ -45,12 +48,14 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine.decode_engine import SHORT_STEPS, SPARE_TOKENS
-from benchmarks.rows import RESULTS, ROOT, append, command
-from vllm_kcache.config import KCacheConfig
+from benchmarks.engine import grid
+from benchmarks.engine.decode_engine import SHORT_STEPS, SPARE_TOKENS, longest
+from benchmarks.rows import RESULTS, ROOT, append, command, commit, device, load
+from vllm_kcache.config import DEFAULT_MASS_THRESHOLD, KCacheConfig
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -68,7 +73,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_requests": 8,
         "top_n": 16,
         "mode": "fixed",
-    }
+    },
+    "grid": {
+        "engines": ["kcache-4", "stock", "stock-fp8", "kcache-16"],
+        "context": list(grid.CONTEXTS),
+        "requests": list(grid.REQUESTS),
+        "max_requests": 512,
+        "mode": "replay",
+        "mass_threshold": DEFAULT_MASS_THRESHOLD,
+        "output": 48,
+        "repeats": 1,
+        "label": "grid",
+        "resume": True,
+    },
 }
 
 
@@ -193,6 +210,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--profile", action="store_true", help="time each kernel in some more steps, into the row"
     )
+    parser.add_argument("--resume", action="store_true", help="leave out cells that have a row")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no cell later")
     parser.add_argument("--label", default="", help="noted in the row")
     parser.add_argument(
         "--results", type=Path, default=RESULTS / "decode.jsonl", help="file of rows"
@@ -208,9 +227,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--output {parsed.output}: must be above {SHORT_STEPS}")
     if parsed.profile and parsed.tensor_parallel_size > 1:
         parser.error("--profile: sees the kernels of one GPU; not with --tensor-parallel-size")
-    longest = max(parsed.context) + parsed.output + SPARE_TOKENS
-    if parsed.max_model_len is not None and parsed.max_model_len < longest:
-        parser.error(f"--max-model-len {parsed.max_model_len}: must be at least {longest}")
+    least = max(parsed.context) + parsed.output + SPARE_TOKENS
+    if parsed.max_model_len is not None and parsed.max_model_len < least:
+        parser.error(f"--max-model-len {parsed.max_model_len}: must be at least {least}")
     return parsed
 
 
@@ -225,6 +244,36 @@ def engine_options(engine: str, settings: dict[str, Any], host_dtype: str | None
         config["host_dtype"] = host_dtype
     dtype = variant if name == "stock" and variant else "auto"
     return {"engine": name, "kv_cache_dtype": dtype, "kcache_config": config}
+
+
+def what_is_left(options: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Contexts of an engine with cells that have no row, and the cells that have one.
+
+    Args:
+        options: Of the engine, see `decode_engine.measure`.
+        rows: All there are.
+    """
+    split, contexts = options["engine"] == "kcache", options["contexts"]
+    if split and options["mode"] == "replay":
+        # What is shorter cannot be played.
+        contexts = [context for context in contexts if context >= grid.shortest_replay()]
+    engine = {
+        **options,
+        "gpu": "none" if device().startswith("CPU") else device(),
+        "commit": commit(),
+        "model": Path(options["model"]).name,
+        "mode": options["mode"] if split else None,
+        "kcache_config": options["kcache_config"] if split else None,
+        # Whatever is left, the engine is the same.
+        "max_model_len": longest(options),
+    }
+    requests, most = options["requests"], options["max_requests"]
+    ran, _ = grid.ran(rows, engine)
+    return {
+        "contexts": grid.contexts_left(rows, engine, contexts, requests, most),
+        "ran": {str(context): sorted(numbers) for context, numbers in ran.items()},
+        "max_model_len": engine["max_model_len"],
+    }
 
 
 def main() -> None:
@@ -258,10 +307,20 @@ def main() -> None:
         "label": arguments.label,
         "command": command(),
     }
+    begin = time.monotonic()
     table = Table(arguments.results)
     for engine, drafts in itertools.product(arguments.engines, arguments.drafts):
         of_engine = engine_options(engine, settings, arguments.host_dtype)
-        run_in_process({**options, **of_engine, "drafts": drafts}, table)
+        of_engine = {**options, **of_engine, "drafts": drafts}
+        of_engine["seconds"] = arguments.seconds - (time.monotonic() - begin)
+        if arguments.resume:
+            of_engine |= what_is_left(of_engine, load(arguments.results))
+        if not of_engine["contexts"]:
+            print(f"engine {engine}: no cell is left", file=sys.stderr)
+        elif of_engine["seconds"] <= 0:
+            print(f"engine {engine}: {arguments.seconds:g} s are over; call again", file=sys.stderr)
+        else:
+            run_in_process(of_engine, table)
     print(f"step time p50: {'; '.join(table.said)}", flush=True)
 
 

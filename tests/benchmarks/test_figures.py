@@ -107,6 +107,27 @@ def test_two_points_far_apart_are_no_line() -> None:
     assert [is_line(points) for points in lines] == [True, True, False]
 
 
+def test_the_grid(tmp_path: Path) -> None:
+    """A panel for each number of requests; all that fit may be what another was cut down to."""
+    rows = [decode_row("stock", 4096, 1, 1, 100), decode_row("stock", 8192, 1, 1, 90)]
+    rows += [decode_row("kcache", 4096, 1, 1, 95, kcache_config={"k_bits": 4})]
+    rows += [decode_row("stock", 8192, 3, 4, 250, requests_that_fit=3)]
+    rows = [{**row, "label": "grid"} for row in rows]
+    assert figures.grid_panels(rows) == {
+        "1 request": {
+            "stock bf16": [(4096, 100, 0), (8192, 90, 0)], "kcache 4": [(4096, 95, 0)]
+        },
+        "all requests that fit": {"stock bf16": [(8192, 250, 0)]},
+    }  # fmt: skip
+    assert decode_runs(rows, preset=False) == []
+    mpl = pytest.importorskip("matplotlib", reason="of the docs extra")
+    mpl.use("Agg")
+    figures.draw_grid(rows).savefig(tmp_path / "grid.svg")
+    text = (tmp_path / "grid.svg").read_text()
+    assert "<!-- llama, GPU, commit abc -->" in text
+    assert "<!-- kcache 4 -->" in text
+
+
 def test_crossover() -> None:
     stock = [(1.0, 100.0, 0.0), (16.0, 1600.0, 0.0)]
     assert crossover([(1, 50, 0), (16, 3200, 0)], stock) == pytest.approx(4)

@@ -145,6 +145,8 @@ class Table:
             row["kv_cache_dtype"], row["kv_cache_dtype"]
         )
         name = f"{row['engine']}-{variant}".removesuffix("-")
+        if row["quantization"]:
+            name += f", {row['quantization']} weights"
         if row["drafts"]:
             name += f"+{row['drafts']}"
         first = self.baseline.setdefault(
@@ -194,6 +196,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--host-dtype", choices=["model", "int8"], help="of rows, with k_bits 4")
     parser.add_argument("--v-block-tokens", type=int, help="of V blocks; replay plays those of 8")
     parser.add_argument("--utilization", type=float, default=0.9)
+    parser.add_argument("--quantization", help="of the weights, as vLLM names it: fp8")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs of an engine")
     parser.add_argument("--requests", type=int, nargs="+", default=[0, 1], help="0: all that fit")
     parser.add_argument("--max-requests", type=int, default=32)
@@ -299,6 +302,7 @@ def main() -> None:
         "max_num_batched_tokens": arguments.max_num_batched_tokens,
         "output": arguments.output,
         "utilization": arguments.utilization,
+        "quantization": arguments.quantization,
         "tensor_parallel_size": arguments.tensor_parallel_size,
         "requests": arguments.requests,
         "max_requests": arguments.max_requests,

@@ -44,9 +44,9 @@ def measure(options: dict[str, Any]) -> None:
         options: model, contexts, max_model_len (None: of the longest context),
             max_num_batched_tokens (None: vLLM's choice), output, engine ("stock" or "kcache"),
             kv_cache_dtype, kcache_config, mode, utilization, requests (0: all that fit),
-            max_requests, repeats, profile, label, command, tensor_parallel_size, drafts (None:
-            vLLM's own choice of a runner), seconds (no run is begun after so many), ran (numbers
-            of requests by context that are left out).
+            max_requests, repeats, profile, label, command, quantization, tensor_parallel_size,
+            drafts (None: vLLM's own choice of a runner), seconds (no run is begun after so many),
+            ran (numbers of requests by context that are left out).
     """
     split = options["engine"] == "kcache"
     replay = split and options["mode"] == "replay"
@@ -66,6 +66,7 @@ def measure(options: dict[str, Any]) -> None:
         "engine": options["engine"],
         "kv_cache_dtype": options["kv_cache_dtype"],
         "drafts": options["drafts"],
+        "quantization": options["quantization"],
         "tensor_parallel_size": options["tensor_parallel_size"],
         "mode": options["mode"] if split else None,
         "kcache_config": options["kcache_config"] if split else None,
@@ -159,6 +160,7 @@ def _start_engine(options: dict[str, Any], extension: str) -> Any:
         max_num_seqs=most,
         max_num_batched_tokens=options["max_num_batched_tokens"],
         gpu_memory_utilization=options["utilization"],
+        quantization=options["quantization"],
         tensor_parallel_size=options["tensor_parallel_size"],
         worker_extension_cls=extension,
         enable_prefix_caching=False,

@@ -31,7 +31,7 @@ ENGINES = ("stock bf16", "stock fp8", "kcache 16", "kcache 4")
 # What a row shares with others of its engine.
 ENGINE_KEYS = (
     "gpu", "commit", "model", "utilization", "label", "engine", "kv_cache_dtype", "drafts",
-    "tensor_parallel_size", "mode", "kcache_config", "max_model_len",
+    "quantization", "tensor_parallel_size", "mode", "kcache_config", "max_model_len",
 )  # fmt: skip
 # Least ratios of tokens per second that are aimed at: to stock bf16, and to stock fp8 from so many
 # requests of so long a context up, and elsewhere.

@@ -63,10 +63,13 @@ def decode_rows() -> list[dict[str, Any]]:
 
 
 def test_throughput_panels() -> None:
-    """Not shown: what was measured again, in short, with drafts, or with one engine of a GPU."""
+    """Not shown: what was measured again, in short, with drafts, on two GPUs, with other weights,
+    or with one engine of a GPU."""
     rows = [decode_row("kcache", 4096, 20, 0, 1.0), *decode_rows()]
     rows += [decode_row("stock", 8192, 10, 0, 1.0, label="short")]
     rows += [decode_row("stock", 8192, 10, 0, 1.0, drafts=0)]
+    rows += [decode_row("stock", 8192, 10, 0, 1.0, tensor_parallel_size=2)]
+    rows += [decode_row("stock", 8192, 10, 0, 1.0, quantization="fp8")]
     rows += [decode_row("stock", 8192, 10, 0, 1.0, gpu="another")]
     runs = decode_runs(rows, preset=False)
     assert throughput_panels(runs, "context") == {

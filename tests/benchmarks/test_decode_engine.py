@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.engine import decode
 from benchmarks.engine.decode import parse
+from benchmarks.engine.decode_engine import SHORT_STEPS
+from benchmarks.rows import load
 from tests.integration.engines import in_forks, spec_of
 from tests.integration.families import FAMILIES
 from tests.integration.tiny_models import write_random_model
@@ -81,6 +84,42 @@ def test_no_profile_of_several_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(["shape", "--profile", "--tensor-parallel-size", "2"])
     assert "kernels of one GPU" in capsys.readouterr().err
+
+
+@pytest.mark.full
+def test_two_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Both ranks are filled and counted, stock and split; a second call finds all rows there."""
+    model = write_random_model(
+        tmp_path / "model", "llama", hidden_size=512, num_attention_heads=8, num_key_value_heads=4,
+        head_dim=64, num_hidden_layers=2, vocab_size=31000, max_position_embeddings=1024,
+    )  # fmt: skip
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    results = tmp_path / "rows.jsonl"
+    monkeypatch.setattr("sys.argv", [
+        "decode", model, "--tensor-parallel-size", "2", "--engines", "stock", "kcache-4",
+        "--context", "64", "128", "--requests", "2", "0", "--max-requests", "3", "--output", "12",
+        "--repeats", "1", "--top-n", "16", "--host-memory-gib", "0.5", "--resume",
+        "--max-num-batched-tokens", "256", "--results", str(results),
+    ])  # fmt: skip
+    decode.main()
+    rows = load(results)
+    assert [(row["engine"], row["context"], row["runs"][0]["requests"]) for row in rows] == [
+        (engine, context, count)
+        for engine in ("stock", "kcache") for context in (64, 128) for count in (2, 3)
+    ]  # fmt: skip
+    assert {row["tensor_parallel_size"] for row in rows} == {2}
+    for row in rows[4:]:
+        # A list for each of 2 layers and 4 KV heads, of each request and of each step but 8.
+        lists = row["runs"][0]["requests"] * 4 * 2 * (12 - SHORT_STEPS)
+        assert row["runs"][0]["kcache_metrics"]["selected_lists"] == lists
+        assert row["runs"][0]["mean_selected_tokens"] > 0
+    capfd.readouterr()
+    decode.main()
+    assert load(results) == rows
+    assert capfd.readouterr().err.count("no cell is left") == 2
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ from typing import Any
 
 from benchmarks.engine import grid
 from benchmarks.engine.decode_engine import SHORT_STEPS, SPARE_TOKENS, longest
-from benchmarks.rows import RESULTS, ROOT, append, command, commit, device, load
+from benchmarks.rows import RESULTS, ROOT, append, command
 from vllm_kcache.config import KCacheConfig
 
 ENVIRONMENT = {
@@ -249,36 +249,6 @@ def engine_options(engine: str, settings: dict[str, Any], host_dtype: str | None
     return {"engine": name, "kv_cache_dtype": dtype, "kcache_config": config}
 
 
-def what_is_left(options: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Contexts of an engine with cells that have no row, and the cells that have one.
-
-    Args:
-        options: Of the engine, see `decode_engine.measure`.
-        rows: All there are.
-    """
-    split, contexts = options["engine"] == "kcache", options["contexts"]
-    if split and options["mode"] == "replay":
-        # What is shorter cannot be played.
-        contexts = [context for context in contexts if context >= grid.shortest_replay()]
-    engine = {
-        **options,
-        "gpu": "none" if device().startswith("CPU") else device(),
-        "commit": commit(),
-        "model": Path(options["model"]).name,
-        "mode": options["mode"] if split else None,
-        "kcache_config": options["kcache_config"] if split else None,
-        # Whatever is left, the engine is the same.
-        "max_model_len": longest(options),
-    }
-    requests, most = options["requests"], options["max_requests"]
-    ran, _ = grid.ran(rows, engine)
-    return {
-        "contexts": grid.contexts_left(rows, engine, contexts, requests, most),
-        "ran": {str(context): sorted(numbers) for context, numbers in ran.items()},
-        "max_model_len": engine["max_model_len"],
-    }
-
-
 def main() -> None:
     """Run the engines, append rows, print a table."""
     arguments = parse()
@@ -318,7 +288,7 @@ def main() -> None:
         of_engine = {**options, **of_engine, "drafts": drafts}
         of_engine["seconds"] = arguments.seconds - (time.monotonic() - begin)
         if arguments.resume:
-            of_engine |= what_is_left(of_engine, load(arguments.results))
+            of_engine |= grid.what_is_left(of_engine, longest(of_engine), arguments.results)
         if not of_engine["contexts"]:
             print(f"engine {engine}: no cell is left", file=sys.stderr)
         elif of_engine["seconds"] <= 0:

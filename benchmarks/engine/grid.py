@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import RESULTS, Row, load
+from benchmarks.rows import RESULTS, Row, commit, device, load
 
 # 128K of positions are the model's; so many leave room for the tokens that are made.
 CONTEXTS = (2048, 4224, 8192, 16384, 32768, 65536, 130000)
@@ -76,6 +76,38 @@ def contexts_left(
         if context not in fits or set(wanted) - numbers[context]:
             left.append(context)
     return left
+
+
+def what_is_left(options: dict[str, Any], max_model_len: int, path: Path) -> dict[str, Any]:
+    """What changes in the options of an engine, so that it runs the cells that have no row.
+
+    Args:
+        options: See `decode_engine.measure`.
+        max_model_len: Of the whole grid: whatever is left, the engine is the same.
+        path: The file of rows.
+    """
+    split, contexts = options["engine"] == "kcache", options["contexts"]
+    if split and options["mode"] == "replay":
+        # What is shorter cannot be played.
+        contexts = [context for context in contexts if context >= shortest_replay()]
+    engine = {
+        **options,
+        "gpu": "none" if device().startswith("CPU") else device(),
+        "commit": commit(),
+        "model": Path(options["model"]).name,
+        "mode": options["mode"] if split else None,
+        "kcache_config": options["kcache_config"] if split else None,
+        "max_model_len": max_model_len,
+    }
+    rows = load(path)
+    numbers, _ = ran(rows, engine)
+    return {
+        "contexts": contexts_left(
+            rows, engine, contexts, options["requests"], options["max_requests"]
+        ),
+        "ran": {str(context): sorted(of_context) for context, of_context in numbers.items()},
+        "max_model_len": max_model_len,
+    }
 
 
 def engine_of(row: Row) -> str:

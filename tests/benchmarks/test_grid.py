@@ -67,8 +67,8 @@ class Machine:
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """One call of the benchmark on a machine."""
-    monkeypatch.setattr(decode, "device", lambda: "GPU")
-    monkeypatch.setattr(decode, "commit", lambda: "abc")
+    monkeypatch.setattr(grid, "device", lambda: "GPU")
+    monkeypatch.setattr(grid, "commit", lambda: "abc")
 
     def of(machine: Machine, *more: str) -> None:
         monkeypatch.setattr(decode, "run_in_process", machine.run)
@@ -117,7 +117,7 @@ def test_a_call_goes_on_where_the_last_one_was_cut(
     # With another setting, or of another commit, nothing is there.
     call(machine, "--utilization", "0.8")
     assert machine.started == [*before, "stock", "kcache"]
-    monkeypatch.setattr(decode, "commit", lambda: "def")
+    monkeypatch.setattr(grid, "commit", lambda: "def")
     call(machine)
     assert machine.started == [*before, "stock", "kcache", "stock", "kcache"]
 

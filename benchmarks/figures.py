@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.accuracy.table import load_rows
+from benchmarks.engine.grid import ENGINES, REQUESTS, Grid, rows_of_one
 from benchmarks.rows import RESULTS, ROOT, Row, grouped, load
 
 # Colours that colour-blind readers can tell apart (Okabe and Ito), and a marker for each.
@@ -115,8 +116,11 @@ def decode_runs(rows: list[Row], preset: bool) -> list[Row]:
     """Runs of whole engines, of the paper's preset or of none; an engine's last commit counts."""
     runs: list[Row] = []
     for row in rows:
-        # Label "short" is of make bench-gpu: one repeat. With drafts another runner is timed.
-        if row["label"] == "short" or row.get("drafts") is not None:
+        # Label "short" is of make bench-gpu: one repeat; "grid" has a figure of its own. With
+        # drafts another runner is timed, and on several GPUs, or with other weights, another step.
+        if row["label"] in ("short", "grid") or row.get("drafts") is not None:
+            continue
+        if row.get("tensor_parallel_size", 1) > 1 or row.get("quantization"):
             continue
         if ("--preset" in row["command"]) != preset:
             continue
@@ -185,6 +189,41 @@ def draw_throughput(against: str, label: str, preset: bool = False) -> Any:
                 )  # fmt: skip
                 height += 0.07
     finish(figure, axes, label, "tokens per second")
+    return figure
+
+
+def grid_panels(rows: list[Row]) -> dict[str, Curves]:
+    """Tokens per second against the context, a panel for each number of requests: one commit, GPU
+    and model (engine/grid.py)."""
+    cells = Grid(rows)
+    panels: dict[str, Curves] = {}
+    for asked in REQUESTS:
+        curves: Curves = {}
+        for engine in ENGINES:
+            for context in cells.contexts:
+                run = cells.run(engine, context, asked)
+                if run is not None:
+                    point = float(context), run["tokens_per_second"], 0.0
+                    curves.setdefault(engine, []).append(point)
+        name = {0: "all requests that fit", 1: "1 request"}.get(asked, f"{asked} requests")
+        panels[name] = curves
+    return {name: curves for name, curves in panels.items() if curves}
+
+
+def draw_grid(rows: list[Row]) -> Any:
+    """The grid of engine/grid.py."""
+    panels = grid_panels(rows)
+    figure, axes = grid(len(panels))
+    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
+        draw_curves(axis, curves, ENGINES)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.set_yscale("log", base=2)
+        axis.yaxis.set_major_formatter("{x:.0f}")
+        axis.set_title(title, fontsize=9)
+    first = rows[0]
+    figure.suptitle(f"{first['model']}, {first['gpu']}, commit {first['commit']}", fontsize=10)
+    finish(figure, axes, "tokens of context", "tokens per second")
     return figure
 
 
@@ -374,6 +413,9 @@ def main() -> None:
         "throughput_paper": draw_throughput("context", "tokens of context", preset=True),
         "hit_rate": draw_hit_rate(),
     }
+    decode_rows = load(RESULTS / "decode.jsonl")
+    if any(row["label"] == "grid" for row in decode_rows):
+        figures["throughput_grid"] = draw_grid(rows_of_one(decode_rows, "grid"))
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
         print(folder / f"{name}.svg")

@@ -78,8 +78,9 @@ H200_SPLIT_ROWS = [
 ]  # fmt: skip
 
 
-def shape_of(name: str) -> Any:
-    return read_shape(str(ROOT / "benchmarks/shapes" / name))
+def shape_of(name: str, quantization: str | None = None) -> Any:
+    bits = {None: None, "fp8": 8}[quantization]
+    return read_shape(str(ROOT / "benchmarks/shapes" / name), weight_bits=bits)
 
 
 def engine_of(context: int, max_num_seqs: int = 32, **changes: Any) -> Engine:
@@ -209,7 +210,7 @@ def measured_rows() -> list[Any]:
 def test_rows_of_the_benchmark(row: dict[str, Any], run: dict[str, Any]) -> None:
     hardware = next((one for one in HARDWARE.values() if one.name == row["gpu"]), None)
     assert hardware is not None, f"planner.cost.HARDWARE has no {row['gpu']}: add it"
-    shape, context = shape_of(row["model"]), row["context"]
+    shape, context = shape_of(row["model"], row.get("quantization")), row["context"]
     longest = row.get("max_model_len", context + 88)
     engine = engine_of(
         longest - 88,
@@ -220,17 +221,19 @@ def test_rows_of_the_benchmark(row: dict[str, Any], run: dict[str, Any]) -> None
     if row["engine"] == "stock":
         cost = stock_step(*step, 1 if row["kv_cache_dtype"].startswith("fp8") else None)
     else:
-        cost = split_step(*step, measured_work(row, run, shape))
+        cost = split_step(*step, measured_work(row, run, shape, engine))
     assert cost.seconds * 1e3 == pytest.approx(run["step_ms"], rel=WITHIN)
 
 
-def measured_work(row: dict[str, Any], run: dict[str, Any], shape: Any) -> SplitWork:
+def measured_work(
+    row: dict[str, Any], run: dict[str, Any], shape: Any, engine: Engine
+) -> SplitWork:
     """The selection as the row counted it: of the run where it says so, of the engine otherwise."""
     # Rows of before these were defaults do not name them.
     before = {"k_bits": 16, "threshold_length": None}
     config = KCacheConfig.from_user({**before, **row["kcache_config"]})
     figures = run.get("kcache_metrics") or row["kcache_metrics"]
-    memory = gpu_memory(shape, engine_of(row["context"]), config)
+    memory = gpu_memory(shape, engine, config)
     fetched = figures["hot_cache_misses"] + figures["direct_host_reads"]
     return SplitWork(
         selected_tokens=figures["selected_blocks"]

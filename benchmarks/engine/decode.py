@@ -31,6 +31,9 @@ connector's random K and V, states its zeros. With heads of 256 say --v-block-to
 --preset paper: the setting of the KCache paper (arXiv 2404.18057) as far as it is known:
 Llama-2-7B, 8 requests of up to 32K tokens (as many as fit), a small fixed N. Other options may
 change it.
+--preset grid: contexts of 2K to 128K, 1 to 64 requests and all that fit, four engines; see grid.py.
+--resume: cells whose rows are there, of the same commit, GPU and settings, are left out; where none
+is left of an engine, it is not started. --seconds: no cell is begun after so many.
 --drafts 0 3: steps that verify so many drafts a request, all of them as good as always wrong
 (drafting.py), so that a step still makes one token. With the option given, also at 0, engines run
 vLLM's first runner without asynchronous scheduling: drafts of a class of one's own need that.
@@ -45,10 +48,12 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine.decode_engine import SHORT_STEPS, SPARE_TOKENS
+from benchmarks.engine import grid
+from benchmarks.engine.decode_engine import SHORT_STEPS, SPARE_TOKENS, longest
 from benchmarks.rows import RESULTS, ROOT, append, command
 from vllm_kcache.config import DEFAULT_THRESHOLD_LENGTH, KCacheConfig
 
@@ -68,7 +73,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_requests": 8,
         "top_n": 16,
         "mode": "fixed",
-    }
+    },
+    "grid": {
+        "engines": ["kcache-4", "stock", "stock-fp8", "kcache-16"],
+        "context": list(grid.CONTEXTS),
+        "requests": list(grid.REQUESTS),
+        "max_requests": 512,
+        "mode": "replay",
+        "mass_threshold": 0.002,  # the default, so that rows name it
+        "output": 48,
+        "repeats": 1,
+        "label": "grid",
+        "resume": True,
+    },
 }
 
 
@@ -128,6 +145,8 @@ class Table:
             row["kv_cache_dtype"], row["kv_cache_dtype"]
         )
         name = f"{row['engine']}-{variant}".removesuffix("-")
+        if row["quantization"]:
+            name += f", {row['quantization']} weights"
         if row["drafts"]:
             name += f"+{row['drafts']}"
         first = self.baseline.setdefault(
@@ -179,6 +198,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--host-dtype", choices=["model", "int8"], help="of rows, with k_bits 4")
     parser.add_argument("--v-block-tokens", type=int, help="of V blocks; replay plays those of 8")
     parser.add_argument("--utilization", type=float, default=0.9)
+    parser.add_argument("--quantization", help="of the weights, as vLLM names it: fp8")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs of an engine")
     parser.add_argument("--requests", type=int, nargs="+", default=[0, 1], help="0: all that fit")
     parser.add_argument("--max-requests", type=int, default=32)
@@ -195,6 +215,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--profile", action="store_true", help="time each kernel in some more steps, into the row"
     )
+    parser.add_argument("--resume", action="store_true", help="leave out cells that have a row")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no cell later")
     parser.add_argument("--label", default="", help="noted in the row")
     parser.add_argument(
         "--results", type=Path, default=RESULTS / "decode.jsonl", help="file of rows"
@@ -210,9 +232,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--output {parsed.output}: must be above {SHORT_STEPS}")
     if parsed.profile and parsed.tensor_parallel_size > 1:
         parser.error("--profile: sees the kernels of one GPU; not with --tensor-parallel-size")
-    longest = max(parsed.context) + parsed.output + SPARE_TOKENS
-    if parsed.max_model_len is not None and parsed.max_model_len < longest:
-        parser.error(f"--max-model-len {parsed.max_model_len}: must be at least {longest}")
+    least = max(parsed.context) + parsed.output + SPARE_TOKENS
+    if parsed.max_model_len is not None and parsed.max_model_len < least:
+        parser.error(f"--max-model-len {parsed.max_model_len}: must be at least {least}")
     return parsed
 
 
@@ -255,6 +277,7 @@ def main() -> None:
         "max_num_batched_tokens": arguments.max_num_batched_tokens,
         "output": arguments.output,
         "utilization": arguments.utilization,
+        "quantization": arguments.quantization,
         "tensor_parallel_size": arguments.tensor_parallel_size,
         "requests": arguments.requests,
         "max_requests": arguments.max_requests,
@@ -263,10 +286,20 @@ def main() -> None:
         "label": arguments.label,
         "command": command(),
     }
+    begin = time.monotonic()
     table = Table(arguments.results)
     for engine, drafts in itertools.product(arguments.engines, arguments.drafts):
         of_engine = engine_options(engine, settings, arguments.host_dtype)
-        run_in_process({**options, **of_engine, "drafts": drafts}, table)
+        of_engine = {**options, **of_engine, "drafts": drafts}
+        of_engine["seconds"] = arguments.seconds - (time.monotonic() - begin)
+        if arguments.resume:
+            of_engine |= grid.what_is_left(of_engine, longest(of_engine), arguments.results)
+        if not of_engine["contexts"]:
+            print(f"engine {engine}: no cell is left", file=sys.stderr)
+        elif of_engine["seconds"] <= 0:
+            print(f"engine {engine}: {arguments.seconds:g} s are over; call again", file=sys.stderr)
+        else:
+            run_in_process(of_engine, table)
     print(f"step time p50: {'; '.join(table.said)}", flush=True)
 
 

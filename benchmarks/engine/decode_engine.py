@@ -16,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from benchmarks.engine.grid import counts
 from benchmarks.replay.extension import name_for
 from benchmarks.rows import origin
 from vllm_kcache.integration.counters import SCALARS
@@ -24,7 +25,7 @@ from vllm_kcache.reference.codes import code_parts
 # Sizes of batches that are captured; a batch between two of them is padded to the larger.
 CAPTURE_SIZES = (
     1, 2, 4, 7, 8, 13, 14, 16, 20, 24, 26, 27, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192,
-    224, 256
+    224, 256, 320, 384, 448, 512
 )  # fmt: skip
 SHORT_STEPS = 8
 # More than the tokens that a request makes before the steps are counted and after the last.
@@ -43,8 +44,9 @@ def measure(options: dict[str, Any]) -> None:
         options: model, contexts, max_model_len (None: of the longest context),
             max_num_batched_tokens (None: vLLM's choice), output, engine ("stock" or "kcache"),
             kv_cache_dtype, kcache_config, mode, utilization, requests (0: all that fit),
-            max_requests, repeats, profile, label, command, tensor_parallel_size, drafts (None:
-            vLLM's own choice of a runner).
+            max_requests, repeats, profile, label, command, quantization, tensor_parallel_size,
+            drafts (None: vLLM's own choice of a runner), seconds (no run is begun after so many),
+            ran (numbers of requests by context that are left out).
     """
     split = options["engine"] == "kcache"
     replay = split and options["mode"] == "replay"
@@ -64,11 +66,12 @@ def measure(options: dict[str, Any]) -> None:
         "engine": options["engine"],
         "kv_cache_dtype": options["kv_cache_dtype"],
         "drafts": options["drafts"],
+        "quantization": options["quantization"],
         "tensor_parallel_size": options["tensor_parallel_size"],
         "mode": options["mode"] if split else None,
         "kcache_config": options["kcache_config"] if split else None,
         "hot_cache_bytes": llm.collective_rpc(_hot_cache_bytes)[0] if split else None,
-        "max_model_len": _longest(options),
+        "max_model_len": longest(options),
         "num_blocks": cache.num_gpu_blocks,
         "num_pages": llm.collective_rpc(_num_pages)[0] if split else None,
         "start_seconds": round(start_seconds, 1),
@@ -76,7 +79,12 @@ def measure(options: dict[str, Any]) -> None:
     for context in options["contexts"]:
         fits = requests_that_fit(llm, context + options["output"] + SPARE_TOKENS)
         most = min(fits, options["max_requests"])
-        for asked, count in _counts(options["requests"], most).items():
+        for asked, count in counts(options["requests"], most).items():
+            if count in options.get("ran", {}).get(str(context), []):
+                continue
+            if time.monotonic() - started > options["seconds"]:
+                print(f"left: from {count} x {context} on", file=sys.stderr)
+                return
             run = _time_steps(llm, options, context, count)
             if replay:
                 costs = llm.collective_rpc("replay_cost_ms", args=(count, context))
@@ -117,17 +125,7 @@ def requests_that_fit(llm: Any, tokens: int) -> int:
     return min(free[pool] // needed[pool] for pool in free)
 
 
-def _counts(requests: list[int], most: int) -> dict[int, int]:
-    """Numbers of requests as asked, and as they are run; none is run twice."""
-    counts: dict[int, int] = {}
-    for asked in requests:
-        count = min(asked or most, most)
-        if count and count not in counts.values():
-            counts[asked] = count
-    return counts
-
-
-def _longest(options: dict[str, Any]) -> int:
+def longest(options: dict[str, Any]) -> int:
     """The engine's max_model_len: as asked, else what the longest context needs."""
     return options["max_model_len"] or max(options["contexts"]) + options["output"] + 16
 
@@ -158,10 +156,11 @@ def _start_engine(options: dict[str, Any], extension: str) -> Any:
         load_format="dummy",
         skip_tokenizer_init=True,
         dtype="bfloat16",
-        max_model_len=_longest(options),
+        max_model_len=longest(options),
         max_num_seqs=most,
         max_num_batched_tokens=options["max_num_batched_tokens"],
         gpu_memory_utilization=options["utilization"],
+        quantization=options["quantization"],
         tensor_parallel_size=options["tensor_parallel_size"],
         worker_extension_cls=extension,
         enable_prefix_caching=False,

@@ -3,9 +3,10 @@
 
 prefill.py prints the comparison. The plan:
 
-- GPU: `gpu_memory_utilization` times the GPU's memory is what vLLM and the split cache share out,
-  stock as well. Compared is the most that was in use, caching allocator and context included. The
-  engine must be alone on its GPU.
+- GPU: what `vllm-kcache plan` says the engine takes: `gpu_memory_utilization` times the GPU's
+  memory, and less of it where so few requests are let in that the split cache has no use for the
+  rest. Compared is the most that was in use, caching allocator and context included. The engine
+  must be alone on its GPU.
 - Blocks: those that `vllm-kcache plan` predicts from the shape alone, against those that were made.
 - Host: the pool of V. Compared is the growth of the process's peak resident memory since before
   the engine was made, less what the same engine without the split cache grew by, if that was
@@ -103,7 +104,7 @@ def measure_memory(
     else:
         fit = fit_split(shape, engine, total, budget_bytes, config)
     result["plan"] = {
-        "gpu_bytes": int(total * cache.gpu_memory_utilization),
+        "gpu_bytes": fit.gpu_bytes,
         "num_blocks": fit.num_blocks,
         "host_bytes": fit.host_bytes,
     }

@@ -14,6 +14,11 @@ while.
 Tie rule: sums of float32 in another order may turn two tokens around that are as good as equal. A
 first difference is a tie, and counted, where stock itself puts the two less than TIE_NATS apart;
 what follows it is not compared.
+
+Each check is said as soon as it is known, and the row is written before the engine is shut down; an
+engine that then ends badly adds a row that has not passed. SIGTERM and SIGINT end a run with what
+was counted so far, which is no verdict, and no row. Stock's texts take minutes: a file of
+--expected keeps them for the next run.
 """
 
 from __future__ import annotations
@@ -21,8 +26,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import multiprocessing
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -31,13 +38,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import RESULTS, ROOT, append, command, origin
+from benchmarks.rows import RESULTS, ROOT, append, command, device, origin
 
 MODEL = ROOT / "models/SmolLM2-135M-Instruct"
 TIE_NATS = 1e-3
 # A request that delivers nothing for so long hangs.
 SILENT_SECONDS = 120
+PROGRESS_SECONDS = 10
 DRAIN_SECONDS = 30
+# The engine is killed when it has not ended by itself for so long.
+END_SECONDS = 60
+# From the end of the load to the verdict: the least, and a drain to its deadline.
+CHECK_SECONDS = (2, DRAIN_SECONDS + 15)
 PROBE = "benchmarks.replay.residency.ResidencyProbe"
 
 
@@ -51,6 +63,8 @@ class Sizes:
         clients: Requests at once.
         engine: Arguments of both engines.
         blocks: Of the split cache; too few for all clients.
+        stock_seconds, start_seconds: What stock's texts and the start of the engine took, least
+            and most (H200, up to three runs side by side; two cores).
     """
 
     long_lines: int
@@ -59,6 +73,8 @@ class Sizes:
     clients: int
     engine: dict[str, Any]
     blocks: int
+    stock_seconds: tuple[int, int]
+    start_seconds: tuple[int, int]
 
 
 ON_GPU = Sizes(
@@ -76,6 +92,8 @@ ON_GPU = Sizes(
         "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
     },
     blocks=420,
+    stock_seconds=(120, 300),
+    start_seconds=(40, 120),
 )
 ON_CPU = Sizes(
     long_lines=16,
@@ -90,6 +108,8 @@ ON_CPU = Sizes(
         "enforce_eager": True,
     },
     blocks=36,
+    stock_seconds=(20, 90),
+    start_seconds=(15, 60),
 )
 
 
@@ -146,8 +166,70 @@ def compare(expected: dict[str, Any], delivered: list[int]) -> tuple[str, dict[s
     return "equal", {}
 
 
+class Stopped(KeyboardInterrupt):
+    """SIGTERM or SIGINT came; asyncio and subprocess end what they wait for as at Ctrl-C."""
+
+
+class Report:
+    """Says how far a run is, with the seconds since its start.
+
+    Attributes:
+        waiting_for: What the run does now.
+        tally: What has come out so far.
+        wrong: Checks that do not hold.
+        verdict: Whether the row is written.
+    """
+
+    def __init__(self) -> None:
+        self.begin = time.monotonic()
+        self.waiting_for = ""
+        self.tally = Tally()
+        self.wrong: list[str] = []
+        self.verdict = False
+
+    def say(self, text: str) -> None:
+        # Past Python's buffers: a signal's handler may come while they are written.
+        line = f"[{time.monotonic() - self.begin:5.0f} s] {text}\n"
+        os.write(sys.stdout.fileno(), line.encode())
+
+    def wait_for(self, what: str) -> None:
+        """Say what is done from now on."""
+        self.waiting_for = what
+        self.say(f"waiting for {what}")
+
+    def check(self, checks: dict[str, bool]) -> None:
+        """Say each check, by its text, and keep those that do not hold."""
+        for text, holds in checks.items():
+            self.say(f"{'ok' if holds else 'WRONG'}: {text}")
+            if not holds:
+                self.wrong.append(text)
+
+    def counted(self) -> str:
+        """The counts so far."""
+        return f"{dict(self.tally.counts)}, {self.tally.tokens} tokens"
+
+    def end_at_signals(self) -> None:
+        """From now on SIGTERM and SIGINT end the run: `Stopped`."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.stop)
+
+    def stop(self, number: int, frame: Any) -> None:
+        """Handler of a signal. Later ones are ignored: timeout(1) sends each twice."""
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_IGN)
+        which = f"{signal.Signals(number).name} while waiting for {self.waiting_for}"
+        if self.verdict:
+            self.say(f"{which}: the row stands, how the engine ends was not seen")
+        else:
+            self.say(f"{which}: {self.counted()}, {len(self.tally.wrong)} wrong")
+            self.say("stopped early: not a verdict")
+        raise Stopped(number)
+
+
 class Load:
     """Clients of one engine, until time is up.
+
+    When it is, requests that run are cancelled once they deliver something.
 
     Args:
         engine: vLLM's AsyncLLM.
@@ -158,7 +240,7 @@ class Load:
 
     def __init__(
         self, engine: Any, prompts: list[str], expected: list[dict[str, Any]], sizes: Sizes,
-        seed: int, alone: bool = False,
+        seed: int, report: Report, alone: bool = False,
     ) -> None:  # fmt: skip
         self.engine = engine
         self.prompts = prompts
@@ -166,23 +248,31 @@ class Load:
         self.sizes = sizes
         self.alone = alone
         self.random = random.Random(seed)
-        self.tally = Tally()
+        self.report = report
+        self.tally = report.tally
         self.started = 0
+        self.end = float("inf")
 
     async def run(self, seconds: float) -> None:
         """All clients, and a line of progress now and then."""
-        end = time.monotonic() + seconds
-        clients = [asyncio.create_task(self.client(end)) for _ in range(self.sizes.clients)]
-        progress = asyncio.create_task(self.progress())
+        self.end = time.monotonic() + seconds
+        clients = [asyncio.create_task(self.client()) for _ in range(self.sizes.clients)]
+        progress = asyncio.create_task(self.progress(clients))
         try:
             await asyncio.gather(*clients)
+            self.end = float("inf")
         finally:
             progress.cancel()
             for client in clients:
                 client.cancel()
 
-    async def client(self, end: float) -> None:
-        while time.monotonic() < end:
+    @property
+    def over(self) -> bool:
+        """Whether time is up."""
+        return time.monotonic() >= self.end
+
+    async def client(self) -> None:
+        while not self.over:
             if self.random.random() < 0.2:
                 await asyncio.sleep(self.random.random() * 0.5)
             await self.request()
@@ -202,20 +292,24 @@ class Load:
             await self.cancel_in_time(name, number, asked, several)
             return
         most = self.random.randint(1, asked) if fate < 0.3 else None
-        delivered = await self.stream(name, number, asked, several, most)
-        if most is None:
+        delivered, left = await self.stream(name, number, asked, several, most)
+        known = len(self.tally.wrong)
+        if not left:
             short = [len(tokens) for tokens in delivered.values() if len(tokens) != asked]
             if short or len(delivered) != several:
                 self.tally.counts["wrong"] += 1
                 self.tally.wrong.append({**what, "lengths": list(map(len, delivered.values()))})
-        self.tally.counts["completed" if most is None else "cancelled in mid-stream"] += 1
+        self.tally.counts["cancelled in mid-stream" if left else "completed"] += 1
         for tokens in delivered.values():
             self.tally.add(what, self.expected[number], tokens)
+        for wrong in self.tally.wrong[known:]:
+            self.report.say(f"WRONG: {wrong}")
 
     async def stream(
         self, name: str, number: int, asked: int, several: int, most: int | None
-    ) -> dict[int, list[int]]:
-        """Tokens by completion; leaves once the first has `most`."""
+    ) -> tuple[dict[int, list[int]], bool]:
+        """Tokens by completion, and whether it left before all had come: once the first has
+        `most`, or time is up."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -232,11 +326,13 @@ class Load:
                 try:
                     output = await asyncio.wait_for(anext(outputs), SILENT_SECONDS)
                 except StopAsyncIteration:
-                    return delivered
+                    return delivered, False
                 for completion in output.outputs:
                     delivered.setdefault(completion.index, []).extend(completion.token_ids)
-                if most is not None and max(map(len, delivered.values())) >= most:
-                    return delivered
+                if output.finished:
+                    continue
+                if self.over or (most and max(map(len, delivered.values())) >= most):
+                    return delivered, True
         finally:
             # Closing it early is how a server's client leaves: the engine aborts the request.
             await outputs.aclose()
@@ -252,11 +348,14 @@ class Load:
         except asyncio.CancelledError:
             self.tally.counts["cancelled at a random time"] += 1
 
-    async def progress(self) -> None:
+    async def progress(self, clients: list[asyncio.Task]) -> None:
         while True:
-            await asyncio.sleep(10)
-            say(f"{dict(self.tally.counts)}, {self.tally.tokens} tokens, "
-                f"{int(metric('vllm:num_preemptions'))} preemptions")  # fmt: skip
+            await asyncio.sleep(PROGRESS_SECONDS)
+            left = self.end - time.monotonic()
+            running = sum(not client.done() for client in clients)
+            what = f"{left:.0f} s of load left" if left > 0 else f"{running} clients still to leave"
+            preemptions = int(metric("vllm:num_preemptions"))
+            self.report.say(f"{what}: {self.report.counted()}, {preemptions} preemptions")
 
 
 def metric(name: str) -> float:
@@ -264,10 +363,6 @@ def metric(name: str) -> float:
     from vllm.v1.metrics.reader import get_metrics_snapshot
 
     return sum(m.value for m in get_metrics_snapshot() if m.name == name and hasattr(m, "value"))
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
 
 
 async def drain(load: Load) -> float:
@@ -282,13 +377,12 @@ async def drain(load: Load) -> float:
             return held
 
 
-async def run_load(options: argparse.Namespace, sizes: Sizes, expected: list[Any]) -> dict:
-    """Start the split cache, load it, look at what is left."""
+def start_engine(options: argparse.Namespace, sizes: Sizes) -> Any:
+    """vLLM's AsyncLLM with the split cache."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
     import vllm_kcache  # noqa: F401  (makes kv_backend known before the arguments are)
-    from vllm_kcache.integration import counters
 
     arguments = AsyncEngineArgs(
         model=options.model, dtype="float32", seed=0, kv_backend="kcache",
@@ -304,73 +398,163 @@ async def run_load(options: argparse.Namespace, sizes: Sizes, expected: list[Any
         arguments.speculative_config = {
             "method": "ngram", "num_speculative_tokens": options.drafts, "prompt_lookup_max": 3,
         }  # fmt: skip
-    engine = AsyncLLM.from_engine_args(arguments)
+    return AsyncLLM.from_engine_args(arguments)
+
+
+async def run_load(
+    options: argparse.Namespace, sizes: Sizes, expected: list[Any], report: Report
+) -> None:
+    """Start the split cache, load it, check what came out and what is left, write the row."""
+    report.wait_for(f"the engine's start ({seconds(sizes.start_seconds)})")
+    engine = start_engine(options, sizes)
+    results = options.results / "mixed_load.jsonl"
     try:
-        say(f"loading the engine for {options.minutes} minutes")
-        load = Load(engine, prompt_set(sizes), expected, sizes, options.seed, bool(options.drafts))
-        await load.run(options.minutes * 60)
-        held = await drain(load)
-        (copies,) = await engine.collective_rpc("kcache_compare_copies")
-        (figures,) = await engine.collective_rpc("kcache_counters")
-        return {
-            "minutes": options.minutes, "requests": load.started, "counts": load.tally.counts,
-            "tokens": load.tally.tokens, "wrong": load.tally.wrong, "held_in_the_end": held,
-            "preemptions": int(metric("vllm:num_preemptions")), "copies": copies,
-            "drafts": options.drafts, "drafted": int(metric("vllm:spec_decode_num_draft_tokens")),
-            "accepted": int(metric("vllm:spec_decode_num_accepted_tokens")),
-            "kcache_metrics": dict(zip(counters.SCALARS, figures, strict=False)),
-        }  # fmt: skip
+        row: dict[str, Any] = {**origin("torch", "vllm"), "command": command()}
+        row |= await loaded(engine, options, sizes, expected, report)
+        row |= {"wrong": row["wrong"][:5], "passed": not report.wrong}
+        append(results, row)
+        report.verdict = True
+        report.say(json.dumps(row))
+        report.say(f"{'WRONG' if report.wrong else 'passed'}; the row is in {results}")
+        report.wait_for("the engine's end")
+    except Exception as error:
+        report.say(f"FAILED while waiting for {report.waiting_for}: {error!r}")
+        report.say(f"{report.counted()}: not a verdict")
+        raise
     finally:
-        engine.shutdown()
+        badly = end_of(engine)
+    report.check({f"the engine ended well{badly}": not badly})
+    if badly:
+        append(results, {**row, "passed": False, "engine_ended": badly})
+        report.say("WRONG: another row says so; the row before it does not stand")
 
 
-def verdicts(result: dict[str, Any]) -> list[str]:
-    """What is not as it must be; nothing when all is well."""
-    figures, copies = result["kcache_metrics"], result["copies"]
-    looked_up = figures["hot_cache_hits"] + figures["hot_cache_misses"]
-    looked_up += figures["direct_host_reads"]
+async def loaded(
+    engine: Any, options: argparse.Namespace, sizes: Sizes, expected: list[Any], report: Report
+) -> dict[str, Any]:
+    """The load and all checks of it: a row's figures."""
+    from vllm_kcache.integration import counters
+
+    prompts, minutes = prompt_set(sizes), options.minutes
+    load = Load(engine, prompts, expected, sizes, options.seed, report, bool(options.drafts))
+    report.wait_for(f"{minutes} minutes of load; then last checks ({seconds(CHECK_SECONDS)})")
+    await load.run(minutes * 60)
+    tally = report.tally
+    result: dict[str, Any] = {
+        "minutes": minutes, "requests": load.started, "counts": tally.counts,
+        "tokens": tally.tokens, "wrong": tally.wrong,
+        "preemptions": int(metric("vllm:num_preemptions")), "drafts": options.drafts,
+        "drafted": int(metric("vllm:spec_decode_num_draft_tokens")),
+        "accepted": int(metric("vllm:spec_decode_num_accepted_tokens")),
+    }  # fmt: skip
+    report.check(checks_of_load(result))
+    report.wait_for(f"all blocks to be free (at most {DRAIN_SECONDS} s)")
+    held = result["held_in_the_end"] = await drain(load)
+    report.check({f"blocks or requests that are still held: {held}": not held})
+    report.wait_for("the comparison of resident copies with the host pool")
+    (copies,) = await engine.collective_rpc("kcache_compare_copies")
+    (figures,) = await engine.collective_rpc("kcache_counters")
+    result["copies"] = copies
+    result["kcache_metrics"] = dict(zip(counters.SCALARS, figures, strict=False))
+    report.check(checks_of_cache(copies, result["kcache_metrics"]))
+    return result
+
+
+def end_of(engine: Any) -> str:
+    """Shut the engine down; what went wrong at that, or nothing."""
+    processes = multiprocessing.active_children()
+    try:
+        engine.shutdown(timeout=END_SECONDS)
+    except Exception as error:
+        return f": shutdown raised {error!r}"
+    for process in processes:
+        process.join(1)
+    codes = {process.name: process.exitcode for process in processes}
+    return f": its processes ended with {codes}" if any(codes.values()) else ""
+
+
+def checks_of_load(result: dict[str, Any]) -> dict[str, bool]:
+    """What must hold of what was delivered, and whether it does."""
+    counts, wrong = result["counts"], len(result["wrong"])
+    cancelled, drafts = counts["cancelled in mid-stream"], result["drafts"]
     checks = {
-        f"{len(result['wrong'])} completions are not stock's": not result["wrong"],
-        "no completion was compared": result["counts"]["equal"] > 0,
-        "no request was cancelled": result["counts"]["cancelled in mid-stream"] > 0,
-        f"blocks or requests are held: {result['held_in_the_end']}": not result["held_in_the_end"],
-        "no request was preempted: fewer --blocks": result["preemptions"] > 0,
-        "drafts were all accepted, all rejected, or not made": (
-            not result["drafts"] or 0 < result["accepted"] < result["drafted"]
-        ),
-        f"{copies['stale']} resident copies are stale": not copies["stale"],
-        f"the pool has {copies['pool_pages']} pages for {copies['k_pages']} K pages": (
-            copies["pool_pages"] == copies["k_pages"]
-        ),
-        "more or fewer blocks were fetched than selected": (
-            not copies["has_hot_cache"] or looked_up == figures["selected_blocks"]
+        f"completions equal to stock's: {counts['equal']}": counts["equal"] > 0,
+        f"completions that are not: {wrong}": not wrong,
+        f"requests cancelled in mid-stream: {cancelled}": cancelled > 0,
+        f"preemptions (fewer --blocks make more): {result['preemptions']}": (
+            result["preemptions"] > 0
         ),
     }
-    return [text for text, holds in checks.items() if not holds]
+    if drafts:
+        made, accepted = result["drafted"], result["accepted"]
+        some = 0 < accepted < made
+        checks[f"drafts accepted, some and not all: {accepted} of {made}"] = some
+    return checks
 
 
-def expected_of(options: argparse.Namespace, sizes: Sizes) -> list[dict[str, Any]]:
-    """What stock vLLM says to each prompt; kept in the file of --expected, if named."""
-    from tests.integration.engines import run_engine
+def checks_of_cache(copies: dict[str, Any], figures: dict[str, float]) -> dict[str, bool]:
+    """What must hold of the split cache once nothing runs, and whether it does."""
+    checks = {
+        f"pages of the host pool for K pages: {copies['pool_pages']} for {copies['k_pages']}": (
+            copies["pool_pages"] == copies["k_pages"]
+        )
+    }
+    if copies["has_hot_cache"]:
+        stale, selected = copies["stale"], figures["selected_blocks"]
+        names = ("hot_cache_hits", "hot_cache_misses", "direct_host_reads")
+        looked_up = sum(figures[name] for name in names)
+        checks[f"resident copies that are stale: {stale} of {copies['resident']}"] = not stale
+        checks[f"V blocks looked up for those selected: {looked_up:.0f} for {selected:.0f}"] = (
+            looked_up == selected
+        )
+    return checks
+
+
+def expected_of(options: argparse.Namespace, sizes: Sizes, report: Report) -> list[dict[str, Any]]:
+    """What stock vLLM says to each prompt; kept in the file of --expected, if named.
+
+    Kept texts are taken only where all that decides them is the same: prompts, model, arguments,
+    packages, environment, processor (tests/integration/stock_results.py) and GPU.
+    """
+    from tests.integration import stock_results
+    from tests.integration.engines import run_engine, spec_of
 
     prompts = prompt_set(sizes)
+    sampling = {"max_tokens": sizes.tokens, "ignore_eos": True, "logprobs": 5}
+    batches = [{"prompts": prompts, "sampling": sampling}]
+    engine = {**sizes.engine, "model": options.model, "dtype": "float32"}
+    key = f"{device()} {stock_results.key_of(spec_of(batches, **engine))}"
     if options.expected and options.expected.exists():
         kept = json.loads(options.expected.read_text())
-        if kept["prompts"] == prompts and kept["tokens"] == sizes.tokens:
+        if kept.get("key") == key:
+            report.say(f"stock's texts are those of {options.expected}")
             return kept["rows"]
-        raise ValueError(f"{options.expected}: made for other prompts; remove it")
-    say(f"stock vLLM completes {len(prompts)} prompts")
-    sampling = {"max_tokens": sizes.tokens, "ignore_eos": True, "logprobs": 5}
+        report.say(f"{options.expected} is not of this model, set of prompts, vLLM and machine")
+    report.wait_for(f"stock vLLM's {len(prompts)} texts ({seconds(sizes.stock_seconds)})")
     with tempfile.TemporaryDirectory() as folder:
-        result = run_engine(
-            Path(folder), [{"prompts": prompts, "sampling": sampling}],
-            **{**sizes.engine, "model": options.model, "dtype": "float32"},
-        )  # fmt: skip
-    rows = result["batches"][0]
+        rows = run_engine(Path(folder), batches, **engine)["batches"][0]
     if options.expected:
-        kept = {"prompts": prompts, "tokens": sizes.tokens, "rows": rows}
-        options.expected.write_text(json.dumps(kept))
+        # Whole or not at all: runs side by side may share it.
+        whole = options.expected.with_name(f"{options.expected.name}.{os.getpid()}")
+        whole.write_text(json.dumps({"key": key, "rows": rows}))
+        whole.replace(options.expected)
+        report.say(f"stock's texts are kept in {options.expected}")
     return rows
+
+
+def seconds(bounds: tuple[int, int]) -> str:
+    """A time as it was measured before."""
+    return f"{bounds[0]} to {bounds[1]} s"
+
+
+def estimate(minutes: float, sizes: Sizes) -> str:
+    """What a run takes in all."""
+    parts = (sizes.stock_seconds, sizes.start_seconds, CHECK_SECONDS)
+    least, most = (minutes + sum(part[i] for part in parts) / 60 for i in range(2))
+    return (
+        f"{minutes} minutes of load; the verdict after {least:.1f} to {most:.1f} minutes, with "
+        f"stock's texts at hand {seconds(sizes.stock_seconds)} earlier"
+    )
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -388,26 +572,26 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main() -> int:
-    """Run it, append a row, say what is wrong."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run it; the exit code."""
     import torch
 
-    options = parse()
+    options = parse(arguments)
     for name, value in (
         ("HF_HUB_OFFLINE", "1"), ("VLLM_NO_USAGE_STATS", "1"), ("OMP_NUM_THREADS", "1"),
         ("VLLM_WORKER_MULTIPROC_METHOD", "spawn"),
     ):  # fmt: skip
         os.environ.setdefault(name, value)
     sizes = ON_GPU if torch.cuda.is_available() else ON_CPU
-    result = asyncio.run(run_load(options, sizes, expected_of(options, sizes)))
-    wrong = verdicts(result)
-    row = {**origin("torch", "vllm"), "command": command(), **result}
-    row |= {"wrong": result["wrong"][:5], "passed": not wrong}
-    append(options.results / "mixed_load.jsonl", row)
-    say(json.dumps(row, indent=1))
-    for text in wrong:
-        say(f"WRONG: {text}")
-    return 1 if wrong else 0
+    report = Report()
+    report.say(estimate(options.minutes, sizes))
+    report.end_at_signals()
+    try:
+        expected = expected_of(options, sizes, report)
+        asyncio.run(run_load(options, sizes, expected, report))
+    except Stopped as stopped:
+        return 128 + stopped.args[0]
+    return 1 if report.wrong else 0
 
 
 if __name__ == "__main__":

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.engine import decode
 from benchmarks.engine.decode import parse
+from benchmarks.engine.decode_engine import SHORT_STEPS
+from benchmarks.rows import load
 from tests.integration.engines import in_forks, spec_of
 from tests.integration.families import FAMILIES
 from tests.integration.tiny_models import write_random_model
@@ -81,6 +84,60 @@ def test_no_profile_of_several_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(["shape", "--profile", "--tensor-parallel-size", "2"])
     assert "kernels of one GPU" in capsys.readouterr().err
+
+
+# Of the model of two ranks.
+LISTS_OF_STEP, STEPS = 2 * 4, 12
+
+
+def decode_on_two_ranks(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, contexts: list[int], *more: str
+) -> list[dict[str, Any]]:
+    """Rows of stock vLLM and the split cache; a second call adds none.
+
+    Args:
+        folder: For the model and the rows.
+        contexts: Two, which are decoded by 2 requests and by 3.
+        more: Arguments of decode.py.
+    """
+    model = write_random_model(
+        folder / "model", "llama", hidden_size=512, num_attention_heads=8, num_key_value_heads=4,
+        head_dim=64, num_hidden_layers=2, vocab_size=31000, max_position_embeddings=16384,
+    )  # fmt: skip
+    results = folder / "rows.jsonl"
+    monkeypatch.setattr("sys.argv", [
+        "decode", model, "--tensor-parallel-size", "2", "--engines", "stock", "kcache-4",
+        "--context", *map(str, contexts), "--requests", "2", "0", "--max-requests", "3",
+        "--output", str(STEPS), "--repeats", "1", "--resume", "--max-num-batched-tokens", "256",
+        "--results", str(results), *more,
+    ])  # fmt: skip
+    decode.main()
+    rows = load(results)
+    assert [(row["engine"], row["context"], row["runs"][0]["requests"]) for row in rows] == [
+        (engine, context, count)
+        for engine in ("stock", "kcache") for context in contexts for count in (2, 3)
+    ]  # fmt: skip
+    assert {row["tensor_parallel_size"] for row in rows} == {2}
+    for row in rows[4:]:
+        lists = row["runs"][0]["requests"] * LISTS_OF_STEP * (STEPS - SHORT_STEPS)
+        assert row["runs"][0]["kcache_metrics"]["selected_lists"] == lists
+        assert row["runs"][0]["mean_selected_tokens"] > 0
+    decode.main()
+    assert load(results) == rows
+    return rows
+
+
+@pytest.mark.full
+def test_two_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Both ranks are filled and counted."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    decode_on_two_ranks(
+        tmp_path, monkeypatch, [64, 128], "--top-n", "16", "--host-memory-gib", "0.5"
+    )
+    assert capfd.readouterr().err.count("no cell is left") == 2
 
 
 @pytest.mark.parametrize(

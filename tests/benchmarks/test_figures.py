@@ -63,10 +63,13 @@ def decode_rows() -> list[dict[str, Any]]:
 
 
 def test_throughput_panels() -> None:
-    """Not shown: what was measured again, in short, with drafts, or with one engine of a GPU."""
+    """Not shown: what was measured again, in short, with drafts, on two GPUs, with other weights,
+    or with one engine of a GPU."""
     rows = [decode_row("kcache", 4096, 20, 0, 1.0), *decode_rows()]
     rows += [decode_row("stock", 8192, 10, 0, 1.0, label="short")]
     rows += [decode_row("stock", 8192, 10, 0, 1.0, drafts=0)]
+    rows += [decode_row("stock", 8192, 10, 0, 1.0, tensor_parallel_size=2)]
+    rows += [decode_row("stock", 8192, 10, 0, 1.0, quantization="fp8")]
     rows += [decode_row("stock", 8192, 10, 0, 1.0, gpu="another")]
     runs = decode_runs(rows, preset=False)
     assert throughput_panels(runs, "context") == {
@@ -105,6 +108,27 @@ def test_a_line_joins_no_two_commits() -> None:
 def test_two_points_far_apart_are_no_line() -> None:
     lines = [[(8, 1, 0), (32, 2, 0)], [(1, 1, 0), (8, 2, 0), (64, 2, 0)], [(1, 1, 0), (32, 2, 0)]]
     assert [is_line(points) for points in lines] == [True, True, False]
+
+
+def test_the_grid(tmp_path: Path) -> None:
+    """A panel for each number of requests; all that fit may be what another was cut down to."""
+    rows = [decode_row("stock", 4096, 1, 1, 100), decode_row("stock", 8192, 1, 1, 90)]
+    rows += [decode_row("kcache", 4096, 1, 1, 95, kcache_config={"k_bits": 4})]
+    rows += [decode_row("stock", 8192, 3, 4, 250, requests_that_fit=3)]
+    rows = [{**row, "label": "grid"} for row in rows]
+    assert figures.grid_panels(rows) == {
+        "1 request": {
+            "stock bf16": [(4096, 100, 0), (8192, 90, 0)], "kcache 4": [(4096, 95, 0)]
+        },
+        "all requests that fit": {"stock bf16": [(8192, 250, 0)]},
+    }  # fmt: skip
+    assert decode_runs(rows, preset=False) == []
+    mpl = pytest.importorskip("matplotlib", reason="of the docs extra")
+    mpl.use("Agg")
+    figures.draw_grid(rows).savefig(tmp_path / "grid.svg")
+    text = (tmp_path / "grid.svg").read_text()
+    assert "<!-- llama, GPU, commit abc -->" in text
+    assert "<!-- kcache 4 -->" in text
 
 
 def test_crossover() -> None:

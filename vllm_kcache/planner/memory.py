@@ -56,6 +56,8 @@ class Fit:
         limited_by: "GPU memory", "host memory" or "max_num_seqs".
         remedy: What would let more requests in.
         cache_bytes: GPU memory for pages.
+        gpu_bytes: GPU memory that the engine takes in all. Less than it may use where the hot cache
+            holds all rows there can be.
         host_bytes: Host memory for rows.
         hot_cache_bytes: GPU memory of the hot cache.
         buffer_bytes: GPU memory of the split cache's other buffers.
@@ -70,6 +72,7 @@ class Fit:
     limited_by: str
     remedy: str
     cache_bytes: int
+    gpu_bytes: int
     host_bytes: int = 0
     hot_cache_bytes: int = 0
     buffer_bytes: int = 0
@@ -168,6 +171,12 @@ def activation_bytes(shape: ModelShape, engine: Engine) -> int:
     return int(engine.max_num_batched_tokens * width * shape.itemsize)
 
 
+def bytes_beside_cache(shape: ModelShape, engine: Engine) -> int:
+    """GPU memory of weights, activations and all else that is no part of the cache."""
+    weights = shape.weight_bytes // engine.tensor_parallel_size
+    return weights + activation_bytes(shape, engine) + OTHER_GPU_BYTES
+
+
 def cache_bytes_gpu(shape: ModelShape, engine: Engine, gpu_memory_bytes: float) -> int:
     """GPU memory that vLLM leaves for the cache.
 
@@ -175,7 +184,7 @@ def cache_bytes_gpu(shape: ModelShape, engine: Engine, gpu_memory_bytes: float) 
         PlanError: Nothing is left.
     """
     weights = shape.weight_bytes // engine.tensor_parallel_size
-    used = weights + activation_bytes(shape, engine) + OTHER_GPU_BYTES
+    used = bytes_beside_cache(shape, engine)
     left = int(gpu_memory_bytes * engine.gpu_memory_utilization) - used
     if left <= 0:
         raise PlanError(
@@ -213,6 +222,7 @@ def fit_stock(
         "GPU memory",
         "A larger --gpu-memory-utilization lets more requests in.",
         available,
+        available + bytes_beside_cache(shape, engine),
         full_groups=-(-full // size),
         window_groups=-(-windows // size),
         window_blocks=1 if shape.state_layers else -(-shape.window // engine.block_size) + 1,
@@ -257,14 +267,17 @@ def fit_split(
                 "--max-num-batched-tokens."
             )
         window_blocks = window.blocks_for(blocks)
+    cache_bytes = blocks * page + window_blocks * (window.block_bytes if window else 0)
+    hot_cache_bytes, buffers = slots * memory.slot_bytes, buffers + blocks * memory.page_bytes
     return Fit(
         num_blocks=blocks,
         limited_by=limited_by,
         remedy=remedy,
-        cache_bytes=blocks * page + window_blocks * (window.block_bytes if window else 0),
+        cache_bytes=cache_bytes,
+        gpu_bytes=cache_bytes + hot_cache_bytes + buffers + bytes_beside_cache(shape, engine),
         host_bytes=blocks * rows,
-        hot_cache_bytes=slots * memory.slot_bytes,
-        buffer_bytes=buffers + blocks * memory.page_bytes,
+        hot_cache_bytes=hot_cache_bytes,
+        buffer_bytes=buffers,
         window_groups=1 if window else 0,
         window_blocks=window.request_blocks if window else 0,
         window_pool_blocks=window_blocks - window.step_blocks if window else 0,

@@ -35,6 +35,7 @@ def table(plan: Plan) -> str:
             "one request, to stock",
             [*stock, *(f"{one.single_request_ratio:.2f}x" for one in splits)],
         ),
+        ("GPU memory taken, GiB", [f"{one.fit.gpu_bytes / GIB:.1f}" for one in engines]),
         ("hot cache, GiB", [*stock, *(f"{one.fit.hot_cache_bytes / GIB:.1f}" for one in splits)]),
         ("hit rate", [*stock, *(f"{one.hit_rate:.2f}" for one in splits)]),
         ("rows on the host, GiB", [*stock, *(f"{one.fit.host_bytes / GIB:.1f}" for one in splits)]),

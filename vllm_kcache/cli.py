@@ -133,6 +133,15 @@ def _add_plan(commands: Any) -> None:
     engine.add_argument("--max-num-seqs", type=_COUNT, default=256)
     engine.add_argument("--max-num-batched-tokens", type=_COUNT, default=8192)
     engine.add_argument("--block-size", type=_COUNT, default=16)
+    engine.add_argument(
+        "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True
+    )
+    engine.add_argument(
+        "--num-speculative-tokens",
+        type=_between(int, 0, 1000),
+        default=0,
+        help="most drafts of a request in a step, as in --speculative-config (default: %(default)s)",
+    )
     engine.add_argument("--dtype", choices=DTYPE_BYTES, default="auto")
     engine.add_argument(
         "--weight-bits",
@@ -157,6 +166,8 @@ def _plan(parsed: argparse.Namespace, others: list[str]) -> int:
         parsed.block_size,
         parsed.gpu_memory_utilization,
         parsed.tensor_parallel_size,
+        parsed.num_speculative_tokens,
+        parsed.enable_prefix_caching,
     )
     setup = Setup(shape, _hardware(parsed), engine, config, _host_budget(parsed, config))
     load = Load(parsed.context or longest, parsed.requests, parsed.selected_tokens, parsed.hit_rate)

@@ -204,13 +204,6 @@ REFUSALS: tuple[Refusal, ...] = (
         value=features.other_speculation,
     ),
     Refusal(
-        "drafts_beside_windows",
-        "speculative decoding beside sliding-window layers on a GPU (method={value})",
-        "pages of their own and several tokens of a request were tried together on a CPU only",
-        "Leave --speculative-config out.",
-        value=features.drafts_beside_windows,
-    ),
-    Refusal(
         "speculation_on_stages",
         "speculative decoding on pipeline stages (pipeline_parallel_size={value})",
         "the last stage alone makes drafts, and vLLM's runner of a CPU asks each of them",
@@ -289,12 +282,18 @@ REFUSALS: tuple[Refusal, ...] = (
         value=features.beside_states(lambda c: c.cache_config.prefix_match_unit),
     ),
     Refusal(
-        "states_with_drafts",
-        "speculative decoding beside layers with a state (method={value})",
-        "vLLM's kernels of a CPU keep what a rejected draft leaves in a state, and on a GPU these "
-        "were not tried together",
+        "drafts_beside_states_on_cpu",
+        "speculative decoding beside layers with a state, on a CPU (method={value})",
+        "vLLM's kernels of a CPU keep what a rejected draft leaves in a state",
         "Leave --speculative-config out.",
-        value=features.beside_states(lambda c: getattr(c.speculative_config, "method", None)),
+        value=features.drafts_beside_states_on_cpu,
+    ),
+    Refusal(
+        "draft_states",
+        "layers with a state in a draft model ({value})",
+        "vLLM does not take back what rejected drafts leave in those",
+        "Take a draft model with full attention in every layer.",
+        value=features.draft_states,
     ),
     Refusal(
         "diffusion",

@@ -140,7 +140,7 @@ def _add_plan(commands: Any) -> None:
         "--num-speculative-tokens",
         type=_between(int, 0, 1000),
         default=0,
-        help="most drafts of a request in a step, as in --speculative-config (default: %(default)s)",
+        help="most drafts of a request in a step, as in --speculative-config",
     )
     engine.add_argument("--dtype", choices=DTYPE_BYTES, default="auto")
     engine.add_argument(

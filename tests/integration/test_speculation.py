@@ -19,22 +19,8 @@ import pytest
 
 from tests.integration import drafting
 from tests.integration.draft_heads import write_eagle_head, write_mtp_model
-from tests.integration.engines import (
-    GATE,
-    Runs,
-    in_forks,
-    run_engine,
-    run_engines,
-    spec_of,
-    tokens_of,
-)  # fmt: skip
-from tests.integration.families import FAMILIES
-from tests.integration.tiny_models import (
-    cut_model,
-    write_llama,
-    write_random_model,
-    write_window_model,
-)  # fmt: skip
+from tests.integration.engines import GATE, Runs, run_engine, run_engines, spec_of, tokens_of
+from tests.integration.tiny_models import cut_model, write_llama, write_window_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -448,28 +434,6 @@ def test_a_head_beside_window_layers(k_bits: int, head_runs: Runs) -> None:
     assert tokens_of(found) == tokens_of(head_runs["plain, windows"])
     assert 0 < figures_of(found)[2] < figures_of(found)[1]
     assert max(row["cached_tokens"] for row in found["batches"][1]) > 0
-
-
-@pytest.mark.full
-def test_drafts_beside_states(tmp_path: Path) -> None:
-    """A request has a block for the state after each draft; with kernels of a CPU that use it."""
-    family = FAMILIES["Granite 4-H"]
-    model = write_random_model(
-        tmp_path / "model", family.model_type, **{**family.changes, "vocab_size": VOCABULARY}
-    )
-    # With prefix caching vLLM moves the states of drafts with a kernel that a CPU does not have.
-    engine: dict[str, Any] = {
-        **ENGINE, **family.engine, "model": model, "enable_prefix_caching": False
-    }  # fmt: skip
-    specs = {"plain": spec_of(work()[:1], **engine)}
-    for k_bits in (4, 16):
-        specs[f"ngram, {k_bits}"] = spec_of(
-            work()[:1], {**GATE, "k_bits": k_bits}, speculative_config=NGRAM, **engine
-        )
-    calls = {name: ["tests.integration.state_kernels:run", spec] for name, spec in specs.items()}
-    runs = Runs(in_forks(tmp_path, calls))
-    for k_bits in (4, 16):
-        check_ngrams(runs[f"ngram, {k_bits}"], runs["plain"])
 
 
 @pytest.mark.full

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speculative decoding beside layers with a state, on a GPU: the text is the one without it.
+
+vLLM keeps a state after each draft until it is known how many are accepted, and with prefix caching
+moves one from page to page. A small Granite 4-H runs in float32, through both of vLLM's runners; a
+small Qwen3.5 with its own MTP, whose kernels take bfloat16 only, up to ties.
+"""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.gpu.comparing import assert_same_text_or_tie, distance
+from tests.gpu.test_drafts_beside_windows import AT_ONCE, ENGINE, drafts_of
+from tests.gpu.test_window_models import STATE_LAYERS, STATES
+from tests.integration import drafting
+from tests.integration.draft_heads import write_qwen_mtp_model
+from tests.integration.engines import GATE, run_engine, tokens_of
+from tests.integration.families import FAMILIES, FULL, UNCACHED
+from tests.integration.test_drafts_in_two_pools import batches, check
+from tests.integration.test_speculation import VOCABULARY, figures_of, texts_of
+from tests.integration.tiny_models import write_random_model
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+
+# States: five requests with three drafts begin, and come to ask for 95 pages; with the states go at
+# most 57 of K, and 85 of codes where prefixes are cached.
+FEW = {"num_gpu_blocks_override": 21}
+# Drafts, k_bits, and whether prefixes are cached.
+CASES = [
+    ("ngram", 16, True), ("ngram", 4, True), ("ngram", 16, False), ("known", 16, True),
+    ("known", 4, True), ("known", 16, False), ("draft", 16, True), ("draft", 4, True),
+    ("draft", 16, False),
+]  # fmt: skip
+MTP = {"method": "mtp", "num_speculative_tokens": 3}
+
+Result = dict[str, Any]
+
+
+def write_models(folder: Path) -> tuple[str, str]:
+    """Granite 4-H, and Qwen3.5 with a layer that drafts."""
+    family = FAMILIES["Granite 4-H"]
+    granite = write_random_model(
+        folder / "granite", family.model_type, **{**family.changes, "vocab_size": VOCABULARY}
+    )
+    layers = {**STATE_LAYERS, "layer_types": [*STATE_LAYERS["layer_types"], FULL]}
+    qwen = write_qwen_mtp_model(
+        folder / "qwen", STATES, **layers, num_hidden_layers=5, vocab_size=VOCABULARY
+    )
+    return granite, qwen
+
+
+def with_logprobs() -> list[dict[str, Any]]:
+    """What Qwen3.5 is asked, where ties are looked at."""
+    return [{**batch, "sampling": {**batch["sampling"], "logprobs": 5}} for batch in batches()]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Result]:
+    """Granite's by case, Qwen3.5's by k_bits; and of each "stock" without drafts."""
+    folder = tmp_path_factory.mktemp("states")
+    (granite, qwen), drafts = write_models(folder), drafts_of(folder)
+    running: dict[Any, Future[Result]] = {}
+
+    def start(
+        pool: ThreadPoolExecutor, name: Any, settings: dict[str, Any] | None, **engine: Any
+    ) -> None:
+        own = folder / str(len(running))
+        own.mkdir()
+        work = batches() if engine["model"] == granite else with_logprobs()
+        running[name] = pool.submit(run_engine, own, work, settings, **{**ENGINE, **engine})
+
+    def start_granite(pool: ThreadPoolExecutor, some: list[tuple[str, int, bool]]) -> None:
+        for name, k_bits, is_cached in some:
+            engine = {**FEW, **({} if is_cached else UNCACHED)}
+            start(
+                pool, (name, k_bits, is_cached), {**GATE, "k_bits": k_bits}, model=granite,
+                speculative_config=drafts[name], **engine,
+            )  # fmt: skip
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(AT_ONCE) as pool:
+        texts = folder / "texts.json"
+        patch.setenv(drafting.TEXTS, str(texts))
+        start(pool, "stock", None, model=granite)
+        gdn = {"model": qwen, "dtype": "bfloat16", "gdn_prefill_backend": "triton"}
+        start(pool, "stock qwen", None, **gdn)
+        start(pool, "stock mtp", None, **gdn, speculative_config=MTP)
+        for k_bits in (16, 4):
+            start(pool, k_bits, {**GATE, "k_bits": k_bits}, **gdn, **FEW, speculative_config=MTP)
+        start_granite(pool, [case for case in CASES if case[0] != "known"])
+        pairs = zip(batches(), tokens_of(running["stock"].result()), strict=True)
+        texts.write_text(json.dumps([text for pair in pairs for text in texts_of(*pair)]))
+        start_granite(pool, [case for case in CASES if case[0] == "known"])
+        return {name: each.result() for name, each in running.items()}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_text_is_the_one_without_drafts(
+    case: tuple[str, int, bool], results: dict[Any, Result]
+) -> None:
+    """Behind prompts of several chunks, from prefix hits, and in a crowd that has to wait."""
+    found = results[case]
+    check(found, results["stock"], hits=case[2])
+    assert found["async_scheduling"] == (case[0] == "draft")
+
+
+@pytest.mark.parametrize("k_bits", [16, 4])
+def test_mtp_of_a_model_with_states(k_bits: int, results: dict[Any, Result]) -> None:
+    """Qwen3.5's layer that drafts has K and V beside the pages; drafts are made while the step
+    before is on its way."""
+    found, stock = results[k_bits], results["stock qwen"]
+    print("stock with these drafts:", distance(results["stock mtp"], stock))
+    assert_same_text_or_tie(found, stock)
+    assert found["async_scheduling"]
+    _, drafts, accepted = figures_of(found)
+    assert 0 < accepted < drafts
+    assert found["vllm_metrics"]["vllm:num_preemptions"] > 0
+    assert max(row["cached_tokens"] for row in found["batches"][1]) > 200

@@ -207,6 +207,28 @@ def test_drafts_are_held_beside_the_window(folders: Callable[[str], str]) -> Non
         assert most <= window.request_blocks <= most + 1
 
 
+@pytest.mark.parametrize("windows", [1, 3])
+@pytest.mark.parametrize(
+    ("method", "drops"), [("eagle3", True), ("mtp", True), ("draft_model", False), ("ngram", False)]
+)
+def test_the_last_block_is_dropped_where_drafts_have_layers(
+    method: str, drops: bool, windows: int, folders: Callable[[str], str]
+) -> None:
+    """Layers of a head are in the group of the full ones: of these, and of no others."""
+    from vllm_kcache.integration.pools import planning
+
+    vllm_config = make_config(
+        folders("gemma3"), kv_backend="kcache",
+        speculative_config={
+            "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2,
+        },
+    )  # fmt: skip
+    object.__setattr__(vllm_config.speculative_config, "method", method)
+    groups = planning.get_kv_cache_groups(vllm_config, specs(windows=windows))
+    assert len(groups) == 1 + windows
+    assert [group.is_eagle_group for group in groups] == [drops] + [False] * windows
+
+
 @pytest.mark.parametrize("length", [16, 200, 273, 512, 4000])
 def test_one_request_has_the_blocks_that_vllm_asks_for(vllm_config: Any, length: int) -> None:
     from vllm_kcache.integration.pools import bytes_asked, window_pool

@@ -126,6 +126,15 @@ def _add_plan(commands: Any) -> None:
         help="host memory for rows of all ranks (default: kcache_config.host_memory_gib, or "
         f"{AUTO_SHARE:.0%}% of what this machine has available)",
     )
+    _add_engine(plan)
+    settings = plan.add_argument_group("split cache")
+    settings.add_argument("--kcache-config", help="settings as JSON")
+    settings.add_argument("--top-n", help='V blocks per KV head, or "all"')
+    settings.add_argument("--coverage", type=float)
+    plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _add_engine(plan: argparse.ArgumentParser) -> None:
     engine = plan.add_argument_group("engine, as in vLLM")
     engine.add_argument("--gpu-memory-utilization", type=_between(float, 1e-6, 1), default=0.9)
     engine.add_argument("--tensor-parallel-size", type=_COUNT, default=1)
@@ -148,11 +157,6 @@ def _add_plan(commands: Any) -> None:
         type=_between(int, 1, MOST_WEIGHT_BITS),
         help="bits of a quantised weight",
     )
-    settings = plan.add_argument_group("split cache")
-    settings.add_argument("--kcache-config", help="settings as JSON")
-    settings.add_argument("--top-n", help='V blocks per KV head, or "all"')
-    settings.add_argument("--coverage", type=float)
-    plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def _plan(parsed: argparse.Namespace, others: list[str]) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.integration import drafting
-from tests.integration.draft_heads import write_eagle_head, write_mtp_model
+from tests.integration.draft_heads import write_eagle_head, write_mimo_model, write_mtp_model
 from tests.integration.engines import GATE, Runs, run_engine, run_engines, spec_of, tokens_of
 from tests.integration.tiny_models import cut_model, write_llama, write_window_model
 
@@ -342,7 +342,7 @@ def test_a_draft_model(
 
 # Heads over hidden states.
 
-HEADS = ("eagle", "eagle3", "mtp")
+HEADS = ("eagle", "eagle3", "mtp", "mimo")
 # A random model of this family says fewer words.
 MTP_WORDS = 3
 MTP_MODEL = {
@@ -373,7 +373,13 @@ def head_runs(model: str, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("heads")
     specs: dict[str, dict[str, Any]] = {}
     batches = [work()[0], hits_of(work()[0])]
-    heads = heads_of(model, folder)
+    mimo = write_mimo_model(
+        folder / "mimo", num_hidden_layers=4, use_sliding_window=False, vocab_size=VOCABULARY,
+        max_position_embeddings=1024,
+    )  # fmt: skip
+    # Its MTP makes one draft (vLLM 0.32).
+    heads = {"mimo": (mimo, {"method": "mtp", "num_speculative_tokens": 1})}
+    heads |= heads_of(model, folder)
     _, eagle3 = heads["eagle3"]
     for method, (served, drafts) in heads.items():
         engine: dict[str, Any] = {**ENGINE, "model": served}

@@ -316,7 +316,7 @@ def test_kept_states_have_blocks(vllm_config: Any, device: str, within: int, hel
     from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
     from vllm.v1.kv_cache_interface import MambaSpec
 
-    from vllm_kcache.integration.pools import planning, window_pool
+    from vllm_kcache.integration.pools import window_pool
 
     cache_config = vllm_config.cache_config
     cache_config.enable_prefix_caching, cache_config.mamba_cache_mode = True, "align"
@@ -329,7 +329,7 @@ def test_kept_states_have_blocks(vllm_config: Any, device: str, within: int, hel
     pool = window_pool(vllm_config, made)
     assert pool.request_blocks == held
     assert pool.step_blocks == held + 1
-    (config,) = planning.get_kv_cache_configs(vllm_config, [made], [2**26])
+    (config,) = configs_of(vllm_config, [made], 2**26)
     (kept,) = (group.kv_cache_spec for group in config.kv_cache_groups[1:])
     assert kept.num_prefill_checkpoint_blocks == held - 2
     # Hits end where pages do, so that no page is copied in part.

@@ -9,14 +9,14 @@ small Qwen3.5 with its own MTP, whose kernels take bfloat16 only, up to ties.
 from __future__ import annotations
 
 import json
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.gpu.comparing import assert_same_text_or_tie, distance
-from tests.gpu.test_drafts_beside_windows import AHEAD, AT_ONCE, ENGINE, batches, drafts_of
+from tests.gpu.test_drafts_beside_windows import AHEAD, AT_ONCE, ENGINE, Results, batches, drafts_of
 from tests.gpu.test_window_models import STATE_LAYERS, STATES
 from tests.integration import drafting
 from tests.integration.draft_heads import write_qwen_mtp_model
@@ -40,8 +40,6 @@ CASES = [
 ]  # fmt: skip
 MTP = {"method": "mtp", "num_speculative_tokens": 3}
 
-Result = dict[str, Any]
-
 
 def write_models(folder: Path) -> tuple[str, str]:
     """Granite 4-H, and Qwen3.5 with a layer that drafts."""
@@ -62,11 +60,11 @@ def with_logprobs() -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Result]:
-    """Granite's by case, Qwen3.5's by k_bits; and of each "stock" without drafts."""
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Granite's by case, Qwen3.5's by k_bits, and stock vLLM's; all have ended."""
     folder = tmp_path_factory.mktemp("states")
     (granite, qwen), drafts = write_models(folder), drafts_of(folder)
-    running: dict[Any, Future[Result]] = {}
+    running: Results = {}
 
     def start(
         pool: ThreadPoolExecutor, name: Any, settings: dict[str, Any] | None, **engine: Any
@@ -97,25 +95,23 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Result]:
         pairs = zip(batches(), tokens_of(running["stock"].result()), strict=True)
         texts.write_text(json.dumps([text for pair in pairs for text in texts_of(*pair)]))
         start_granite(pool, [case for case in CASES if case[0] == "known"])
-        return {name: each.result() for name, each in running.items()}
+    return running
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_text_is_the_one_without_drafts(
-    case: tuple[str, int, bool], results: dict[Any, Result]
-) -> None:
+def test_the_text_is_the_one_without_drafts(case: tuple[str, int, bool], results: Results) -> None:
     """Behind prompts of several chunks, from prefix hits, and in a crowd that has to wait."""
-    found = results[case]
-    check(found, results["stock"], hits=case[2])
+    found = results[case].result()
+    check(found, results["stock"].result(), hits=case[2])
     assert found["async_scheduling"] == (case[0] in AHEAD)
 
 
 @pytest.mark.parametrize("k_bits", [16, 4])
-def test_mtp_of_a_model_with_states(k_bits: int, results: dict[Any, Result]) -> None:
+def test_mtp_of_a_model_with_states(k_bits: int, results: Results) -> None:
     """Qwen3.5's layer that drafts has K and V beside the pages; drafts are made while the step
     before is on its way."""
-    found, stock = results[k_bits], results["stock qwen"]
-    print("stock with these drafts:", distance(results["stock mtp"], stock))
+    found, stock = results[k_bits].result(), results["stock qwen"].result()
+    print("stock with these drafts:", distance(results["stock mtp"].result(), stock))
     assert_same_text_or_tie(found, stock)
     assert found["async_scheduling"]
     _, drafts, accepted = figures_of(found)

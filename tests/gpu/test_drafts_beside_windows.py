@@ -55,10 +55,10 @@ CASES = {
 }  # fmt: skip
 EXPERTS = ("llama4_text", "gpt_oss")
 MODELS = [name for name in CASES if name not in EXPERTS or has_expert_kernels()]
+# Engines; each takes a core and most of a minute.
 AT_ONCE = 6
 
-Result = dict[str, Any]
-
+Results = dict[Any, Future[dict[str, Any]]]
 
 # Drafts that are made while the step before is still on its way.
 AHEAD = ("ngram_gpu", "draft", "eagle3")
@@ -89,11 +89,11 @@ def drafts_of(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Any, ...], Result]:
-    """By model and drafts, and "stock"."""
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """By model and drafts, and "stock"; all have ended."""
     folder = tmp_path_factory.mktemp("drafts")
     drafts, texts = drafts_of(folder), folder / "texts.json"
-    running: dict[tuple[Any, ...], Future[Result]] = {}
+    running: Results = {}
 
     def start(pool: ThreadPoolExecutor, case: tuple[Any, ...], **changes: Any) -> None:
         name, *drafted = case
@@ -123,7 +123,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Any, ...], R
         for case in cases:
             if case[1] == "known":
                 start(pool, case)
-        return {case: each.result() for case, each in running.items()}
+    return running
 
 
 @pytest.mark.parametrize(
@@ -140,10 +140,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Any, ...], R
     ],
 )  # fmt: skip
 def test_the_text_is_the_one_without_drafts(
-    model: str, name: str, k_bits: int, results: dict[tuple[Any, ...], Result]
+    model: str, name: str, k_bits: int, results: Results
 ) -> None:
     """Stock vLLM's, with some drafts accepted and some not, behind prompts of several chunks, from
     prefix hits, and in a crowd that has to wait."""
-    found = results[model, name, k_bits]
-    check(found, results[model, "stock"])
+    found = results[model, name, k_bits].result()
+    check(found, results[model, "stock"].result())
     assert found["async_scheduling"] == (name in AHEAD)

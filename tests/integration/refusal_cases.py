@@ -41,6 +41,7 @@ ALIBI = "ALiBi ({value})"
 CONNECTOR = "kv_connector={value}"
 MICROBATCHING = "microbatching ({value})"
 CHUNKED = "chunked local attention in every layer ({value})"
+STATES = "speculative decoding beside layers with a state, by vLLM's first runner (method={value})"
 SPECULATION = "speculative decoding (method={value})"
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 OTHER_DRAFTS = (
@@ -176,10 +177,17 @@ CASES = {
         arguments={"enable_prefix_caching": True, "prefix_match_unit": 8},
     ),
     "states and drafts on a CPU": Case(
-        "speculative decoding beside layers with a state, on a CPU (method={value})",
-        "speculative decoding beside layers with a state, on a CPU (method=ngram):",
-        "Leave --speculative-config out", model="jamba",
+        STATES, "speculative decoding beside layers with a state, by vLLM's first runner "
+        "(method=ngram):", "on a CPU leave --speculative-config out", model="jamba",
         arguments={"speculative_config": NGRAM},
+    ),
+    # A CPU has no second one, so that none is asked for.
+    "states and drafts of the first runner of a GPU": Case(
+        STATES, "speculative decoding beside layers with a state, by vLLM's first runner "
+        "(method=ngram):", "On a GPU take a method of the second runner", model="jamba",
+        arguments={"speculative_config": NGRAM},
+        changed={"device_config.device_type": "cuda"},
+        variables={"VLLM_USE_V2_MODEL_RUNNER": "0"},
     ),
     # Of n-grams vLLM's configuration names the model itself.
     "states in a draft model": Case(

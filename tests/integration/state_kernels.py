@@ -4,11 +4,14 @@
 vLLM's kernels of a CPU begin with the state after all tokens of the step before, accepted or not
 (0.32), so stock vLLM's own text changes with drafts there. These begin where they should. With
 prefix caching vLLM moves states from page to page, and that of drafts with kernels that a CPU does
-not have: `move` takes their place.
+not have: `move` takes their place. And where a preempted request reads its own text again, vLLM's
+first runner, the one of a CPU, takes a piece as short as a step of drafts for one, after which it
+goes on with the state of the first token of that piece; the second runner, of a GPU, does not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -177,10 +180,28 @@ def _after_step(
             self.copies.move(row, source, target, end - first)
 
 
+def _as_prompts(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`_build_attention_metadata` of a runner that takes for a prompt all that a request reads but
+    its last token, and the drafts."""
+
+    def _build_attention_metadata(self: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = self.input_batch
+        prompts, known = batch.num_prompt_tokens_cpu_tensor, batch.num_tokens_no_spec
+        kept = prompts.clone()
+        prompts.copy_(torch.maximum(prompts, torch.from_numpy(known) - 1))
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            prompts.copy_(kept)
+
+    return _build_attention_metadata
+
+
 def run(spec: dict[str, Any]) -> dict[str, Any]:
     """As generate.py's, with these kernels, and so without the refusal of vLLM's."""
     from vllm.model_executor.layers.mamba import mamba_mixer2
     from vllm.model_executor.layers.mamba.ops import ssu_dispatch
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
     from vllm.v1.worker.mamba_utils import MambaSpecDecodeGPUContext
 
     from tests.integration import generate
@@ -191,7 +212,8 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     MambaSpecDecodeGPUContext._populate_metadata = _remember
     MambaSpecDecodeGPUContext.run_fused_precopy = _before_step
     MambaSpecDecodeGPUContext.run_fused_postprocess = _after_step
-    kept = tuple(r for r in refusals.REFUSALS if r.name != "drafts_beside_states_on_cpu")
+    GPUModelRunner._build_attention_metadata = _as_prompts(GPUModelRunner._build_attention_metadata)
+    kept = tuple(r for r in refusals.REFUSALS if r.name != "states_with_drafts")
     assert len(kept) == len(refusals.REFUSALS) - 1
     refusals.REFUSALS = kept
     return generate.run(spec)

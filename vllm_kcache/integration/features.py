@@ -100,11 +100,14 @@ def other_speculation(vllm_config: Any) -> str | None:
     return None
 
 
-def drafts_beside_states_on_cpu(vllm_config: Any) -> str | None:
-    """Method of speculative decoding, where a CPU serves a model whose layers keep a state."""
-    if vllm_config.device_config.device_type != "cpu" or not vllm_config.model_config.is_hybrid:
+def drafts_beside_states(vllm_config: Any) -> str | None:
+    """Method of speculative decoding, where vLLM's first runner serves a model whose layers keep a
+    state."""
+    config = vllm_config.speculative_config
+    if config is None or not vllm_config.model_config.is_hybrid:
         return None
-    return getattr(vllm_config.speculative_config, "method", None)
+    is_cpu = vllm_config.device_config.device_type == "cpu"
+    return config.method if is_cpu or not vllm_config.use_v2_model_runner else None
 
 
 def draft_states(vllm_config: Any) -> str | None:

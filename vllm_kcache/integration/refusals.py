@@ -282,11 +282,13 @@ REFUSALS: tuple[Refusal, ...] = (
         value=features.beside_states(lambda c: c.cache_config.prefix_match_unit),
     ),
     Refusal(
-        "drafts_beside_states_on_cpu",
-        "speculative decoding beside layers with a state, on a CPU (method={value})",
-        "vLLM's kernels of a CPU keep what a rejected draft leaves in a state",
-        "Leave --speculative-config out.",
-        value=features.drafts_beside_states_on_cpu,
+        "states_with_drafts",
+        "speculative decoding beside layers with a state, by vLLM's first runner (method={value})",
+        "tokens that it reads again after a preemption it takes for drafts, and kernels of a CPU "
+        "keep what a rejected draft leaves in a state",
+        "On a GPU take a method of the second runner (ngram, ngram_gpu, draft_model, eagle, eagle3 "
+        "or mtp); on a CPU leave --speculative-config out.",
+        value=features.drafts_beside_states,
     ),
     Refusal(
         "draft_states",

@@ -126,6 +126,15 @@ def _add_plan(commands: Any) -> None:
         help="host memory for rows of all ranks (default: kcache_config.host_memory_gib, or "
         f"{AUTO_SHARE:.0%}% of what this machine has available)",
     )
+    _add_engine(plan)
+    settings = plan.add_argument_group("split cache")
+    settings.add_argument("--kcache-config", help="settings as JSON")
+    settings.add_argument("--top-n", help='V blocks per KV head, or "all"')
+    settings.add_argument("--coverage", type=float)
+    plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _add_engine(plan: argparse.ArgumentParser) -> None:
     engine = plan.add_argument_group("engine, as in vLLM")
     engine.add_argument("--gpu-memory-utilization", type=_between(float, 1e-6, 1), default=0.9)
     engine.add_argument("--tensor-parallel-size", type=_COUNT, default=1)
@@ -133,17 +142,21 @@ def _add_plan(commands: Any) -> None:
     engine.add_argument("--max-num-seqs", type=_COUNT, default=256)
     engine.add_argument("--max-num-batched-tokens", type=_COUNT, default=8192)
     engine.add_argument("--block-size", type=_COUNT, default=16)
+    engine.add_argument(
+        "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True
+    )
+    engine.add_argument(
+        "--num-speculative-tokens",
+        type=_between(int, 0, 1000),
+        default=0,
+        help="most drafts of a request in a step, as in --speculative-config",
+    )
     engine.add_argument("--dtype", choices=DTYPE_BYTES, default="auto")
     engine.add_argument(
         "--weight-bits",
         type=_between(int, 1, MOST_WEIGHT_BITS),
         help="bits of a quantised weight",
     )
-    settings = plan.add_argument_group("split cache")
-    settings.add_argument("--kcache-config", help="settings as JSON")
-    settings.add_argument("--top-n", help='V blocks per KV head, or "all"')
-    settings.add_argument("--coverage", type=float)
-    plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def _plan(parsed: argparse.Namespace, others: list[str]) -> int:
@@ -157,6 +170,8 @@ def _plan(parsed: argparse.Namespace, others: list[str]) -> int:
         parsed.block_size,
         parsed.gpu_memory_utilization,
         parsed.tensor_parallel_size,
+        parsed.num_speculative_tokens,
+        parsed.enable_prefix_caching,
     )
     setup = Setup(shape, _hardware(parsed), engine, config, _host_budget(parsed, config))
     load = Load(parsed.context or longest, parsed.requests, parsed.selected_tokens, parsed.hit_rate)

@@ -77,6 +77,53 @@ def write_mtp_model(folder: Path, **changes: Any) -> str:
     return _write(folder, config, weights)
 
 
+def write_qwen_mtp_model(folder: Path, model_type: str, **changes: Any) -> str:
+    """A random model as Qwen3-Next, or Qwen3.5, with a full layer behind the last one that drafts;
+    returns its path.
+
+    Args:
+        folder: Made for the model.
+        model_type: "qwen3_next" or "qwen3_5_text".
+        changes: Of its configuration; of all layers one more is there, the last, which is full.
+    """
+    import torch
+
+    config, weights = _read(Path(write_random_model(folder, model_type, **changes)))
+    assert config["layer_types"].pop() == "full_attention"
+    config["num_hidden_layers"] -= 1
+    config["num_nextn_predict_layers"] = config["mtp_num_hidden_layers"] = 1
+    hidden, layer = config["hidden_size"], f"model.layers.{config['num_hidden_layers']}."
+    for name in [name for name in weights if name.startswith(layer)]:
+        weights[f"mtp.layers.0.{name.removeprefix(layer)}"] = weights.pop(name)
+    # Weights of these norms are what is added to one.
+    for name in ("norm", "pre_fc_norm_hidden", "pre_fc_norm_embedding"):
+        weights[f"mtp.{name}.weight"] = torch.zeros(hidden)
+    noise = torch.randn(hidden, hidden, generator=torch.Generator().manual_seed(0))
+    weights["mtp.fc.weight"] = torch.cat([0.01 * noise, torch.eye(hidden)], 1)
+    return _write(folder, config, weights)
+
+
+def write_mimo_model(folder: Path, **changes: Any) -> str:
+    """A random model as MiMo, which is Qwen2 with a layer beside the others that drafts; returns
+    its path. Arguments as those of `write_mtp_model`."""
+    import torch
+
+    config, weights = _read(Path(write_random_model(folder, "qwen2", **changes)))
+    config["num_hidden_layers"] -= 1
+    config["layer_types"].pop()
+    config |= {"architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1}
+    hidden, layer = config["hidden_size"], f"model.layers.{config['num_hidden_layers']}."
+    for name in [name for name in weights if name.startswith(layer)]:
+        weights[f"model.mtp_layers.0.{name.removeprefix(layer)}"] = weights.pop(name)
+    for name in ("token_layernorm", "hidden_layernorm", "final_layernorm"):
+        weights[f"model.mtp_layers.0.{name}.weight"] = torch.ones(hidden)
+    noise = torch.randn(hidden, hidden, generator=torch.Generator().manual_seed(0))
+    weights["model.mtp_layers.0.input_proj.weight"] = torch.cat(
+        [torch.eye(hidden), 0.01 * noise], 1
+    )
+    return _write(folder, config, weights)
+
+
 def _read(model: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The configuration of a model, and its weights."""
     from safetensors.torch import load_file

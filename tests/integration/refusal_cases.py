@@ -41,6 +41,7 @@ ALIBI = "ALiBi ({value})"
 CONNECTOR = "kv_connector={value}"
 MICROBATCHING = "microbatching ({value})"
 CHUNKED = "chunked local attention in every layer ({value})"
+STATES = "speculative decoding beside layers with a state, by vLLM's first runner (method={value})"
 SPECULATION = "speculative decoding (method={value})"
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 OTHER_DRAFTS = (
@@ -114,13 +115,6 @@ CASES = {
         "Use --tensor-parallel-size",
         arguments={"speculative_config": NGRAM, "pipeline_parallel_size": 2},
     ),
-    "speculative decoding beside windows on a GPU": Case(
-        "speculative decoding beside sliding-window layers on a GPU (method={value})",
-        "speculative decoding beside sliding-window layers on a GPU (method=ngram):",
-        "Leave --speculative-config out", model="gemma3",
-        arguments={"speculative_config": NGRAM},
-        changed={"device_config.device_type": "cuda"},
-    ),
     "all layers with a window": Case(
         WINDOW, "sliding-window attention in every layer (sliding_window=256):",
         "--disable-sliding-window", model="mistral, window",
@@ -182,11 +176,26 @@ CASES = {
         "Leave --prefix-match-unit out", model="jamba",
         arguments={"enable_prefix_caching": True, "prefix_match_unit": 8},
     ),
-    "states and drafts": Case(
-        "speculative decoding beside layers with a state (method={value})",
-        "speculative decoding beside layers with a state (method=ngram):",
-        "Leave --speculative-config out", model="jamba",
+    "states and drafts on a CPU": Case(
+        STATES, "speculative decoding beside layers with a state, by vLLM's first runner "
+        "(method=ngram):", "on a CPU leave --speculative-config out", model="jamba",
         arguments={"speculative_config": NGRAM},
+    ),
+    # A CPU has no second one, so that none is asked for.
+    "states and drafts of the first runner of a GPU": Case(
+        STATES, "speculative decoding beside layers with a state, by vLLM's first runner "
+        "(method=ngram):", "On a GPU take a method of the second runner", model="jamba",
+        arguments={"speculative_config": NGRAM},
+        changed={"device_config.device_type": "cuda"},
+        variables={"VLLM_USE_V2_MODEL_RUNNER": "0"},
+    ),
+    # Of n-grams vLLM's configuration names the model itself.
+    "states in a draft model": Case(
+        "layers with a state in a draft model ({value})",
+        "layers with a state in a draft model (JambaForCausalLM):",
+        "Take a draft model with full attention in every layer", model="jamba",
+        arguments={"speculative_config": NGRAM},
+        changed={"speculative_config.method": "draft_model"},
     ),
     "one pool beside states": Case(
         "one pool for all layers beside sliding-window layers ({value})",
@@ -355,6 +364,7 @@ FREE: dict[str, tuple[str, dict[str, Any]]] = {
     "layers with a state": ("jamba", {}),
     "layers with a state, without prefix caching": ("jamba", {"enable_prefix_caching": False}),
     "n-grams": ("llama", {"speculative_config": NGRAM}),
+    "n-grams beside window layers": ("gemma3", {"speculative_config": NGRAM}),
     "drafts of a class of one's own": (
         "llama",
         {

@@ -7,6 +7,7 @@ With vLLM's own planning and its own manager of blocks, on specs made by hand; w
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -15,10 +16,14 @@ import pytest
 import torch
 
 from tests.integration.builders import configs_of
-from vllm_kcache.config import KCacheConfigError
+from vllm_kcache.config import KCacheConfig, KCacheConfigError
+from vllm_kcache.planner.memory import Engine
+from vllm_kcache.planner.memory import window_pool as planned_window_pool
+from vllm_kcache.planner.shape import read_shape
 
 pytestmark = pytest.mark.usefixtures("quick_vllm")
 
+SHAPES = Path(__file__).resolve().parents[2] / "benchmarks/shapes"
 BLOCK, WINDOW, LENGTH, CHUNK = 16, 256, 512, 64
 FULL_NAMES = ["model.layers.1.self_attn.attn", "model.layers.3.self_attn.attn"]
 WINDOW_NAMES = [f"model.layers.{index}.self_attn.attn" for index in (0, 2, 4)]
@@ -202,6 +207,28 @@ def test_drafts_are_held_beside_the_window(folders: Callable[[str], str]) -> Non
         assert most <= window.request_blocks <= most + 1
 
 
+@pytest.mark.parametrize("windows", [1, 3])
+@pytest.mark.parametrize(
+    ("method", "drops"), [("eagle3", True), ("mtp", True), ("draft_model", False), ("ngram", False)]
+)
+def test_the_last_block_is_dropped_where_drafts_have_layers(
+    method: str, drops: bool, windows: int, folders: Callable[[str], str]
+) -> None:
+    """Layers of a head are in the group of the full ones: of these, and of no others."""
+    from vllm_kcache.integration.pools import planning
+
+    vllm_config = make_config(
+        folders("gemma3"), kv_backend="kcache",
+        speculative_config={
+            "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2,
+        },
+    )  # fmt: skip
+    object.__setattr__(vllm_config.speculative_config, "method", method)
+    groups = planning.get_kv_cache_groups(vllm_config, specs(windows=windows))
+    assert len(groups) == 1 + windows
+    assert [group.is_eagle_group for group in groups] == [drops] + [False] * windows
+
+
 @pytest.mark.parametrize("length", [16, 200, 273, 512, 4000])
 def test_one_request_has_the_blocks_that_vllm_asks_for(vllm_config: Any, length: int) -> None:
     from vllm_kcache.integration.pools import bytes_asked, window_pool
@@ -289,7 +316,7 @@ def test_kept_states_have_blocks(vllm_config: Any, device: str, within: int, hel
     from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
     from vllm.v1.kv_cache_interface import MambaSpec
 
-    from vllm_kcache.integration.pools import planning, window_pool
+    from vllm_kcache.integration.pools import window_pool
 
     cache_config = vllm_config.cache_config
     cache_config.enable_prefix_caching, cache_config.mamba_cache_mode = True, "align"
@@ -302,11 +329,52 @@ def test_kept_states_have_blocks(vllm_config: Any, device: str, within: int, hel
     pool = window_pool(vllm_config, made)
     assert pool.request_blocks == held
     assert pool.step_blocks == held + 1
-    (config,) = planning.get_kv_cache_configs(vllm_config, [made], [2**26])
+    (config,) = configs_of(vllm_config, [made], 2**26)
     (kept,) = (group.kv_cache_spec for group in config.kv_cache_groups[1:])
     assert kept.num_prefill_checkpoint_blocks == held - 2
     # Hits end where pages do, so that no page is copied in part.
     assert resolve_kv_cache_block_sizes(config, vllm_config) == (BLOCK, BLOCK)
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+@pytest.mark.parametrize("mode", ["none", "align"])
+def test_the_planner_knows_what_states_take(vllm_config: Any, mode: str, drafts: int) -> None:
+    """As vLLM sizes a state of Qwen3.5-27B, and as many of them as it lets a request hold."""
+    from vllm.model_executor.layers.mamba.mamba_utils import (
+        MambaStateDtypeCalculator,
+        MambaStateShapeCalculator,
+    )
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
+
+    from vllm_kcache.integration.pools import window_pool
+
+    shape = read_shape(str(SHAPES / "qwen3.5-27b"))
+    vllm_config.cache_config.mamba_cache_mode = mode
+    state = MambaSpec(
+        block_size=BLOCK if mode == "align" else LENGTH,
+        shapes=MambaStateShapeCalculator.gated_delta_net_state_shape(
+            1, 16, 48, 128, 128, 4, drafts
+        ),
+        dtypes=MambaStateDtypeCalculator.gated_delta_net_state_dtype(
+            torch.bfloat16, "auto", "float32"
+        ),
+        mamba_cache_mode=mode, num_speculative_blocks=drafts,
+    )  # fmt: skip
+    full = FullAttentionSpec(
+        block_size=BLOCK, num_kv_heads=4, head_size=256, dtype=torch.bfloat16,
+        state_content_bytes=132,
+    )  # fmt: skip
+    layers = range(shape.num_layers)
+    made = {f"layers.{n}.attn": state if n in shape.state_layers else full for n in layers}
+    engine = Engine(
+        LENGTH, vllm_config.scheduler_config.max_num_seqs, CHUNK, BLOCK,
+        num_speculative_tokens=drafts, enable_prefix_caching=mode == "align",
+    )  # fmt: skip
+    planned_pool = planned_window_pool(shape, engine, KCacheConfig.from_user({"k_bits": 4}))
+    assert planned_pool == window_pool(vllm_config, made)
+    # Of one layer.
+    most = planned_pool.request_blocks * planned_pool.block_bytes // len(shape.state_layers)
+    assert most == state.max_memory_usage_bytes(vllm_config)
 
 
 def test_a_kept_state_covers_a_page(vllm_config: Any) -> None:

@@ -258,10 +258,17 @@ def test_an_engine_knows_how_many_share_its_host(folders: Callable[[str], str]) 
 
 
 @pytest.mark.parametrize("speculation", [None, NGRAM], ids=["", "ngram"])
+# Full layers alone, beside windows, and beside states.
+@pytest.mark.parametrize("model", ["llama", "gemma3", "jamba"])
 def test_nothing_is_refused_on_a_gpu_either(
-    speculation: dict[str, Any] | None, folders: Callable[[str], str]
+    model: str,
+    speculation: dict[str, Any] | None,
+    folders: Callable[[str], str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    vllm_config = stock_config(folders("llama"), speculative_config=speculation)
+    vllm_config = stock_config(folders(model), speculative_config=speculation)
+    # As where there is Triton.
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     on_gpu = changed(vllm_config, {"device_config.device_type": "cuda"})
     assert messages(on_gpu, prefill="flash_attn") == []
     assert on_gpu.model_config.dtype == torch.bfloat16

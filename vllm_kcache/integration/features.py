@@ -21,6 +21,8 @@ WINDOW_KINDS = ("sliding_attention", "chunked_attention")
 SERVED_SPECULATION = (
     "ngram", "ngram_gpu", "suffix", "custom_class", "draft_model", "eagle", "eagle3", "mtp",
 )  # fmt: skip
+# Of these, methods whose drafts a model makes.
+DRAFT_MODELS = ("draft_model", "eagle", "eagle3", "mtp")
 SINK_SETTINGS = (
     "attention_sinks",
     "add_full_attention_sink_bias",
@@ -98,12 +100,24 @@ def other_speculation(vllm_config: Any) -> str | None:
     return None
 
 
-def drafts_beside_windows(vllm_config: Any) -> str | None:
-    """Method of speculative decoding, where a GPU serves a model with window layers."""
-    if vllm_config.device_config.device_type == "cpu" or other_speculation(vllm_config):
+def drafts_beside_states(vllm_config: Any) -> str | None:
+    """Method of speculative decoding, where vLLM's first runner serves a model whose layers keep a
+    state."""
+    config = vllm_config.speculative_config
+    if config is None or not vllm_config.model_config.is_hybrid:
         return None
-    method = getattr(vllm_config.speculative_config, "method", None)
-    return method if has_window_layers(vllm_config) else None
+    is_cpu = vllm_config.device_config.device_type == "cpu"
+    return config.method if is_cpu or not vllm_config.use_v2_model_runner else None
+
+
+def draft_states(vllm_config: Any) -> str | None:
+    """A model that makes drafts and has layers with a state: its class."""
+    config = vllm_config.speculative_config
+    # Of a method without a model vLLM names the model that is served.
+    if config is None or config.method not in DRAFT_MODELS:
+        return None
+    draft = config.draft_model_config
+    return draft.architecture if draft.is_hybrid or draft.is_attention_free else None
 
 
 def speculation_on_stages(vllm_config: Any) -> int | None:

@@ -281,7 +281,15 @@ def _with_own_group(original: Callable) -> Callable:
         own = {name: replace_as(spec, OwnPoolSpec) for name, spec in full.items()}
         (group,) = original(vllm_config, own)
         group.host_resident = True
-        return [group, *original(vllm_config, windows)]
+        groups = [group, *original(vllm_config, windows)]
+        # Of a head's layers the last block of a prefix is not to be reused; they are full ones, and
+        # vLLM, which takes the last layer it is given for one of theirs, is not given them last.
+        drafts = vllm_config.speculative_config
+        for each in groups:
+            each.is_eagle_group = (
+                each is group and drafts is not None and drafts.use_eagle_block_drop()
+            )
+        return groups
 
     return get_kv_cache_groups
 

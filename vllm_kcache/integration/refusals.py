@@ -204,13 +204,6 @@ REFUSALS: tuple[Refusal, ...] = (
         value=features.other_speculation,
     ),
     Refusal(
-        "drafts_beside_windows",
-        "speculative decoding beside sliding-window layers on a GPU (method={value})",
-        "pages of their own and several tokens of a request were tried together on a CPU only",
-        "Leave --speculative-config out.",
-        value=features.drafts_beside_windows,
-    ),
-    Refusal(
         "speculation_on_stages",
         "speculative decoding on pipeline stages (pipeline_parallel_size={value})",
         "the last stage alone makes drafts, and vLLM's runner of a CPU asks each of them",
@@ -290,11 +283,19 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "states_with_drafts",
-        "speculative decoding beside layers with a state (method={value})",
-        "vLLM's kernels of a CPU keep what a rejected draft leaves in a state, and on a GPU these "
-        "were not tried together",
-        "Leave --speculative-config out.",
-        value=features.beside_states(lambda c: getattr(c.speculative_config, "method", None)),
+        "speculative decoding beside layers with a state, by vLLM's first runner (method={value})",
+        "tokens that it reads again after a preemption it takes for drafts, and kernels of a CPU "
+        "keep what a rejected draft leaves in a state",
+        "On a GPU take a method of the second runner (ngram, ngram_gpu, draft_model, eagle, eagle3 "
+        "or mtp); on a CPU leave --speculative-config out.",
+        value=features.drafts_beside_states,
+    ),
+    Refusal(
+        "draft_states",
+        "layers with a state in a draft model ({value})",
+        "vLLM does not take back what rejected drafts leave in those",
+        "Take a draft model with full attention in every layer.",
+        value=features.draft_states,
     ),
     Refusal(
         "diffusion",

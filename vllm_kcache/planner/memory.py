@@ -37,6 +37,8 @@ class Engine:
         block_size: S, tokens of a page.
         gpu_memory_utilization: Share of the GPU's memory that vLLM may use.
         tensor_parallel_size: Ranks that share the model.
+        num_speculative_tokens: Most drafts of a request in a step; 0 without such.
+        enable_prefix_caching: Whether states are kept at the ends of pages.
     """
 
     max_model_len: int
@@ -45,6 +47,14 @@ class Engine:
     block_size: int = 16
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
+    num_speculative_tokens: int = 0
+    enable_prefix_caching: bool = True
+
+    @property
+    def states_of_request(self) -> int:
+        """Most states that a request holds in a layer: one after each draft, for it is not known
+        yet how many are accepted; and with prefix caching that of the page before."""
+        return 1 + self.num_speculative_tokens + self.enable_prefix_caching
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,7 @@ class Fit:
         full_groups: Groups of layers that take a block for each of a request.
         window_groups: Groups that take a block for each of its window.
         window_blocks: Most blocks of a request in one of those.
+        draft_blocks: Of these, blocks that a request of any length holds: states after drafts.
         window_pool_blocks: Blocks that are for those alone; 0 where they take of `num_blocks`.
         block_tokens: Tokens of a block; 0 for those of the engine.
     """
@@ -79,13 +90,15 @@ class Fit:
     full_groups: int = 1
     window_groups: int = 0
     window_blocks: int = 0
+    draft_blocks: int = 0
     window_pool_blocks: int = 0
     block_tokens: int = 0
 
     def requests(self, context: int, block_size: int) -> float:
         """Requests of `context` tokens that fit at once. vLLM keeps one block to itself."""
         blocks = -(-context // (self.block_tokens or block_size))
-        within = self.window_groups * min(blocks, self.window_blocks)
+        held = self.draft_blocks + min(blocks, self.window_blocks - self.draft_blocks)
+        within = self.window_groups * held
         free = max(0, self.num_blocks - 1)
         if self.window_pool_blocks:
             return min(free / blocks, self.window_pool_blocks / within)
@@ -134,16 +147,17 @@ def window_pool(shape: ModelShape, engine: Engine, config: KCacheConfig) -> Wind
     """Blocks of window layers, or of states, beside pages, as the engine plans them; None without
     such layers."""
     if shape.state_layers:
-        # A block is the state of a request, whatever its length.
-        window = (1, engine.max_model_len)
-        block_bytes = shape.request_state_bytes // engine.tensor_parallel_size
+        # A block is one state, whatever the length of a request.
+        windows = [(1, engine.max_model_len)] * engine.states_of_request
+        block_bytes = len(shape.state_layers) * _state_bytes(shape, engine)
     elif shape.window_layers:
-        window = (shape.window, engine.block_size)
+        # Drafts are held beside the window.
+        windows = [(shape.window + engine.num_speculative_tokens, engine.block_size)]
         block_bytes = 2 * len(shape.window_layers) * _layer_page_bytes(shape, engine)
     else:
         return None
     return WindowPool.plan(
-        [window],
+        windows,
         block_bytes=block_bytes,
         page_bytes=k_page_bytes(shape, engine, config),
         page_tokens=engine.block_size,
@@ -153,7 +167,16 @@ def window_pool(shape: ModelShape, engine: Engine, config: KCacheConfig) -> Wind
 
 
 def _limits(engine: Engine) -> StepLimits:
-    return StepLimits(engine.max_num_seqs, engine.max_num_batched_tokens, engine.max_model_len)
+    return StepLimits(
+        engine.max_num_seqs, engine.max_num_batched_tokens, engine.max_model_len,
+        1 + engine.num_speculative_tokens,
+    )  # fmt: skip
+
+
+def _state_bytes(shape: ModelShape, engine: Engine) -> int:
+    """One state in one layer of a rank."""
+    drafts = engine.num_speculative_tokens * shape.draft_state_bytes
+    return (shape.state_bytes + drafts) // engine.tensor_parallel_size
 
 
 def _layer_page_bytes(shape: ModelShape, engine: Engine) -> int:
@@ -209,7 +232,7 @@ def fit_stock(
     full, windows = shape.num_full_layers, len(shape.window_layers) + len(shape.state_layers)
     if shape.state_layers:
         # A block holds a state, or K and V of as many tokens as need that memory.
-        state = shape.state_bytes // engine.tensor_parallel_size
+        state = _state_bytes(shape, engine)
         times = -(-state // (2 * values * (kv_itemsize or shape.itemsize)))
         values, tokens = values * times, tokens * times
     # As vLLM groups layers: all groups are of one size, that of the smaller kind.
@@ -217,6 +240,7 @@ def fit_stock(
     if max(full, windows) < 1.5 * size:
         size = max(full, windows)
     page = 2 * size * values * (kv_itemsize or shape.itemsize)
+    window = shape.window + engine.num_speculative_tokens
     return Fit(
         available // page,
         "GPU memory",
@@ -225,7 +249,10 @@ def fit_stock(
         available + bytes_beside_cache(shape, engine),
         full_groups=-(-full // size),
         window_groups=-(-windows // size),
-        window_blocks=1 if shape.state_layers else -(-shape.window // engine.block_size) + 1,
+        window_blocks=engine.states_of_request
+        if shape.state_layers
+        else -(-window // engine.block_size) + 1,
+        draft_blocks=engine.num_speculative_tokens if shape.state_layers else 0,
         block_tokens=tokens,
     )
 
@@ -280,5 +307,6 @@ def fit_split(
         buffer_bytes=buffers,
         window_groups=1 if window else 0,
         window_blocks=window.request_blocks if window else 0,
+        draft_blocks=engine.num_speculative_tokens if shape.state_layers else 0,
         window_pool_blocks=window_blocks - window.step_blocks if window else 0,
     )

@@ -334,6 +334,11 @@ def _notes(setup: Setup, load: Load, splits: list[SplitPrediction]) -> list[str]
             "share of the memory is fixed at start: a lower --max-num-seqs leaves more for pages, "
             "a lower --max-model-len more for these layers."
         )
+    if setup.engine.num_speculative_tokens:
+        notes.append(
+            "Of drafts the memory of their tokens and states is counted, not that of a model that "
+            "makes them; steps are those without drafts."
+        )
     if setup.hardware.source != "measured":
         notes.append(f"{setup.hardware.name}: {setup.hardware.source}.")
     config = setup.config

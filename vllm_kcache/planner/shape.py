@@ -58,6 +58,7 @@ class ModelShape:
         window_layers: Their numbers, counted from 0 at the bottom.
         state_layers: Numbers of the linear layers, which keep a state in place of K and V.
         state_bytes: State of one request in one of those.
+        draft_state_bytes: What a state is larger by for each draft that a step may verify.
     """
 
     name: str
@@ -79,6 +80,7 @@ class ModelShape:
     window_layers: tuple[int, ...] = ()
     state_layers: tuple[int, ...] = ()
     state_bytes: int = 0
+    draft_state_bytes: int = 0
 
     @property
     def num_full_layers(self) -> int:
@@ -261,10 +263,12 @@ class _LinearLayer:
     Attributes:
         weights: Weights of its matrices.
         state_bytes: State of a request: the last inputs of a convolution, and a matrix a head.
+        input_bytes: One input of the convolution; a state keeps one more for each draft.
     """
 
     weights: int
     state_bytes: int
+    input_bytes: int
 
     @classmethod
     def of(cls, config: _Config, hidden: int, itemsize: int) -> _LinearLayer:
@@ -278,7 +282,8 @@ class _LinearLayer:
         )
         name = config.typed(str, "mamba_ssm_dtype", "auto")
         matrix = heads * head_k * head_v * DTYPE_BYTES.get(name if name != "auto" else "", itemsize)
-        return cls(weights, (width - 1) * (2 * keys + values) * itemsize + matrix)
+        given = (2 * keys + values) * itemsize
+        return cls(weights, (width - 1) * given + matrix, given)
 
 
 def _window(config: _Config) -> int:
@@ -336,11 +341,11 @@ def _shape(
     kinds = list(enumerate(_kinds(config)[:layers]))
     states = tuple(number for number, kind in kinds if kind == STATE_KIND)
     attention = (layers - len(states)) * hidden * head_size * (2 * heads + 2 * kv_heads + gate)
-    state_bytes = 0
+    state_bytes = draft_state_bytes = 0
     if states:
         of_state = _LinearLayer.of(config, hidden, itemsize)
         attention += len(states) * of_state.weights
-        state_bytes = of_state.state_bytes
+        state_bytes, draft_state_bytes = of_state.state_bytes, of_state.input_bytes
     matrices = 2 if family in _UNGATED else 3
     inner = config.whole("intermediate_size", "ffn_dim", default=4 * hidden)
     experts = config.whole(
@@ -379,4 +384,5 @@ def _shape(
         window_layers=tuple(number for number, kind in kinds if window and kind in WINDOW_KINDS),
         state_layers=states,
         state_bytes=state_bytes,
+        draft_state_bytes=draft_state_bytes,
     )

@@ -319,7 +319,8 @@ def finish(figure: Any, axes: Any, x_label: str, y_label: str) -> None:
     )  # fmt: skip
 
 
-# A decode step with K codes: what lies in which memory, and what crosses the link. Nothing in it is measured.
+# A decode step with K codes: what lies in which memory, and what crosses the link. Nothing in it is
+# measured.
 # Boxes: left, bottom, width, height, colour, colour of the edge, text.
 _BLUE, _RED, _GREY = "#0072B2", "#D55E00", "#777777"
 AREAS = (

@@ -184,8 +184,8 @@ def test_an_fp8_cache_is_stock_beside_stock(sweeps: Any, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("setting", "bytes_a_token"),
     [
-        ({}, 4 * 64),  # V
-        ({"k_bits": 4}, 2 * 4 * 64),  # K and V
+        ({"k_bits": 16}, 4 * 64),  # V
+        ({}, 2 * 4 * 64),  # K and V
         ({"k_bits": 4, "host_dtype": "int8"}, 2 * (64 + 2)),
     ],
 )

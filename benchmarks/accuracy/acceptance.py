@@ -284,14 +284,14 @@ def main() -> None:
         },
         **options.engine,
     }  # fmt: skip
-    stock = None
+    stock: list[dict[str, Any]] = []
     for setting in (None, *options.settings):
-        own = {}
+        own: dict[str, Any] = {}
         if setting is not None:
             own = (
                 setting if is_stock(setting) else {"kv_backend": "kcache", "kcache_config": setting}
             )
-        texts = [group["texts"] for group in stock] if stock else None
+        texts = [group["texts"] for group in stock]
         found = run_in_process({
             "engine": {**engine, **own}, "tokens": options.tokens, "groups": groups, "texts": texts,
         })  # fmt: skip

@@ -41,7 +41,9 @@ class FakeEngine:
         self.drafted = self.accepted = 0
 
     def add_request(self, name: str, prompt: dict[str, list[int]], params: Any) -> None:
-        assert name not in self.running and params.temperature == 0.0 and params.ignore_eos
+        assert name not in self.running
+        assert params.temperature == 0.0
+        assert params.ignore_eos
         written = prompt["prompt_token_ids"][len(PROMPT) :]
         self.asked.append((written, params.max_tokens, params.skip_reading_prefix_cache))
         request = SimpleNamespace(start=len(written), written=[], most=params.max_tokens)

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <numbers>
@@ -443,10 +444,11 @@ void attend_int8_rows(Tensor layer, Tensor blocks, Tensor counts, Tensor rows, T
   STD_TORCH_CHECK(every >= 1 && every < 1ll << 31, "every=", every, ": must be at least 1");
   STD_TORCH_CHECK(splits * step.num_lists < 1ll << 31, "splits=", splits, ": too many for ",
                   step.num_lists, " lists");
-  // With several rows to a list `splits` is of the launch, and each thread block may leave two
-  // parts.
-  const int64_t rows_of_parts =
-      together > 1 ? splits * together + step.num_lists : splits * step.num_lists;
+  STD_TORCH_CHECK(together == 1 || std::has_single_bit(static_cast<uint64_t>(least_tiles)),
+                  "least_tiles=", least_tiles,
+                  ": must be a power of two with lists of several rows");
+  // With several rows to a list `splits` is of the launch, and each thread block may leave a part.
+  const int64_t rows_of_parts = splits * (together > 1 ? together : step.num_lists);
   const int64_t parts = rows_of_parts * view.group * (clips ? 2 : 1);
   const int64_t padded = (view.head_size + 31) / 32 * 32;
   for (const auto& [name, tensor, size] :

@@ -154,7 +154,8 @@ struct AttendRows {
   float clip_length;  // tokens beyond which the clip falls with the square root of the length
   int splits;         // thread blocks of a list that is long enough; of the launch where several
                       // rows have one list
-  int least_tiles;    // 16 tokens each, that are worth a thread block
+  int least_tiles;    // 16 tokens each, that are worth a thread block; where several rows have one
+                      // list a power of two, and parts have three times as many or more
   int every;          // one launch of so many looks at how far the estimates are off
   SoftCap cap;
   const char* sinks;  // [Hq] learned scores beside those of the tokens; null without

@@ -110,8 +110,8 @@ def replay_kernel(
         recorded = tl.load(trace_lengths + step)
         # Which recorded block, if any, lies at each place.
         stride = tl.maximum((num_blocks - _RECENT) // (trace_blocks - _RECENT), 1)
-        # Quotient and random number below it by products, right for so few blocks: integer divisions
-        # would take longer than all the rest.
+        # Quotient and random number below it by products, which so few blocks allow: divisions of
+        # integers would take longer than all the rest.
         spread = ((block.to(tl.float32) + 0.5) * (1.0 / stride.to(tl.float32))).to(tl.int32)
         random = hash_number(key + list_number * 65536 + spread).to(tl.uint32) << 1
         offset = tl.umulhi(random, stride.to(tl.uint32)).to(tl.int32)

@@ -189,6 +189,16 @@ void use_scores(Step& step, const LayerView& view, const Tensor& seq_lens, const
   step.chunk_blocks = static_cast<int>(chunk_blocks);
 }
 
+void use_chunk_max(Step& step, const std::optional<Tensor>& chunk_max, const Tensor& chunk_lse) {
+  if (!chunk_max) return;
+  check_tensor("chunk_max", *chunk_max, ScalarType::Float,
+               {chunk_lse.size(0), chunk_lse.size(1), chunk_lse.size(2)}, chunk_lse);
+  STD_TORCH_CHECK(step.chunk_blocks >= 4 && std::has_single_bit(unsigned(step.chunk_blocks)),
+                  "chunk_max: chunk_blocks=", step.chunk_blocks,
+                  ": must be a power of two, at least 4");
+  step.chunk_max = pointer<float>(*chunk_max);
+}
+
 // What a call selects by, and what it says of its lists.
 void use_selection(Step& step, const LayerView& view, const Tensor& seq_lens,
                    const Tensor& block_lse, const Tensor& chunk_lse, int64_t chunk_blocks,
@@ -264,12 +274,13 @@ void use_spans(Step& step, const LayerView& view, const std::optional<Tensor>& s
 void select_and_fetch(Tensor layer, Tensor seq_lens, Tensor block_table, Tensor block_lse,
                       Tensor chunk_lse, int64_t chunk_blocks, Tensor blocks, Tensor counts,
                       Tensor mass, Tensor lse, std::optional<Tensor> dropped, Tensor rows,
-                      std::optional<Tensor> lists, std::optional<Tensor> spans, int64_t together,
-                      bool dependent) {
+                      std::optional<Tensor> lists, std::optional<Tensor> chunk_max,
+                      std::optional<Tensor> spans, int64_t together, bool dependent) {
   const LayerView view = unpack(layer);
   Step step{};
   use_selection(step, view, seq_lens, block_lse, chunk_lse, chunk_blocks, blocks, counts, mass, lse,
                 dropped);
+  use_chunk_max(step, chunk_max, chunk_lse);
   use_rows(step, block_table, blocks, rows);
   use_spans(step, view, spans, together, blocks);
   if (together > 1) {
@@ -354,14 +365,15 @@ LayerView unpack_codes(const Tensor& layer) {
 }
 
 void score_codes(Tensor layer, Tensor query, Tensor seq_lens, Tensor block_table, Tensor block_lse,
-                 Tensor chunk_lse, Tensor transformed, Tensor bias, std::optional<Tensor> spans,
-                 double scale, std::optional<double> soft_cap, int64_t together, int64_t splits,
-                 bool dependent, bool after_write) {
+                 Tensor chunk_lse, std::optional<Tensor> chunk_max, Tensor transformed, Tensor bias,
+                 std::optional<Tensor> spans, double scale, std::optional<double> soft_cap,
+                 int64_t together, int64_t splits, bool dependent, bool after_write) {
   const LayerView view = unpack_codes(layer);
   const int64_t num_requests = query.size(0), num_heads = view.num_kv_heads * view.group;
   Step step{};
   use_scores(step, view, seq_lens, block_lse, chunk_lse, kChunkTokens / view.block_tokens,
              num_requests, query);
+  use_chunk_max(step, chunk_max, chunk_lse);
   check_block_table(block_table, num_requests, query);
   step.block_table = pointer<int>(block_table);
   step.table_stride = block_table.stride(0);
@@ -563,15 +575,18 @@ STABLE_TORCH_LIBRARY(kcache, library) {
   library.def(
       "fetch_blocks(Tensor layer, Tensor blocks, Tensor counts, Tensor block_table, "
       "Tensor(a!) rows) -> ()");
-  library.def("select_and_fetch(" KCACHE_STEP
-              ", Tensor(g!)? lists, Tensor? spans, int together, bool dependent) -> ()");
+  library.def(
+      "select_and_fetch(" KCACHE_STEP
+      ", Tensor(g!)? lists, Tensor? chunk_max, Tensor? spans, int together, bool dependent) "
+      "-> ()");
   library.def(
       "follow_scores(" KCACHE_STEP
       ", Tensor(g!) lists, int splits, int most_thread_blocks, int least_thread_blocks) -> ()");
   library.def(
       "score_codes(Tensor layer, Tensor query, Tensor seq_lens, Tensor block_table, "
-      "Tensor(a!) block_lse, Tensor(b!) chunk_lse, Tensor(c!) transformed, Tensor(d!) bias, "
-      "Tensor? spans, float scale, float? soft_cap, int together, int splits, bool dependent, "
+      "Tensor(a!) block_lse, Tensor(b!) chunk_lse, Tensor(e!)? chunk_max, "
+      "Tensor(c!) transformed, Tensor(d!) bias, Tensor? spans, float scale, float? soft_cap, int "
+      "together, int splits, bool dependent, "
       "bool after_write) -> ()");
   library.def(
       "attend_int8_rows(Tensor layer, Tensor blocks, Tensor counts, Tensor rows, Tensor seq_lens, "

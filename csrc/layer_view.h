@@ -67,6 +67,7 @@ struct Step {
   const int* block_table;  // [B, MB]
   const float* block_lse;  // [B, Hq, P]
   const float* chunk_lse;  // [B, Hq, C], of each chunk of blocks
+  const float* chunk_max;  // [B, Hq, C] no block of the chunk scores more; null where none is known
   int* blocks;             // [B, Hkv, N]
   int* counts;             // [B, Hkv]
   float* mass;             // [B, Hkv]

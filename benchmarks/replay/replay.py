@@ -84,9 +84,9 @@ def sum_by_chunk(logs, BLOCKS: tl.constexpr):
     ]
 )  # fmt: skip
 def replay_kernel(
-    codes, trace_lengths, seq_lens, block_table, block_lse, chunk_lse, table_stride, wide_blocks,
-    max_chunks, layer, num_layers, num_texts, num_traces, trace_group, num_steps, trace_blocks,
-    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    codes, trace_lengths, seq_lens, block_table, block_lse, chunk_lse, chunk_max, table_stride,
+    wide_blocks, max_chunks, layer, num_layers, num_texts, num_traces, trace_group, num_steps,
+    trace_blocks, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     CHUNK: tl.constexpr, CHUNK_BLOCKS: tl.constexpr, WIDE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     # Integers that a multiple is known of, so that WIDE scores are stored at once.
@@ -128,6 +128,7 @@ def replay_kernel(
         chunks: tl.constexpr = CHUNK // CHUNK_BLOCKS
         chunk = tl.program_id(0) * chunks + tl.arange(0, chunks)
         sums = chunk_lse + first_query_head * max_chunks + chunk
+        most = chunk_max + first_query_head * max_chunks + chunk
         member = list_number % trace_group
         for _ in tl.static_range(GROUP):
             row = (first_row + member) * num_steps + step
@@ -139,8 +140,12 @@ def replay_kernel(
             log2 = tl.where(code > 0, log2, nothing)
             tl.store(out, log2 * _LN_2, mask=stored)
             out += max_blocks
-            tl.store(sums, sum_by_chunk(log2, CHUNK_BLOCKS), mask=chunk < max_chunks)
+            chunk_sums = sum_by_chunk(log2, CHUNK_BLOCKS)
+            tl.store(sums, chunk_sums, mask=chunk < max_chunks)
+            # No mass is above the sum, but for rounding.
+            tl.store(most, chunk_sums + 1e-3, mask=chunk < max_chunks)
             sums += max_chunks
+            most += max_chunks
 
 
 class Replay:
@@ -191,7 +196,7 @@ class Replay:
                 # Here, so that an engine that measures what memory is left counts them. Two of
                 # each: a layer's are read while the next one's are written.
                 self.played = [
-                    [torch.zeros_like(self.block_lse), torch.zeros_like(self.chunk_lse)]
+                    [torch.zeros_like(scores) for scores in (self.block_lse, *[self.chunk_lse] * 2)]
                     for _ in range(2)
                 ]
 
@@ -249,19 +254,23 @@ class Replay:
     ) -> Lists:
         """What a layer selects by; written on the current stream, unless it is there already."""
         lists = workspace.views(view, batch)
-        block_lse, chunk_lse = (
+        block_lse, chunk_lse, chunk_max = (
             buffer[: scores.numel()].view(scores.shape)
             for buffer, scores in zip(
-                workspace.played[layer % 2], (lists.block_lse, lists.chunk_lse), strict=True
+                workspace.played[layer % 2],
+                (lists.block_lse, lists.chunk_lse, lists.chunk_lse),
+                strict=True,
             )
         )
         if self._ahead != self._key(layer, batch):
             self._launched[batch.num_requests] = view.shape, batch.max_blocks
             self.launch(
                 view.shape, layer, lists.seq_lens, lists.block_table, block_lse, chunk_lse,
-                dependent,
+                chunk_max, dependent,
             )  # fmt: skip
         self._ahead = None
+        if lists.chunk_max is not None:
+            lists = replace(lists, chunk_max=chunk_max)
         return replace(lists, block_lse=block_lse, chunk_lse=chunk_lse)
 
     def launch(
@@ -272,6 +281,7 @@ class Replay:
         block_table: torch.Tensor,
         block_lse: torch.Tensor,
         chunk_lse: torch.Tensor,
+        chunk_max: torch.Tensor,
         dependent: bool = False,
     ) -> None:
         """The kernel.
@@ -285,6 +295,8 @@ class Replay:
             block_lse: [B, Hq, P] float32, beside it, contiguous. Written up to the length of each
                 request; where P is a multiple of four, of the next such multiple.
             chunk_lse: [B, Hq, C] float32, beside it, contiguous. Written: the sums of chunks.
+            chunk_max: [B, Hq, C] float32, beside it, contiguous. Written: what no block of a chunk
+                scores above.
             dependent: launch it as kernels/dependent.py says, so that it does not break the chain
                 of a step that is played.
         Raises:
@@ -302,7 +314,7 @@ class Replay:
         wide = 4 if max_blocks % 4 == 0 else 1
         grid = (triton.cdiv(max_blocks, _CHUNK), shape.num_kv_heads, block_lse.shape[0])
         replay_kernel[grid](
-            self.codes, self.lengths, seq_lens, block_table, block_lse, chunk_lse,
+            self.codes, self.lengths, seq_lens, block_table, block_lse, chunk_lse, chunk_max,
             block_table.stride(0), max_blocks // wide, chunk_lse.shape[2], layer, shape.num_layers,
             num_texts, layers * heads // group, group, num_steps, trace_blocks,
             NUM_KV_HEADS=shape.num_kv_heads, GROUP=shape.group, BLOCK_TOKENS=shape.block_tokens,
@@ -340,11 +352,14 @@ class Replay:
         device, heads = self.codes.device, shape.num_query_heads
         block_lse = torch.empty((size, heads, max_blocks), device=device)
         chunk_lse = torch.empty((size, heads, num_chunks(shape, max_blocks)), device=device)
+        chunk_max = torch.empty_like(chunk_lse)
         lengths = torch.zeros(size, dtype=torch.int32, device=device)
         lengths[:num_requests] = tokens
         table = torch.arange(size, dtype=torch.int32, device=device)[:, None]
         calls = [
-            functools.partial(self.launch, shape, layer, lengths, table, block_lse, chunk_lse)
+            functools.partial(
+                self.launch, shape, layer, lengths, table, block_lse, chunk_lse, chunk_max
+            )
             for layer in range(shape.num_layers)
         ]
         return time_calls(calls).p50 * shape.num_layers

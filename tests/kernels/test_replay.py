@@ -111,10 +111,14 @@ def check_kernel(device: str = "cpu", recorded_group: int = 1) -> int:
         wide = 4 if max_blocks % 4 == 0 else 1
         lse = torch.full((len(lengths), num_heads, max_blocks), torch.nan, device=device)
         sums = torch.full((*lse.shape[:2], 71), torch.nan, device=device)
-        replay.launch(shape, layer, lengths.to(device), table.to(device), lse, sums)
+        most = torch.full_like(sums, torch.nan)
+        replay.launch(shape, layer, lengths.to(device), table.to(device), lse, sums, most)
         expected_sums = sums_of_chunks(lse.cpu(), (-(-lengths // TOKENS)).tolist(), 16)
         for row, count in enumerate((-(-lengths // (16 * TOKENS))).tolist()):
             assert_close(sums[row, :, :count].cpu(), expected_sums[row, :, :count])
+            above = most[row, :, :count].repeat_interleave(16, -1)[..., :max_blocks]
+            there = -(-int(lengths[row]) // TOKENS)
+            assert bool((lse[row, :, :there] <= above[..., :there]).all())
         by_head = lse.cpu().unflatten(1, (NUM_KV_HEADS, GROUP))
         for row, head in itertools.product(range(len(lengths)), range(NUM_KV_HEADS)):
             tokens = int(lengths[row])

@@ -18,19 +18,6 @@ namespace {
 
 constexpr int kLookedAt = 32;  // tokens whose estimates are looked at
 
-// Where each row has its list: of the `splits` thread blocks of a list some have tiles, or one has
-// none.
-__device__ inline Part part_of(const AttendRows& attend, int row, int head, int first, int number,
-                               int tiles) {
-  if (tiles <= attend.least_tiles || attend.splits == 1) {
-    return {row, head, 1, first, number, 1, 0, tiles};
-  }
-  const int wanted = (tiles + attend.least_tiles - 1) / attend.least_tiles;
-  const int parts = min(wanted, attend.splits);
-  const int each = (tiles + parts - 1) / parts, begin = number * each;
-  return {row, head, 1, first, number, (tiles + each - 1) / each, begin, min(begin + each, tiles)};
-}
-
 // Of a query head and four channels: V weighted, and the sum of weights; whole and clipped.
 template <typename Z>
 struct Sums {

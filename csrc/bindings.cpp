@@ -7,7 +7,6 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
-#include <numbers>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -324,16 +323,6 @@ void follow_scores(Tensor layer, Tensor seq_lens, Tensor block_table, Tensor blo
   STD_CUDA_CHECK(launch_follow(view, step, follow, most, current_stream(blocks)));
 }
 
-Dtype dtype_of(const char* name, const Tensor& tensor) {
-  const ScalarType type = tensor.scalar_type();
-  STD_TORCH_CHECK(
-      type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, name,
-      ": has the wrong dtype; must be float32, float16 or bfloat16");
-  return type == ScalarType::Float  ? Dtype::kFloat32
-         : type == ScalarType::Half ? Dtype::kFloat16
-                                    : Dtype::kBFloat16;
-}
-
 // Where the heads of a tensor of the model lie: [n, heads, D], strided over the first dimension.
 Heads heads_of(const char* name, const Tensor& tensor, const LayerView& view, int64_t size,
                int64_t heads, const Tensor& beside) {
@@ -350,12 +339,6 @@ Heads heads_of(const char* name, const Tensor& tensor, const LayerView& view, in
   STD_TORCH_CHECK(stride % 16 == 0 && reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0,
                   name, ": each head must begin at a multiple of 16 bytes");
   return {pointer<char>(tensor), stride, dtype};
-}
-
-SoftCap soft_cap_of(std::optional<double> cap) {
-  if (!cap) return {};
-  STD_TORCH_CHECK(*cap > 0, "soft_cap=", *cap, ": must be above 0");
-  return {static_cast<float>(*cap * std::numbers::log2e), static_cast<float>(2 / *cap)};
 }
 
 LayerView unpack_codes(const Tensor& layer) {

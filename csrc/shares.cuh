@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// How lists are dealt to thread blocks, where several rows have one list: a thread block has a part
-// of one list, for each part has a beginning and an end that take as long as many tiles. Lists are
-// cut into parts of one length, the shortest with which every part has a thread block of its own.
+// How the tiles of lists are dealt to thread blocks. Where several rows have one list a thread
+// block has a part of one list, for each part has a beginning and an end that take as long as many
+// tiles: lists are cut into parts of one length, the shortest with which every part has a thread
+// block.
 #pragma once
 
 #include "layer_view.h"
@@ -20,6 +21,19 @@ struct Part {
 
   __device__ int list(const LayerView& view) const { return row * view.num_kv_heads + head; }
 };
+
+// Where each row has its list: of the `splits` thread blocks of a list some have tiles, or one has
+// none.
+__device__ inline Part part_of(const AttendRows& attend, int row, int head, int first, int number,
+                               int tiles) {
+  if (tiles <= attend.least_tiles || attend.splits == 1) {
+    return {row, head, 1, first, number, 1, 0, tiles};
+  }
+  const int wanted = (tiles + attend.least_tiles - 1) / attend.least_tiles;
+  const int parts = min(wanted, attend.splits);
+  const int each = (tiles + parts - 1) / parts, begin = number * each;
+  return {row, head, 1, first, number, (tiles + each - 1) / each, begin, min(begin + each, tiles)};
+}
 
 // Lengths of parts that are tried, in units: 3, 4, 6, 8, 16, 32 to 512. The last but these: lists
 // stay whole.

@@ -7,8 +7,8 @@
 // memory, those of a list's thread blocks by the last of them.
 //
 // Tokens of a request may have one list (csrc/joint.cuh): then its query heads are those of all of
-// them, each row of K and V is read once for all, and masked where a token did not select it. Each
-// thread block has as many tiles, whichever list they are of (shares.cuh).
+// them, each row of K and V is read once for all, and masked where a token did not select it. Long
+// lists are cut so that all thread blocks run at once (shares.cuh).
 #include "dependent.cuh"
 #include "launch.h"
 #include "weighted_sum.cuh"
@@ -17,16 +17,6 @@ namespace kcache {
 namespace {
 
 constexpr int kLookedAt = 32;  // tokens whose estimates are looked at
-
-// Where each row has its list: of the `splits` thread blocks of a list some have tiles, or one has
-// none.
-__device__ inline Part part_of(const AttendRows& attend, int list, int number, int tiles) {
-  if (tiles <= attend.least_tiles || attend.splits == 1) return {list, 1, number, 1, 0, tiles};
-  const int wanted = (tiles + attend.least_tiles - 1) / attend.least_tiles;
-  const int parts = min(wanted, attend.splits);
-  const int each = (tiles + parts - 1) / parts, begin = number * each;
-  return {list, 1, number, (tiles + each - 1) / each, begin, min(begin + each, tiles)};
-}
 
 // Of a query head and four channels: V weighted, and the sum of weights; whole and clipped.
 template <typename Z>
@@ -74,18 +64,8 @@ class ListParts {
       : heads_(part.rows * view.group),
         stride_((Z::kJoint ? step.together * view.group : view.group) * Z::kSides),
         sums_(reinterpret_cast<float4*>(attend.sums)),
-        weights_(reinterpret_cast<float2*>(attend.weights)) {
-    if constexpr (Z::kJoint) {
-      // Rows that have a list leave the room of their own ones to it, and a thread block that has
-      // parts of two lists has room for both.
-      const int first = static_cast<int>(blockIdx.x) - part.number;
-      const int lists_before = part.list + (part.rows - 1) * (part.list % view.num_kv_heads);
-      first_row_ = static_cast<int64_t>(first) * stride_ +
-                   static_cast<int64_t>(lists_before) * (Z::kSides * view.group);
-    } else {
-      first_row_ = static_cast<int64_t>(part.list) * attend.splits * stride_;
-    }
-  }
+        weights_(reinterpret_cast<float2*>(attend.weights)),
+        first_row_(static_cast<int64_t>(part.first) * stride_) {}
 
   __device__ void store(int number, int head, int four, const Sums<Z>& sums) const {
 #pragma unroll
@@ -147,10 +127,10 @@ class ListParts {
     return first_row_ + number * stride_ + side * heads_ + head;
   }
 
-  int64_t first_row_;
   const int heads_, stride_;  // of a part, and from one to the next
   float4* const sums_;
   float2* const weights_;
+  const int64_t first_row_;
 };
 
 __device__ inline void store_four(const Heads& out, int head_size, int64_t request, int head,
@@ -168,12 +148,19 @@ __device__ inline void store_four(const Heads& out, int head_size, int64_t reque
   reinterpret_cast<uint2*>(to)[four] = make_uint2(bits[0] | bits[1] << 16, bits[2] | bits[3] << 16);
 }
 
-// The result, as float32.
-__device__ inline void store_result(const LayerView& view, const AttendRows& attend, int list,
-                                    int head, int four, const float (&x)[4]) {
-  store_four(attend.out, view.head_size, list / view.num_kv_heads,
-             list % view.num_kv_heads * view.group + head, four, x);
-}
+// A query head of a row of the batch, of the model's.
+struct Own {
+  int row, head;
+
+  __device__ Own(const LayerView& view, const Part& part, int head_of_list) {
+    const int later = row_of_head(view, part.rows, head_of_list);
+    row = part.row + later;
+    head = (part.head - later) * view.group + head_of_list;
+  }
+  __device__ int64_t in_batch(const LayerView& view) const {
+    return static_cast<int64_t>(row) * view.num_kv_heads * view.group + head;
+  }
+};
 
 // Base-2 score of a query head's learned sink.
 __device__ inline float sink_of(const AttendRows& attend, int head) {
@@ -188,10 +175,10 @@ __device__ inline float sink_of(const AttendRows& attend, int head) {
 // What a sink leaves to the tokens of a list: vllm_kcache/reference/sinks.py. Those selected have
 // the sum of weights, the others what is estimated.
 template <typename Z>
-__device__ inline float share_of_tokens(const LayerView& view, const AttendRows& attend, int list,
-                                        int head, const Sums<Z>& sums) {
-  const int64_t in_batch = static_cast<int64_t>(list) * view.group + head;
-  const float sink = sink_of(attend, list % view.num_kv_heads * view.group + head);
+__device__ inline float share_of_tokens(const LayerView& view, const AttendRows& attend,
+                                        const Own& own, const Sums<Z>& sums) {
+  const int64_t in_batch = own.in_batch(view);
+  const float sink = sink_of(attend, own.head);
   const float estimated = attend.lse[in_batch] * kLog2E;
   const float unit = Z::kClip ? estimated - kUnitBits : sums.largest;
   const float ours = unit + fast_log2(fmaxf(sums.weight[0], 1e-30f));
@@ -202,21 +189,22 @@ __device__ inline float share_of_tokens(const LayerView& view, const AttendRows&
   return fast_reciprocal(1.0f + fast_exp2(sink - tokens));
 }
 
-// With the clipped tail the dropped mass is shared out by the clipped weights.
+// With the clipped tail the dropped mass is shared out by the clipped weights. `head`: of the list.
 template <typename Z>
-__device__ inline void store_sums(const LayerView& view, const AttendRows& attend, int list,
-                                  int head, int four, const Sums<Z>& sums) {
+__device__ inline void store_sums(const LayerView& view, const AttendRows& attend,
+                                  const Shared<Z>& shared, const Part& part, int head, int four,
+                                  const Sums<Z>& sums) {
+  const Own own(view, part, head);
   float factor, share = 0.0f;
   if constexpr (Z::kClip) {
-    const float mass = attend.dropped[static_cast<int64_t>(list) * view.group + head];
-    const float dropped = fmaxf(mass, 0.0f) * kUnit;
+    const float dropped = fmaxf(shared.query.dropped[head], 0.0f) * kUnit;
     factor = 1.0f / fmaxf(sums.weight[0] + dropped, 1e-30f);
     share = factor * (dropped / fmaxf(sums.weight[1], 1e-30f));
   } else {
     factor = 1.0f / sums.weight[0];
   }
   if (attend.sinks != nullptr) {
-    const float tokens = share_of_tokens(view, attend, list, head, sums);
+    const float tokens = share_of_tokens(view, attend, own, sums);
     factor *= tokens;
     share *= tokens;
   }
@@ -229,40 +217,31 @@ __device__ inline void store_sums(const LayerView& view, const AttendRows& atten
     x[2] = fmaf(clipped.z, share, x[2]);
     x[3] = fmaf(clipped.w, share, x[3]);
   }
-  store_result(view, attend, list, head, four, x);
+  store_four(attend.out, view.head_size, own.row, own.head, four, x);
 }
 
-// `visit` each query head of a list, and each four of its channels.
+// `visit` each query head of a list, a warp one, and each four of its channels, a lane one.
 template <typename Z, typename Visit>
 __device__ inline void for_each_four(const LayerView& view, int rows, const Visit& visit) {
-  const int fours = view.head_size / 4;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < rows * view.group * fours; i += 32 * Z::warps()) {
-    visit(i / fours, i % fours);
+  for (int head = threadIdx.x / 32; head < rows * view.group; head += Z::warps()) {
+#pragma unroll 1
+    for (int four = threadIdx.x & 31; four < view.head_size / 4; four += 32) visit(head, four);
   }
 }
-
-// The list and the head that a query head would have if each row had its own list.
-struct Own {
-  int list, head;
-
-  __device__ Own(const LayerView& view, const Part& part, int head_of_list) {
-    const int row = row_of_head(view, part.rows, head_of_list);
-    list = part.list + row * view.num_kv_heads;
-    head = head_of_list - row * view.group;
-  }
-};
 
 // Of all thread blocks of a list, the last that comes here: it sees what the others stored.
 template <typename Z>
-__device__ inline bool is_last(const AttendRows& attend, Shared<Z>& shared, const Part& part) {
+__device__ inline bool is_last(const LayerView& view, const AttendRows& attend, Shared<Z>& shared,
+                               const Part& part) {
   __syncthreads();
   if (threadIdx.x == 0) {
     // Of all threads of the block: what came before their barrier comes before the fence.
     fence_gpu();
-    shared.last = atomicAdd(attend.arrivals + part.list, 1) == part.of - 1;
+    int* arrivals = attend.arrivals + part.list(view);
+    shared.last = atomicAdd(arrivals, 1) == part.of - 1;
     fence_gpu();
-    if (shared.last) attend.arrivals[part.list] = 0;  // for the next launch
+    if (shared.last) *arrivals = 0;  // for the next launch
   }
   __syncthreads();
   return shared.last;
@@ -430,7 +409,7 @@ __device__ inline void attend_part(const LayerView& view, const AttendRows& atte
   const int first_head = warp % dealt * Z::kHeads;
   Tiles<Z> way(rows, attend.cap, part.begin + warp / dealt, Z::warps() / dealt,
                first_head < num_heads ? part.end : 0, {view, part.rows, first_head});
-  prepare_query<Z::kTiles, Z::kClip>(shared.query, view, attend, part.list, part.rows,
+  prepare_query<Z::kTiles, Z::kClip>(shared.query, view, attend, part.list(view), part.rows,
                                      rows.num_tokens(), dealt * Z::kHeads);
   WeightedSum<Z> sum;
   __syncthreads();
@@ -449,19 +428,16 @@ __device__ inline void attend_list(const LayerView& view, const Step& step,
   const int dealt = sets_of_heads<Z>(part.rows * view.group);
   if (part.of == 1) {
     for_each_four<Z>(view, part.rows, [&](int head, int four) {
-      const Sums<Z> sums = sums_of_warps(shared, dealt, head, four);
-      const Own own(view, part, head);
-      store_sums(view, attend, own.list, own.head, four, sums);
+      store_sums(view, attend, shared, part, head, four, sums_of_warps(shared, dealt, head, four));
     });
   } else {
     const ListParts<Z> parts(view, step, attend, part);
     for_each_four<Z>(view, part.rows, [&](int head, int four) {
       parts.store(part.number, head, four, sums_of_warps(shared, dealt, head, four));
     });
-    if (is_last(attend, shared, part)) {
+    if (is_last(view, attend, shared, part)) {
       for_each_four<Z>(view, part.rows, [&](int head, int four) {
-        const Own own(view, part, head);
-        store_sums(view, attend, own.list, own.head, four, parts.add_up(part.of, head, four));
+        store_sums(view, attend, shared, part, head, four, parts.add_up(part.of, head, four));
       });
     }
   }
@@ -476,12 +452,27 @@ __device__ inline void attend_rows(const LayerView& view, const Step& step,
   if (count == 0) {
     for_each_four<Z>(view, part.rows, [&](int head, int four) {
       const Own own(view, part, head);
-      store_result(view, attend, own.list, own.head, four, {});
+      store_four(attend.out, view.head_size, own.row, own.head, four, {});
     });
     return;
   }
-  const ListRows<Z::kJoint> rows(view, step, part.list, count, num_tokens);
+  const ListRows<Z::kJoint> rows(view, step, part.list(view), count, num_tokens);
   attend_list(view, step, attend, shared, rows, part);
+}
+
+// Rows that pad the batch, which no list is of. Reads lengths, which no launch of a step writes,
+// and writes what the launch before does not look at.
+template <typename Z>
+__device__ inline void store_padding(const LayerView& view, const Step& step,
+                                     const AttendRows& attend) {
+  const int num_rows = step.num_lists / view.num_kv_heads;
+#pragma unroll 1
+  for (int row = blockIdx.x; row < num_rows; row += gridDim.x) {
+    if (step.seq_lens[row] != 0) continue;
+    for_each_four<Z>(view, view.num_kv_heads, [&](int head, int four) {
+      store_four(attend.out, view.head_size, row, head, four, {});
+    });
+  }
 }
 
 template <typename Z>
@@ -490,23 +481,29 @@ __global__ void __launch_bounds__(32 * kMostWarps, Z::kLeastBlocks)
                   const __grid_constant__ AttendRows attend) {
   using SharedSums = Shared<Z>;
   __shared__ SharedSums shared;
+  if constexpr (Z::kJoint) store_padding<Z>(view, step, attend);
   wait_for_launch_before();
   if constexpr (Z::kJoint) {
-    share_out(view, step, shared.shares, attend.least_tiles);
+    int number = static_cast<int>(blockIdx.x);
 #pragma unroll 1
-    while (next_part(view, step, shared.shares)) {
+    do {
+      find_part(view, step, shared.shares, number, attend.least_tiles);
+      __syncthreads();
       const Part& part = shared.shares.part;
-      attend_rows(view, step, attend, shared, part, shared.shares.count,
-                  step.seq_lens[part.list / view.num_kv_heads]);
-    }
+      if (part.rows > 0) {
+        attend_rows(view, step, attend, shared, part, shared.shares.count,
+                    shared.shares.num_tokens);
+      }
+      number += static_cast<int>(gridDim.x);
+      __syncthreads();
+    } while (number < shared.shares.total);
   } else {
     // A thread block finds its place without a division.
-    const int row = static_cast<int>(blockIdx.y);
-    const int list = row * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
-    const int count = step.counts[list];
-    attend_rows(view, step, attend, shared,
-                part_of(attend, list, static_cast<int>(blockIdx.z), tiles_of(view, count)), count,
-                step.seq_lens[row]);
+    const int row = static_cast<int>(blockIdx.y), head = static_cast<int>(blockIdx.x);
+    const int list = row * static_cast<int>(gridDim.x) + head, count = step.counts[list];
+    const Part part = part_of(attend, row, head, list * attend.splits, static_cast<int>(blockIdx.z),
+                              tiles_of(view, count));
+    attend_rows(view, step, attend, shared, part, count, step.seq_lens[row]);
   }
   if (blockIdx.x != 0 || blockIdx.y != 0 || blockIdx.z != 0) return;
   // The step's epoch ends here: this is its last launch, and no other thread block of it looks at

@@ -4,9 +4,9 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
-#include <numbers>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -188,6 +188,16 @@ void use_scores(Step& step, const LayerView& view, const Tensor& seq_lens, const
   step.chunk_blocks = static_cast<int>(chunk_blocks);
 }
 
+void use_chunk_max(Step& step, const std::optional<Tensor>& chunk_max, const Tensor& chunk_lse) {
+  if (!chunk_max) return;
+  check_tensor("chunk_max", *chunk_max, ScalarType::Float,
+               {chunk_lse.size(0), chunk_lse.size(1), chunk_lse.size(2)}, chunk_lse);
+  STD_TORCH_CHECK(step.chunk_blocks >= 4 && std::has_single_bit(unsigned(step.chunk_blocks)),
+                  "chunk_max: chunk_blocks=", step.chunk_blocks,
+                  ": must be a power of two, at least 4");
+  step.chunk_max = pointer<float>(*chunk_max);
+}
+
 // What a call selects by, and what it says of its lists.
 void use_selection(Step& step, const LayerView& view, const Tensor& seq_lens,
                    const Tensor& block_lse, const Tensor& chunk_lse, int64_t chunk_blocks,
@@ -263,12 +273,13 @@ void use_spans(Step& step, const LayerView& view, const std::optional<Tensor>& s
 void select_and_fetch(Tensor layer, Tensor seq_lens, Tensor block_table, Tensor block_lse,
                       Tensor chunk_lse, int64_t chunk_blocks, Tensor blocks, Tensor counts,
                       Tensor mass, Tensor lse, std::optional<Tensor> dropped, Tensor rows,
-                      std::optional<Tensor> lists, std::optional<Tensor> spans, int64_t together,
-                      bool dependent) {
+                      std::optional<Tensor> lists, std::optional<Tensor> chunk_max,
+                      std::optional<Tensor> spans, int64_t together, bool dependent) {
   const LayerView view = unpack(layer);
   Step step{};
   use_selection(step, view, seq_lens, block_lse, chunk_lse, chunk_blocks, blocks, counts, mass, lse,
                 dropped);
+  use_chunk_max(step, chunk_max, chunk_lse);
   use_rows(step, block_table, blocks, rows);
   use_spans(step, view, spans, together, blocks);
   if (together > 1) {
@@ -312,16 +323,6 @@ void follow_scores(Tensor layer, Tensor seq_lens, Tensor block_table, Tensor blo
   STD_CUDA_CHECK(launch_follow(view, step, follow, most, current_stream(blocks)));
 }
 
-Dtype dtype_of(const char* name, const Tensor& tensor) {
-  const ScalarType type = tensor.scalar_type();
-  STD_TORCH_CHECK(
-      type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, name,
-      ": has the wrong dtype; must be float32, float16 or bfloat16");
-  return type == ScalarType::Float  ? Dtype::kFloat32
-         : type == ScalarType::Half ? Dtype::kFloat16
-                                    : Dtype::kBFloat16;
-}
-
 // Where the heads of a tensor of the model lie: [n, heads, D], strided over the first dimension.
 Heads heads_of(const char* name, const Tensor& tensor, const LayerView& view, int64_t size,
                int64_t heads, const Tensor& beside) {
@@ -340,12 +341,6 @@ Heads heads_of(const char* name, const Tensor& tensor, const LayerView& view, in
   return {pointer<char>(tensor), stride, dtype};
 }
 
-SoftCap soft_cap_of(std::optional<double> cap) {
-  if (!cap) return {};
-  STD_TORCH_CHECK(*cap > 0, "soft_cap=", *cap, ": must be above 0");
-  return {static_cast<float>(*cap * std::numbers::log2e), static_cast<float>(2 / *cap)};
-}
-
 LayerView unpack_codes(const Tensor& layer) {
   const LayerView view = unpack(layer);
   STD_TORCH_CHECK(view.codes != nullptr, "layer: has no K codes");
@@ -353,14 +348,15 @@ LayerView unpack_codes(const Tensor& layer) {
 }
 
 void score_codes(Tensor layer, Tensor query, Tensor seq_lens, Tensor block_table, Tensor block_lse,
-                 Tensor chunk_lse, Tensor transformed, Tensor bias, std::optional<Tensor> spans,
-                 double scale, std::optional<double> soft_cap, int64_t together, int64_t splits,
-                 bool dependent, bool after_write) {
+                 Tensor chunk_lse, std::optional<Tensor> chunk_max, Tensor transformed, Tensor bias,
+                 std::optional<Tensor> spans, double scale, std::optional<double> soft_cap,
+                 int64_t together, int64_t splits, bool dependent, bool after_write) {
   const LayerView view = unpack_codes(layer);
   const int64_t num_requests = query.size(0), num_heads = view.num_kv_heads * view.group;
   Step step{};
   use_scores(step, view, seq_lens, block_lse, chunk_lse, kChunkTokens / view.block_tokens,
              num_requests, query);
+  use_chunk_max(step, chunk_max, chunk_lse);
   check_block_table(block_table, num_requests, query);
   step.block_table = pointer<int>(block_table);
   step.table_stride = block_table.stride(0);
@@ -443,10 +439,11 @@ void attend_int8_rows(Tensor layer, Tensor blocks, Tensor counts, Tensor rows, T
   STD_TORCH_CHECK(every >= 1 && every < 1ll << 31, "every=", every, ": must be at least 1");
   STD_TORCH_CHECK(splits * step.num_lists < 1ll << 31, "splits=", splits, ": too many for ",
                   step.num_lists, " lists");
-  // With several rows to a list `splits` is of the launch, and each thread block may leave two
-  // parts.
-  const int64_t rows_of_parts =
-      together > 1 ? splits * together + step.num_lists : splits * step.num_lists;
+  STD_TORCH_CHECK(together == 1 || std::has_single_bit(static_cast<uint64_t>(least_tiles)),
+                  "least_tiles=", least_tiles,
+                  ": must be a power of two with lists of several rows");
+  // With several rows to a list `splits` is of the launch, and each thread block may leave a part.
+  const int64_t rows_of_parts = splits * (together > 1 ? together : step.num_lists);
   const int64_t parts = rows_of_parts * view.group * (clips ? 2 : 1);
   const int64_t padded = (view.head_size + 31) / 32 * 32;
   for (const auto& [name, tensor, size] :
@@ -561,15 +558,18 @@ STABLE_TORCH_LIBRARY(kcache, library) {
   library.def(
       "fetch_blocks(Tensor layer, Tensor blocks, Tensor counts, Tensor block_table, "
       "Tensor(a!) rows) -> ()");
-  library.def("select_and_fetch(" KCACHE_STEP
-              ", Tensor(g!)? lists, Tensor? spans, int together, bool dependent) -> ()");
+  library.def(
+      "select_and_fetch(" KCACHE_STEP
+      ", Tensor(g!)? lists, Tensor? chunk_max, Tensor? spans, int together, bool dependent) "
+      "-> ()");
   library.def(
       "follow_scores(" KCACHE_STEP
       ", Tensor(g!) lists, int splits, int most_thread_blocks, int least_thread_blocks) -> ()");
   library.def(
       "score_codes(Tensor layer, Tensor query, Tensor seq_lens, Tensor block_table, "
-      "Tensor(a!) block_lse, Tensor(b!) chunk_lse, Tensor(c!) transformed, Tensor(d!) bias, "
-      "Tensor? spans, float scale, float? soft_cap, int together, int splits, bool dependent, "
+      "Tensor(a!) block_lse, Tensor(b!) chunk_lse, Tensor(e!)? chunk_max, "
+      "Tensor(c!) transformed, Tensor(d!) bias, Tensor? spans, float scale, float? soft_cap, int "
+      "together, int splits, bool dependent, "
       "bool after_write) -> ()");
   library.def(
       "attend_int8_rows(Tensor layer, Tensor blocks, Tensor counts, Tensor rows, Tensor seq_lens, "

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <initializer_list>
+#include <numbers>
 #include <optional>
 
 #include "device.h"
@@ -64,6 +65,23 @@ inline const int2* spans_of(const std::optional<Tensor>& spans, int64_t num_requ
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(spans->data_ptr()) % 8 == 0,
                   "spans: must begin at a multiple of 8 bytes");
   return pointer<int2>(*spans);
+}
+
+inline Dtype dtype_of(const char* name, const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(
+      type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, name,
+      ": has the wrong dtype; must be float32, float16 or bfloat16");
+  return type == ScalarType::Float  ? Dtype::kFloat32
+         : type == ScalarType::Half ? Dtype::kFloat16
+                                    : Dtype::kBFloat16;
+}
+
+// Of base-2 scores.
+inline SoftCap soft_cap_of(std::optional<double> cap) {
+  if (!cap) return {};
+  STD_TORCH_CHECK(*cap > 0, "soft_cap=", *cap, ": must be above 0");
+  return {static_cast<float>(*cap * std::numbers::log2e), static_cast<float>(2 / *cap)};
 }
 
 }  // namespace kcache

@@ -62,21 +62,60 @@ __device__ unsigned ListSelection<R>::rows_with(int word) const {
   return rows;
 }
 
+// Which chunks of a segment have a score that reaches its limit in one of the query heads; theirs
+// are on their way to the second-level cache then. A barrier comes after it.
+template <typename R>
+__device__ void ListSelection<R>::find_chunks(int first_block) {
+  const int shift = __popc(step_.chunk_blocks - 1), first_chunk = first_block >> shift;
+  const int blocks = min(most_blocks() - first_block, kSegment);
+  // A row has whole words, so that a warp is of one row.
+  const int words = (((blocks - 1) >> shift) >> 5) + 1;
+#pragma unroll 1
+  for (int i = warp_; i < rows_ * words; i += num_warps()) {
+    const int row = i / words, word = i - row * words, chunk = word * 32 + lane_;
+    const bool exists = chunk << shift < blocks;
+    const int64_t list = leader_ + row * view_.num_kv_heads;
+    const float* most = step_.chunk_max + list * view_.group * step_.max_chunks + first_chunk +
+                        (exists ? chunk : 0);
+    const auto* limits = reinterpret_cast<const float*>(shared_.limits[row]);
+    bool reaches = false;
+#pragma unroll 4
+    for (int head = 0; head < view_.group; ++head, most += step_.max_chunks) {
+      reaches |= __ldcg(most) >= limits[head];
+    }
+    const unsigned wanted = __ballot_sync(kAllLanes, exists && reaches);
+    if (lane_ == 0) shared_.chunks[row][word] = wanted;
+    if (!exists || !reaches) continue;
+#pragma unroll 1
+    for (int head = 0; head < view_.group; ++head) {
+      const float* scores = scores_of(row, head) + first_block + (chunk << shift);
+#pragma unroll 1
+      for (int block = 0; block < step_.chunk_blocks; block += 32) prefetch(scores + block);
+    }
+  }
+  __syncthreads();
+}
+
 // As `run`. Of several rows each has a token.
 template <typename R>
 template <typename Take>
 __device__ int ListSelection<R>::run_joint(const Take& take) {
-  const bool exists = num_blocks_ > 0;
-  if (exists) {
+  if (num_blocks_ > 0) {
     fetch_ahead();
     normalise_rows();
     if constexpr (R::kSearches) find_thresholds();
+  } else {
+    if (static_cast<int>(threadIdx.x) < rows_) {
+      shared_.ends[threadIdx.x] = make_int2(0, 0);
+      shared_.selected[threadIdx.x] = 0;
+    }
+    __syncthreads();
   }
   // The last warps, which have the least to fetch, end a row each.
   const int its_row = num_warps() - 1 - warp_;
   int count = 0;
 #pragma unroll 1
-  for (int first = 0; exists && first < most_blocks(); first += kSegment) {
+  for (int first = 0; first < most_blocks(); first += kSegment) {
     if constexpr (R::kSearches) {
 #pragma unroll 1
       for (int row = 0; row < rows_; ++row) {
@@ -84,6 +123,7 @@ __device__ int ListSelection<R>::run_joint(const Take& take) {
         mark_ranked(first);
       }
     } else {
+      if (passes_over()) find_chunks(first);
       mark(first);
     }
     __syncthreads();
@@ -111,8 +151,7 @@ __device__ int ListSelection<R>::run_joint(const Take& take) {
   }
   // What was covered is there since the last barrier: every list that is not empty has a block.
   if (its_row < rows_) {
-    finish(its_row, exists ? shared_.ends[its_row].x : 0, exists ? shared_.selected[its_row] : 0,
-           its_row == 0 ? count : 0);
+    finish(its_row, shared_.ends[its_row].x, shared_.selected[its_row], its_row == 0 ? count : 0);
   }
   __syncthreads();
   return count;

@@ -67,6 +67,7 @@ struct Step {
   const int* block_table;  // [B, MB]
   const float* block_lse;  // [B, Hq, P]
   const float* chunk_lse;  // [B, Hq, C], of each chunk of blocks
+  const float* chunk_max;  // [B, Hq, C] no block of the chunk scores more; null where none is known
   int* blocks;             // [B, Hkv, N]
   int* counts;             // [B, Hkv]
   float* mass;             // [B, Hkv]
@@ -154,7 +155,8 @@ struct AttendRows {
   float clip_length;  // tokens beyond which the clip falls with the square root of the length
   int splits;         // thread blocks of a list that is long enough; of the launch where several
                       // rows have one list
-  int least_tiles;    // 16 tokens each, that are worth a thread block
+  int least_tiles;    // 16 tokens each, that are worth a thread block; where several rows have one
+                      // list a power of two, and parts have three times as many or more
   int every;          // one launch of so many looks at how far the estimates are off
   SoftCap cap;
   const char* sinks;  // [Hq] learned scores beside those of the tokens; null without

@@ -27,12 +27,12 @@ __device__ void ListSelection<R>::force(unsigned (&kept)[kAhead], int first, int
 }
 
 // A lane's kWide bits, to their place in a word, of blocks whose score reaches its limit in one of
-// some query heads, of which there are `heads`.
+// some query heads, of which there are `heads`. `wanted`: a bit of each word of which any may.
 template <typename R>
 template <bool kVectors>
 __device__ void ListSelection<R>::find_heavy(unsigned (&kept)[kAhead], const float* scores,
-                                             float4 limits, int heads, int first,
-                                             int num_blocks) const {
+                                             float4 limits, int heads, int first, int num_blocks,
+                                             unsigned wanted) const {
   // Bits past the end are anything.
   const int last = max(num_blocks - 1, 0);
   float its[kAhead][kTogether][kWide];
@@ -43,7 +43,9 @@ __device__ void ListSelection<R>::find_heavy(unsigned (&kept)[kAhead], const flo
 #pragma unroll
     for (int h = 0; h < kTogether; ++h) {
       if constexpr (kVectors) {
-        const float4 four = __ldcg(reinterpret_cast<const float4*>(from));
+        // A limit is below this only where everything is wanted.
+        float4 four{-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+        if (!R::kJoint || (wanted >> i & 1)) four = __ldcg(reinterpret_cast<const float4*>(from));
         its[i][h][0] = four.x;
         its[i][h][1] = four.y;
         its[i][h][2] = four.z;
@@ -72,6 +74,20 @@ __device__ void ListSelection<R>::find_heavy(unsigned (&kept)[kAhead], const flo
   gather_bits(kept);
 }
 
+// Of the lane's blocks from a word on, a bit of each kWide that lie in a chunk that is wanted.
+template <typename R>
+__device__ unsigned ListSelection<R>::wanted_words(int row, int start) const {
+  if (!passes_over()) return ~0u;
+  const int shift = __popc(step_.chunk_blocks - 1);
+  unsigned wanted = 0;
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) {
+    const int chunk = min(start * 32 + (i * 32 + lane_) * kWide, kSegment - 1) >> shift;
+    wanted |= (shared_.chunks[row][chunk / 32] >> chunk % 32 & 1) << i;
+  }
+  return wanted;
+}
+
 // A row has some warps.
 template <typename R>
 template <bool kVectors>
@@ -88,8 +104,10 @@ __device__ void ListSelection<R>::mark_heavy(int first_block) {
 #pragma unroll 1
     for (int start = own.begin; start < own.end; start += kBlocks) {
       const int first = first_block + start * 32;
-      unsigned kept[kAhead];
-      find_heavy<kVectors>(kept, scores, limits, view_.group - head, first + lane_ * kWide, ends.x);
+      unsigned kept[kAhead], wanted = ~0u;
+      if constexpr (R::kJoint && kVectors) wanted = wanted_words(row, start);
+      find_heavy<kVectors>(kept, scores, limits, view_.group - head, first + lane_ * kWide, ends.x,
+                           wanted);
       if (head > 0) add_words(kept, row, start, own.end);
       force(kept, first, ends);
       set_words(kept, row, start, own.end);

@@ -307,9 +307,15 @@ class ListScores {
     const QueryHead head = head_of(tile);
     const bool writes = (threadIdx.x & (32 - 4 * Z::kTiles)) == 0;
     if (writes && chunk * kChunkTokens < head.tokens) {
-      const int64_t row = list_.first_head(view_) + head.row;
-      const_cast<float*>(step_.chunk_lse)[row * step_.max_chunks + chunk] =
-          fmaf(sums[0].log(), kLn2, head.bias);
+      const int64_t row = list_.first_head(view_) + head.row, at = row * step_.max_chunks + chunk;
+      const float log = sums[0].log();
+      const_cast<float*>(step_.chunk_lse)[at] = fmaf(log, kLn2, head.bias);
+      if (step_.chunk_max != nullptr) {
+        // Of blocks of more tokens than a thread has the largest is not known: all together have
+        // no less, but for rounding.
+        const float most = view_.block_tokens <= kOwnTokens ? sums[0].largest : log + 0.001f;
+        const_cast<float*>(step_.chunk_max)[at] = fmaf(most, kLn2, head.bias);
+      }
     }
   }
 

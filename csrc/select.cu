@@ -43,17 +43,21 @@ template <typename R>
 __global__ void __launch_bounds__(kMostThreads, kLeastBlocks)
     joint_select_kernel(const __grid_constant__ LayerView view, const __grid_constant__ Step step) {
   __shared__ ListShared<R> shared;
+  __shared__ bool more;
+  __shared__ int next;  // -1: none
   const int head = static_cast<int>(blockIdx.x), num_rows = step.num_lists / view.num_kv_heads;
 #pragma unroll 1
   for (int number = static_cast<int>(blockIdx.y);; number += static_cast<int>(gridDim.y)) {
-    // Reads the spans, which no launch of a step writes.
+    // Reads the spans and lengths, which no launch of a step writes.
     const Led led = find_led(step.spans, step.together, num_rows, number);
+    const int list = led.row * view.num_kv_heads + head;
+    ListSelection<R> selection(view, step, shared.select, list, max(led.rows, 1));
     wait_for_launch_before();
     let_next_launch_begin();
     if (led.rows == 0) break;
-    const int list = led.row * view.num_kv_heads + head;
-    ListSelection<R> selection(view, step, shared.select, list, led.rows);
+    if (threadIdx.x == 0) more = led.after >= static_cast<int>(gridDim.y);
     select_and_fetch_list(view, step, shared, selection, list);
+    if (!more) break;
     __syncthreads();
   }
 }

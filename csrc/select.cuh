@@ -34,6 +34,8 @@ static_assert(kMostThreads / 2 >= kBins, "a thread has a bin of its own");
 // V blocks of a segment. Of each there is one bit in shared memory and no more: a list must fit
 // beside the thread blocks of the kernel before it, or it begins only when those have ended.
 constexpr int kSegment = 16384;
+// V blocks of the smallest chunk of which a maximum may be known; a power of two, as all are.
+constexpr int kLeastChunk = 4;
 // A V block, from the first of its segment.
 using NearBlock = uint16_t;
 static_assert(kSegment <= 1 << 16, "a NearBlock counts to there");
@@ -87,6 +89,8 @@ struct JointShared {
   int2 ends[R::kMostRows];  // its blocks, and the first of the recent ones
   int selected[R::kMostRows];
   unsigned long long thresholds[R::kMostRows];
+  // A bit of each chunk of the segment: those that may have a block which a rule's mass keeps.
+  unsigned chunks[R::kMostRows][R::kSegment / kLeastChunk / 32];
 };
 struct NotJointShared {};
 
@@ -140,7 +144,6 @@ class ListSelection {
     } else {
       use_length(num_tokens_);
     }
-    vectors_ = step.max_blocks % 4 == 0 && reinterpret_cast<uintptr_t>(step.block_lse) % 16 == 0;
   }
 
   // Write the list, and call take(kept, count, first_block, first_column) for each part of it, of
@@ -185,6 +188,10 @@ class ListSelection {
   }
 
  private:
+  // Whether every row of scores begins where a vector may.
+  __device__ bool vectors() const {
+    return step_.max_blocks % 4 == 0 && reinterpret_cast<uintptr_t>(step_.block_lse) % 16 == 0;
+  }
   // What of the rule depends on a request's tokens.
   __device__ void use_length(int num_tokens) {
     first_recent_ = max(num_tokens - view_.recent_tokens, 0) / view_.block_tokens;
@@ -202,6 +209,13 @@ class ListSelection {
   __device__ void normalise_rows();
   __device__ void find_thresholds();
   __device__ unsigned rows_with(int word) const;
+  // Whether chunks of scores are passed over in which no block can have the mass that a rule names.
+  __device__ bool passes_over() const {
+    if constexpr (!R::kJoint || R::kSearches) return false;
+    return step_.chunk_max != nullptr;
+  }
+  __device__ void find_chunks(int first_block);
+  __device__ unsigned wanted_words(int row, int start) const;
 
   // Of a query head of the row that is looked at: where its sums are.
   __device__ int place_of(int head) const { return R::kJoint ? row_ * view_.group + head : head; }
@@ -252,6 +266,7 @@ class ListSelection {
   // last warps, which have none to make where there are few query heads.
   __device__ void fetch_ahead() const {
     const int first = R::kJoint ? warp_ : num_warps() - 1 - warp_;
+    if (passes_over()) return;
 #pragma unroll 1
     for (int place = first; place < num_rows() * view_.group; place += num_warps()) {
       const int row = R::kJoint ? place / view_.group : 0;
@@ -326,7 +341,7 @@ class ListSelection {
   __device__ void load_wide(float (&logs)[kBlocks][kTogether], int to, int head, const float* from,
                             int exist) const {
     if constexpr (kWide == 4) {
-      if (exist >= kWide && vectors_) {
+      if (exist >= kWide && vectors()) {
         const float4 four = __ldcg(reinterpret_cast<const float4*>(from));
         logs[to][head] = four.x;
         logs[to + 1][head] = four.y;
@@ -395,7 +410,7 @@ class ListSelection {
   }
   // The same of all rows where a query head's score is to reach its limit: csrc/mark.cuh.
   __device__ void mark(int first_block) {
-    if (vectors_) {
+    if (vectors()) {
       mark_heavy<true>(first_block);
     } else {
       mark_heavy<false>(first_block);
@@ -405,7 +420,7 @@ class ListSelection {
   __device__ void mark_heavy(int first_block);
   template <bool kVectors>
   __device__ void find_heavy(unsigned (&kept)[kAhead], const float* scores, float4 limits,
-                             int heads, int first, int num_blocks) const;
+                             int heads, int first, int num_blocks, unsigned wanted) const;
   __device__ void force(unsigned (&kept)[kAhead], int first, int2 ends) const;
 
   // A lane's kWide bits, to their place in a word, of blocks that rank high enough.
@@ -557,7 +572,6 @@ class ListSelection {
   int row_ = 0;
   int first_recent_;
   float mass_threshold_;              // of a request of this length
-  bool vectors_;                      // every row of scores begins where a vector may
   unsigned long long threshold_ = 0;  // rank of the last block kept
   bool cached_ = false;               // the masses lie in shared memory
 };

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the tiles of all lists are dealt to thread blocks, where several rows have one list: as many
-// that follow each other to each, so that all end at the same time whatever the lengths of lists. A
-// thread block may have parts of two lists, and whole ones between.
+// How the tiles of lists are dealt to thread blocks. Where several rows have one list a thread
+// block has a part of one list, for each part has a beginning and an end that take as long as many
+// tiles: lists are cut into parts of one length, the shortest with which every part has a thread
+// block.
 #pragma once
 
 #include "layer_view.h"
@@ -11,125 +12,150 @@
 
 namespace kcache {
 
-// Of a list, the tiles that a thread block takes. `rows`: of the batch, that have the list.
+// Of a list, the tiles that a thread block takes.
 struct Part {
-  int list, rows;
-  int number, of;  // of the thread blocks that have some of the list
-  int begin, end;  // tiles
+  int row, head, rows;  // of the batch: the first that has the list, its KV head, how many have it
+  int first;            // of the parts of all lists, where those of this one begin
+  int number, of;       // of the parts of the list
+  int begin, end;       // tiles
+
+  __device__ int list(const LayerView& view) const { return row * view.num_kv_heads + head; }
 };
+
+// Where each row has its list: of the `splits` thread blocks of a list some have tiles, or one has
+// none.
+__device__ inline Part part_of(const AttendRows& attend, int row, int head, int first, int number,
+                               int tiles) {
+  if (tiles <= attend.least_tiles || attend.splits == 1) {
+    return {row, head, 1, first, number, 1, 0, tiles};
+  }
+  const int wanted = (tiles + attend.least_tiles - 1) / attend.least_tiles;
+  const int parts = min(wanted, attend.splits);
+  const int each = (tiles + parts - 1) / parts, begin = number * each;
+  return {row, head, 1, first, number, (tiles + each - 1) / each, begin, min(begin + each, tiles)};
+}
+
+// Lengths of parts that are tried, in units: 3, 4, 6, 8, 16, 32 to 512. The last but these: lists
+// stay whole.
+constexpr int kLengths = 10;
 
 // In shared memory what is the same for all threads, for want of registers.
 struct SharesShared {
-  int of_warps[32];      // tiles of the lists that each warp looks at
-  int each, begin, end;  // tiles of all lists: of each thread block, and of this one
-  int list, before;      // that comes next, and the tiles of those before it
-  Part part;
-  int count;  // V blocks of its list
+  int of_warps[8][kLengths + 1];  // parts by their length, of the lists that each warp looks at
+  int total;                      // parts of all lists
+  Part part;                      // its `rows` are 0 where there is none
+  int count, num_tokens;          // V blocks of its list, and tokens of its first row
 };
 
 __device__ inline int tiles_of(const LayerView& view, int count) {
   return (count * view.block_tokens + kTileTokens - 1) / kTileTokens;
 }
 
-// Tiles of lists that follow each other, all loaded at once.
+// Of a list of so many tiles. A unit has 2^shift.
+__device__ inline int parts_of(int tiles, int length, int shift) {
+  const bool threes = length == 0 || length == 2;
+  const int doubled = length >= 4 ? length : threes ? length / 2 : length / 2 + 2;
+  const unsigned last = static_cast<unsigned>(max(tiles - 1, 0));
+  const unsigned units = length == kLengths ? 0 : last >> (shift + doubled);
+  return static_cast<int>(threes ? units / 3 : units) + (tiles > 0 ? 1 : 0);
+}
+
+// Lists of a row that follow each other, all loaded at once.
 struct SomeLists {
   static constexpr int kLists = 8;
-  int tiles[kLists];
+  int row, head, rows, num_tokens;  // `head`: the first
+  int counts[kLists], tiles[kLists];
 
-  __device__ SomeLists(const LayerView& view, const Step& step, int first, int end) {
-    int counts[kLists], before[kLists], row = first / view.num_kv_heads;
-    int head = first - row * view.num_kv_heads;
+  // The `number`-th of those of all rows, so many of each.
+  __device__ SomeLists(const LayerView& view, const Step& step, int number, int of_row)
+      : row(number / of_row), head((number - row * of_row) * kLists) {
+    const int num_rows = step.num_lists / view.num_kv_heads;
 #pragma unroll
     for (int i = 0; i < kLists; ++i) {
-      counts[i] = step.counts[min(first + i, end - 1)];
-      before[i] = min(step.spans[min(row, step.num_lists / view.num_kv_heads - 1)].x, row);
-      head = head + 1 == view.num_kv_heads ? 0 : head + 1;
-      row += head == 0 ? 1 : 0;
+      counts[i] = step.counts[row * view.num_kv_heads + min(head + i, view.num_kv_heads - 1)];
     }
-    // Quotients by a multiplication: right for numbers below 2^28.
-    const unsigned long long inverse = 0xffffffffu / static_cast<unsigned>(step.together) + 1;
+    num_tokens = step.seq_lens[row];
+    rows = rows_led(step.spans[row], row, step.together, num_rows);
 #pragma unroll
     for (int i = 0; i < kLists; ++i) {
-      const int whole = static_cast<int>(static_cast<unsigned>(before[i]) * inverse >> 32);
-      const bool leads = before[i] == whole * step.together && first + i < end;
-      // A list of nothing counts as one tile, so that a thread block comes to it.
+      // A list of nothing counts as one tile, so that a thread block comes to it; not of a row
+      // that pads the batch.
+      const bool leads = rows > 0 && num_tokens > 0 && head + i < view.num_kv_heads;
       tiles[i] = leads ? max(tiles_of(view, counts[i]), 1) : 0;
     }
   }
 };
 
-// Finds where a thread block begins.
-__device__ inline void share_out(const LayerView& view, const Step& step, SharesShared& shared,
-                                 int least_tiles) {
-  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
-  const int of_thread = (step.num_lists + threads - 1) / threads;
-  const int first = min(thread * of_thread, step.num_lists);
-  const int last = min(first + of_thread, step.num_lists);
-  int own = 0, before = 0, all = 0;
+// The `number`-th part of all, in `shared`. All threads; a barrier comes before it and after it.
+__device__ inline void find_part(const LayerView& view, const Step& step, SharesShared& shared,
+                                 int number, int unit_tiles) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, threads = blockDim.x;
+  const int of_row = (view.num_kv_heads + SomeLists::kLists - 1) / SomeLists::kLists;
+  const int all = step.num_lists / view.num_kv_heads * of_row, shift = shift_of(unit_tiles);
+  int parts[kLengths + 1] = {};
 #pragma unroll 1
-  for (int list = first; list < last; list += SomeLists::kLists) {
-    const SomeLists lists(view, step, list, last);
+  for (int some = threadIdx.x; some < all; some += threads) {
+    const SomeLists lists(view, step, some, of_row);
 #pragma unroll
-    for (const int tiles : lists.tiles) own += tiles;
+    for (const int tiles : lists.tiles) {
+#pragma unroll
+      for (int length = 0; length <= kLengths; ++length) {
+        parts[length] += parts_of(tiles, length, shift);
+      }
+    }
   }
-  const int upto = warp_inclusive(own, thread % 32);
-  if (thread % 32 == 31) shared.of_warps[thread / 32] = upto;
+  int sum = 0;
+#pragma unroll
+  for (int length = 0; length <= kLengths; ++length) {
+    const int of_length = warp_sum(parts[length]);
+    if (lane == length) sum = of_length;
+  }
+  if (lane <= kLengths) shared.of_warps[warp][lane] = sum;
   __syncthreads();
-  for (int warp = 0; warp < threads / 32; ++warp) {
-    before += warp < thread / 32 ? shared.of_warps[warp] : 0;
-    all += shared.of_warps[warp];
-  }
-  before += upto - own;
-  const int blocks = static_cast<int>(gridDim.x);
-  const int each = max((all + blocks - 1) / blocks, least_tiles);
-  const int begin = static_cast<int>(blockIdx.x) * each, end = min(begin + each, all);
-  if (thread == 0) {
-    shared.each = each;
-    shared.begin = begin;
-    shared.end = end;
-    if (begin >= all) shared.before = end;
-  }
-  if (before > begin || begin >= before + own) return;
+  int total = 0;
 #pragma unroll 1
-  for (int list = first; before <= begin; list += SomeLists::kLists) {
-    const SomeLists lists(view, step, list, last);
+  for (int other = 0; lane <= kLengths && other < threads / 32; ++other) {
+    total += shared.of_warps[other][lane];
+  }
+  const unsigned fits = __ballot_sync(
+      kAllLanes, lane == kLengths || (lane < kLengths && total <= static_cast<int>(gridDim.x)));
+  const int length = __ffs(fits) - 1;
+  total = __shfl_sync(kAllLanes, total, length);
+  int own = 0;
+#pragma unroll
+  for (int each = 0; each <= kLengths; ++each) own = each == length ? parts[each] : own;
+  int before = warp_inclusive(own, lane) - own;
+#pragma unroll 1
+  for (int other = 0; other < warp; ++other) before += shared.of_warps[other][length];
+  if (threadIdx.x == 0) {
+    shared.total = total;
+    if (number >= total) shared.part.rows = 0;
+  }
+  int left = number - before;
+  if (left < 0 || left >= own) return;
+#pragma unroll 1
+  for (int some = threadIdx.x; left >= 0; some += threads) {
+    const SomeLists lists(view, step, some, of_row);
+    int at = -1, of = 1, place = 0, tiles = 0;
 #pragma unroll
     for (int i = 0; i < SomeLists::kLists; ++i) {
-      if (before <= begin && begin < before + lists.tiles[i]) {
-        shared.list = list + i;
-        shared.before = before;
+      const int its = parts_of(lists.tiles[i], length, shift);
+      if (left >= 0 && left < its) {
+        at = i;
+        of = its;
+        place = left;
+        tiles = lists.tiles[i];
+        shared.count = lists.counts[i];
       }
-      before += lists.tiles[i];
+      left -= its;
     }
+    if (at < 0) continue;
+    const int each = (tiles + of - 1) / of, begin = place * each;
+    shared.part = {lists.row, lists.head + at,         lists.rows, number - place, place, of,
+                   begin,     min(begin + each, tiles)};
+    shared.num_tokens = lists.num_tokens;
+    return;
   }
-}
-
-// Goes on to the next list of the thread block's, `shared.part`; false where there is none.
-__device__ inline bool next_part(const LayerView& view, const Step& step, SharesShared& shared) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    const int list = shared.list, before = shared.before, each = shared.each;
-    shared.part.rows = 0;
-    if (before < shared.end) {
-      const int row = list / view.num_kv_heads, count = step.counts[list];
-      const int num_rows = step.num_lists / view.num_kv_heads;
-      const int rows = rows_led(step.spans[row], row, step.together, num_rows);
-      const int tiles = max(tiles_of(view, count), 1), first = before / each;
-      shared.part = {list,
-                     rows,
-                     static_cast<int>(blockIdx.x) - first,
-                     (before + tiles - 1) / each - first + 1,
-                     max(shared.begin - before, 0),
-                     min(shared.end - before, tiles)};
-      shared.count = count;
-      shared.before = before + tiles;
-      // After the last list of a row comes the next row that leads some.
-      const bool last_of_row = (list + 1) % view.num_kv_heads == 0;
-      shared.list = list + 1 + (last_of_row ? (rows - 1) * view.num_kv_heads : 0);
-    }
-  }
-  __syncthreads();
-  return shared.part.rows > 0;
 }
 
 }  // namespace kcache

@@ -68,12 +68,14 @@ struct QueryShared {
   static constexpr int kWords = 8 * kSteps;  // of four channels each
   unsigned digits[kMaxGroup][2][kWords + 4];
   HeadTerms terms[kMaxGroup];
+  float dropped[kMaxGroup];  // estimated mass of what is not selected; with the clipped tail
 };
 
 // Where several rows have one list it has the query heads of all, one row's after another's: which
 // row a head is of, from the first.
 __device__ inline int row_of_head(const LayerView& view, int rows, int head) {
-  return rows == 1 ? 0 : head / view.group;
+  // There are so few heads that a product is right in place of a division.
+  return rows == 1 ? 0 : head * (65536 / view.group + 1) >> 16;
 }
 
 // Of all query heads of a batch, one of a list. `list`: of the first row.
@@ -92,7 +94,7 @@ __device__ inline void prepare_query(QueryShared<kSteps>& shared, const LayerVie
   const int lane = threadIdx.x & 31, warps = blockDim.x / 32;
 #pragma unroll 1
   for (int first = threadIdx.x / 32; first < num_heads; first += kHeads * warps) {
-    float x[kHeads][kParts][4] = {}, bias[kHeads] = {}, lse[kHeads] = {};
+    float x[kHeads][kParts][4] = {}, bias[kHeads] = {}, lse[kHeads] = {}, dropped[kHeads] = {};
 #pragma unroll
     for (int i = 0; i < kHeads; ++i) {
       const int head = first + i * warps;
@@ -100,7 +102,10 @@ __device__ inline void prepare_query(QueryShared<kSteps>& shared, const LayerVie
       const int64_t in_batch = head_in_batch(view, list, rows, head);
       load_floats(x[i], attend.query + in_batch * view.head_size, view.head_size);
       bias[i] = attend.bias[in_batch];
-      if constexpr (kClip) lse[i] = attend.lse[in_batch];
+      if constexpr (kClip) {
+        lse[i] = attend.lse[in_batch];
+        dropped[i] = attend.dropped[in_batch];
+      }
     }
 #pragma unroll
     for (int i = 0; i < kHeads; ++i) {
@@ -128,6 +133,7 @@ __device__ inline void prepare_query(QueryShared<kSteps>& shared, const LayerVie
         terms.limit = attend.clip * sqrtf(fminf(share, 1.0f)) * kUnit;
       }
       shared.terms[head] = terms;
+      if constexpr (kClip) shared.dropped[head] = dropped[i];
     }
   }
 }

@@ -87,7 +87,9 @@ def measure(options: dict[str, Any]) -> None:
                 return
             run = _time_steps(llm, options, context, count)
             if replay:
-                costs = llm.collective_rpc("replay_cost_ms", args=(count, context))
+                # A row of scores is played for each token of a step.
+                rows = count * (1 + (options["drafts"] or 0))
+                costs = llm.collective_rpc("replay_cost_ms", args=(rows, context))
                 run["replay_kernel_ms"] = round(max(costs), 3)
             row = {
                 **common,

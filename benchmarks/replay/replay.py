@@ -54,7 +54,8 @@ NOTHING = -80.0
 _RECENT = tl.constexpr(RECENT_BLOCKS)
 _NOTHING = tl.constexpr(NOTHING)
 _LARGEST_CODE = tl.constexpr(LARGEST_CODE)
-_LOG_OF_CODE = tl.constexpr(math.log(2) / OCTAVE_CODES)
+_LOG2_OF_CODE = tl.constexpr(1 / OCTAVE_CODES)
+_LN_2, _LOG2_E = tl.constexpr(math.log(2)), tl.constexpr(math.log2(math.e))
 _CHUNK = 1024
 
 
@@ -68,27 +69,28 @@ def hash_number(number):
 
 
 @triton.jit
-def sum_by_chunk(log_masses, BLOCKS: tl.constexpr):
-    """Log-sum-exp of runs of BLOCKS masses; -inf where there is none."""
+def sum_by_chunk(logs, BLOCKS: tl.constexpr):
+    """Log-sum-exp of runs of BLOCKS masses, given base-2 logarithms; -inf where there is none."""
     # Masses are of NOTHING to 0: none leaves what float32 holds.
-    return tl.log(
-        tl.sum(tl.exp(tl.reshape(log_masses, (log_masses.shape[0] // BLOCKS, BLOCKS))), 1)
-    )
+    sums = tl.sum(tl.exp2(tl.reshape(logs, (logs.shape[0] // BLOCKS, BLOCKS))), 1)
+    return tl.log2(sums) * _LN_2
 
 
 # All integers change between the layers and sizes that share one compiled kernel.
 @triton.jit(
     do_not_specialize=[
-        "table_stride", "max_blocks", "max_chunks", "layer", "num_layers", "num_texts",
+        "table_stride", "wide_blocks", "max_chunks", "layer", "num_layers", "num_texts",
         "num_traces", "trace_group", "num_steps", "trace_blocks",
     ]
 )  # fmt: skip
 def replay_kernel(
-    codes, trace_lengths, seq_lens, block_table, block_lse, chunk_lse, table_stride, max_blocks,
-    max_chunks, layer, num_layers, num_texts, num_traces, trace_group, num_steps, trace_blocks,
-    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNK_BLOCKS: tl.constexpr, DEPENDENT: tl.constexpr,
+    codes, trace_lengths, seq_lens, block_table, block_lse, chunk_lse, chunk_max, table_stride,
+    wide_blocks, max_chunks, layer, num_layers, num_texts, num_traces, trace_group, num_steps,
+    trace_blocks, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNK_BLOCKS: tl.constexpr, WIDE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    # Integers that a multiple is known of, so that WIDE scores are stored at once.
+    max_blocks = wide_blocks * WIDE
     if DEPENDENT:
         gdc_wait()
     head = tl.program_id(1)
@@ -108,32 +110,42 @@ def replay_kernel(
         recorded = tl.load(trace_lengths + step)
         # Which recorded block, if any, lies at each place.
         stride = tl.maximum((num_blocks - _RECENT) // (trace_blocks - _RECENT), 1)
-        spread = block // stride
-        # In 32 bits: a remainder in 64 takes longer than all the rest.
-        offset = hash_number(key + list_number * 65536 + spread) % stride
+        # Quotient and random number below it by products, which so few blocks allow: divisions of
+        # integers would take longer than all the rest.
+        spread = ((block.to(tl.float32) + 0.5) * (1.0 / stride.to(tl.float32))).to(tl.int32)
+        random = hash_number(key + list_number * 65536 + spread).to(tl.uint32) << 1
+        offset = tl.umulhi(random, stride.to(tl.uint32)).to(tl.int32)
         offset = tl.where(spread == 0, 0, offset)
         is_spread = (block - spread * stride == offset) & (spread < recorded - _RECENT)
         from_end = num_blocks - 1 - block
         is_recent = from_end < _RECENT
         source = tl.where(is_recent, recorded - 1 - from_end, spread)
         exists = block < num_blocks
+        nothing = tl.where(exists, _NOTHING * _LOG2_E, float("-inf"))
+        stored = block < tl.cdiv(num_blocks, WIDE) * WIDE
         first_query_head = (request * NUM_KV_HEADS + head) * GROUP
         out = block_lse + first_query_head * max_blocks + block
         chunks: tl.constexpr = CHUNK // CHUNK_BLOCKS
         chunk = tl.program_id(0) * chunks + tl.arange(0, chunks)
         sums = chunk_lse + first_query_head * max_chunks + chunk
-        for in_group in tl.static_range(GROUP):
-            row = (first_row + (in_group + list_number) % trace_group) * num_steps + step
+        most = chunk_max + first_query_head * max_chunks + chunk
+        member = list_number % trace_group
+        for _ in tl.static_range(GROUP):
+            row = (first_row + member) * num_steps + step
+            member = tl.where(member + 1 < trace_group, member + 1, 0)
             code = tl.load(
                 codes + row * trace_blocks + source, mask=exists & (is_recent | is_spread), other=0
             ).to(tl.int32)
-            log_mass = (code - _LARGEST_CODE).to(tl.float32) * _LOG_OF_CODE
-            log_mass = tl.where(code > 0, log_mass, _NOTHING)
-            tl.store(out, log_mass, mask=exists)
+            log2 = code.to(tl.float32) * _LOG2_OF_CODE - _LARGEST_CODE * _LOG2_OF_CODE
+            log2 = tl.where(code > 0, log2, nothing)
+            tl.store(out, log2 * _LN_2, mask=stored)
             out += max_blocks
-            there = tl.where(exists, log_mass, float("-inf"))
-            tl.store(sums, sum_by_chunk(there, CHUNK_BLOCKS), mask=chunk < max_chunks)
+            chunk_sums = sum_by_chunk(log2, CHUNK_BLOCKS)
+            tl.store(sums, chunk_sums, mask=chunk < max_chunks)
+            # No mass is above the sum, but for rounding.
+            tl.store(most, chunk_sums + 1e-3, mask=chunk < max_chunks)
             sums += max_chunks
+            most += max_chunks
 
 
 class Replay:
@@ -184,7 +196,7 @@ class Replay:
                 # Here, so that an engine that measures what memory is left counts them. Two of
                 # each: a layer's are read while the next one's are written.
                 self.played = [
-                    [torch.zeros_like(self.block_lse), torch.zeros_like(self.chunk_lse)]
+                    [torch.zeros_like(scores) for scores in (self.block_lse, *[self.chunk_lse] * 2)]
                     for _ in range(2)
                 ]
 
@@ -242,19 +254,23 @@ class Replay:
     ) -> Lists:
         """What a layer selects by; written on the current stream, unless it is there already."""
         lists = workspace.views(view, batch)
-        block_lse, chunk_lse = (
+        block_lse, chunk_lse, chunk_max = (
             buffer[: scores.numel()].view(scores.shape)
             for buffer, scores in zip(
-                workspace.played[layer % 2], (lists.block_lse, lists.chunk_lse), strict=True
+                workspace.played[layer % 2],
+                (lists.block_lse, lists.chunk_lse, lists.chunk_lse),
+                strict=True,
             )
         )
         if self._ahead != self._key(layer, batch):
             self._launched[batch.num_requests] = view.shape, batch.max_blocks
             self.launch(
                 view.shape, layer, lists.seq_lens, lists.block_table, block_lse, chunk_lse,
-                dependent,
+                chunk_max, dependent,
             )  # fmt: skip
         self._ahead = None
+        if lists.chunk_max is not None:
+            lists = replace(lists, chunk_max=chunk_max)
         return replace(lists, block_lse=block_lse, chunk_lse=chunk_lse)
 
     def launch(
@@ -265,6 +281,7 @@ class Replay:
         block_table: torch.Tensor,
         block_lse: torch.Tensor,
         chunk_lse: torch.Tensor,
+        chunk_max: torch.Tensor,
         dependent: bool = False,
     ) -> None:
         """The kernel.
@@ -276,8 +293,10 @@ class Replay:
                 alone.
             block_table: [B, MB] int32, beside it. Its first column tells requests apart.
             block_lse: [B, Hq, P] float32, beside it, contiguous. Written up to the length of each
-                request.
+                request; where P is a multiple of four, of the next such multiple.
             chunk_lse: [B, Hq, C] float32, beside it, contiguous. Written: the sums of chunks.
+            chunk_max: [B, Hq, C] float32, beside it, contiguous. Written: what no block of a chunk
+                scores above.
             dependent: launch it as kernels/dependent.py says, so that it does not break the chain
                 of a step that is played.
         Raises:
@@ -292,13 +311,14 @@ class Replay:
             )
         num_texts, layers, heads, num_steps, trace_blocks = self.codes.shape
         group, max_blocks = self.recording.group, block_lse.shape[2]
+        wide = 4 if max_blocks % 4 == 0 else 1
         grid = (triton.cdiv(max_blocks, _CHUNK), shape.num_kv_heads, block_lse.shape[0])
         replay_kernel[grid](
-            self.codes, self.lengths, seq_lens, block_table, block_lse, chunk_lse,
-            block_table.stride(0), max_blocks, chunk_lse.shape[2], layer, shape.num_layers,
+            self.codes, self.lengths, seq_lens, block_table, block_lse, chunk_lse, chunk_max,
+            block_table.stride(0), max_blocks // wide, chunk_lse.shape[2], layer, shape.num_layers,
             num_texts, layers * heads // group, group, num_steps, trace_blocks,
             NUM_KV_HEADS=shape.num_kv_heads, GROUP=shape.group, BLOCK_TOKENS=shape.block_tokens,
-            CHUNK=_CHUNK, CHUNK_BLOCKS=chunk_blocks(shape), DEPENDENT=dependent,
+            CHUNK=_CHUNK, CHUNK_BLOCKS=chunk_blocks(shape), WIDE=wide, DEPENDENT=dependent,
             launch_pdl=dependent,
         )  # fmt: skip
 
@@ -312,7 +332,7 @@ class Replay:
         several groups, and so are measured.
 
         Args:
-            num_requests: requests of the batch.
+            num_requests: rows of the batch: a request each, or a token where they verify drafts.
             tokens: length of each.
         Raises:
             ValueError: no step was seen.
@@ -332,11 +352,14 @@ class Replay:
         device, heads = self.codes.device, shape.num_query_heads
         block_lse = torch.empty((size, heads, max_blocks), device=device)
         chunk_lse = torch.empty((size, heads, num_chunks(shape, max_blocks)), device=device)
+        chunk_max = torch.empty_like(chunk_lse)
         lengths = torch.zeros(size, dtype=torch.int32, device=device)
         lengths[:num_requests] = tokens
         table = torch.arange(size, dtype=torch.int32, device=device)[:, None]
         calls = [
-            functools.partial(self.launch, shape, layer, lengths, table, block_lse, chunk_lse)
+            functools.partial(
+                self.launch, shape, layer, lengths, table, block_lse, chunk_lse, chunk_max
+            )
             for layer in range(shape.num_layers)
         ]
         return time_calls(calls).p50 * shape.num_layers

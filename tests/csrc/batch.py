@@ -121,6 +121,7 @@ class Batch:
         table = torch.full((requests, max(pages) + 2), 2**30, dtype=torch.int32)
         chunks = -(-width // sizes.chunk)
         sums = torch.full((requests, heads, chunks), torch.nan)
+        most = torch.full_like(sums, torch.nan)
         for row, blocks in enumerate(sizes.lengths):
             table[row, : pages[row]] = order[: pages[row]]
             order = order[pages[row] :]
@@ -128,6 +129,7 @@ class Batch:
             for first in range(0, blocks, sizes.chunk):
                 there = scores[row, :, first : min(first + sizes.chunk, blocks)]
                 sums[row, :, first // sizes.chunk] = there.double().logsumexp(-1)
+                most[row, :, first // sizes.chunk] = there.amax(-1)
         rows = (sum(pages) + 3) * sizes.kv_heads * per_page
         host_rows = torch.randint(0, 256, (rows, ROW_BYTES), dtype=torch.uint8, generator=generator)
         if device != "cpu":
@@ -153,6 +155,7 @@ class Batch:
                 ),
                 integers(*lists, columns).to(device),
                 torch.zeros(lists, dtype=torch.int32, device=device).flatten(),
+                most.to(device) if sizes.chunk in (4, 8, 16, 32, 64, 128, 256) else None,
             ),
         )  # fmt: skip
 
@@ -167,7 +170,7 @@ class Batch:
                 torch.full_like(selected.lse, torch.nan),  # type: ignore[arg-type]
                 torch.full_like(selected.dropped, torch.nan),  # type: ignore[arg-type]
             ),
-            torch.full_like(lists.rows, POISON), torch.zeros_like(lists.signals),
+            torch.full_like(lists.rows, POISON), torch.zeros_like(lists.signals), lists.chunk_max,
         )  # fmt: skip
         return Batch(self.sizes, self.rule, self.host_rows, self.cache, self.view, fresh)
 

@@ -102,7 +102,8 @@ def check_joint_scores(
         score_codes.score_codes(
             these.view, batch, lists, *outputs, splits=splits or 2, dependent=dependent
         )
-        found.append([*outputs, lists.block_lse, lists.chunk_lse])
+        assert lists.chunk_max is not None
+        found.append([*outputs, lists.block_lse, lists.chunk_lse, lists.chunk_max])
     # A compiler may fuse the sums of two kernels in two ways. Then a value of q' near the middle of
     # two steps may go to either, and scores of that query head are two.
     relative, absolute = TOLERANCES[torch.float32] if device != "cpu" else (0, 0)

@@ -98,6 +98,7 @@ class CodedLayer:
             floats(*heads, chunks), score_plan.chunk_blocks(shape), selected,
             integers(*per_list, width).to(self.device),
             torch.zeros(per_list, dtype=torch.int32, device=self.device).flatten(),
+            floats(*heads, chunks),
         )  # fmt: skip
 
     def check_scores(self, splits: int | None = None, dependent: bool = False) -> Lists:
@@ -130,15 +131,23 @@ class CodedLayer:
         return lists
 
     def _check_chunks(self, lists: Lists, block_lse: torch.Tensor) -> None:
-        found = lists.chunk_lse.cpu()
+        assert lists.chunk_max is not None
+        found, most = lists.chunk_lse.cpu(), lists.chunk_max.cpu()
         for request, tokens in enumerate(self.coded.case.shape.seq_lens):
             chunks = -(-tokens // score_plan.CODE_CHUNK_TOKENS)
             assert bool(found[request, :, chunks:].isnan().all())
+            assert bool(most[request, :, chunks:].isnan().all())
             for chunk in range(chunks):
                 first = chunk * lists.chunk_blocks
                 blocks = block_lse[request, :, first : first + lists.chunk_blocks].double()
                 blocks = blocks.nan_to_num(nan=-math.inf)
                 assert_close(found[request, :, chunk], blocks.logsumexp(-1), torch.float32)
+                # Exact where a thread has whole blocks, so that a rule's border is not missed.
+                above, largest = most[request, :, chunk], blocks.amax(-1).float()
+                if self.view.shape.block_tokens <= 8:
+                    assert torch.equal(above, largest)
+                else:
+                    assert bool((above >= largest).all())
 
     def gathered(self, skip_pages: int = 0, blocks: int = 3) -> tuple[torch.Tensor, ...]:
         """K and V of every request from its page `skip_pages` on, with rows to spare between.

@@ -81,6 +81,29 @@ def check_joint_lists(
     assert bool((lists.signals == 0).all())
 
 
+def check_passed_over(device: str = "cpu") -> None:
+    """Of a chunk that is said to score less than the rule asks for, no score is looked at: nothing
+    of it is selected but the first and the recent blocks."""
+    rule = Selection(None, None, 1, 16, "max", 1e-3)
+    lengths, spans = rows_of((1000, 700), (2, 2))
+    batch = Batch.make(Sizes(tuple(lengths), spare=3), rule, device=device)
+    batch.lists.block_table[1::2] = batch.lists.block_table[::2]
+    lists, chunk = batch.lists, 2
+    assert lists.chunk_max is not None
+    of_spans = torch.tensor(spans, dtype=torch.int32, device=device)
+    for most in (lists.chunk_max, lists.chunk_max.clone()):
+        if most is not lists.chunk_max:
+            most[:, :, chunk] = -1e30
+        joint = batch.again()
+        joint.lists = replace(joint.lists, chunk_max=most)
+        select_and_fetch(joint.view, joint.lists, followed=False, spans=of_spans, together=2)
+        _, selected = joint.on_host()
+        own = own_lists(selected, torch.tensor(spans), 2)
+        of_chunk = (own.blocks >= 0) & (own.blocks // batch.sizes.chunk == chunk)
+        assert bool(of_chunk.any()) == (most is lists.chunk_max)
+        assert bool((own.blocks[..., 0] == 0).all())
+
+
 def _check_own(own: Selected, alone: Selected, lengths: list[int]) -> None:
     assert torch.equal(own.counts, alone.counts)
     columns = min(own.blocks.shape[2], alone.blocks.shape[2])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.csrc.batch import DEFAULT, POISON, ROW_BYTES, RULES, Batch, Sizes, layer_view
-from tests.csrc.joint_checks import RAGGED, check_joint_lists
+from tests.csrc.joint_checks import RAGGED, check_joint_lists, check_passed_over
 from vllm_kcache.cache.hot_cache import HotCache
 from vllm_kcache.kernels.select import select_and_fetch, select_blocks
 from vllm_kcache.types import Selection
@@ -212,6 +212,7 @@ def test_an_empty_batch_is_no_launch() -> None:
                 mass=selected.mass[:0], lse=selected.lse[:0], dropped=None,
             ),
             rows=lists.rows[:0],
+            chunk_max=None,
         ),
     )  # fmt: skip
     assert batch.cache.read_counters().lists == 0
@@ -233,6 +234,8 @@ def test_tokens_of_a_request_with_one_list(rule: Selection, group: int, together
     sizes = Sizes(lengths, 2, group, 8, 13, spare=3)
     check_joint_lists(sizes, rule, RAGGED, together)
     check_joint_lists(sizes, rule, (1, 6, *RAGGED[2:]), together, num_slots=30, kind="ties")
+    # With scores that begin where a vector may, and chunks that may be passed over.
+    check_joint_lists(replace(sizes, chunk=8, spare=2), rule, RAGGED, together)
     check_joint_lists(
         replace(sizes, seq_lens=(400, 16)), rule, (5, 4), together, num_slots=0, before=2
     )
@@ -244,3 +247,9 @@ def test_segments_of_one_list(rule: Selection) -> None:
     for blocks in (4096, 8192, 2 * 8192 + 77):
         sizes = Sizes((blocks * 8 + 2, 5), 1, 2, 8, 64)
         check_joint_lists(sizes, rule, (4, 1), 4, num_slots=1 << 16)
+        vectors = replace(sizes, spare=-(blocks + 1) % 4)
+        check_joint_lists(vectors, rule, (4, 1), 4, num_slots=1 << 16)
+
+
+def test_chunks_without_enough_are_passed_over() -> None:
+    check_passed_over()

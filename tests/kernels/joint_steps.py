@@ -140,14 +140,17 @@ def check_step(
     read = counted.hits + counted.misses + counted.direct
     assert read == 2 * int(shared.counts.sum()) <= counted.selected
     lists = workspace.views(view, batch)
-    # Thread blocks that have parts of several lists, and lists that have parts in several.
+    # Lists that have parts in several thread blocks, and thread blocks that have several lists.
     for splits, least_tiles in ((50, 1), (7, 1), (2, 2)):
         out.fill_(torch.nan)
+        workspace.weights.fill_(torch.nan)
         attend.attend_blocks(
             view, batch, lists.selected, lists.rows, workspace, out,
             config=RowsConfig(splits, least_tiles),
         )  # fmt: skip
         assert_close(out.cpu(), expected)
+        if shape == LONG:
+            assert bool(workspace.weights.isnan().all()) == (splits < 50), "whole lists, or parts"
     assert not workspace.arrivals.any()
 
 

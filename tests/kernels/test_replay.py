@@ -66,7 +66,7 @@ def played(
         if block >= recorded - RECENT:
             place = blocks - (recorded - block)
         else:
-            random = hashed(key + list_number * 65536 + block) % stride
+            random = hashed(key + list_number * 65536 + block) * stride >> 31
             place = block * stride + (random if block else 0)
             if place >= blocks - RECENT:
                 continue
@@ -95,29 +95,35 @@ def expected_lse(
 
 
 def check_kernel(device: str = "cpu", recorded_group: int = 1) -> int:
-    """Odd lengths, one of them over several programs; nothing else is written."""
+    """Odd lengths, one of them over several programs, and rows of scores that vectors fit and that
+    they do not; nothing else is written."""
     from benchmarks.replay.replay import Replay
 
     recording = a_recording(group=recorded_group)
     replay = Replay(recording, device)
     lengths = torch.tensor([112, 0, 1, 40, 113, 2081, 8999], dtype=torch.int32)
     table = torch.tensor([[7, 9], [0, 0], [3, 9], [4, 9], [1000, 9], [12, 9], [54321, 9]]).int()
-    max_blocks, num_heads = 1130, NUM_KV_HEADS * GROUP
+    num_heads = NUM_KV_HEADS * GROUP
     # Chunks of 16 V blocks.
     shape = CacheShape(NUM_LAYERS, num_heads, NUM_KV_HEADS, 128, 16, TOKENS, torch.bfloat16)
     cases = 0
-    for layer in (0, 3):
+    for layer, max_blocks in ((0, 1130), (3, 1132)):
+        wide = 4 if max_blocks % 4 == 0 else 1
         lse = torch.full((len(lengths), num_heads, max_blocks), torch.nan, device=device)
         sums = torch.full((*lse.shape[:2], 71), torch.nan, device=device)
-        replay.launch(shape, layer, lengths.to(device), table.to(device), lse, sums)
+        most = torch.full_like(sums, torch.nan)
+        replay.launch(shape, layer, lengths.to(device), table.to(device), lse, sums, most)
         expected_sums = sums_of_chunks(lse.cpu(), (-(-lengths // TOKENS)).tolist(), 16)
         for row, count in enumerate((-(-lengths // (16 * TOKENS))).tolist()):
             assert_close(sums[row, :, :count].cpu(), expected_sums[row, :, :count])
+            above = most[row, :, :count].repeat_interleave(16, -1)[..., :max_blocks]
+            there = -(-int(lengths[row]) // TOKENS)
+            assert bool((lse[row, :, :there] <= above[..., :there]).all())
         by_head = lse.cpu().unflatten(1, (NUM_KV_HEADS, GROUP))
         for row, head in itertools.product(range(len(lengths)), range(NUM_KV_HEADS)):
             tokens = int(lengths[row])
             blocks = -(-tokens // TOKENS)
-            assert by_head[row, head, :, blocks:].isnan().all()
+            assert by_head[row, head, :, -(-blocks // wide) * wide :].isnan().all()
             for in_group in range(GROUP if blocks else 0):
                 expected = expected_lse(
                     recording, int(table[row, 0]), tokens, layer * NUM_KV_HEADS + head,

@@ -24,11 +24,12 @@ _SHORT_LIST = 256
 # Rows of int8 (csrc/attend.cu): thread blocks for each multiprocessor, at least so many for each
 # list that may be long, and tiles of 16 tokens that are worth one.
 _BLOCKS_OF_MULTIPROCESSOR, _LEAST_BLOCKS, _LEAST_TILES = 2, 6, 32
-# The last where several rows have one list: a tile for each warp.
-_LEAST_JOINT_TILES = 8
+# The last where several rows have one list, of each warp: adding up two parts takes as long as a
+# dozen tiles, and the shortest part has three times as many as this.
+_JOINT_TILES_OF_WARP = 4
 # More values of a head, and more query heads of a list of several rows, take all registers that a
 # thread may have.
-_SMALL_HEAD, _FEW_HEADS = 128, 4
+_SMALL_HEAD, _TILE_HEADS = 128, 4
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class RowsConfig:
     Attributes:
         splits: thread blocks of a list that is long enough. Where several rows have one list, of
             the launch: they share all lists.
-        least_tiles: 16 tokens each, that are worth a thread block.
+        least_tiles: 16 tokens each, that are worth a thread block. Where several rows have one
+            list a power of two, and a part of a list has three times as many or more.
     """
 
     splits: int
@@ -94,15 +96,20 @@ def _joint_config(
     shape: CacheShape, num_lists: int, multiprocessors: int, together: int
 ) -> RowsConfig:
     """`rows_config` where several rows have one list: as many thread blocks as there is room for at
-    once. csrc/attend.cu halves those of more than one tile of query heads where there are more than
-    multiprocessors."""
+    once, or some times as many where there are more lists. csrc/attend.cu halves those of more
+    than one tile of query heads where there are more than multiprocessors."""
+    lists, heads = -(-num_lists // together), together * shape.group
+    tiles = next(tiles for tiles in (1, 2, 4) if heads <= tiles * _TILE_HEADS or tiles == 4)
     small_head = shape.head_size <= _SMALL_HEAD
-    halved = small_head and num_lists > together * multiprocessors
-    small = small_head and together * shape.group <= _FEW_HEADS
-    blocks = multiprocessors * (_BLOCKS_OF_MULTIPROCESSOR if small or halved else 1)
-    # Of each thread block there is room for a part, and in all for one more of each list.
-    room = (most_parts(num_lists) - num_lists) // together
-    return RowsConfig(min(blocks, room), _LEAST_JOINT_TILES)
+    of_warp = tiles if small_head else 1
+    halved = of_warp > 1 and lists > multiprocessors
+    room_for_two = halved or (small_head and tiles == 1)
+    at_once = multiprocessors * (_BLOCKS_OF_MULTIPROCESSOR if room_for_two else 1)
+    blocks = at_once * -(-lists // at_once)
+    # A part has the room of as many rows as may have a list.
+    room = most_parts(num_lists) // together
+    warps_of_list = (4 if halved else 8) * of_warp // tiles
+    return RowsConfig(min(blocks, room), _JOINT_TILES_OF_WARP * warps_of_list)
 
 
 def attend_config(shape: CacheShape, num_lists: int, columns: int) -> AttendConfig:

@@ -46,7 +46,8 @@ def score_codes(
         view: Of k_bits 4, with `packed`.
         batch: Its query may be strided over requests. All columns of its block table are read; what
             they hold past a row's length does not matter.
-        lists: `block_lse` and `chunk_lse` are written. Its `chunk_blocks` is that of `score_plan`.
+        lists: `block_lse` and `chunk_lse` are written, `chunk_max` too where it has one. Its
+            `chunk_blocks` is that of `score_plan`.
         transformed: [B, Hq, D] float32, GPU. Written: q' of each request that has tokens.
         bias: [B, Hq] float32, GPU. Written: scale * (q . mean) of the same.
         dependent, after_write: as for `score.score_blocks`.
@@ -67,6 +68,7 @@ def score_codes(
         batch.block_table,
         lists.block_lse,
         lists.chunk_lse,
+        lists.chunk_max,
         transformed,
         bias,
         batch.spans,

@@ -78,6 +78,8 @@ class Lists:
         signals: [B * Hkv] int32 or longer, GPU. 0 at the start of a step. Each program of the
             score kernel that has a chunk of a list adds 1, release, when its scores are there; the
             follower writes -1 when it is done with a list.
+        chunk_max: [B, Hq, C] float32, GPU. Of each chunk what no block of it scores above; None
+            where scoring does not leave it. Lists of several rows pass over chunks by it.
     """
 
     seq_lens: torch.Tensor
@@ -88,6 +90,7 @@ class Lists:
     selected: Selected
     rows: torch.Tensor
     signals: torch.Tensor
+    chunk_max: torch.Tensor | None = None
 
     def arguments(self) -> tuple[object, ...]:
         """In the order of the operations' schemas."""
@@ -133,7 +136,7 @@ def select_and_fetch(
             that selected it. The others' counts are 0. `own_lists` takes it apart.
     """
     arguments = lists.arguments() if followed else (*lists.arguments()[:-1], None)
-    torch.ops.kcache.select_and_fetch(view, *arguments, spans, together, dependent)
+    torch.ops.kcache.select_and_fetch(view, *arguments, lists.chunk_max, spans, together, dependent)
 
 
 def own_lists(selected: Selected, spans: torch.Tensor | None, together: int) -> Selected:

@@ -117,6 +117,7 @@ def workspace_buffers(
     return {
         "block_lse": (heads * max_blocks, torch.float32),
         "chunk_lse": (heads * chunks, torch.float32),
+        "chunk_max": (coded * chunks, torch.float32),
         "blocks": (places, torch.int32),
         "rows": (places, torch.int32),
         "counts": (lists, torch.int32),
@@ -145,7 +146,8 @@ class DecodeWorkspace:
 
     Attributes:
         max_requests, max_blocks: of a batch.
-        block_lse ... signals: flat, see `select.Lists`. `signals` is zero between steps.
+        block_lse ... signals: flat, see `select.Lists`; `chunk_max` is empty with k_bits 16.
+            `signals` is zero between steps.
         code_query, code_bias: [B, Hq, D] and [B, Hq] float32, GPU. The query in the form that codes
             are scored with, and what its score adds to each (reference/codes.py); empty with k_bits
             16.
@@ -161,6 +163,7 @@ class DecodeWorkspace:
     max_blocks: int
     block_lse: torch.Tensor
     chunk_lse: torch.Tensor
+    chunk_max: torch.Tensor
     blocks: torch.Tensor
     rows: torch.Tensor
     counts: torch.Tensor
@@ -223,6 +226,7 @@ class DecodeWorkspace:
         columns = columns_of(view.selection, max_blocks, batch.listed_together(shape))
         places = (*lists, columns)
         heads = (requests, shape.num_query_heads)
+        chunks = (*heads, score_plan.num_chunks(shape, max_blocks))
         selected = Selected(
             front(self.blocks, *places),
             front(self.counts, *lists),
@@ -234,11 +238,12 @@ class DecodeWorkspace:
             batch.seq_lens,
             batch.block_table,
             front(self.block_lse, *heads, max_blocks),
-            front(self.chunk_lse, *heads, score_plan.num_chunks(shape, max_blocks)),
+            front(self.chunk_lse, *chunks),
             score_plan.chunk_blocks(shape),
             selected,
             front(self.rows, *places),
             self.signals,
+            front(self.chunk_max, *chunks) if shape.k_bits != 16 else None,
         )
 
     def selected_by(self, view: LayerView, batch: DecodeBatch, lists: Lists) -> Lists:

@@ -90,7 +90,9 @@ def plain_states(state_engines: StateEngines) -> dict[str, Any]:
     return state_engines.run_stock()
 
 
-def check(found: dict[str, Any], plain: dict[str, Any], hits: bool = True) -> None:
+def check(
+    found: dict[str, Any], plain: dict[str, Any], hits: bool = True, waits: bool = True
+) -> None:
     """Equal texts, of which each says many words; drafts of both kinds, hits, and requests that
     had to wait."""
     texts = [tokens for batch in tokens_of(plain) for row in batch for tokens in row]
@@ -99,7 +101,7 @@ def check(found: dict[str, Any], plain: dict[str, Any], hits: bool = True) -> No
     assert tokens_of(found) == tokens_of(plain)
     _, drafts, accepted = figures_of(found)
     assert 0 < accepted < drafts
-    assert found["vllm_metrics"]["vllm:num_preemptions"] > 0
+    assert (found["vllm_metrics"]["vllm:num_preemptions"] > 0) == waits
     # The second prompts begin with the first.
     assert (max(row["cached_tokens"] for row in found["batches"][1]) > 200) == hits
     figures = found["kcache_metrics"]
@@ -157,4 +159,5 @@ def test_other_drafts_beside_states(
     }
     runs = state_engines.run("others", specs)
     for name in specs:
-        check(runs[name], plain_states, hits=name != "uncached")
+        # With half of the drafts right requests are gone before blocks run out.
+        check(runs[name], plain_states, hits=name != "uncached", waits=name != "known")

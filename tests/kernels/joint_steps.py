@@ -8,6 +8,7 @@ by which each has its own.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -51,6 +52,7 @@ RULES = (
     Selection(None, 0.7, 0, 1, "max"),
 )
 DTYPES = (torch.bfloat16, torch.float16)
+Step = Callable[[], object]
 MOST_TOKENS = max(RAGGED)
 
 
@@ -165,6 +167,39 @@ def check_step(
     assert not workspace.arrivals.any()
 
 
+def check_changing_lengths(
+    device: str = "cpu", captured: Callable[[Step], Step] = lambda step: step
+) -> None:
+    """One step, run again on other lengths: how lists are cut, and of which chunks there is a
+    largest score, is of the lengths that it finds.
+
+    Args:
+        captured: What runs the step again, as a graph that it is captured in.
+    """
+    coded, layer = joint_layer(LONG, RULES[1], torch.bfloat16, 256, device)
+    view, batch, workspace = layer.view, layer.batch, layer.workspace
+    assert batch.spans is not None
+    out = torch.empty_like(batch.query)
+    step = captured(lambda: decode_step(view, workspace, batch, out))
+    lengths, spans = batch.seq_lens.clone(), batch.spans.clone()
+    # Rows of the requests of LONG, of one, four, three and eight tokens, the fourth pads.
+    for first, last, length in ((0, 0, 1500), (9, 16, 257), (1, 4, 0), (0, 0, 5), (5, 7, 514)):
+        batch.seq_lens.copy_(lengths)
+        batch.spans.copy_(spans)
+        rows = slice(first, last + 1)
+        if length == 0:
+            batch.seq_lens[rows] = 0
+            batch.spans[rows] = 0
+        else:
+            batch.seq_lens[rows] += length - int(lengths[last])
+        out.fill_(torch.nan)
+        step()
+        found = replace(coded, case=replace(coded.case, seq_lens=batch.seq_lens.cpu()))
+        expected, _, _ = expected_of(found, layer, lists_of_rows(layer)[1])
+        assert_close(out.cpu(), expected)
+        assert not workspace.arrivals.any()
+
+
 def check_estimate_errors(device: str = "cpu") -> None:
     """Each look counts the errors of a chunk of a list: of each row those of what it selected;
     in time each chunk of each list has its turn. Needs `attend.ESTIMATES_EVERY` 1."""
@@ -204,9 +239,10 @@ def main() -> None:
         check_step(shape, rule, torch.bfloat16, most_tokens=most_tokens)
         cases += 1
     check_step(MANY, RULES[1], torch.bfloat16, 1 << 12)
+    check_changing_lengths()
     attend.ESTIMATES_EVERY = 1
     check_estimate_errors()
-    print(f"{cases + 1} steps of several tokens a request are as defined")
+    print(f"{cases + 2} steps of several tokens a request are as defined")
 
 
 if __name__ == "__main__":

@@ -81,16 +81,18 @@ __device__ void ListSelection<R>::find_chunks(int first_block) {
     bool reaches = false;
 #pragma unroll 4
     for (int head = 0; head < view_.group; ++head, most += step_.max_chunks) {
-      reaches |= __ldcg(most) >= limits[head];
+      // What is no number says nothing of the others in its chunk.
+      reaches |= !(__ldcg(most) < limits[head]);
     }
     const unsigned wanted = __ballot_sync(kAllLanes, exists && reaches);
     if (lane_ == 0) shared_.chunks[row][word] = wanted;
     if (!exists || !reaches) continue;
+    const int first = chunk << shift, last = min(first + step_.chunk_blocks, blocks);
 #pragma unroll 1
     for (int head = 0; head < view_.group; ++head) {
-      const float* scores = scores_of(row, head) + first_block + (chunk << shift);
+      const float* scores = scores_of(row, head) + first_block;
 #pragma unroll 1
-      for (int block = 0; block < step_.chunk_blocks; block += 32) prefetch(scores + block);
+      for (int block = first; block < last; block += 32) prefetch(scores + block);
     }
   }
   __syncthreads();

@@ -44,7 +44,6 @@ __global__ void __launch_bounds__(kMostThreads, kLeastBlocks)
     joint_select_kernel(const __grid_constant__ LayerView view, const __grid_constant__ Step step) {
   __shared__ ListShared<R> shared;
   __shared__ bool more;
-  __shared__ int next;  // -1: none
   const int head = static_cast<int>(blockIdx.x), num_rows = step.num_lists / view.num_kv_heads;
 #pragma unroll 1
   for (int number = static_cast<int>(blockIdx.y);; number += static_cast<int>(gridDim.y)) {

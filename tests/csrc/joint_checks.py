@@ -104,6 +104,27 @@ def check_passed_over(device: str = "cpu") -> None:
         assert bool((own.blocks[..., 0] == 0).all())
 
 
+def check_no_number(device: str = "cpu") -> None:
+    """A block that scores no number, and so its chunk: the others are selected as where each row
+    has its list."""
+    rule, chunk = Selection(None, None, 1, 16, "max", 1e-3), 2
+    lengths, spans = rows_of((1000, 700), (2, 2))
+    batch = Batch.make(Sizes(tuple(lengths), spare=3), rule, device=device)
+    batch.lists.block_table[1::2] = batch.lists.block_table[::2]
+    lists = batch.lists
+    assert lists.chunk_max is not None
+    lists.block_lse[:, :, chunk * batch.sizes.chunk + 5] = torch.nan
+    for of_chunks in (lists.chunk_lse, lists.chunk_max):
+        of_chunks[:, :, chunk] = torch.nan
+    select_and_fetch(batch.view, lists)
+    alone = batch.on_host()[1]
+    in_chunk = (alone.blocks >= 0) & (alone.blocks // batch.sizes.chunk == chunk)
+    assert bool(in_chunk.any())
+    joint, of_spans = batch.again(), torch.tensor(spans, dtype=torch.int32, device=device)
+    select_and_fetch(joint.view, joint.lists, followed=False, spans=of_spans, together=2)
+    _check_own(own_lists(joint.on_host()[1], torch.tensor(spans), 2), alone, lengths)
+
+
 def _check_own(own: Selected, alone: Selected, lengths: list[int]) -> None:
     assert torch.equal(own.counts, alone.counts)
     columns = min(own.blocks.shape[2], alone.blocks.shape[2])

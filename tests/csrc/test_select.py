@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from tests.csrc.batch import DEFAULT, POISON, ROW_BYTES, RULES, Batch, Sizes, layer_view
-from tests.csrc.joint_checks import RAGGED, check_joint_lists, check_passed_over
+from tests.csrc.joint_checks import (
+    RAGGED,
+    check_joint_lists,
+    check_no_number,
+    check_passed_over,
+)
 from vllm_kcache.cache.hot_cache import HotCache
 from vllm_kcache.kernels.select import select_and_fetch, select_blocks
 from vllm_kcache.types import Selection
@@ -253,3 +258,7 @@ def test_segments_of_one_list(rule: Selection) -> None:
 
 def test_chunks_without_enough_are_passed_over() -> None:
     check_passed_over()
+
+
+def test_a_score_that_is_no_number_hides_no_other() -> None:
+    check_no_number()

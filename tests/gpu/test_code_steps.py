@@ -94,6 +94,20 @@ def test_many_lists_of_several_tokens(rule: Selection) -> None:
     joint_steps.check_step(joint_steps.MANY, rule, torch.bfloat16, 1 << 14, "cuda")
 
 
+def test_a_captured_step_of_several_tokens() -> None:
+    """On lengths that it was not captured with."""
+
+    def captured(step: joint_steps.Step) -> joint_steps.Step:
+        step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        return graph.replay
+
+    joint_steps.check_changing_lengths("cuda", captured)
+
+
 def test_errors_of_estimates_of_one_list(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attend, "ESTIMATES_EVERY", 1)
     joint_steps.check_estimate_errors("cuda")

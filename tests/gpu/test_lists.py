@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from tests.csrc.batch import DEFAULT, POISON, RULES, Batch, Sizes
-from tests.csrc.joint_checks import RAGGED, check_joint_lists, check_passed_over
+from tests.csrc.joint_checks import (
+    RAGGED,
+    check_joint_lists,
+    check_no_number,
+    check_passed_over,
+)
 from vllm_kcache.cache.hot_cache import ENDED, REST_UNTIL, SCORED, WANTED
 from vllm_kcache.kernels.select import follow_scores, select_and_fetch, select_blocks
 from vllm_kcache.reference.paging import physical_v_blocks
@@ -58,13 +63,15 @@ def test_tokens_of_a_request_with_one_list(rule: Selection, group: int, together
     lengths = (9, 4000, 8, 0, 203, 33, 777, 17, 8192 * 8 + 2)
     sizes = Sizes(lengths, 2, group, 8, 16)
     check_joint_lists(sizes, rule, RAGGED, together, 1 << 18, device="cuda")
+    # With scores that begin where a vector may, and chunks that may be passed over.
+    check_joint_lists(replace(sizes, spare=3), rule, RAGGED, together, 30, device="cuda")
+    many = replace(sizes, seq_lens=(400, *range(100, 160)))
+    check_joint_lists(many, rule, (5, *[4] * 60), together, 0, device="cuda", before=2)
 
 
 def test_chunks_without_a_block_are_passed_over() -> None:
     check_passed_over(device="cuda")
-    check_joint_lists(sizes, rule, RAGGED, together, 30, device="cuda")
-    many = replace(sizes, seq_lens=(400, *range(100, 160)))
-    check_joint_lists(many, rule, (5, *[4] * 60), together, 0, device="cuda", before=2)
+    check_no_number(device="cuda")
 
 
 @pytest.mark.parametrize("num_slots", [500, 1 << 16])

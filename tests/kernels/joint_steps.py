@@ -8,6 +8,7 @@ by which each has its own.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -51,6 +52,7 @@ RULES = (
     Selection(None, 0.7, 0, 1, "max"),
 )
 DTYPES = (torch.bfloat16, torch.float16)
+Step = Callable[[], object]
 MOST_TOKENS = max(RAGGED)
 
 
@@ -121,6 +123,17 @@ def expected_of(
     return expected, refined, block_lse
 
 
+def are_cut(shared: Selected, block_tokens: int, splits: int, least_tiles: int) -> bool:
+    """Whether some list has several parts: of all lengths the shortest is taken with which there
+    are no more parts than thread blocks."""
+    tiles = -(-shared.counts[shared.counts > 0] * block_tokens // 16)
+    for units in (3, 4, 6, 8, 16, 32, 64, 128, 256, 512):
+        parts = -(-tiles // (units * least_tiles))
+        if int(parts.sum()) <= splits:
+            return bool((parts > 1).any())
+    return False
+
+
 def check_step(
     shape: Shape, rule: Selection, dtype: torch.dtype, num_slots: int = 256, device: str = "cpu",
     most_tokens: int = MOST_TOKENS,
@@ -149,9 +162,42 @@ def check_step(
             config=RowsConfig(splits, least_tiles),
         )  # fmt: skip
         assert_close(out.cpu(), expected)
-        if shape == LONG:
-            assert bool(workspace.weights.isnan().all()) == (splits < 50), "whole lists, or parts"
+        parts = are_cut(shared, shape.v_block_tokens, splits, least_tiles)
+        assert bool(workspace.weights.isnan().all()) == (not parts), "whole lists, or parts"
     assert not workspace.arrivals.any()
+
+
+def check_changing_lengths(
+    device: str = "cpu", captured: Callable[[Step], Step] = lambda step: step
+) -> None:
+    """One step, run again on other lengths: how lists are cut, and of which chunks there is a
+    largest score, is of the lengths that it finds.
+
+    Args:
+        captured: What runs the step again, as a graph that it is captured in.
+    """
+    coded, layer = joint_layer(LONG, RULES[1], torch.bfloat16, 256, device)
+    view, batch, workspace = layer.view, layer.batch, layer.workspace
+    assert batch.spans is not None
+    out = torch.empty_like(batch.query)
+    step = captured(lambda: decode_step(view, workspace, batch, out))
+    lengths, spans = batch.seq_lens.clone(), batch.spans.clone()
+    # Rows of the requests of LONG, of one, four, three and eight tokens, the fourth pads.
+    for first, last, length in ((0, 0, 1500), (9, 16, 257), (1, 4, 0), (0, 0, 5), (5, 7, 514)):
+        batch.seq_lens.copy_(lengths)
+        batch.spans.copy_(spans)
+        rows = slice(first, last + 1)
+        if length == 0:
+            batch.seq_lens[rows] = 0
+            batch.spans[rows] = 0
+        else:
+            batch.seq_lens[rows] += length - int(lengths[last])
+        out.fill_(torch.nan)
+        step()
+        found = replace(coded, case=replace(coded.case, seq_lens=batch.seq_lens.cpu()))
+        expected, _, _ = expected_of(found, layer, lists_of_rows(layer)[1])
+        assert_close(out.cpu(), expected)
+        assert not workspace.arrivals.any()
 
 
 def check_estimate_errors(device: str = "cpu") -> None:
@@ -193,9 +239,10 @@ def main() -> None:
         check_step(shape, rule, torch.bfloat16, most_tokens=most_tokens)
         cases += 1
     check_step(MANY, RULES[1], torch.bfloat16, 1 << 12)
+    check_changing_lengths()
     attend.ESTIMATES_EVERY = 1
     check_estimate_errors()
-    print(f"{cases + 1} steps of several tokens a request are as defined")
+    print(f"{cases + 2} steps of several tokens a request are as defined")
 
 
 if __name__ == "__main__":

@@ -58,13 +58,13 @@ def test_tokens_of_a_request_with_one_list(rule: Selection, group: int, together
     lengths = (9, 4000, 8, 0, 203, 33, 777, 17, 8192 * 8 + 2)
     sizes = Sizes(lengths, 2, group, 8, 16)
     check_joint_lists(sizes, rule, RAGGED, together, 1 << 18, device="cuda")
+    check_joint_lists(sizes, rule, RAGGED, together, 30, device="cuda")
+    many = replace(sizes, seq_lens=(400, *range(100, 160)))
+    check_joint_lists(many, rule, (5, *[4] * 60), together, 0, device="cuda", before=2)
 
 
 def test_chunks_without_a_block_are_passed_over() -> None:
     check_passed_over(device="cuda")
-    check_joint_lists(sizes, rule, RAGGED, together, 30, device="cuda")
-    many = replace(sizes, seq_lens=(400, *range(100, 160)))
-    check_joint_lists(many, rule, (5, *[4] * 60), together, 0, device="cuda", before=2)
 
 
 @pytest.mark.parametrize("num_slots", [500, 1 << 16])

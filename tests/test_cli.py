@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,24 @@ def test_both_forms_are_planned_whatever_is_set(capsys: pytest.CaptureFixture[st
     exact = plan('{"k_bits": 4, "host_dtype": "model"}')
     assert exact["kcache_16"] == plan("{}")["kcache_16"]
     assert exact["kcache_4"]["fit"]["num_blocks"] < plan("{}")["kcache_4"]["fit"]["num_blocks"]
+
+
+def test_the_table_of_more_gpus_is_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/plan.md, with the settings that are the defaults today."""
+    text = (ROOT / "docs/plan.md").read_text()
+    rows = re.findall(r"^\| (\d), (\d+)K(, half of the layers)? \| (\d.*) \|$", text, re.MULTILINE)
+    assert len(rows) == 8
+    for gpus, context, half, cells in rows:
+        shape = ROOT / f"benchmarks/shapes/llama-3-70b{'-half' if half else ''}"
+        flags = ["--gpu", "h200", "--tensor-parallel-size", gpus, "--max-num-seqs", "256"]
+        flags += ["--context", f"{int(context) * 1024}", "--host-memory", f"{112 * int(gpus)}"]
+        assert main(["plan", str(shape), *flags, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        engines = [found[name] for name in ("stock", "stock_fp8", "kcache_16", "kcache_4")]
+        shown = [f"{engine['tokens_per_second']:.0f}" for engine in engines]
+        for i in (2, 3):
+            shown[i] += f", {engines[i]['speed_up_over_stock']:.2f}x"
+        assert cells.split(" | ") == shown
 
 
 FORMS = pytest.mark.parametrize("form", ["kcache_16", "kcache_4"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM with K in GPU memory and V in host memory.
+"""vLLM with codes of K, or K, in GPU memory and the rest in host memory.
 
 Source: KCache, He & Wu 2024, arXiv 2404.18057. Start at docs/design.md.
 """

@@ -82,7 +82,7 @@ class KCacheConfig(BaseModel):
     | top_n | coverage | selected, per request and KV head |
     |---|---|---|
     | not given | not given | every block that holds .002 of the mass of one query head (of 8
-      tokens; less of smaller blocks) |
+      tokens; in proportion of others; less beyond `threshold_length`) |
     | "all" | not given | every block: equal to full attention |
     | N | not given | the N blocks of most mass (the paper's mode, arXiv 2404.18057) |
     | not given or "all" | c | the fewest blocks that reach coverage c |
@@ -99,7 +99,7 @@ class KCacheConfig(BaseModel):
         mass_threshold: least share of the softmax mass for which a block is selected. `"auto"` is
             "not given".
         threshold_length: tokens of a request beyond which the mass threshold falls with the square
-            root of the length; None, at no length. `"auto"`: 8192.
+            root of the length, one that was given, too; None, at no length. `"auto"`: 8192.
         k_bits: 4, GPU pages hold K codes, by which scores are estimated, and host rows hold K
             beside V; 16, they hold K itself, which scores are of. `"auto"`: 4.
         host_dtype: with k_bits 4, the values of rows: the model's dtype, or int8. "auto": int8 for
@@ -113,8 +113,8 @@ class KCacheConfig(BaseModel):
             "clip" with a mass threshold, else "renormalize".
         head_combine: how the query heads of a KV head choose together (see `types.Selection`).
             "auto": "max" with a mass threshold, else "sum".
-        host_memory_gib: host memory for V, of all ranks on this machine together.
-        hot_cache_gib: GPU memory for copies of V blocks, per rank. 0 switches the cache off.
+        host_memory_gib: host memory for rows, of all ranks on this machine together.
+        hot_cache_gib: GPU memory for copies of rows, per rank. 0 switches the cache off.
         prefill: the kernel of exact prefill.
     """
 

@@ -113,9 +113,14 @@ class Sweep:
             setting: of the split cache; None for stock.
             arguments: of `vllm.LLM`, beside those of every engine.
         """
-        in_full = (
-            None if setting is None else KCacheConfig.from_user(setting).model_dump(mode="json")
-        )
+        in_full = None
+        if setting is not None:
+            config = KCacheConfig.from_user(setting)
+            in_full = config.model_dump(mode="json")
+            # In the row, whatever "auto" is by then: it has been another.
+            setting = {**setting, "k_bits": config.resolved_k_bits}
+            if config.has_mass_threshold:
+                setting["threshold_length"] = config.resolved_threshold_length
         common = {**self.common, "engine": {**self.common["engine"], **arguments}}
         key = key_of({**common, "length": length, "kcache": in_full})
         now = rows.environment(self.command)

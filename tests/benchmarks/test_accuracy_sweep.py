@@ -23,6 +23,7 @@ from benchmarks.accuracy.texts import (
     read_text,
     save_passages,
 )
+from benchmarks.figures import family_of
 from vllm_kcache.config import KCacheConfigError
 
 
@@ -178,7 +179,28 @@ def test_an_fp8_cache_is_stock_beside_stock(sweeps: Any, tmp_path: Path) -> None
     assert sweeps(*settings) == []
     found = [(row["engine"].get("kv_cache_dtype"), row["kcache"]) for row in rows.load(
         tmp_path / "rows.jsonl")]  # fmt: skip
-    assert found == [(None, None), ("fp8", None), (None, json.loads(four))]
+    split = {**json.loads(four), "threshold_length": 8192}
+    assert found == [(None, None), ("fp8", None), (None, split)]
+
+
+def test_rows_name_what_auto_was(sweeps: Any, tmp_path: Path) -> None:
+    given = [{}, {"coverage": 0.9}, {"k_bits": 16, "mass_threshold": 0.003}]
+    sweeps("--lengths", "300", "--settings", json.dumps([*given, {"threshold_length": None}]))
+    found = [row["kcache"] for row in rows.load(tmp_path / "rows.jsonl")][1:]
+    assert sorted(found, key=str) == sorted(
+        (
+            {"v_block_tokens": 8, "dense_layers": 0, **setting}
+            for setting in (
+                {"k_bits": 4, "threshold_length": 8192},
+                {"coverage": 0.9, "k_bits": 4},
+                {"k_bits": 16, "mass_threshold": 0.003, "threshold_length": 8192},
+                {"threshold_length": None, "k_bits": 4},
+            )
+        ),
+        key=str,
+    )
+    # So that no curve has rows of exact K and of codes.
+    assert [family_of(setting) for setting in found] == [None] * 4
 
 
 @pytest.mark.parametrize(

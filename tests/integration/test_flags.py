@@ -242,7 +242,7 @@ def test_benchmark_reads_the_flags(command: str, runs: Runs) -> None:
 def test_bench_latency_runs(runs: Runs) -> None:
     done = runs.benchmarks["latency"]
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "KCache: K pages" in done.stdout + done.stderr
+    assert "KCache: K codes" in done.stdout + done.stderr
     figures = json.loads((runs.folder / "latency.json").read_text())
     assert len(figures["latencies"]) == 2
 
@@ -250,7 +250,7 @@ def test_bench_latency_runs(runs: Runs) -> None:
 def test_bench_throughput_runs(runs: Runs) -> None:
     done = runs.benchmarks["throughput"]
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "KCache: K pages" in done.stdout + done.stderr
+    assert "KCache: K codes" in done.stdout + done.stderr
     assert json.loads((runs.folder / "throughput.json").read_text())["num_requests"] == 4
 
 

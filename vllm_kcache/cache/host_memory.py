@@ -169,7 +169,7 @@ AUTO_SHARE = 0.85
 def host_budget_bytes(
     host_memory_gib: float | str, ranks: int, engines: int = 1, root: Path = Path("/")
 ) -> int:
-    """Host memory that one rank may take for its V pool.
+    """Host memory that one rank may take for its rows.
 
     Args:
         host_memory_gib: `kcache_config.host_memory_gib`: GiB for all ranks of this host together,

@@ -136,7 +136,8 @@ def _with_flags(original: Callable) -> Callable:
             "--kv-backend",
             choices=BACKENDS,
             default=None,
-            help="'kcache' keeps K in GPU memory and V in host memory; 'default' is vLLM's own.",
+            help="'kcache' keeps codes of K, or K, in GPU memory and the rest in host memory; "
+            "'default' is vLLM's own.",
         )
         group.add_argument(
             "--kcache-config",

@@ -332,7 +332,8 @@ FREE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "olmo3": ("olmo3", {}),
     "granite without sinks": ("granite", {}),
-    "gpt-oss with K itself": ("gpt-oss", {}),
+    "gpt-oss": ("gpt-oss", {}),
+    "gpt-oss with K itself": ("gpt-oss", {"kcache_config": {"k_bits": 16}}),
     "wide groups on the CPU": ("llama, 20 query heads on one KV head", {}),
     "the model's dtype, named": ("llama", {"kv_cache_dtype": "bfloat16"}),
     "a checkpoint's fp8 KV, overruled": (
@@ -358,7 +359,7 @@ FREE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "transfer of weights, with K itself": (
         "llama",
-        {"weight_transfer_config": {"backend": "nccl"}},
+        {"weight_transfer_config": {"backend": "nccl"}, "kcache_config": {"k_bits": 16}},
     ),
     "Transformers' model code": ("llama", {"model_impl": "transformers"}),
     "layers with a state": ("jamba", {}),

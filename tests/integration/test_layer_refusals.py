@@ -290,7 +290,8 @@ def page_shape(vllm_config: Any, *specs: Any) -> Any:
 def test_layers_of_one_shape(vllm_config: Any) -> None:
     shape = page_shape(vllm_config, full_attention(), full_attention())
     assert (shape.num_layers, shape.page_tokens, shape.block_tokens) == (2, 32, 8)
-    assert shape.host_page_bytes == 2 * 2 * 32 * 64 * 2
+    # Of a layer and head four rows: K and V in int8 and their scales.
+    assert shape.host_page_bytes == 2 * 2 * 4 * (2 * 8 * 64 + 2 * 8 * 2)
 
 
 def test_layers_of_different_shapes_are_refused(vllm_config: Any) -> None:

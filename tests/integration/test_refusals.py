@@ -237,7 +237,7 @@ def test_not_refused(name: str, folders: Callable[[str], str]) -> None:
     vllm_config = engine_args(
         folders(model), kv_backend="kcache", **arguments
     ).create_engine_config()
-    assert messages(vllm_config) == []
+    assert messages(vllm_config, **arguments.get("kcache_config", {})) == []
     assert vllm_config.attention_config.backend.name == "CUSTOM"
     assert vllm_config.parallel_config.worker_cls == (
         "vllm_kcache.integration.cpu_worker.KCacheCPUWorker"

@@ -170,12 +170,7 @@ def draw_throughput(against: str, label: str, preset: bool = False) -> Any:
     order = sorted({name for curves in panels.values() for name in curves}, reverse=True)
     figure, axes = grid(len(panels))
     for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
-        draw_curves(axis, curves, order)
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter("{x:.0f}")
-        axis.set_yscale("log", base=2)
-        axis.yaxis.set_major_formatter("{x:.0f}")
-        axis.set_title(title, fontsize=9)
+        draw_throughput_panel(axis, title, curves, order)
         height = 0.04
         for name in order:
             stock, ours = curves.get("stock bf16", []), curves.get(name, [])
@@ -190,6 +185,16 @@ def draw_throughput(against: str, label: str, preset: bool = False) -> Any:
                 height += 0.07
     finish(figure, axes, label, "tokens per second")
     return figure
+
+
+def draw_throughput_panel(axis: Any, title: str, curves: Curves, order: Any) -> None:
+    """Curves over powers of two."""
+    draw_curves(axis, curves, order)
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:.0f}")
+    axis.set_yscale("log", base=2)
+    axis.yaxis.set_major_formatter("{x:.0f}")
+    axis.set_title(title, fontsize=9)
 
 
 def grid_panels(rows: list[Row]) -> dict[str, Curves]:
@@ -215,12 +220,7 @@ def draw_grid(rows: list[Row]) -> Any:
     panels = grid_panels(rows)
     figure, axes = grid(len(panels))
     for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
-        draw_curves(axis, curves, ENGINES)
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter("{x:.0f}")
-        axis.set_yscale("log", base=2)
-        axis.yaxis.set_major_formatter("{x:.0f}")
-        axis.set_title(title, fontsize=9)
+        draw_throughput_panel(axis, title, curves, ENGINES)
     first = rows[0]
     figure.suptitle(f"{first['model']}, {first['gpu']}, commit {first['commit']}", fontsize=10)
     finish(figure, axes, "tokens of context", "tokens per second")

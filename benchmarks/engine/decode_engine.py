@@ -72,6 +72,7 @@ def measure(options: dict[str, Any]) -> None:
         "kcache_config": options["kcache_config"] if split else None,
         "hot_cache_bytes": llm.collective_rpc(_hot_cache_bytes)[0] if split else None,
         "max_model_len": longest(options),
+        "max_num_batched_tokens": options["max_num_batched_tokens"],
         "num_blocks": cache.num_gpu_blocks,
         "num_pages": llm.collective_rpc(_num_pages)[0] if split else None,
         "start_seconds": round(start_seconds, 1),

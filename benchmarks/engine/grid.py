@@ -32,6 +32,7 @@ ENGINES = ("stock bf16", "stock fp8", "kcache 16", "kcache 4")
 ENGINE_KEYS = (
     "gpu", "commit", "model", "utilization", "label", "engine", "kv_cache_dtype", "drafts",
     "quantization", "tensor_parallel_size", "mode", "kcache_config", "max_model_len",
+    "max_num_batched_tokens",
 )  # fmt: skip
 # Least ratios of tokens per second that are aimed at: to stock bf16, and to stock fp8 from so many
 # requests of so long a context up, and elsewhere.

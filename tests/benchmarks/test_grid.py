@@ -117,9 +117,10 @@ def test_a_call_goes_on_where_the_last_one_was_cut(
     # With another setting, or of another commit, nothing is there.
     call(machine, "--utilization", "0.8")
     assert machine.started == [*before, "stock", "kcache"]
+    call(machine, "--max-num-batched-tokens", "4096")
     monkeypatch.setattr(grid, "commit", lambda: "def")
     call(machine)
-    assert machine.started == [*before, "stock", "kcache", "stock", "kcache"]
+    assert machine.started == [*before, *["stock", "kcache"] * 3]
 
 
 def test_no_engine_is_started_when_time_is_over(call: Any) -> None:

@@ -92,9 +92,8 @@ def write_qwen_mtp_model(folder: Path, model_type: str, **changes: Any) -> str:
     assert config["layer_types"].pop() == "full_attention"
     config["num_hidden_layers"] -= 1
     config["num_nextn_predict_layers"] = config["mtp_num_hidden_layers"] = 1
-    hidden, layer = config["hidden_size"], f"model.layers.{config['num_hidden_layers']}."
-    for name in [name for name in weights if name.startswith(layer)]:
-        weights[f"mtp.layers.0.{name.removeprefix(layer)}"] = weights.pop(name)
+    _rename_last_layer(config, weights, "mtp.layers.0.")
+    hidden = config["hidden_size"]
     # Weights of these norms are what is added to one.
     for name in ("norm", "pre_fc_norm_hidden", "pre_fc_norm_embedding"):
         weights[f"mtp.{name}.weight"] = torch.zeros(hidden)
@@ -112,9 +111,8 @@ def write_mimo_model(folder: Path, **changes: Any) -> str:
     config["num_hidden_layers"] -= 1
     config["layer_types"].pop()
     config |= {"architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1}
-    hidden, layer = config["hidden_size"], f"model.layers.{config['num_hidden_layers']}."
-    for name in [name for name in weights if name.startswith(layer)]:
-        weights[f"model.mtp_layers.0.{name.removeprefix(layer)}"] = weights.pop(name)
+    _rename_last_layer(config, weights, "model.mtp_layers.0.")
+    hidden = config["hidden_size"]
     for name in ("token_layernorm", "hidden_layernorm", "final_layernorm"):
         weights[f"model.mtp_layers.0.{name}.weight"] = torch.ones(hidden)
     noise = torch.randn(hidden, hidden, generator=torch.Generator().manual_seed(0))
@@ -122,6 +120,13 @@ def write_mimo_model(folder: Path, **changes: Any) -> str:
         [torch.eye(hidden), 0.01 * noise], 1
     )
     return _write(folder, config, weights)
+
+
+def _rename_last_layer(config: dict[str, Any], weights: dict[str, Any], prefix: str) -> None:
+    """Weights of the layer past those that the configuration counts."""
+    layer = f"model.layers.{config['num_hidden_layers']}."
+    for name in [name for name in weights if name.startswith(layer)]:
+        weights[prefix + name.removeprefix(layer)] = weights.pop(name)
 
 
 def _read(model: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -41,13 +41,13 @@ def test_lists_of_several_tokens_share_one_wave() -> None:
     warps and of eight; of 40 requests twice as many. Query heads of one tile leave room for two of
     eight, larger heads for one, in which four warps take the same query heads."""
     coded = replace(LLAMA, k_bits=4, host_dtype="int8")
-    assert rows_config(coded, 26 * 4 * 8, 4096, 132, 4) == RowsConfig(264, 16)
-    assert rows_config(coded, 40 * 4 * 8, 4096, 132, 4) == RowsConfig(528, 16)
-    assert rows_config(coded, 4 * 8, 4096, 132, 4) == RowsConfig(132, 32)
+    assert rows_config(coded, 26 * 4 * 8, 4096, 132, 4) == RowsConfig(264, 2)
+    assert rows_config(coded, 40 * 4 * 8, 4096, 132, 4) == RowsConfig(528, 2)
+    assert rows_config(coded, 4 * 8, 4096, 132, 4) == RowsConfig(132, 4)
     llama_2 = replace(coded, num_query_heads=32, num_kv_heads=32)
-    assert rows_config(llama_2, 4 * 32, 2048, 132, 4) == RowsConfig(264, 32)
+    assert rows_config(llama_2, 4 * 32, 2048, 132, 4) == RowsConfig(264, 4)
     wide = replace(WIDE, k_bits=4, host_dtype="int8")
-    assert rows_config(wide, 4 * 8, 4096, 132, 4) == RowsConfig(132, 16)
+    assert rows_config(wide, 4 * 8, 4096, 132, 4) == RowsConfig(132, 2)
 
 
 @pytest.mark.parametrize("together", [2, 3, 4, 8])

@@ -24,9 +24,9 @@ _SHORT_LIST = 256
 # Rows of int8 (csrc/attend.cu): thread blocks for each multiprocessor, at least so many for each
 # list that may be long, and tiles of 16 tokens that are worth one.
 _BLOCKS_OF_MULTIPROCESSOR, _LEAST_BLOCKS, _LEAST_TILES = 2, 6, 32
-# The last where several rows have one list, of each warp: adding up two parts takes as long as a
-# dozen tiles, and the shortest part has three times as many as this.
-_JOINT_TILES_OF_WARP = 4
+# The last where several rows have one list: one for so many warps, and the shortest part has three
+# times as many. A small batch leaves multiprocessors without work, and adding up parts costs less.
+_JOINT_WARPS_OF_TILE = 2
 # More values of a head, and more query heads of a list of several rows, take all registers that a
 # thread may have.
 _SMALL_HEAD, _TILE_HEADS = 128, 4
@@ -109,7 +109,7 @@ def _joint_config(
     # A part has the room of as many rows as may have a list.
     room = most_parts(num_lists) // together
     warps_of_list = (4 if halved else 8) * of_warp // tiles
-    return RowsConfig(min(blocks, room), _JOINT_TILES_OF_WARP * warps_of_list)
+    return RowsConfig(min(blocks, room), max(1, warps_of_list // _JOINT_WARPS_OF_TILE))
 
 
 def attend_config(shape: CacheShape, num_lists: int, columns: int) -> AttendConfig:

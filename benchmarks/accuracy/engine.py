@@ -29,10 +29,8 @@ import numpy as np
 from benchmarks.accuracy.score import FIELDS, selection_figures, summarise
 from benchmarks.accuracy.table import stock_name
 from benchmarks.accuracy.texts import load_passages
+from benchmarks.engine.decode_engine import SPARE_TOKENS, requests_that_fit
 from benchmarks.rows import Row, Rows
-
-# Groups of requests that fit the cache leave this many pages for the engine itself.
-_SPARE_PAGES = 4
 
 
 def stock_logits_path(work: Path, length: int) -> Path:
@@ -123,14 +121,10 @@ class EngineRun:
         Raises:
             RuntimeError: one is too large.
         """
-        cache = self.llm.llm_engine.vllm_config.cache_config
-        pages = -(-(length + self.passages[0].num_forced) // cache.block_size) + 1
-        each = (cache.num_gpu_blocks - _SPARE_PAGES) // pages
+        tokens = length + self.passages[0].num_forced
+        each = requests_that_fit(self.llm, tokens + SPARE_TOKENS)
         if not each:
-            raise RuntimeError(
-                f"a context needs {pages} pages and the cache has {cache.num_gpu_blocks}: give it "
-                "more memory"
-            )
+            raise RuntimeError(f"no context of {tokens} tokens fits the cache: give it more memory")
         numbers = list(range(len(self.passages)))
         return [numbers[first : first + each] for first in range(0, len(numbers), each)]
 

@@ -12,7 +12,9 @@ import pytest
 
 from benchmarks import rows
 from benchmarks.accuracy import __main__ as accuracy
+from benchmarks.accuracy import engine as engine_module
 from benchmarks.accuracy import sweep as sweep_module
+from benchmarks.accuracy.engine import EngineRun
 from benchmarks.accuracy.settings import by_engine, default_settings
 from benchmarks.accuracy.texts import (
     Passage,
@@ -23,6 +25,7 @@ from benchmarks.accuracy.texts import (
     read_text,
     save_passages,
 )
+from benchmarks.engine.decode_engine import SPARE_TOKENS
 from benchmarks.figures import family_of
 from vllm_kcache.config import KCacheConfigError
 
@@ -224,6 +227,19 @@ def test_memory_is_that_of_rows(
     memory = sweep._gpu_memory({"v_block_tokens": 8, **setting})
     assert memory["hot_cache_gib"] * 2**30 == pytest.approx(1.1 * 352 * bytes_a_token)
     assert memory["host_memory_gib"] * 2**30 == pytest.approx(1.2 * 352 * bytes_a_token)
+
+
+def test_contexts_are_decoded_in_groups_that_fit(
+    passages: list[Passage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as the engine holds at once with what is forced, by each of its pools."""
+    run = EngineRun.__new__(EngineRun)
+    run.llm, run.passages = "llm", passages
+    fits = {("llm", 1000 + 50 + SPARE_TOKENS): 4}
+    monkeypatch.setattr(engine_module, "requests_that_fit", lambda *request: fits.get(request, 0))
+    assert run.groups(1000) == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
+    with pytest.raises(RuntimeError, match="no context of 2050 tokens fits"):
+        run.groups(2000)
 
 
 def test_bad_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,8 +53,10 @@ FULL_ATTENTION = "Serve a model with full attention in every layer"
 # fmt: off
 CASES = {
     "fp8 KV": Case(
-        KV_DTYPE, "kv_cache_dtype=fp8:", "Leave --kv-cache-dtype at auto",
-        arguments={"kv_cache_dtype": "fp8"},
+        KV_DTYPE,
+        "kv_cache_dtype=fp8: pages and host rows have formats of their own, by kcache_config.k_bits"
+        " and host_dtype",
+        "Leave --kv-cache-dtype at auto", arguments={"kv_cache_dtype": "fp8"},
     ),
     "int8 KV": Case(
         KV_DTYPE, "kv_cache_dtype=int8_per_token_head:", "Leave --kv-cache-dtype at auto",

@@ -170,7 +170,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "kv_dtype",
         "kv_cache_dtype={value}",
-        "V blocks are fetched in the model's dtype, and pages in another are not read yet",
+        "pages and host rows have formats of their own, by kcache_config.k_bits and host_dtype: K "
+        "of 4 bits and, for models of 2 bytes a value, rows of int8 unless these say otherwise",
         "Leave --kv-cache-dtype at auto; where the checkpoint asks for it, set --kv-cache-dtype to "
         "the model's dtype.",
         value=features.kv_dtype,

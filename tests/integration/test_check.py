@@ -70,6 +70,17 @@ def test_json(folders: Callable[[str], str], capsys: pytest.CaptureFixture[str])
     assert found.startswith(PREFIX + "kv_cache_dtype=fp8:")
 
 
+@pytest.mark.parametrize("cap", [float("inf"), float("nan"), -50.0])
+def test_a_soft_cap_that_is_none(folders: Callable[[str], str], tmp_path: Path, cap: float) -> None:
+    """JSON as Python writes it has such numbers, and vLLM takes them."""
+    config = json.loads(Path(folders("gemma2"), "config.json").read_text())
+    for value in (cap, None, 0.0):
+        text = json.dumps({**config, "attn_logit_softcapping": value})
+        (tmp_path / "config.json").write_text(text)
+        starts = [PREFIX + "a soft cap on scores out of range"] if value is cap else []
+        assert [found.split(" (")[0] for found in problems(str(tmp_path))] == starts
+
+
 def test_what_vllm_refuses_is_listed(folders: Callable[[str], str]) -> None:
     (found,) = problems(folders("llama"), "--tensor-parallel-size", "3")
     assert found == (
@@ -207,6 +218,7 @@ def test_bad_settings_and_flags(
 # What may stand where a number, a name or a list belongs.
 VALUES = (
     st.sampled_from((0, -1, 2**31, 10**30, 1e308, 0.5, "", "x", [], [1], {}, {"a": 1}))
+    | st.sampled_from(list(map(float, ("inf", "-inf", "nan"))))
     | st.none()
     | st.booleans()
     | st.integers(1, 64)
@@ -215,6 +227,7 @@ KEYS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "vocab_size", "max_position_embeddings", "model_type", "architectures", "layer_types",
     "sliding_window", "quantization_config", "rope_scaling", "torch_dtype", "text_config",
+    "attn_logit_softcapping", "query_pre_attn_scalar", "attention_multiplier",
 )  # fmt: skip
 FLAGS = (
     "--block-size", "--max-model-len", "--num-gpu-blocks-override", "--tensor-parallel-size",

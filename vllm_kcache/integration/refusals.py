@@ -350,6 +350,20 @@ REFUSALS: tuple[Refusal, ...] = (
         value=features.attention_sinks,
     ),
     Refusal(
+        "soft_cap",
+        "a soft cap on scores out of range ({value})",
+        "the kernels take caps from 2**-10 to 2**10",
+        "Correct it in the model's config.json; null is none.",
+        value=features.soft_cap,
+    ),
+    Refusal(
+        "scale",
+        "a scale of scores out of range ({value})",
+        "the kernels take scales from 2**-20 to 2**20",
+        "Correct what it is made of in the model's config.json.",
+        value=features.scale,
+    ),
+    Refusal(
         "head_size",
         "head_size={value}",
         "the kernels take 64, 80, 96, 128 and 256",

@@ -178,6 +178,25 @@ def test_blocks_of_window_layers_that_do_not_fit(
         assert all(part in text for part, text in zip(refused, found, strict=True))
 
 
+def test_blocks_that_are_states(
+    folders: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their number says nothing of the pages beside them, and that is said."""
+    note = (
+        "note: num_gpu_blocks_override=100000000: of this model these are states; the pages beside "
+        "them, and whether the host holds their rows, are found at start and not checked here"
+    )
+    override = ["--num-gpu-blocks-override", "100000000"]
+    for model, flags, code, noted in (
+        ("jamba", override, 0, 1),
+        ("jamba", [], 0, 0),
+        ("jamba", [*override, "--tensor-parallel-size", "3"], 1, 1),
+        ("llama", override, 1, 0),
+    ):
+        assert main(["check", folders(model), *flags]) == code
+        assert capsys.readouterr().out.count(note) == noted, (model, flags)
+
+
 def ends_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The one line of a check that has no answer; with --json the same as JSON."""
     capsys.readouterr()

@@ -199,7 +199,9 @@ class SplitCache:
 
         Args:
             settings: As for a new engine: what is not given takes its default. Keys outside
-                `RECONFIGURABLE` keep the engine's values, and may be given only with those.
+                `RECONFIGURABLE` keep the engine's values, and may be given only with those, "auto"
+                being what it means to this engine (of memory it is what was free at its start,
+                which no number repeats).
 
         Returns:
             The settings in force.
@@ -211,11 +213,12 @@ class SplitCache:
         started = self._started.to_json_dict()
         fixed = {key: value for key, value in started.items() if key not in RECONFIGURABLE}
         config = KCacheConfig.from_user({**fixed, **settings})
+        asked, runs_with = self._settings_of_start(config), self._settings_of_start(self._started)
         for key in settings:
-            if key not in RECONFIGURABLE and getattr(config, key) != getattr(self._started, key):
+            if key not in RECONFIGURABLE and asked[key] != runs_with[key]:
                 raise KCacheConfigError(
                     f"kcache_config.{key}={settings[key]!r}: needs a new engine; this one runs "
-                    f"with {getattr(self._started, key)!r}. Changed while it runs can be: "
+                    f"with {runs_with[key]!r}. Changed while it runs can be: "
                     f"{', '.join(RECONFIGURABLE)}"
                 )
         selection = config.selection(self.shape.block_tokens)
@@ -230,6 +233,34 @@ class SplitCache:
         self.config, self.selection = config, selection
         self._views.clear()
         return config
+
+    def _settings_of_start(self, config: KCacheConfig) -> dict[str, Any]:
+        """What cannot change while this engine runs, each value in one form only.
+
+        Raises:
+            KCacheConfigError: V blocks of so many tokens do not divide a page.
+        """
+        shape, dense = self.shape, config.dense_layers
+        values = {key: getattr(config, key) for key in KCacheConfig.model_fields}
+        if not isinstance(dense, int):
+            layers = tuple(sorted(set(dense)))
+            dense = len(layers) if layers == tuple(range(len(layers))) else layers
+        values |= {
+            "k_bits": config.resolved_k_bits,
+            "host_dtype": config.resolved_host_dtype(shape.dtype),
+            "v_block_tokens": config.resolved_v_block_tokens(
+                shape.head_size, shape.dtype.itemsize, shape.page_tokens
+            ),
+            "dense_layers": dense,
+        }
+        if config.prefill == "auto":
+            values["prefill"] = self.prefill_name
+        return values
+
+    @property
+    def prefill_name(self) -> str:
+        """The kernel of exact prefill, as the setting names it."""
+        return "torch"
 
     def _check_tail(self, config: KCacheConfig) -> None:
         """Refuse a tail that this engine has no buffers for."""

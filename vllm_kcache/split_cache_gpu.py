@@ -56,7 +56,7 @@ class PrefillKernels:
     """Exact attention of ragged batches, from vLLM or xformers (integration/prefill.py).
 
     Attributes:
-        name: For the log.
+        name: As `kcache_config.prefill` names it.
         attend: query, keys, values, ragged queries, ragged keys, causal, scale, soft cap ->
             `Attended`.
         merge: attention to the union of two sets of keys, from the attention to each.
@@ -158,6 +158,10 @@ class GPUSplitCache(SplitCache):
         assert self.hot_cache is not None  # made with the pool
         view = replace(view, hot_cache=self.hot_cache)
         return replace(view, packed=packed_view(view))
+
+    @property
+    def prefill_name(self) -> str:
+        return self.prefill.name
 
     def _check_tail(self, config: KCacheConfig) -> None:
         if config.resolved_tail == "clip" and self._started.resolved_tail != "clip":

@@ -288,28 +288,31 @@ class Load:
         self.started += 1
         name = f"load-{self.started}"
         what = {"request": name, "prompt": number, "asked": asked, "n": several}
+        most, patience, end = None, float("inf"), "cancelled in mid-stream"
         if fate < 0.06:
-            await self.cancel_in_time(name, number, asked, several)
-            return
-        most = self.random.randint(1, asked) if fate < 0.3 else None
-        delivered, left = await self.stream(name, number, asked, several, most)
+            patience, end = self.random.random() ** 2, "cancelled at a random time"
+        elif fate < 0.3:
+            most = self.random.randint(1, asked)
+        delivered, left = await self.stream(name, number, asked, several, most, patience)
         known = len(self.tally.wrong)
         if not left:
             short = [len(tokens) for tokens in delivered.values() if len(tokens) != asked]
             if short or len(delivered) != several:
                 self.tally.counts["wrong"] += 1
                 self.tally.wrong.append({**what, "lengths": list(map(len, delivered.values()))})
-        self.tally.counts["cancelled in mid-stream" if left else "completed"] += 1
+        self.tally.counts[end if left else "completed"] += 1
         for tokens in delivered.values():
             self.tally.add(what, self.expected[number], tokens)
         for wrong in self.tally.wrong[known:]:
             self.report.say(f"WRONG: {wrong}")
 
     async def stream(
-        self, name: str, number: int, asked: int, several: int, most: int | None
-    ) -> tuple[dict[int, list[int]], bool]:
+        self, name: str, number: int, asked: int, several: int,
+        most: int | None = None, patience: float = float("inf"),
+    ) -> tuple[dict[int, list[int]], bool]:  # fmt: skip
         """Tokens by completion, and whether it left before all had come: once the first has
-        `most`, or time is up."""
+        `most`, after `patience` seconds wherever it is then, in the queue too, or when time is up.
+        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -320,13 +323,20 @@ class Load:
             output_kind=RequestOutputKind.DELTA, **how,
         )  # fmt: skip
         delivered: dict[int, list[int]] = {}
+        leave_at = time.monotonic() + patience
         outputs = self.engine.generate(self.prompts[number], sampling, name)
         try:
             while True:
+                left = leave_at - time.monotonic()
                 try:
-                    output = await asyncio.wait_for(anext(outputs), SILENT_SECONDS)
+                    output = await asyncio.wait_for(anext(outputs), min(SILENT_SECONDS, left))
                 except StopAsyncIteration:
                     return delivered, False
+                except asyncio.TimeoutError:
+                    if left > SILENT_SECONDS:
+                        raise
+                    return delivered, True
+                # wait_for may hand over what came as its time ended: that counts, and it leaves.
                 for completion in output.outputs:
                     delivered.setdefault(completion.index, []).extend(completion.token_ids)
                 if output.finished:
@@ -336,17 +346,6 @@ class Load:
         finally:
             # Closing it early is how a server's client leaves: the engine aborts the request.
             await outputs.aclose()
-
-    async def cancel_in_time(self, name: str, number: int, asked: int, several: int) -> None:
-        """Leave after a random time, waiting in the queue or wherever that may be."""
-        task = asyncio.create_task(self.stream(name, number, asked, several, None))
-        await asyncio.wait([task], timeout=self.random.random() ** 2)
-        task.cancel()
-        try:
-            await task
-            self.tally.counts["completed before they were cancelled"] += 1
-        except asyncio.CancelledError:
-            self.tally.counts["cancelled at a random time"] += 1
 
     async def progress(self, clients: list[asyncio.Task]) -> None:
         while True:
@@ -370,7 +369,7 @@ async def drain(load: Load) -> float:
     deadline = time.monotonic() + DRAIN_SECONDS
     while True:
         # Figures come with steps: a short request makes some, and shows that the engine lives.
-        await load.stream(f"drain-{time.monotonic_ns()}", 0, 2, 1, None)
+        await load.stream(f"drain-{time.monotonic_ns()}", 0, 2, 1)
         await asyncio.sleep(0.2)
         held = metric("vllm:kv_cache_usage_perc") + metric("vllm:num_requests_running")
         if not held or time.monotonic() > deadline:

@@ -7,6 +7,7 @@ The comparison of tokens: tests/gpu/test_mixed_load.py.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -163,6 +164,58 @@ def test_what_is_wrong_is_said(
         # At once, not with the checks.
         assert output.index("WRONG: {'request'") < output.index("ok: requests cancelled")
         assert row["wrong"][0]["at"] == 2
+
+
+class LateEngine(Repeater):
+    """Answers three tokens, then none until it is told to stop, and then all the others."""
+
+    async def generate(self, prompt: str, sampling: Any, name: str) -> AsyncIterator[Any]:
+        """As wait_for of Python 3.11 does where a token and a cancellation come together."""
+        self.sent = 0
+        async for output in super().generate(prompt, sampling, name):
+            if self.sent == 3:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.sleep(60)
+            self.sent += 1
+            yield output
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_what_comes_before_a_cancellation_is_compared(
+    wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a request leaves, though a token came with its cancellation."""
+    engine = LateEngine(wrong=wrong)
+    engine.asked = 6  # Repeater's seventh answer may be wrong, in its third place.
+    replace_engine(monkeypatch.setattr, engine)
+    rows, report = mixed_load.expected_of(None, None, None), mixed_load.Report()  # type: ignore[arg-type]
+    load = mixed_load.Load(engine, PROMPTS, rows, mixed_load.ON_CPU, 0, report)
+    # One completion, that leaves after 0.25 seconds.
+    drawn = iter((0.9, 0.01, 0.5))
+    load.random = SimpleNamespace(  # type: ignore[assignment]
+        random=lambda: next(drawn), randrange=lambda most: 0, randint=lambda least, most: 24
+    )
+    asyncio.run(load.request())
+    assert engine.sent == 4
+    assert load.tally.counts == {
+        "cancelled at a random time": 1, "wrong" if wrong else "equal": 1
+    }  # fmt: skip
+    assert load.tally.tokens == 4
+    assert [(what["at"], what["ours"]) for what in load.tally.wrong] == [(2, 3)] * wrong
+
+
+def test_a_request_that_delivers_nothing_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixed_load, "SILENT_SECONDS", 0.25)
+    engine = SimpleNamespace(generate=silent)
+    load = mixed_load.Load(engine, PROMPTS, [], mixed_load.ON_CPU, 0, mixed_load.Report())
+    with pytest.raises(asyncio.TimeoutError):
+        asyncio.run(load.stream("load-1", 0, 24, 1, None))
+
+
+async def silent(prompt: str, sampling: Any, name: str) -> AsyncIterator[Any]:
+    """An answer that never comes."""
+    await asyncio.sleep(60)
+    yield
 
 
 def test_held_blocks_are_wrong(monkeypatch: pytest.MonkeyPatch, capfd: Any, tmp_path: Path) -> None:

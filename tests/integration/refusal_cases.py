@@ -44,6 +44,7 @@ CHUNKED = "chunked local attention in every layer ({value})"
 STATES = "speculative decoding beside layers with a state, by vLLM's first runner (method={value})"
 SPECULATION = "speculative decoding (method={value})"
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+NO_NUMBERS = tuple(map(float, ("inf", "-inf", "nan")))
 OTHER_DRAFTS = (
     "medusa", "mlp_speculator", "extract_hidden_states", "dflash", "dspark",
 )  # fmt: skip
@@ -53,8 +54,10 @@ FULL_ATTENTION = "Serve a model with full attention in every layer"
 # fmt: off
 CASES = {
     "fp8 KV": Case(
-        KV_DTYPE, "kv_cache_dtype=fp8:", "Leave --kv-cache-dtype at auto",
-        arguments={"kv_cache_dtype": "fp8"},
+        KV_DTYPE,
+        "kv_cache_dtype=fp8: pages and host rows have formats of their own, by kcache_config.k_bits"
+        " and host_dtype",
+        "Leave --kv-cache-dtype at auto", arguments={"kv_cache_dtype": "fp8"},
     ),
     "int8 KV": Case(
         KV_DTYPE, "kv_cache_dtype=int8_per_token_head:", "Leave --kv-cache-dtype at auto",
@@ -250,6 +253,23 @@ CASES = {
         "Serve a model without learned sinks",
         changed={"model_config.hf_text_config.add_full_attention_sink_bias": True},
     ),
+    **{
+        f"a soft cap of {cap}": Case(
+            "a soft cap on scores out of range ({value})",
+            f"a soft cap on scores out of range (attn_logit_softcapping={cap}):",
+            "null is none", changed={"model_config.hf_text_config.attn_logit_softcapping": cap},
+        )
+        for cap in (*NO_NUMBERS, -50.0, 1025.0, 9e-4, "50")
+    },
+    **{
+        f"{setting} of {value}": Case(
+            "a scale of scores out of range ({value})",
+            f"a scale of scores out of range ({setting}={value}):", "Correct what it is made of",
+            changed={f"model_config.hf_text_config.{setting}": value},
+        )
+        for setting in ("query_pre_attn_scalar", "attention_multiplier")
+        for value in (*NO_NUMBERS, 0, -64, 1e300)
+    },
     "head size": Case(
         "head_size={value}", "head_size=32:", "Serve a model with one of these head sizes",
         model="llama, head size 32",

@@ -70,6 +70,17 @@ def test_json(folders: Callable[[str], str], capsys: pytest.CaptureFixture[str])
     assert found.startswith(PREFIX + "kv_cache_dtype=fp8:")
 
 
+@pytest.mark.parametrize("cap", [float("inf"), float("nan"), -50.0])
+def test_a_soft_cap_that_is_none(folders: Callable[[str], str], tmp_path: Path, cap: float) -> None:
+    """JSON as Python writes it has such numbers, and vLLM takes them."""
+    config = json.loads(Path(folders("gemma2"), "config.json").read_text())
+    for value in (cap, None, 0.0):
+        text = json.dumps({**config, "attn_logit_softcapping": value})
+        (tmp_path / "config.json").write_text(text)
+        starts = [PREFIX + "a soft cap on scores out of range"] if value is cap else []
+        assert [found.split(" (")[0] for found in problems(str(tmp_path))] == starts
+
+
 def test_what_vllm_refuses_is_listed(folders: Callable[[str], str]) -> None:
     (found,) = problems(folders("llama"), "--tensor-parallel-size", "3")
     assert found == (
@@ -167,6 +178,25 @@ def test_blocks_of_window_layers_that_do_not_fit(
         assert all(part in text for part, text in zip(refused, found, strict=True))
 
 
+def test_blocks_that_are_states(
+    folders: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their number says nothing of the pages beside them, and that is said."""
+    note = (
+        "note: num_gpu_blocks_override=100000000: of this model these are states; the pages beside "
+        "them, and whether the host holds their rows, are found at start and not checked here"
+    )
+    override = ["--num-gpu-blocks-override", "100000000"]
+    for model, flags, code, noted in (
+        ("jamba", override, 0, 1),
+        ("jamba", [], 0, 0),
+        ("jamba", [*override, "--tensor-parallel-size", "3"], 1, 1),
+        ("llama", override, 1, 0),
+    ):
+        assert main(["check", folders(model), *flags]) == code
+        assert capsys.readouterr().out.count(note) == noted, (model, flags)
+
+
 def ends_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The one line of a check that has no answer; with --json the same as JSON."""
     capsys.readouterr()
@@ -207,6 +237,7 @@ def test_bad_settings_and_flags(
 # What may stand where a number, a name or a list belongs.
 VALUES = (
     st.sampled_from((0, -1, 2**31, 10**30, 1e308, 0.5, "", "x", [], [1], {}, {"a": 1}))
+    | st.sampled_from(list(map(float, ("inf", "-inf", "nan"))))
     | st.none()
     | st.booleans()
     | st.integers(1, 64)
@@ -215,6 +246,7 @@ KEYS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "vocab_size", "max_position_embeddings", "model_type", "architectures", "layer_types",
     "sliding_window", "quantization_config", "rope_scaling", "torch_dtype", "text_config",
+    "attn_logit_softcapping", "query_pre_attn_scalar", "attention_multiplier",
 )  # fmt: skip
 FLAGS = (
     "--block-size", "--max-model-len", "--num-gpu-blocks-override", "--tensor-parallel-size",

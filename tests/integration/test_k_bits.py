@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.integration.engines import GATE, run_engine, tokens_of
+from tests.gpu.comparing import SHORT, TIE_NATS, distance
+from tests.integration.engines import GATE, kjv, run_engine, run_engines, spec_of, tokens_of
 from tests.integration.tiny_models import write_llama
 
 pytestmark = pytest.mark.slow
@@ -24,6 +25,8 @@ ENGINE = {
     "num_gpu_blocks_override": 60,
 }
 CACHE_BYTES = 2**30
+# As users start it who set nothing: K codes, rows of int8, and blocks above a mass threshold.
+DEFAULT = {"kv_backend": "kcache", "dtype": "bfloat16"}
 
 
 def work() -> list[dict[str, Any]]:
@@ -127,13 +130,40 @@ def test_text_equals_stock_on_two_stages(model: str, stock: dict[str, Any], tmp_
 def test_blocks_for_the_same_memory(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of head size 128 in bfloat16 7.5 times stock's; the host keeps rows of int8."""
+    """Of head size 128 in bfloat16 7.5 times stock's; the host keeps rows of int8. By default."""
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     batch = [{"prompts": [[5, 6, 7]], "sampling": {"max_tokens": 2, "detokenize": False}}]
     arguments = {**ENGINE, "num_gpu_blocks_override": None}
-    codes = run_engine(tmp_path, batch, CODES, model=model, dtype="bfloat16", **arguments)
+    codes = run_engine(tmp_path, batch, model=model, **DEFAULT, **arguments)
     elements = 32 * KV_HEADS * LAYERS
     assert codes["num_blocks"] == CACHE_BYTES // (elements * (HEAD_SIZE // 2 + 4))
     assert codes["num_blocks"] >= 7.4 * (CACHE_BYTES // (elements * 2 * HEAD_SIZE * 2))
     page_bytes = codes["kcache_metrics"]["host_pool_bytes"] / codes["num_blocks"]
     assert page_bytes == elements // 8 * (8 * 2 * HEAD_SIZE + 8 * 4)
+
+
+def test_text_of_the_default(tmp_path: Path) -> None:
+    """That of stock vLLM, up to ties (comparing.py): though blocks are left out, and K and V
+    rounded twice, to bfloat16 and to int8."""
+    sampling = {"max_tokens": 24, "ignore_eos": True, "logprobs": 5}
+    batch = [{"prompts": [*SHORT, kjv(0, 8), kjv(300, 8)], "sampling": sampling}]
+    engine = {"max_model_len": 1024, "max_num_batched_tokens": 256, "num_gpu_blocks_override": 60}
+    specs = {
+        "stock": spec_of(batch, dtype="bfloat16", **engine),
+        "split": spec_of(batch, **DEFAULT, **engine),
+    }
+    assert "kcache_config" not in specs["split"]["engine"]
+    runs = run_engines(tmp_path, specs)
+    split = runs["split"]
+    found = distance(split, runs["stock"])
+    assert found.largest_gap <= TIE_NATS, found
+    assert found.equal > 0
+    figures = split["kcache_metrics"]
+    # Some lists left nothing out, and some a share that shows.
+    dropped = figures["dropped_mass"]
+    assert dropped[0][1] < figures["selected_lists"] == sum(count for _, count in dropped)
+    assert figures["selected_blocks"] > 0
+    # 3 query heads of a KV head; 30 layers of 3 KV heads of 64, V blocks of 8 tokens.
+    assert sum(count for _, count in figures["estimate_error"]) == figures["selected_blocks"] * 3
+    row_bytes = 8 * 2 * 64 + 8 * 2 * 2
+    assert figures["host_pool_bytes"] == 60 * 30 * 3 * (32 // 8) * row_bytes

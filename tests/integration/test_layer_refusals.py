@@ -41,11 +41,10 @@ def add_layer(vllm_config: Any, index: int, model: str = "model", **arguments: A
             return Attention(
                 num_heads=4,
                 head_size=64,
-                scale=0.125,
                 num_kv_heads=2,
                 cache_config=vllm_config.cache_config,
                 prefix=f"{model}.layers.{index}.self_attn.attn",
-                **arguments,
+                **{"scale": 0.125, **arguments},
             )
     finally:
         torch.set_default_dtype(before)
@@ -71,10 +70,18 @@ def split_layers(vllm_config: Any, **settings: Any) -> list[str]:
     [
         ({"alibi_slopes": [0.5] * 4}, "ALiBi"),
         ({"per_layer_sliding_window": 128}, "window in a split layer (sliding_window=128)"),
+        *(
+            ({"logits_soft_cap": cap}, f"cap on scores out of range (logits_soft_cap={cap})")
+            for cap in (float("inf"), float("nan"), -50.0, 1e38)
+        ),
+        *(
+            ({"scale": scale}, f"scale of scores out of range (scale={scale})")
+            for scale in (float("inf"), float("nan"), 0.0, -0.125, 1e38)
+        ),
     ],
 )
 def test_layer_refuses(vllm_config: Any, arguments: dict[str, Any], feature: str) -> None:
-    """vLLM asks no backend about the first; it asks about the window of a layer."""
+    """vLLM asks no backend about these, but for the window of a layer."""
     from vllm_kcache.integration.backend import KCacheBackend
 
     with pytest.raises(KCacheConfigError) as caught:

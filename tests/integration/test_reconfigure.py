@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,13 +16,15 @@ from vllm_kcache.integration.counters import Counters
 from vllm_kcache.integration.reconfigure import reconfigure
 from vllm_kcache.integration.worker import SplitCacheWorker
 from vllm_kcache.split_cache import CPUSplitCache
+from vllm_kcache.split_cache_gpu import GPUSplitCache, PrefillKernels
 
 SHAPE = CacheShape(1, 2, 2, 64, 32, 8, torch.float32)
 
 
-def split_cache(**settings: Any) -> CPUSplitCache:
+def split_cache(dtype: torch.dtype = torch.float32, **settings: Any) -> CPUSplitCache:
     config = KCacheConfig.from_user(settings)
-    made = CPUSplitCache(config, SHAPE, Counters(), torch.device("cpu"))
+    shape = replace(SHAPE, dtype=dtype)
+    made = CPUSplitCache(config, shape, Counters(), torch.device("cpu"))
     made.allocate(4)
     return made
 
@@ -47,6 +50,9 @@ def test_what_is_not_given_takes_its_default() -> None:
     ("settings", "message"),
     [
         ({"v_block_tokens": 16}, r"v_block_tokens=16: needs a new engine; .* 8\."),
+        ({"k_bits": 16}, "k_bits=16: needs a new engine; this one runs with 4"),
+        ({"host_dtype": "int8"}, "host_dtype='int8': needs a new engine; .* 'model'"),
+        ({"prefill": "xformers"}, "prefill='xformers': needs a new engine; .* 'torch'"),
         ({"dense_layers": 1}, "dense_layers=1: needs a new engine"),
         ({"hot_cache_gib": 1.0}, "hot_cache_gib=1.0: needs a new engine"),
         ({"top_m": 3}, "top_m"),
@@ -66,6 +72,34 @@ def test_values_of_the_start_may_be_repeated() -> None:
     made = split_cache(v_block_tokens=8, dense_layers=(0,))
     made.reconfigure({"v_block_tokens": 8, "dense_layers": [0], "coverage": 0.5})
     assert made.selection.coverage == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_auto_is_the_value_that_it_means(dtype: torch.dtype) -> None:
+    """In both directions; of memory it is no value that could be given."""
+    values = {
+        "k_bits": 4, "host_dtype": "int8" if dtype.itemsize == 2 else "model",
+        "v_block_tokens": 8, "prefill": "torch", "dense_layers": 2,
+    }  # fmt: skip
+    autos = dict.fromkeys(values, "auto") | {"dense_layers": [1, 0]}
+    for started, given in ((autos, values), (values, autos), ({"dense_layers": 2}, values)):
+        made = split_cache(dtype, **started)
+        made.reconfigure({**given, "coverage": 0.5})
+        assert made.selection.coverage == 0.5
+    for key in ("hot_cache_gib", "host_memory_gib"):
+        with pytest.raises(KCacheConfigError, match=f"{key}=1.0: needs .* 'auto'"):
+            split_cache(dtype).reconfigure({key: 1.0})
+
+
+def test_a_gpu_names_the_kernel_of_prompts_that_it_chose() -> None:
+    made = object.__new__(GPUSplitCache)
+    made.prefill = PrefillKernels("flash_attn", None, None)  # type: ignore[arg-type]
+    made.shape = SHAPE
+    settings = [
+        made._settings_of_start(KCacheConfig(prefill=name)) for name in ("auto", "flash_attn")
+    ]
+    assert settings[0] == settings[1]
+    assert settings[0]["prefill"] == "flash_attn"
 
 
 def test_lists_do_not_grow_past_the_cap_of_the_start() -> None:

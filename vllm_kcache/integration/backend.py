@@ -17,7 +17,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from vllm_kcache.cache.formats import code_bytes
-from vllm_kcache.integration import refusals
+from vllm_kcache.integration import features, refusals
 from vllm_kcache.integration.metadata import KCacheMetadata, KCacheMetadataBuilder
 from vllm_kcache.split_cache import LayerInputs, SplitCache
 
@@ -109,13 +109,17 @@ class KCacheImpl(AttentionImpl[KCacheMetadata]):
             refusals.refuse("window_layer", f"sliding_window={sliding_window}")
         if attn_type != AttentionType.DECODER:
             refusals.refuse("attention_type", AttentionType(attn_type).value)
+        if not features.is_within(scale, features.SCALES):
+            refusals.refuse("scale", f"scale={scale}")
+        # vLLM says 0 for none, too.
+        if logits_soft_cap and not features.is_within(logits_soft_cap, features.SOFT_CAPS):
+            refusals.refuse("soft_cap", f"logits_soft_cap={logits_soft_cap}")
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
-        # vLLM says 0 for none, too.
         self.soft_cap = logits_soft_cap or None
         # A parameter of the model, [Hq], loaded after this.
         self.sinks = sinks

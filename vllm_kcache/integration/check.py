@@ -127,7 +127,7 @@ def _host_memory(vllm_config: Any, config: KCacheConfig) -> Iterator[str]:
         yield str(error)
         return
     blocks = vllm_config.cache_config.num_gpu_blocks_override
-    # How many pages go with so many states, the worker says.
+    # How many pages go with so many states, the worker says; `notes` says that.
     if blocks is not None and not vllm_config.model_config.is_hybrid:
         with contextlib.suppress(KCacheConfigError):  # among the refusals already
             rows, row_bytes = _page_sizes(vllm_config, config)
@@ -237,12 +237,26 @@ def notes(model: str, flags: list[str]) -> list[str]:
         found.append(
             "k_bits 4: at start the model reads a short text of the package, to measure its K"
         )
+    if parsed.num_gpu_blocks_override is not None and _keeps_states(parsed):
+        found.append(
+            f"num_gpu_blocks_override={parsed.num_gpu_blocks_override}: of this model these are "
+            "states; the pages beside them, and whether the host holds their rows, are found at "
+            "start and not checked here"
+        )
     # vLLM knows more kinds of models, and where else they may be, than are planned here.
     with contextlib.suppress(PlanError):
         shape = read_shape(parsed.hf_config_path or parsed.model)
         if shape.window_layers:
             found.append(_note_of_windows(shape, config.resolved_k_bits))
     return found
+
+
+def _keeps_states(parsed: argparse.Namespace) -> bool:
+    """Whether some layers of the model keep a state, and others K and V."""
+    # What vLLM refuses was said by `problems`.
+    with contextlib.suppress(Exception):
+        return _stock_arguments(parsed).create_model_config().is_hybrid
+    return False
 
 
 def _note_of_windows(shape: ModelShape, k_bits: int) -> str:

@@ -23,6 +23,10 @@ SERVED_SPECULATION = (
 )  # fmt: skip
 # Of these, methods whose drafts a model makes.
 DRAFT_MODELS = ("draft_model", "eagle", "eagle3", "mtp")
+# Least and most. The GPU's kernels know a capped score within 2**-20 of the cap; outside, or past
+# what a float32 holds, scores would be wrong or NaN, and no model is near.
+SOFT_CAPS = 2.0**-10, 2.0**10
+SCALES = 2.0**-20, 2.0**20
 SINK_SETTINGS = (
     "attention_sinks",
     "add_full_attention_sink_bias",
@@ -269,6 +273,30 @@ def attention_sinks(vllm_config: Any) -> str | None:
         if value:
             return f"{name}={value}"
     return None
+
+
+def soft_cap(vllm_config: Any) -> str | None:
+    """A bound of the scores that the kernels do not take."""
+    cap = getattr(text_config(vllm_config), "attn_logit_softcapping", None)
+    # 0 is none, as to vLLM.
+    return f"attn_logit_softcapping={cap}" if cap and not is_within(cap, SOFT_CAPS) else None
+
+
+def scale(vllm_config: Any) -> str | None:
+    """A setting of the factor of the scores that gives none that the kernels take."""
+    text = text_config(vllm_config)
+    for name, power in (("query_pre_attn_scalar", -0.5), ("attention_multiplier", 1)):
+        value = getattr(text, name, None)
+        if value is None:
+            continue
+        if not is_within(value, tuple(sorted(bound ** (1 / power) for bound in SCALES))):
+            return f"{name}={value}"
+    return None
+
+
+def is_within(value: Any, bounds: tuple[float, float]) -> bool:
+    """Whether it is a number, and from one bound to the other; NaN is not."""
+    return isinstance(value, (int, float)) and bounds[0] <= value <= bounds[1]
 
 
 def microbatching(vllm_config: Any) -> str | None:

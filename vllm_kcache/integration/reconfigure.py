@@ -18,9 +18,9 @@ def reconfigure(
             the CPU always) and has nothing to do.
         settings: As `kcache_config` of a new engine: what is not given takes its default. Only
             top_n, coverage, mass_threshold, threshold_length, sink_tokens, recent_tokens, tail and
-            head_combine can
-            change. On a GPU `top_n` may not pass that of the start, so start with none, and the
-            tail may be "clip" only where it was at the start.
+            head_combine can change; values of others may be repeated, "auto" as what it means. On a
+            GPU `top_n` may not pass that of the start, so start with none, and the tail may be
+            "clip" only where it was at the start.
         keep_prefix_cache: Keep what is cached. K and V of decoded tokens, unlike those of prompts,
             depend on the settings they were decoded with; keep them only where no later prompt
             contains them.

@@ -170,7 +170,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "kv_dtype",
         "kv_cache_dtype={value}",
-        "V blocks are fetched in the model's dtype, and pages in another are not read yet",
+        "pages and host rows have formats of their own, by kcache_config.k_bits and host_dtype: K "
+        "of 4 bits and, for models of 2 bytes a value, rows of int8 unless these say otherwise",
         "Leave --kv-cache-dtype at auto; where the checkpoint asks for it, set --kv-cache-dtype to "
         "the model's dtype.",
         value=features.kv_dtype,
@@ -347,6 +348,20 @@ REFUSALS: tuple[Refusal, ...] = (
         "these were not tried here: they are learned in another form than gpt-oss's",
         "Serve a model without learned sinks, or with those of gpt-oss.",
         value=features.attention_sinks,
+    ),
+    Refusal(
+        "soft_cap",
+        "a soft cap on scores out of range ({value})",
+        "the kernels take caps from 2**-10 to 2**10",
+        "Correct it in the model's config.json; null is none.",
+        value=features.soft_cap,
+    ),
+    Refusal(
+        "scale",
+        "a scale of scores out of range ({value})",
+        "the kernels take scales from 2**-20 to 2**20",
+        "Correct what it is made of in the model's config.json.",
+        value=features.scale,
     ),
     Refusal(
         "head_size",

@@ -17,7 +17,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 # 112 pixels each way are 4 x 4 tokens, of an image of 560 x 280 200: more than a chunk has.
 PAD, START, END = 257, 259, 260
 ENGINE = {
-    "max_model_len": 512, "max_num_batched_tokens": 256, "limit_mm_per_prompt": {"image": 1, "video": 0},
+    "max_model_len": 512, "max_num_batched_tokens": 256,
+    "limit_mm_per_prompt": {"image": 1, "video": 0},
 }  # fmt: skip
 K_BITS = (16, 4)
 
@@ -94,6 +95,7 @@ def test_text_is_that_of_stock_where_images_are_causal(tmp_path: Path) -> None:
 
 
 def test_gemma_3_with_images_is_refused_and_without_is_stock(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision", reason="vLLM's model of Gemma 3 imports its processors")
     model = write_gemma3_images(tmp_path / "model")
     tokens = random.Random(0).choices(range(3, 500), k=300)
     batches = [[(tokens, None)], [([*tokens, 7, 8, 9], None)]]

@@ -10,12 +10,10 @@ from typing import Any
 import pytest
 
 from tests.integration.engines import GATE, Runs, in_forks, spec_of, tokens_of
-from tests.integration.tiny_models import write_gemma3_images, write_qwen2_5_vl
+from tests.integration.tiny_models import write_idefics3, write_qwen2_5_vl
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-# 112 pixels each way are 4 x 4 tokens, of an image of 560 x 280 200: more than a chunk has.
-PAD, START, END = 257, 259, 260
 ENGINE = {
     "max_model_len": 512, "max_num_batched_tokens": 256,
     "limit_mm_per_prompt": {"image": 1, "video": 0},
@@ -68,19 +66,25 @@ def specs_of(model: str, batches: list[Any], **engine: Any) -> dict[str, list[An
     }
 
 
-def test_text_is_that_of_stock_where_images_are_causal(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("write", "before", "placeholder", "image"),
+    [
+        pytest.param(write_idefics3, 220, [257], 67, id="idefics3"),
+        pytest.param(write_qwen2_5_vl, 150, [259, 257, 260], 202, id="qwen2_5_vl"),
+    ],
+)
+def test_text_is_that_of_stock(
+    tmp_path: Path, write: Any, before: int, placeholder: list[int], image: int
+) -> None:
     """The image begins in the first chunk of 256 and ends in the second."""
-    pytest.importorskip("torchvision", reason="Transformers' processors of Qwen2.5-VL import it")
+    if write is write_qwen2_5_vl:
+        pytest.importorskip("torchvision", reason="Transformers' processors of it import that")
     generator = random.Random(0)
-    before = generator.choices(range(256), k=150)
-    after = generator.choices(range(256), k=60)
-    prompt = [*before, START, PAD, END, *after]
-    batches = [
-        [(prompt, 1), (before, None)],
-        [([*prompt, 7, 8, 9], 1)],
-        [([*prompt, 7, 8, 9], 2)],
-    ]
-    runs = Runs(in_forks(tmp_path, specs_of(write_qwen2_5_vl(tmp_path / "model"), batches)))
+    first = generator.choices(range(256), k=before)
+    prompt = [*first, *placeholder, *generator.choices(range(256), k=60)]
+    longer = [*prompt, 7, 8, 9]
+    batches = [[(prompt, 1), (first, None)], [(longer, 1)], [(longer, 2)]]
+    runs = Runs(in_forks(tmp_path, specs_of(write(tmp_path / "model"), batches)))
     stock = runs["stock"]
     texts = [row["tokens"][0] for batch in stock["batches"] for row in batch]
     assert len(set(map(tuple, texts))) == len(texts), "an image or a prompt changes nothing"
@@ -88,26 +92,7 @@ def test_text_is_that_of_stock_where_images_are_causal(tmp_path: Path) -> None:
         split = runs[k]
         assert tokens_of(split) == tokens_of(stock)
         assert split["kcache_metrics"]["decode_layer_steps"] > 0
-        first, same, other = (batch[0] for batch in split["batches"])
-        assert first["prompt_tokens"] == 150 + 2 + 200 + 60
-        assert same["cached_tokens"] > 352  # past the image
-        assert 0 < other["cached_tokens"] <= 151  # only what stands before it
-
-
-def test_gemma_3_with_images_is_refused_and_without_is_stock(tmp_path: Path) -> None:
-    pytest.importorskip("torchvision", reason="vLLM's model of Gemma 3 imports its processors")
-    model = write_gemma3_images(tmp_path / "model")
-    tokens = random.Random(0).choices(range(3, 500), k=300)
-    batches = [[(tokens, None)], [([*tokens, 7, 8, 9], None)]]
-    plain = {"limit_mm_per_prompt": {}, "skip_tokenizer_init": True}
-    calls = specs_of(model, batches, **plain, language_model_only=True)
-    refused = specs_of(model, batches, **plain)
-    calls |= {f"{k}, images": refused[str(k)] for k in K_BITS}
-    runs = Runs(in_forks(tmp_path, calls))
-    for k in map(str, K_BITS):
-        assert runs.outcomes[f"{k}, images"]["code"] != 0
-        assert "bidirectional attention among the tokens of an image (" in runs.error_of(
-            f"{k}, images"
-        )
-        assert tokens_of(runs[k]) == tokens_of(runs["stock"])
-        assert runs[k]["batches"][1][0]["cached_tokens"] > 200
+        whole, same, other = (batch[0] for batch in split["batches"])
+        assert whole["prompt_tokens"] == before + image + 60
+        assert same["cached_tokens"] > before + image
+        assert 0 < other["cached_tokens"] <= before + 1  # what stands before the image

@@ -343,6 +343,95 @@ def write_qwen3_vl(folder: Path) -> str:
     return str(folder)
 
 
+def write_qwen2_5_vl(folder: Path) -> str:
+    """A random float32 Qwen2.5-VL with a tokenizer of bytes and the processors of its images;
+    returns its folder. Needs torchvision."""
+    from transformers import (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    end, image, video, start, stop = special = [
+        "<|endoftext|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>",
+    ]  # fmt: skip
+    tokenizer, ids = _bytes_and(special, end)
+    size = {"shortest_edge": 56 * 56, "longest_edge": 560 * 280}
+    Qwen2_5_VLProcessor(
+        Qwen2VLImageProcessor(size=size), tokenizer, Qwen2VLVideoProcessor(size=size)
+    ).save_pretrained(folder)
+    text = {**_SEEING, "rope_parameters": {**_ROPE, "mrope_section": [8, 12, 12]},
+            "bos_token_id": ids[end], "eos_token_id": ids[end]}  # fmt: skip
+    vision = {
+        "depth": 2, "hidden_size": 128, "intermediate_size": 128, "num_heads": 2,
+        "out_hidden_size": text["hidden_size"], "fullatt_block_indexes": [1],
+        "initializer_range": 0.2,
+    }  # fmt: skip
+    return _save_seeing(
+        Qwen2_5_VLConfig(
+            text_config=text, vision_config=vision, torch_dtype="float32",
+            tie_word_embeddings=False, image_token_id=ids[image], video_token_id=ids[video],
+            vision_start_token_id=ids[start], vision_end_token_id=ids[stop],
+        ),
+        folder,
+    )  # fmt: skip
+
+
+def write_idefics3(folder: Path) -> str:
+    """A random float32 Idefics3, the form of SmolVLM, with a tokenizer of bytes and a processor, in
+    which an image has 64 tokens and one on each side; returns its folder."""
+    from transformers import Idefics3Config, Idefics3ImageProcessor, Idefics3Processor
+
+    side, end = 112, "<|endoftext|>"
+    special = [end, "<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+    tokenizer, ids = _bytes_and(special, end)
+    size = {"longest_edge": side}
+    images = Idefics3ImageProcessor(size=size, max_image_size=size, do_image_splitting=False)
+    Idefics3Processor(images, tokenizer, image_seq_len=64).save_pretrained(folder)
+    vision = {
+        "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "image_size": side, "patch_size": 7, "initializer_range": 0.2,
+    }  # fmt: skip
+    return _save_seeing(
+        Idefics3Config(
+            text_config={**_SEEING, "model_type": "llama"}, vision_config=vision, scale_factor=2,
+            image_token_id=ids["<image>"], pad_token_id=ids[end], torch_dtype="float32",
+        ),
+        folder,
+    )  # fmt: skip
+
+
+# The language model of one that takes images.
+_SEEING = {
+    **_COMMON, "num_hidden_layers": 3, "vocab_size": 512, "max_position_embeddings": 1024,
+    "initializer_range": 0.2, "torch_dtype": "float32",
+}  # fmt: skip
+
+
+def _bytes_and(special: list[str], end: str) -> tuple[Any, dict[str, int]]:
+    """A tokenizer of a token a byte and then these; and the numbers of these."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE(vocab={each: i for i, each in enumerate(letters)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(special)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token=end, pad_token=end)
+    return tokenizer, {name: made.token_to_id(name) for name in special}
+
+
+def _save_seeing(config: Any, folder: Path) -> str:
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    return str(folder)
+
+
 def cut_model(source: Path, folder: Path, layers: list[int]) -> str:
     """The model of `source` with these of its layers only, in a new folder; returns its path."""
     from safetensors import safe_open

@@ -190,7 +190,7 @@ def measured_rows() -> list[Any]:
     for path in sorted(RESULTS.glob("decode*.jsonl")):
         for number, line in enumerate(path.read_text().splitlines(), 1):
             row = json.loads(line)
-            # With --drafts engines run without asynchronous scheduling: the planner's run with it.
+            # The planner's steps verify no drafts.
             if row.get("drafts") is not None:
                 continue
             experts = bool(shape_of(row["model"]).num_experts)

@@ -35,8 +35,8 @@ change it.
 --resume: cells whose rows are there, of the same commit, GPU and settings, are left out; where none
 is left of an engine, it is not started. --seconds: no cell is begun after so many.
 --drafts 0 3: steps that verify so many drafts a request, all of them as good as always wrong
-(drafting.py), so that a step still makes one token. With the option given, also at 0, engines run
-vLLM's first runner without asynchronous scheduling: drafts of a class of one's own need that.
+(drafting.py), so that a step still makes one token. Rows of drafts up to c88fdba, also of 0, are
+of vLLM's first runner without asynchronous scheduling; all others are of the second, with it.
 """
 
 from __future__ import annotations
@@ -98,7 +98,6 @@ def run_in_process(options: dict[str, Any], table: Table) -> None:
     Raises:
         RuntimeError: the engine failed; the message ends with the end of its output.
     """
-    runner = {} if options["drafts"] is None else {"VLLM_USE_V2_MODEL_RUNNER": "0"}
     with tempfile.NamedTemporaryFile(
         "w", prefix="kcache-decode-", suffix=".log", delete=False
     ) as log:
@@ -106,7 +105,7 @@ def run_in_process(options: dict[str, Any], table: Table) -> None:
         process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.engine.decode_engine", json.dumps(options)],
             cwd=ROOT,
-            env={**os.environ, **ENVIRONMENT, **runner},
+            env={**os.environ, **ENVIRONMENT},
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
@@ -203,7 +202,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--requests", type=int, nargs="+", default=[0, 1], help="0: all that fit")
     parser.add_argument("--max-requests", type=int, default=32)
     parser.add_argument(
-        "--drafts", type=int, nargs="+", default=[None], help="of each request and step"
+        "--drafts", type=int, nargs="+", default=[0], help="of each request and step"
     )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
@@ -232,6 +231,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--output {parsed.output}: must be above {SHORT_STEPS}")
     if parsed.profile and parsed.tensor_parallel_size > 1:
         parser.error("--profile: sees the kernels of one GPU; not with --tensor-parallel-size")
+    if any(parsed.drafts) and parsed.tensor_parallel_size > 1:
+        parser.error("--drafts: on one GPU; not with --tensor-parallel-size")
     least = max(parsed.context) + parsed.output + SPARE_TOKENS
     if parsed.max_model_len is not None and parsed.max_model_len < least:
         parser.error(f"--max-model-len {parsed.max_model_len}: must be at least {least}")
@@ -290,7 +291,7 @@ def main() -> None:
     table = Table(arguments.results)
     for engine, drafts in itertools.product(arguments.engines, arguments.drafts):
         of_engine = engine_options(engine, settings, arguments.host_dtype)
-        of_engine = {**options, **of_engine, "drafts": drafts}
+        of_engine = {**options, **of_engine, "drafts": drafts or None}
         of_engine["seconds"] = arguments.seconds - (time.monotonic() - begin)
         if arguments.resume:
             of_engine |= grid.what_is_left(of_engine, longest(of_engine), arguments.results)

@@ -16,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from benchmarks.engine import drafting
 from benchmarks.engine.grid import counts
 from benchmarks.replay.extension import name_for
 from benchmarks.rows import origin
@@ -45,8 +46,8 @@ def measure(options: dict[str, Any]) -> None:
             max_num_batched_tokens (None: vLLM's choice), output, engine ("stock" or "kcache"),
             kv_cache_dtype, kcache_config, mode, utilization, requests (0: all that fit),
             max_requests, repeats, profile, label, command, quantization, tensor_parallel_size,
-            drafts (None: vLLM's own choice of a runner), seconds (no run is begun after so many),
-            ran (numbers of requests by context that are left out).
+            drafts (None: none), seconds (no run is begun after so many), ran (numbers of requests
+            by context that are left out).
     """
     split = options["engine"] == "kcache"
     replay = split and options["mode"] == "replay"
@@ -142,15 +143,10 @@ def _start_engine(options: dict[str, Any], extension: str) -> Any:
         split = {"kv_backend": "kcache", "kcache_config": options["kcache_config"]}
     most, drafts = options["max_requests"], options["drafts"]
     capture = {size for size in (*CAPTURE_SIZES, *options["requests"], most) if 0 < size <= most}
-    if drafts is not None:
-        split["async_scheduling"] = False
     if drafts:
         capture = {size * (1 + drafts) for size in capture}
-        split["speculative_config"] = {
-            "method": "custom_class",
-            "model": "benchmarks.engine.drafting.Constant",
-            "num_speculative_tokens": drafts,
-        }
+        split["speculative_config"] = drafting.speculation(drafts)
+        drafting.install()
     if importlib.util.find_spec("flashinfer") is None:
         # On Hopper vLLM takes FlashInfer's kernel for prompts of linear layers, there or not.
         split["gdn_prefill_backend"] = "triton"

@@ -8,21 +8,28 @@ from typing import Any
 DRAFT_TOKEN = 7
 
 
-class Constant:
-    """Drafts one token over and over (vLLM's method custom_class)."""
+def speculation(num_drafts: int) -> dict[str, Any]:
+    """vLLM's speculative_config for them. N-grams on the GPU: the only drafts that its second
+    runner makes beside asynchronous scheduling without a model.
+    """
+    return {
+        "method": "ngram_gpu",
+        "num_speculative_tokens": num_drafts,
+        "prompt_lookup_min": 1,
+        "prompt_lookup_max": 1,
+    }
 
-    def __init__(self, vllm_config: Any) -> None:
-        self._drafts = [DRAFT_TOKEN] * vllm_config.speculative_config.num_speculative_tokens
 
-    def load_model(self, model: Any) -> None:
-        """There is none."""
+def install() -> None:
+    """Has the n-grams of engines of this process be `DRAFT_TOKEN`, over and over.
 
-    def propose(
-        self,
-        sampled_token_ids: list[list[int]],
-        num_tokens_no_spec: Any,
-        token_ids_cpu: Any,
-        slot_mappings: Any = None,
-    ) -> list[list[int]]:
-        """The same for each request that has sampled."""
-        return [self._drafts if sampled else [] for sampled in sampled_token_ids]
+    What was last sampled, which vLLM drafts where no n-gram repeats, would at times be right.
+    """
+    from vllm.v1.worker.gpu.spec_decode.ngram.speculator import NgramGPUSpeculator
+
+    NgramGPUSpeculator.propose = propose
+
+
+def propose(speculator: Any, input_batch: Any, *_: Any, **__: Any) -> Any:
+    """[num_reqs, k] int64, GPU: drafts of a step's requests."""
+    return speculator.drafts[: input_batch.num_reqs].fill_(DRAFT_TOKEN)

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks.engine import decode
+from benchmarks.engine import decode, drafting
 from benchmarks.engine.decode import parse
 from benchmarks.engine.decode_engine import SHORT_STEPS
 from benchmarks.rows import load
@@ -84,6 +87,34 @@ def test_no_profile_of_several_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(["shape", "--profile", "--tensor-parallel-size", "2"])
     assert "kernels of one GPU" in capsys.readouterr().err
+
+
+def test_drafts_are_of_one_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse(["shape"]).drafts == [0]
+    with pytest.raises(SystemExit):
+        parse(["shape", "--drafts", "0", "3", "--tensor-parallel-size", "2"])
+    assert "--drafts: on one GPU" in capsys.readouterr().err
+
+
+def test_every_draft_is_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of what vLLM's class would draft, in its buffer; the class takes the settings."""
+    from vllm.v1.worker.gpu.spec_decode.ngram import speculator as module
+
+    NgramGPUSpeculator = module.NgramGPUSpeculator
+    takes = list(inspect.signature(NgramGPUSpeculator.propose).parameters)
+    assert takes[:2] == ["self", "input_batch"]
+    monkeypatch.setattr(NgramGPUSpeculator, "propose", None)  # put back behind the test
+    monkeypatch.setattr(module, "HAS_TRITON", True)  # a CPU's vLLM says no
+    drafting.install()
+    config = SimpleNamespace(
+        speculative_config=SimpleNamespace(**drafting.speculation(3)),
+        scheduler_config=SimpleNamespace(max_num_seqs=4),
+        model_config=SimpleNamespace(max_model_len=64),
+    )
+    speculator = NgramGPUSpeculator(config, torch.device("cpu"), None)
+    drafts = speculator.propose(SimpleNamespace(num_reqs=2), None, None, num_speculative_tokens=3)
+    assert drafts.tolist() == [[drafting.DRAFT_TOKEN] * 3] * 2
+    assert speculator.drafts[2:].eq(0).all(), "rows of no request were written"
 
 
 # Of the model of two ranks.

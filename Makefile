@@ -9,6 +9,8 @@ PORT ?= 8000
 ARGS ?=
 # More arguments for pytest: make test TESTS="tests/csrc -k select"
 TESTS ?= tests
+# Names of tools/bench_gpu.sh, which lists them with --list
+BENCH ?= short
 # Test files that run at once; each may hold an engine of 4 GiB
 WORKERS ?= 2
 # auto, cpu or cuda
@@ -19,7 +21,6 @@ CSRC = $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh tests/csrc/*.cu tests
 # On a GPU machine that has vLLM already, without a network: no .venv, and python3 is used.
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 OFFLINE = HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
-SHAPES = benchmarks/shapes
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model gemma serve test test-all test-gpu bench-gpu lint format figures docs wheel clean
@@ -50,13 +51,8 @@ test-all: model ## Run these and the long ones: all layers, accuracy (TESTS= cho
 test-gpu: ## Run the GPU tests; in .venv if there is one, else with a python3 that has vLLM
 	@$(OFFLINE) PYTHON=$(GPU_PYTHON) tools/test_gpu.sh
 
-bench-gpu: ## Time operations and engines on the GPU, in short; rows go to benchmarks/results/
-	@set -e; for bench in write write_rows score score_codes select fetch attend overlap layer; do \
-	  $(OFFLINE) $(GPU_PYTHON) -m benchmarks.ops.$$bench; done
-	@$(OFFLINE) $(GPU_PYTHON) -m benchmarks.engine.decode $(SHAPES)/llama-3-8b \
-	  --context 32768 --top-n 16 --repeats 1 --label short
-	@$(OFFLINE) $(GPU_PYTHON) -m benchmarks.engine.prefill $(SHAPES)/llama-3-8b \
-	  --layers 16 --prompts 16384 --repeats 2 --label short
+bench-gpu: ## Figures of the GPU, in short or by name (BENCH="drafts server"); rows go to benchmarks/results/
+	@$(OFFLINE) PYTHON=$(GPU_PYTHON) tools/bench_gpu.sh $(BENCH)
 
 lint: setup ## ruff, mypy, clang-format and the house rules; changes nothing
 	@$(BIN)/ruff check .

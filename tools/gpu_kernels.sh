@@ -16,7 +16,7 @@ python=${PYTHON:-python3}
 sweep= sanitize= rest=1
 for argument in "$@"; do
   case $argument in
-    --sweep) sweep=--sweep ;;
+    --sweep) sweep=sweep ;;
     --sanitize) sanitize=1 ;;
     --only-sanitize) sanitize=1 rest= ;;
     *)
@@ -83,13 +83,5 @@ if [ -z "$rest" ]; then
   exit $failed
 fi
 
-for bench in score score_codes select fetch attend overlap write write_rows; do
-  flags=
-  case $bench in score | score_codes | attend) flags=$sweep ;; esac
-  # shellcheck disable=SC2086
-  step "bench_$bench" 150 "$python" -m "benchmarks.ops.$bench" --results "$out" $flags
-done
-for bench in score score_codes select fetch attend overlap write write_rows; do
-  grep -v -i warning "$out/bench_$bench.log" | tail -n 70
-done
+OUT=$out PYTHON=$python tools/bench_gpu.sh ops $sweep || failed=1
 exit $failed

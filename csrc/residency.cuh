@@ -71,6 +71,8 @@ __device__ inline int find_slot(const LayerView& view, int64_t owner, unsigned e
 // Slot that holds all of the row of `owner`, for reading beside kernels that may evict it; -1
 // without. What was stamped in an epoch that has ended was copied then. After the last read
 // `still_holds` says whether it was there all the time: who takes a slot says so before he writes.
+// Owners are compared and not words, for a step that finds the slot stamps it anew. A slot taken in
+// an epoch is not taken again in it, so none is lost and won back while a single row is read.
 __device__ inline int find_copied(const LayerView& view, int64_t owner) {
   const unsigned ended = static_cast<unsigned>(load_volatile(view.state + kEpoch));
   const int slot = load_volatile(view.table + owner);

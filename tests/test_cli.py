@@ -338,7 +338,7 @@ def test_check_as_a_command() -> None:
         check=False,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
-    (found,) = json.loads(done.stdout)
+    (found,) = json.loads(done.stdout)["refused"]
     assert found.startswith("--kv-backend kcache does not support kv_sharing_fast_prefill=True:")
 
 

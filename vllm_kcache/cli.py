@@ -227,7 +227,7 @@ def _add_check(commands: Any) -> None:
     )
     check.set_defaults(run=_check)
     check.add_argument("model", help="model, as for vllm serve; before the flags")
-    check.add_argument("--json", action="store_true", help="print a JSON list instead of lines")
+    check.add_argument("--json", action="store_true", help="print JSON instead of lines")
 
 
 def _check(parsed: argparse.Namespace, others: list[str]) -> int:
@@ -239,13 +239,14 @@ def _check(parsed: argparse.Namespace, others: list[str]) -> int:
     except ImportError as error:
         raise PlanError(f"check needs vLLM, which does not import: {error}") from None
     found = [_one_line(text) for text in problems(parsed.model, others)]
+    noted = [_one_line(text) for text in notes(parsed.model, others)]
     if parsed.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps({"refused": found, "notes": noted}, indent=2))
     else:
         for text in found:
             print(f"refused: {text}")
-        for text in notes(parsed.model, others):
-            print(f"note: {_one_line(text)}")
+        for text in noted:
+            print(f"note: {text}")
         count = f"{len(found) or 'no'} refusal{'' if len(found) == 1 else 's'}"
         print(f"{_one_line(parsed.model)}: {count if found else 'nothing would be refused'}")
     return 1 if found else 0

@@ -66,8 +66,11 @@ def test_exit_code_and_lines(
 
 def test_json(folders: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", folders("llama"), "--json", "--kv-cache-dtype", "fp8"]) == 1
-    (found,) = json.loads(capsys.readouterr().out)
+    answer = json.loads(capsys.readouterr().out)
+    assert list(answer) == ["refused", "notes"]
+    (found,), (note,) = answer.values()
     assert found.startswith(PREFIX + "kv_cache_dtype=fp8:")
+    assert note.startswith("k_bits 4: ")
 
 
 @pytest.mark.parametrize("cap", [float("inf"), float("nan"), -50.0])
@@ -275,7 +278,7 @@ def test_any_model_and_flag_has_an_answer(
     code = main(["check", str(tmp_path), "--json", *given])
     shown = capsys.readouterr()
     answer = json.loads(shown.out)
-    assert code == 2 if isinstance(answer, dict) else code == bool(answer)
+    assert code == (2 if "error" in answer else bool(answer["refused"]))
     assert code != 2 or answer["error"] in shown.err.splitlines()[-1]
 
 

@@ -10,7 +10,11 @@ from typing import Any
 import pytest
 
 from tests.integration.engines import GATE, Runs, in_forks, spec_of, tokens_of
-from tests.integration.tiny_models import write_idefics3, write_qwen2_5_vl
+from tests.integration.tiny_models import (
+    write_gemma3_images,
+    write_idefics3,
+    write_qwen2_5_vl,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -96,3 +100,24 @@ def test_text_is_that_of_stock(
         assert whole["prompt_tokens"] == before + image + 60
         assert same["cached_tokens"] > before + image
         assert 0 < other["cached_tokens"] <= before + 1  # what stands before the image
+
+
+def test_gemma_3_with_images_is_refused_and_without_is_stock(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision", reason="vLLM's model of Gemma 3 imports its processors")
+    model = write_gemma3_images(tmp_path / "model")
+    tokens = random.Random(0).choices(range(3, 500), k=300)
+    batches = [[(tokens, None)], [([*tokens, 7, 8, 9], None)]]
+    plain = {"limit_mm_per_prompt": {}, "skip_tokenizer_init": True}
+    calls = specs_of(model, batches, **plain, language_model_only=True)
+    refused = specs_of(model, batches, **plain)
+    calls |= {f"{k}, images": refused[str(k)] for k in K_BITS}
+    runs = Runs(in_forks(tmp_path, calls))
+    texts = [batch[0]["tokens"][0] for batch in runs["stock"]["batches"]]
+    assert len(set(texts[0])) > 4
+    for k in map(str, K_BITS):
+        assert runs.outcomes[f"{k}, images"]["code"] != 0
+        assert "bidirectional attention among the tokens of an image (" in runs.error_of(
+            f"{k}, images"
+        )
+        assert tokens_of(runs[k]) == tokens_of(runs["stock"])
+        assert runs[k]["batches"][1][0]["cached_tokens"] > 200

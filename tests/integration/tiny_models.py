@@ -432,6 +432,35 @@ def _save_seeing(config: Any, folder: Path) -> str:
     return str(folder)
 
 
+def write_gemma3_images(folder: Path) -> str:
+    """A random float32 Gemma 3 with its encoder of images, and no processor; returns its
+    folder."""
+    import torch
+    from transformers import AutoModelForImageTextToText, Gemma3Config
+
+    torch.manual_seed(0)
+    text = {
+        **_COMMON, "num_hidden_layers": 3, "vocab_size": 512, "head_dim": 64,
+        "initializer_range": 0.2, "sliding_window": 64, "torch_dtype": "float32",
+        # Attention that is not flat: what is read then depends on the last token.
+        "query_pre_attn_scalar": 4,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "image_size": 56, "patch_size": 14, "vision_use_head": False,
+    }  # fmt: skip
+    config = Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, torch_dtype="float32",
+        image_token_index=508, boi_token_index=509, eoi_token_index=510,
+    )  # fmt: skip
+    model = AutoModelForImageTextToText.from_config(config)
+    # Otherwise a random model says the word again that it was given.
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.01)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
 def cut_model(source: Path, folder: Path, layers: list[int]) -> str:
     """The model of `source` with these of its layers only, in a new folder; returns its path."""
     from safetensors import safe_open

@@ -108,6 +108,18 @@ def test_a_captured_step_of_several_tokens() -> None:
     joint_steps.check_changing_lengths("cuda", captured)
 
 
+@pytest.mark.parametrize(("shape", "rule"), joint_steps.WITH_SINKS, ids=str)
+@pytest.mark.parametrize("dtype", joint_steps.DTYPES, ids=str)
+def test_sinks_beside_one_list(shape: Shape, rule: Selection, dtype: torch.dtype) -> None:
+    joint_steps.check_sinks(shape, rule, dtype, "cuda")
+
+
+@pytest.mark.parametrize(("value", "row"), joint_steps.NO_NUMBERS)
+@pytest.mark.parametrize("rule", joint_steps.RULES, ids=str)
+def test_a_query_that_is_no_number(rule: Selection, value: float, row: int) -> None:
+    joint_steps.check_no_number(joint_steps.SHAPES[0], rule, value, row, "cuda")
+
+
 def test_errors_of_estimates_of_one_list(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attend, "ESTIMATES_EVERY", 1)
     joint_steps.check_estimate_errors("cuda")

@@ -26,7 +26,8 @@ from vllm_kcache.kernels.decode import decode_step
 from vllm_kcache.kernels.select import BLOCK_BITS, MOST_BLOCKS, own_lists
 from vllm_kcache.reference.attend import attend_rows
 from vllm_kcache.reference.fetch import fetch_rows
-from vllm_kcache.reference.select import select_blocks
+from vllm_kcache.reference.select import request_lse, select_blocks
+from vllm_kcache.reference.sinks import refine_lse, share_of_tokens
 from vllm_kcache.types import Selected, Selection
 
 # Requests of the tokens of `RAGGED`; one, two and four tiles of query heads in a list, and requests
@@ -42,8 +43,16 @@ SHAPES = (
 LONG = Shape((1500, 33, 900, 0, 1100), 1, 4, 64, 16, 8)
 # More lists than the threads of a thread block look at at once, when they share out the tiles.
 MANY = Shape(tuple(8 + 7 * i % 40 for i in range(90)), 4, 1, 64, 16, 8)
-# Fewer tokens, so that one and two tiles have a head of usual size.
-FEW = ((Shape((9, 200, 8, 0, 203, 33), 2, 1, 128, 16, 8), 4), (SHAPES[0], 2))
+# Fewer tokens, so that one and two tiles have a head of usual size, and groups that leave a tile in
+# part; and more than have one list, which are scored together, with more KV heads than a thread
+# looks at at once when tiles are shared out, and rows that begin in the next chunk of scores.
+FEW = (
+    (Shape((9, 200, 8, 0, 203, 33), 2, 1, 128, 16, 8), 4),
+    (SHAPES[0], 2),
+    (Shape((260, 16, 7, 0, 130, 33), 1, 7, 128, 48, 16), 2),
+    (Shape((9, 70, 3, 0, 259, 33), 9, 1, 64, 16, 4), 12),
+    (Shape((64, 33, 20, 0, 257), 1, 3, 96, 32, 8), 5),
+)
 RULES = (
     Selection(None, None, 1, 1, "sum"),
     Selection(None, None, 1, 8, "max", 0.05),
@@ -52,20 +61,32 @@ RULES = (
     Selection(None, 0.7, 0, 1, "max"),
 )
 DTYPES = (torch.bfloat16, torch.float16)
+# With each tail, and one, two and four tiles of query heads.
+WITH_SINKS = ((LONG, RULES[0]), (LONG, RULES[1]), (SHAPES[1], RULES[3]), (SHAPES[4], RULES[4]))
+# Of a query, and the row that has it: one amid, the first and the last of a list in SHAPES[0].
+NO_NUMBERS = ((torch.nan, 2), (torch.inf, 1), (-torch.inf, 4))
 Step = Callable[[], object]
 MOST_TOKENS = max(RAGGED)
 
 
 def joint_layer(
     shape: Shape, rule: Selection, dtype: torch.dtype, num_slots: int, device: str,
-    most_tokens: int = MOST_TOKENS,
+    most_tokens: int = MOST_TOKENS, before: int = 0,
 ) -> tuple[Coded, Layer]:  # fmt: skip
-    """A row for each token of the requests of a case; in `Coded` a request each."""
+    """A row for each token of the requests of a case; in `Coded` a request each.
+
+    Args:
+        before: Rows of the first request that belong to another batch.
+    """
     coded = Coded.of(build_case(shape, dtype), "int8")
     case = coded.case
     ragged = zip(itertools.cycle(RAGGED), shape.seq_lens, strict=False)
-    tokens = tuple(min(count, most_tokens) for count, _ in ragged)
+    tokens = tuple(
+        most_tokens if count == MOST_TOKENS else min(count, most_tokens) for count, _ in ragged
+    )
     lengths, spans = rows_of(shape.seq_lens, tokens)
+    for row in range(tokens[0]):
+        spans[row][0] += before
     request = torch.arange(len(tokens)).repeat_interleave(torch.tensor(tokens).clamp_min(1))
     generator = torch.Generator().manual_seed(2)
     query = torch.randn(len(lengths), *case.query.shape[1:], generator=generator)
@@ -136,10 +157,10 @@ def are_cut(shared: Selected, block_tokens: int, splits: int, least_tiles: int) 
 
 def check_step(
     shape: Shape, rule: Selection, dtype: torch.dtype, num_slots: int = 256, device: str = "cpu",
-    most_tokens: int = MOST_TOKENS,
+    most_tokens: int = MOST_TOKENS, before: int = 0,
 ) -> None:  # fmt: skip
     """Misses first, hits after, the same answer, in one part of a list and in some."""
-    coded, layer = joint_layer(shape, rule, dtype, num_slots, device, most_tokens)
+    coded, layer = joint_layer(shape, rule, dtype, num_slots, device, most_tokens, before)
     view, batch, workspace = layer.view, layer.batch, layer.workspace
     for number in (1, 2):
         out = torch.full_like(batch.query, torch.nan)
@@ -200,6 +221,51 @@ def check_changing_lengths(
         assert not workspace.arrivals.any()
 
 
+def check_sinks(shape: Shape, rule: Selection, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Learned sinks, which have from nearly nothing to nearly all of the mass, beside lists in one
+    part and in some."""
+    coded, layer = joint_layer(shape, rule, dtype, 256, device)
+    view, workspace = layer.view, layer.workspace
+    sinks = torch.linspace(-6, 9, shape.num_heads).to(dtype)
+    batch = replace(layer.batch, sinks=sinks.to(device))
+    out = torch.full_like(batch.query, torch.nan)
+    decode_step(view, workspace, batch, out)
+    _, own = lists_of_rows(layer)
+    expected, refined, block_lse = expected_of(coded, layer, own)
+    tokens = shape.v_block_tokens
+    lse = request_lse(refine_lse(block_lse, refined, own), coded.case.seq_lens, tokens)
+    expected = expected.float() * share_of_tokens(lse, sinks)[..., None]
+    assert_close(out.cpu().float(), expected, dtype)
+    lists = workspace.views(view, batch)
+    for config in (RowsConfig(50, 1), RowsConfig(2, 2)):
+        out.fill_(torch.nan)
+        attend.attend_blocks(view, batch, lists.selected, lists.rows, workspace, out, config=config)
+        assert_close(out.cpu().float(), expected, dtype)
+
+
+def check_no_number(
+    shape: Shape, rule: Selection, value: float, row: int, device: str = "cpu"
+) -> None:
+    """A token whose query is no number, or without a bound, changes nothing for the tokens that
+    have a list with it; it gets no number."""
+    coded, layer = joint_layer(shape, rule, torch.bfloat16, 256, device)
+    batch, out = layer.batch, torch.empty_like(layer.batch.query)
+    there = coded.case.seq_lens > 0
+    others = there.clone()
+    others[row] = False
+    decode_step(layer.view, layer.workspace, batch, out)
+    before, alone = out.cpu().clone(), lists_of_rows(layer)[1]
+    batch.query[row] = value
+    decode_step(layer.view, layer.workspace, batch, out)
+    own = lists_of_rows(layer)[1]
+    assert torch.equal(own.counts[others], alone.counts[others])
+    columns = torch.arange(own.blocks.shape[2])
+    listed = others[:, None, None] & (columns < own.counts[..., None])
+    assert torch.equal(own.blocks[listed], alone.blocks[listed])
+    assert_close(out.cpu()[others], before[others])
+    assert bool(out[row].isnan().all())
+
+
 def check_estimate_errors(device: str = "cpu") -> None:
     """Each look counts the errors of a chunk of a list: of each row those of what it selected;
     in time each chunk of each list has its turn. Needs `attend.ESTIMATES_EVERY` 1."""
@@ -236,7 +302,14 @@ def main() -> None:
         check_step(LONG, RULES[num_slots // 3], dtype, num_slots or 1 << 12)
         cases += 2
     for (shape, most_tokens), rule in itertools.product(FEW, RULES[:2]):
-        check_step(shape, rule, torch.bfloat16, most_tokens=most_tokens)
+        before = 3 if rule is RULES[1] else 0
+        check_step(shape, rule, torch.bfloat16, most_tokens=most_tokens, before=before)
+        cases += 1
+    for shape, rule in WITH_SINKS:
+        check_sinks(shape, rule, torch.float16)
+        cases += 1
+    for rule, (value, row) in itertools.product(RULES, NO_NUMBERS):
+        check_no_number(SHAPES[0], rule, value, row)
         cases += 1
     check_step(MANY, RULES[1], torch.bfloat16, 1 << 12)
     check_changing_lengths()

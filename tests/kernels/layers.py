@@ -104,7 +104,10 @@ def poisoned_workspace(view: LayerView, batch: DecodeBatch) -> DecodeWorkspace:
         view.shape, view.selection, max(1, batch.num_requests), batch.max_blocks,
         batch.query.device, batch.most_tokens,
     )  # fmt: skip
-    for name in ("block_lse", "chunk_lse", "chunk_max", "mass", "lse", "sums", "weights"):
+    for name in (
+        "block_lse", "chunk_lse", "chunk_max", "mass", "lse", "dropped", "code_query", "code_bias",
+        "sums", "weights",
+    ):  # fmt: skip
         getattr(workspace, name).fill_(torch.nan)
     for name in ("blocks", "rows", "counts"):
         getattr(workspace, name).fill_(-99)

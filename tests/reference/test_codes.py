@@ -244,7 +244,8 @@ def test_dropped_mass_of_each_query_head(shape, combine):
 
 
 def selected_of(coded: Coded) -> tuple[Selected, torch.Tensor]:
-    """Random lists, with what select would say of them; and the estimates of blocks."""
+    """Random lists, with what select would say of them, where a row pads poison; and the estimates
+    of blocks."""
     shape, lse = coded.case.shape, score(coded)
     lists = some_blocks(shape)
     masses = lse.softmax(-1).nan_to_num()
@@ -252,6 +253,8 @@ def selected_of(coded: Coded) -> tuple[Selected, torch.Tensor]:
     kept = masses.gather(-1, blocks.clamp_min(0).long()).masked_fill(blocks < 0, 0.0).sum(-1)
     total = lse.logsumexp(-1)
     dropped = (1 - kept).clamp_min(0)
+    padded = coded.case.seq_lens == 0
+    total[padded] = dropped[padded] = torch.nan
     return Selected(lists.blocks, lists.counts, lists.mass, total, dropped), lse
 
 

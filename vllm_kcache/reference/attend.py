@@ -182,8 +182,11 @@ def _combine(
             unit = (-most).exp()
             exponents = exponents - most
             dropped = selected.dropped[group].to(scores.dtype).view(heads) * unit
-        # The score of padding is -inf, and the lse of a padded row anything.
-        weights = torch.where(torch.isneginf(scores), 0.0, exponents.exp())
+        # The score of padding is -inf, and the lse of a padded row anything, as its dropped mass.
+        padding = torch.isneginf(scores)
+        weights = torch.where(padding, 0.0, exponents.exp())
+        if dropped is not None:
+            dropped = dropped.masked_fill(padding.all(-1, keepdim=True), 0.0)
         if isinstance(clip, torch.Tensor):
             clip = clip[group].to(scores.dtype).view(-1, 1, 1, 1)
         limit = clip * unit

@@ -10,6 +10,8 @@
 namespace kcache {
 
 inline float fast_exp2(float value) {
+  // As a GPU leaves what is no number; a host may set its sign, which a rank begins with.
+  if (std::isnan(value)) return __uint_as_float(0x7fffffffu);
   return value < -126.0f ? 0.0f : exp2f(value);
 }
 

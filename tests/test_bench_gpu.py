@@ -80,11 +80,11 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(tree: Path, *names: str) -> subprocess.CompletedProcess[str]:
+def run(tree: Path, *names: str, out: str = "out") -> subprocess.CompletedProcess[str]:
     """The script in that tree."""
     return subprocess.run(
         [tree / SCRIPT, *names],
-        env={**os.environ, "PYTHON": str(tree / "python"), "OUT": str(tree / "out")},
+        env={**os.environ, "PYTHON": str(tree / "python"), "OUT": str(tree / out)},
         capture_output=True,
         text=True,
         check=False,
@@ -115,3 +115,10 @@ def test_an_unknown_name_starts_nothing(tree: Path) -> None:
     assert done.returncode == 2
     assert "unknown name laier; accepted: 7b acceptance" in done.stderr
     assert not (tree / "calls").exists()
+
+
+def test_rows_are_not_written_over(tree: Path) -> None:
+    done = run(tree, "layer", out="benchmarks/results")
+    assert done.returncode == 2
+    assert "name another folder" in done.stderr
+    assert (tree / "benchmarks/results/layer.jsonl").read_text() == '{"old": 1}\n'

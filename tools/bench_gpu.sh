@@ -70,6 +70,10 @@ for name in "$@"; do
   fi
 done
 mkdir -p "$out"
+if [ "$out" -ef benchmarks/results ]; then
+  echo "OUT=$out: the rows themselves are there; name another folder" >&2
+  exit 2
+fi
 failed=0
 
 declare -A before

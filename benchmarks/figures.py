@@ -117,7 +117,8 @@ def decode_runs(rows: list[Row], preset: bool) -> list[Row]:
     runs: list[Row] = []
     for row in rows:
         # Label "short" is of make bench-gpu: one repeat; "grid" has a figure of its own. With
-        # drafts, on several GPUs, and with other weights another step is timed.
+        # drafts, also 0 of them (by vLLM's first runner), on several GPUs, and with other weights
+        # another step is timed.
         if row["label"] in ("short", "grid") or row.get("drafts") is not None:
             continue
         if row.get("tensor_parallel_size", 1) > 1 or row.get("quantization"):

@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tools/bench_gpu.sh without a GPU: its commands exist, and what it does with those that fail."""
+"""tools/bench_gpu.sh without a GPU: its commands, and what it does with those that fail."""
 
 from __future__ import annotations
 
-import importlib.util
+import argparse
+import importlib
+import json
 import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from benchmarks.replay.record import V_BLOCK_TOKENS
+from vllm_kcache.config import KCacheConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "tools/bench_gpu.sh"
@@ -30,21 +35,36 @@ def commands() -> list[tuple[str, list[str]]]:
     return [(name, command.split()) for name, command in lines]
 
 
+class Parsed(Exception):
+    """Raised with what a command line means, before anything runs."""
+
+
 @pytest.mark.parametrize(("name", "words"), commands())
-def test_commands_exist(name: str, words: list[str]) -> None:
+def test_commands_are_understood(
+    name: str, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = f"benchmarks.{words[0]}"
-    found = importlib.util.find_spec(module)
-    assert found is not None, module
-    assert found.origin is not None, module
-    # Some take what all operations take, and a package has its commands in __main__.
-    files = [Path(found.origin), ROOT / "benchmarks/ops/common.py", ROOT / "benchmarks/rows.py"]
-    files += Path(found.origin).parent.glob("*.py") if words[0] == "accuracy" else []
-    source = "".join(file.read_text() for file in files)
-    for word in words[1:]:
-        if word.startswith("--"):
-            assert f'"{word}"' in source, f"{module} does not take {word}"
-        elif "/" in word and word.startswith("benchmarks/"):
-            assert (ROOT / word / "config.json").exists(), word
+    if hasattr(importlib.import_module(module), "__path__"):
+        module += ".__main__"
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -> None:
+        raise Parsed(parse_args(parser, arguments))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    monkeypatch.setattr("sys.argv", [module, *words[1:]])
+    with pytest.raises(Parsed) as parsed:
+        importlib.import_module(module).main()
+    (options,) = parsed.value.args
+    model = str(getattr(options, "model", ""))
+    if not model.startswith("benchmarks/"):
+        return
+    config = json.loads((ROOT / model / "config.json").read_text())
+    if words[0] == "engine.decode" and options.mode == "replay":
+        # What is recorded is of blocks of one size, which a head size may not have by default.
+        head_size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        asked = KCacheConfig(v_block_tokens=options.v_block_tokens or "auto")
+        assert asked.resolved_v_block_tokens(head_size, 2, 16) == V_BLOCK_TOKENS
 
 
 @pytest.fixture
@@ -60,11 +80,11 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(tree: Path, *names: str) -> subprocess.CompletedProcess[str]:
+def run(tree: Path, *names: str, out: str = "out") -> subprocess.CompletedProcess[str]:
     """The script in that tree."""
     return subprocess.run(
         [tree / SCRIPT, *names],
-        env={**os.environ, "PYTHON": str(tree / "python"), "OUT": str(tree / "out")},
+        env={**os.environ, "PYTHON": str(tree / "python"), "OUT": str(tree / out)},
         capture_output=True,
         text=True,
         check=False,
@@ -95,3 +115,10 @@ def test_an_unknown_name_starts_nothing(tree: Path) -> None:
     assert done.returncode == 2
     assert "unknown name laier; accepted: 7b acceptance" in done.stderr
     assert not (tree / "calls").exists()
+
+
+def test_rows_are_not_written_over(tree: Path) -> None:
+    done = run(tree, "layer", out="benchmarks/results")
+    assert done.returncode == 2
+    assert "name another folder" in done.stderr
+    assert (tree / "benchmarks/results/layer.jsonl").read_text() == '{"old": 1}\n'

@@ -190,7 +190,7 @@ def measured_rows() -> list[Any]:
     for path in sorted(RESULTS.glob("decode*.jsonl")):
         for number, line in enumerate(path.read_text().splitlines(), 1):
             row = json.loads(line)
-            # The planner's steps verify no drafts.
+            # The planner's steps verify no drafts; rows of 0 drafts are of vLLM's first runner.
             if row.get("drafts") is not None:
                 continue
             experts = bool(shape_of(row["model"]).num_experts)

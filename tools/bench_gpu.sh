@@ -46,7 +46,7 @@ ops.attend --sweep"
   [server]="engine.server $shapes/llama-3-8b --engines kcache stock stock-fp8 --kcache-config {\"host_memory_gib\":$host}"
   [gpt-oss]="engine.decode $shapes/gpt-oss-20b $hybrid"
   [gemma-27b]="engine.decode $shapes/gemma-3-27b $hybrid"
-  [qwen]="engine.decode $shapes/qwen3.5-27b $hybrid"
+  [qwen]="engine.decode $shapes/qwen3.5-27b $hybrid --v-block-tokens 8"
   [mixed]="engine.mixed_load --minutes 15 --k-bits 4"
   [mixed-16]="engine.mixed_load --minutes 15 --k-bits 16"
   [mixed-drafts]="engine.mixed_load --minutes 15 --k-bits 4 --drafts 3"
@@ -70,6 +70,10 @@ for name in "$@"; do
   fi
 done
 mkdir -p "$out"
+if [ "$out" -ef benchmarks/results ]; then
+  echo "OUT=$out: the rows themselves are there; name another folder" >&2
+  exit 2
+fi
 failed=0
 
 declare -A before

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Everything about the kernels on one GPU: build, test, time. Logs and rows go to $OUT (or build/gpu).
+# Everything about the kernels on one GPU: build, test, time. Logs and rows go to $OUT (or build/gpu),
+# rows to benchmarks/results, too.
 #
 #   tools/gpu_kernels.sh                  build if needed, tests/gpu (without whole engines), benchmarks
 #   tools/gpu_kernels.sh --sweep          also other launch shapes of score and attend

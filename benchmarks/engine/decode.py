@@ -53,7 +53,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine import grid
-from benchmarks.engine.decode_engine import SHORT_STEPS, SPARE_TOKENS, longest
+from benchmarks.engine.decode_engine import SHORT_STEPS, longest, spare_tokens
 from benchmarks.rows import RESULTS, ROOT, append, command
 from vllm_kcache.config import DEFAULT_THRESHOLD_LENGTH, KCacheConfig
 
@@ -201,9 +201,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs of an engine")
     parser.add_argument("--requests", type=int, nargs="+", default=[0, 1], help="0: all that fit")
     parser.add_argument("--max-requests", type=int, default=32)
-    parser.add_argument(
-        "--drafts", type=int, nargs="+", default=[0], help="of each request and step"
-    )
+    parser.add_argument("--drafts", type=int, nargs="+", default=[0], help="of a request and step")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--engines",
@@ -231,9 +229,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--output {parsed.output}: must be above {SHORT_STEPS}")
     if parsed.profile and parsed.tensor_parallel_size > 1:
         parser.error("--profile: sees the kernels of one GPU; not with --tensor-parallel-size")
+    if min(parsed.drafts) < 0:
+        parser.error(f"--drafts {min(parsed.drafts)}: must be at least 0")
     if any(parsed.drafts) and parsed.tensor_parallel_size > 1:
         parser.error("--drafts: on one GPU; not with --tensor-parallel-size")
-    least = max(parsed.context) + parsed.output + SPARE_TOKENS
+    least = max(parsed.context) + parsed.output + spare_tokens(max(parsed.drafts))
     if parsed.max_model_len is not None and parsed.max_model_len < least:
         parser.error(f"--max-model-len {parsed.max_model_len}: must be at least {least}")
     return parsed

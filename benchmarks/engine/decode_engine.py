@@ -79,7 +79,8 @@ def measure(options: dict[str, Any]) -> None:
         "start_seconds": round(start_seconds, 1),
     }
     for context in options["contexts"]:
-        fits = requests_that_fit(llm, context + options["output"] + SPARE_TOKENS)
+        tokens = context + options["output"] + spare_tokens(options["drafts"])
+        fits = requests_that_fit(llm, tokens)
         most = min(fits, options["max_requests"])
         for asked, count in counts(options["requests"], most).items():
             if count in options.get("ran", {}).get(str(context), []):
@@ -129,9 +130,16 @@ def requests_that_fit(llm: Any, tokens: int) -> int:
     return min(free[pool] // needed[pool] for pool in free)
 
 
+def spare_tokens(drafts: int | None) -> int:
+    """Places of a request beside its prompt and `output` tokens. Without room for the drafts of the
+    step that is on its way, taken for right, and of the next, steps would have fewer, or none."""
+    return SPARE_TOKENS + 2 * (drafts or 0)
+
+
 def longest(options: dict[str, Any]) -> int:
     """The engine's max_model_len: as asked, else what the longest context needs."""
-    return options["max_model_len"] or max(options["contexts"]) + options["output"] + 16
+    least = max(options["contexts"]) + options["output"] + spare_tokens(options["drafts"])
+    return options["max_model_len"] or least + 4
 
 
 def _start_engine(options: dict[str, Any], extension: str) -> Any:
@@ -291,19 +299,26 @@ def _time_steps(llm: Any, options: dict[str, Any], context: int, count: int) -> 
     steps = options["output"] - SHORT_STEPS
     step_ms, sums, kernel_ms = [], dict.fromkeys(FIGURES, 0.0), {}
     for _ in range(options["repeats"]):
-        names = _begin(llm, prompts, options["output"])
+        names, made = _begin(llm, prompts, options["output"])
         for _ in range(SHORT_STEPS):
-            llm.llm_engine.step()
+            _step(llm, made)
+        made_before = sum(made.values())
         before = _figures(llm)
         llm.collective_rpc(_synchronize)
         begin = time.perf_counter()
         for _ in range(steps):
-            llm.llm_engine.step()
+            _step(llm, made)
         llm.collective_rpc(_synchronize)
         step_ms.append((time.perf_counter() - begin) / steps * 1e3)
         running = llm.llm_engine.get_num_unfinished_requests()
         if running != count:
             raise RuntimeError(f"{running} of {count} requests ran to the last step timed")
+        found = sum(made.values()) - made_before
+        # A step that begins the queue of those that are on their way returns nothing.
+        if not (steps - 1) * count <= found <= steps * count:
+            raise RuntimeError(
+                f"{count} requests made {found} tokens in {steps} steps, not one each"
+            )
         after = _figures(llm)
         if options["profile"]:
             kernel_ms = _profile(llm)
@@ -353,8 +368,15 @@ def _profile(llm: Any) -> dict[str, float]:
     return {name[:100]: round(us / 1e3 / PROFILED_STEPS, 4) for name, us in found}
 
 
-def _begin(llm: Any, prompts: list[list[int]], output: int) -> list[str]:
-    """Add requests, and step until each has made a token. Returns their names in the engine."""
+def _step(llm: Any, made: dict[str, int]) -> None:
+    """One step; how many tokens its requests have made goes to `made`."""
+    for output in llm.llm_engine.step():
+        made[output.request_id] = len(output.outputs[0].token_ids)
+
+
+def _begin(llm: Any, prompts: list[list[int]], output: int) -> tuple[list[str], dict[str, int]]:
+    """Add requests, and step until each has made a token. Returns their names in the engine, and
+    how many tokens each has made."""
     from vllm import SamplingParams
 
     # Some steps are on their way when the last one is timed: no request may end before.
@@ -365,10 +387,10 @@ def _begin(llm: Any, prompts: list[list[int]], output: int) -> list[str]:
         llm.llm_engine.add_request(str(number), {"prompt_token_ids": prompt}, sampling)
         for number, prompt in enumerate(prompts)
     ]
-    begun: set[str] = set()
-    while len(begun) < len(names):
-        begun.update(output.request_id for output in llm.llm_engine.step())
-    return names
+    made: dict[str, int] = {}
+    while len(made) < len(names):
+        _step(llm, made)
+    return names, made
 
 
 if __name__ == "__main__":

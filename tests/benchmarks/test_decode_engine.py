@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.engine import decode, drafting
+from benchmarks.engine import decode, decode_engine, drafting
 from benchmarks.engine.decode import parse
-from benchmarks.engine.decode_engine import SHORT_STEPS
+from benchmarks.engine.decode_engine import SHORT_STEPS, longest
 from benchmarks.rows import load
 from tests.integration.engines import in_forks, spec_of
 from tests.integration.families import FAMILIES
@@ -115,6 +115,79 @@ def test_every_draft_is_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
     drafts = speculator.propose(SimpleNamespace(num_reqs=2), None, None, num_speculative_tokens=3)
     assert drafts.tolist() == [[drafting.DRAFT_TOKEN] * 3] * 2
     assert speculator.drafts[2:].eq(0).all(), "rows of no request were written"
+
+
+def test_drafts_have_room(capsys: pytest.CaptureFixture[str]) -> None:
+    """A step is scheduled behind one whose k + 1 tokens are taken for right; vLLM cuts what goes
+    past max_model_len."""
+    for drafts in (1, 3, 7, 15):
+        options = {"contexts": [64, 1000], "output": 48, "max_model_len": None, "drafts": drafts}
+        # The first token of all, and steps that are profiled.
+        made = 1 + 48 + decode_engine.PROFILED_STEPS
+        assert 1000 + made + 2 * (1 + drafts) <= longest(options)
+        assert longest({**options, "drafts": None}) == 1000 + 48 + 16
+    arguments = ["shape", "--context", "1000", "--output", "48", "--drafts", "0", "7"]
+    for more, message in (
+        (["--max-model-len", "1060"], "must be at least 1074"),
+        (["--drafts", "-1"], "--drafts -1: must be at least 0"),
+    ):
+        with pytest.raises(SystemExit):
+            parse([*arguments, *more])
+        assert message in capsys.readouterr().err
+
+
+class Stepper:
+    """An engine of two requests, of which a step makes so many tokens."""
+
+    def __init__(self, made: list[tuple[int, int]]) -> None:
+        self.llm_engine, self.collective_rpc = self, lambda *arguments: None
+        self.steps, self.tokens, self.running = iter(made), [0, 0], 2
+
+    def add_request(self, name: str, prompt: Any, sampling: Any) -> str:
+        return name
+
+    def get_num_unfinished_requests(self) -> int:
+        return self.running
+
+    def has_unfinished_requests(self) -> bool:
+        return self.running > 0
+
+    def abort_request(self, names: list[str], internal: bool) -> None:
+        self.running = 0
+
+    def step(self) -> list[Any]:
+        for number, more in enumerate(next(self.steps)):
+            self.tokens[number] += more
+        return [
+            SimpleNamespace(
+                request_id=str(number), outputs=[SimpleNamespace(token_ids=[0] * tokens)]
+            )
+            for number, tokens in enumerate(self.tokens)
+        ]
+
+
+@pytest.mark.parametrize(
+    ("timed", "found"),
+    [
+        pytest.param([(1, 1)] * 4, None, id="a token a step"),
+        pytest.param([(0, 0), *[(1, 1)] * 3], None, id="a step that begins the queue"),
+        pytest.param([(1, 1), (1, 2), (1, 1), (1, 1)], 9, id="a right draft"),
+        pytest.param([(1, 1), (0, 0), (0, 0), (1, 1)], 4, id="steps without a request"),
+    ],
+)
+def test_a_step_makes_a_token_of_each_request(
+    timed: list[tuple[int, int]], found: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        decode_engine, "_figures", lambda llm: dict.fromkeys(decode_engine.FIGURES, 0.0)
+    )
+    options = {"output": SHORT_STEPS + 4, "repeats": 1, "profile": False, "engine": "stock"}
+    llm = Stepper([(1, 1)] * (1 + SHORT_STEPS) + timed)
+    if found is None:
+        assert decode_engine._time_steps(llm, options, 8, 2)["requests"] == 2
+        return
+    with pytest.raises(RuntimeError, match=f"2 requests made {found} tokens in 4 steps"):
+        decode_engine._time_steps(llm, options, 8, 2)
 
 
 # Of the model of two ranks.

@@ -92,6 +92,7 @@ def test_text_is_that_of_stock(
     stock = runs["stock"]
     texts = [row["tokens"][0] for batch in stock["batches"] for row in batch]
     assert len(set(map(tuple, texts))) == len(texts), "an image or a prompt changes nothing"
+    assert all(len(set(text)) > 4 for text in texts), "a text repeats itself"
     for k in map(str, K_BITS):
         split = runs[k]
         assert tokens_of(split) == tokens_of(stock)

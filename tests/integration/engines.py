@@ -72,10 +72,11 @@ class Runs:
         return outcome["stdout"][-3000:] + outcome["stderr"][-6000:]
 
 
-def in_forks(folder: Path, calls: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
-    """Outcome of each call, in a fork of one process that has imported vLLM (forked.py)."""
+def in_forks(folder: Path, calls: dict[str, list[Any]], *first: str) -> dict[str, dict[str, Any]]:
+    """Outcome of each call, in a fork of one process that has imported vLLM (forked.py), and before
+    it these modules."""
     source, target = folder / "calls.json", folder / "outcomes.json"
-    source.write_text(json.dumps({"imports": ["vllm.entrypoints.llm"], "calls": calls}))
+    source.write_text(json.dumps({"imports": [*first, "vllm.entrypoints.llm"], "calls": calls}))
     done = subprocess.run(
         [sys.executable, "-m", "tests.integration.forked", str(source), str(target)],
         cwd=ROOT,

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from tests.integration import generate
+
 
 def convolve(
     x: torch.Tensor,
@@ -197,23 +199,35 @@ def _as_prompts(original: Callable[..., Any]) -> Callable[..., Any]:
     return _build_attention_metadata
 
 
-def run(spec: dict[str, Any]) -> dict[str, Any]:
-    """As generate.py's, with these kernels, and so without the refusal of vLLM's."""
+def forget_drafts() -> None:
+    """Has the layers of this process begin with the state after what was accepted; so vLLM's
+    kernels are not refused."""
     from vllm.model_executor.layers.mamba import mamba_mixer2
     from vllm.model_executor.layers.mamba.ops import ssu_dispatch
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-    from vllm.v1.worker.mamba_utils import MambaSpecDecodeGPUContext
 
-    from tests.integration import generate
     from vllm_kcache.integration import refusals
 
     mamba_mixer2.causal_conv1d_update = convolve
     ssu_dispatch.CPUSSUBackend.__call__ = update_states
+    kept = tuple(r for r in refusals.REFUSALS if r.name != "states_with_drafts")
+    assert len(kept) == len(refusals.REFUSALS) - 1
+    refusals.REFUSALS = kept
+
+
+def run(spec: dict[str, Any]) -> dict[str, Any]:
+    """As generate.py's, with these kernels, in vLLM's first runner."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker.mamba_utils import MambaSpecDecodeGPUContext
+
+    forget_drafts()
     MambaSpecDecodeGPUContext._populate_metadata = _remember
     MambaSpecDecodeGPUContext.run_fused_precopy = _before_step
     MambaSpecDecodeGPUContext.run_fused_postprocess = _after_step
     GPUModelRunner._build_attention_metadata = _as_prompts(GPUModelRunner._build_attention_metadata)
-    kept = tuple(r for r in refusals.REFUSALS if r.name != "states_with_drafts")
-    assert len(kept) == len(refusals.REFUSALS) - 1
-    refusals.REFUSALS = kept
+    return generate.run(spec)
+
+
+def run_in_second_runner(spec: dict[str, Any]) -> dict[str, Any]:
+    """The same in vLLM's second runner, which moves states with kernels of its own."""
+    forget_drafts()
     return generate.run(spec)

@@ -34,11 +34,14 @@ class KCacheCPUWorker(SplitCacheWorker, CPUWorker):
         return page_bytes + row_bytes if self.kcache_config.host_memory_gib == "auto" else row_bytes
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        """As vLLM's, which would fail at a seeded request whose prompt goes on after this step.
+        """As vLLM's, whose first runner would fail at a seeded request whose prompt goes on after
+        this step.
 
         It samples for such a request all the same, and turns its generator back: that of a CPU
         cannot be. Beside states with prefix caching, most prompts take two steps.
         """
+        if self.use_v2_model_runner:
+            return super().sample_tokens(grammar_output)
         runner = self.model_runner
         batch = runner.input_batch
         unfinished = np.flatnonzero(runner.discard_request_mask.np[: batch.num_reqs])

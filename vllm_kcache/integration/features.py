@@ -17,7 +17,8 @@ SNAPSHOT_SERVER = "vllm.snapshot.server"
 SINK_MODEL_TYPES = ("openai_privacy_filter",)
 # In vLLM's own attention beside split layers.
 WINDOW_KINDS = ("sliding_attention", "chunked_attention")
-# Drafts of a custom class are taken to need no layers. `ngram_gpu` is of a GPU alone.
+# Drafts of a custom class are taken to need no layers. `ngram_gpu` on a CPU is of vLLM's second
+# runner alone.
 SERVED_SPECULATION = (
     "ngram", "ngram_gpu", "suffix", "custom_class", "draft_model", "eagle", "eagle3", "mtp",
 )  # fmt: skip
@@ -96,7 +97,8 @@ def other_speculation(vllm_config: Any) -> str | None:
     config = vllm_config.speculative_config
     if config is None or config.method not in SERVED_SPECULATION:
         return getattr(config, "method", None)
-    if config.method == "ngram_gpu" and vllm_config.device_config.device_type == "cpu":
+    is_cpu = vllm_config.device_config.device_type == "cpu"
+    if config.method == "ngram_gpu" and is_cpu and not vllm_config.use_v2_model_runner:
         return "ngram_gpu, on a CPU"
     for name in ("parallel_drafting", "use_heterogeneous_vocab"):
         if getattr(config, name):

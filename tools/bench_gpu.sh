@@ -33,9 +33,7 @@ declare -A runs=(
   [short]="$ops
 engine.decode $shapes/llama-3-8b --context 32768 --top-n 16 --repeats 1 --label short
 engine.prefill $shapes/llama-3-8b --layers 16 --prompts 16384 --repeats 2 --label short"
-  [sweep]="ops.score --sweep
-ops.score_codes --sweep
-ops.attend --sweep"
+  [sweep]="$(sed -E 's/^ops.(score|score_codes|attend)$/& --sweep/' <<<"$ops")"
   [layer]="ops.layer"
   [drafts]="$decode --context 32768 --requests 26 --max-requests 26 --repeats 2 --host-memory-gib 62 --drafts 3 0 --profile --engines kcache-4 stock"
   [small]="$decode --context 4224 8192 --requests 1 4 --max-requests 4 --repeats 3 --engines kcache-4 stock stock-fp8"

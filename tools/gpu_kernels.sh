@@ -84,5 +84,5 @@ if [ -z "$rest" ]; then
   exit $failed
 fi
 
-OUT=$out PYTHON=$python tools/bench_gpu.sh ops $sweep || failed=1
+OUT=$out PYTHON=$python tools/bench_gpu.sh "${sweep:-ops}" || failed=1
 exit $failed

@@ -37,7 +37,7 @@ for file in "${files[@]}"; do
   name=$(basename "$file" .py)
   case $name in
     # Many shapes, each with kernels of its own to compile (tests/gpu/conftest.py).
-    test_kernels | test_lists | test_decode)
+    test_kernels | test_lists | test_decode | test_code_steps)
       for part in 1 2 3; do start "${name}_$part" "$file" $part/3; done
       ;;
     *) start "$name" "$file" 1/1 ;;

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's second runner, which every engine on a GPU has: the text is that of stock vLLM.
 
-On a CPU, where its kernels are interpreted (second_runner.py); what is split is the CPU's. Stock's
-text without drafts is that of the first runner.
+On a CPU, where its kernels are interpreted (second_runner.py); what is split is the CPU's, and in
+tests/csrc/test_engine.py a GPU's. Stock's text without drafts is that of the first runner.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def check_drafts(found: dict[str, Any]) -> None:
     assert 0 < accepted < drafts
 
 
-@pytest.mark.parametrize("k_bits", [4, pytest.param(16, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("k_bits", [4, 16])
 def test_text_with_and_without_drafts(k_bits: int, model: str, tmp_path: Path) -> None:
     """Several chunks and decodes in a step; drafts that are made while a step is on its way."""
     settings = {**GATE, "k_bits": k_bits}

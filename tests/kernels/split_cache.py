@@ -49,8 +49,11 @@ THRESHOLD = {"mass_threshold": 0.01, "sink_tokens": 8, "recent_tokens": 8, "v_bl
 class InOrder:
     """A stream or an event of a machine that does one thing after the other."""
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_: Any, **__: Any) -> None:
         pass
+
+    def synchronize(self) -> None:
+        """All has ended."""
 
     def wait_stream(self, other: InOrder) -> None:
         """It has ended."""
@@ -58,7 +61,7 @@ class InOrder:
     def wait_event(self, event: InOrder) -> None:
         """It has come."""
 
-    def record(self) -> None:
+    def record(self, stream: InOrder | None = None) -> None:
         """Now."""
 
 

@@ -183,6 +183,12 @@ def test_stock_blocks(name: str, context: int, blocks: int, requests: int) -> No
 # says 30.8.
 MISSED = {("stock", 130000, 6)}
 
+# The benchmark's engines run without torch.compile, and a norm of Gemma's kind, x * (1 + w), is
+# then some six kernels of vLLM's: of a step of one request they take 6.8 ms (Gemma 3 27B, six norms
+# a layer) and 3.0 ms (Qwen3.5 27B, two, and two more where it attends).
+NORM_SECONDS = 18.3e-6
+NORMS = {"gemma-3-27b": 62 * 6 + 1, "qwen3.5-27b": 64 * 2 + 16 * 2 + 1}
+
 
 def measured_rows() -> list[Any]:
     """Every run of every row of the decode benchmark."""
@@ -222,7 +228,8 @@ def test_rows_of_the_benchmark(row: dict[str, Any], run: dict[str, Any]) -> None
         cost = stock_step(*step, 1 if row["kv_cache_dtype"].startswith("fp8") else None)
     else:
         cost = split_step(*step, measured_work(row, run, shape, engine))
-    assert cost.seconds * 1e3 == pytest.approx(run["step_ms"], rel=WITHIN)
+    seconds = cost.seconds + NORM_SECONDS * NORMS.get(row["model"], 0)
+    assert seconds * 1e3 == pytest.approx(run["step_ms"], rel=WITHIN)
 
 
 def measured_work(

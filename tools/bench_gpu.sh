@@ -23,10 +23,12 @@ shapes=benchmarks/shapes
 smollm=models/SmolLM2-135M-Instruct
 replay="--mode replay --mass-threshold 0.002 --output 48 --resume"
 decode="engine.decode $shapes/llama-3-8b $replay"
-hybrid="$replay --repeats 1 --context 32768 130000 --requests 0 1 --max-requests 192 \
+hybrid="$replay --repeats 1 --profile --context 32768 130000 --requests 0 1 --max-requests 192 \
 --max-num-batched-tokens 8192 --host-memory-gib $host --engines kcache-4 stock stock-fp8"
 both='--settings [{},{"kv_cache_dtype":"fp8"}]'
-part='{"gpu_memory_utilization":0.2}' # of a GPU that others are on
+# Of a GPU that others are on: their memory grows and shrinks while vLLM would measure its own.
+cache='"gpu_memory_utilization":0.1,"kv_cache_memory_bytes":8589934592'
+part="{$cache}"
 ops=$(for op in write write_rows score score_codes select fetch attend overlap layer; do echo "ops.$op"; done)
 declare -A runs=(
   [ops]="$ops"
@@ -50,7 +52,7 @@ engine.prefill $shapes/llama-3-8b --layers 16 --prompts 16384 --repeats 2 --labe
   [mixed-drafts]="engine.mixed_load --minutes 15 --k-bits 4 --drafts 3"
   [accuracy]="accuracy sweep $smollm --lengths 2048 4096 8000 $both --engine $part"
   [gemma]="accuracy sweep models/gemma-3-270m --lengths 4096 16384 32000 $both --engine $part"
-  [ruler]="accuracy.tasks $smollm --tasks offline_ruler --length 8000 --limit 100 --settings {} --model-args {\"max_model_len\":8192,\"gpu_memory_utilization\":0.2}"
+  [ruler]="accuracy.tasks $smollm --tasks offline_ruler --length 8000 --limit 100 --settings {} --model-args {\"max_model_len\":8192,$cache}"
   [acceptance]="accuracy.acceptance $smollm --settings {\"k_bits\":4} --engine $part"
 )
 

@@ -11,11 +11,13 @@ import sys
 
 import torch
 
+from tests.kernels.interpreter import patch_once_a_launch
 from vllm_kcache.kernels import extension
 
 
 def main() -> None:
     """Run `main` of a module of cases, with the emulated extension in place of the built one."""
+    patch_once_a_launch()
     torch.ops.load_library(sys.argv[1])
     extension.load = lambda: None  # type: ignore[assignment]
     importlib.import_module(sys.argv[2]).main()

@@ -14,17 +14,19 @@ import pytest
 from tests.csrc.engine import LIBRARY
 from tests.integration.engines import GATE, Runs, in_forks, run_engines, spec_of, tokens_of
 from tests.integration.test_drafts_in_two_pools import StateEngines, window_specs
-from tests.integration.test_drafts_in_two_pools import check as check_in_two_pools
-from tests.integration.test_second_runner import BATCHES, NGRAM_GPU, check_drafts
+from tests.integration.test_second_runner import NGRAM_GPU, check_drafts
 from tests.integration.test_speculation import (
     ENGINE,
     KV_HEADS,
     LAYERS,
     MTP_WORDS,
+    NGRAM,
     SELECTION,
     VOCABULARY,
     heads_of,
+    hits_of,
     smaller_model,
+    work,
 )
 from tests.integration.tiny_models import write_llama
 
@@ -32,7 +34,23 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 # A few hundred rows, so that some are evicted.
 HOT = {"hot_cache_gib": 0.0005}
-SHORT = {**BATCHES[0], "sampling": {**BATCHES[0]["sampling"], "max_tokens": 20}}
+
+
+def small(batch: dict[str, Any], prompts: int, most: int, new: int) -> dict[str, Any]:
+    """As many of a batch's prompts, cut to `most` tokens, and `new` ones after each."""
+    sampling = {**batch["sampling"], "max_tokens": new}
+    return {
+        "prompts": [prompt[:most] for prompt in batch["prompts"][:prompts]],
+        "sampling": sampling,
+    }
+
+
+# Emulated kernels take a thousand times as long. Still prompts come in chunks, and a crowd is too
+# large for the pages.
+FIRST, CROWD = work()
+FIRST, CROWD = small(FIRST, 3, 260, 12), small(CROWD, 5, 100, 24)
+BATCHES = [FIRST, hits_of(FIRST), CROWD]
+FEW_PAGES = {**ENGINE, "num_gpu_blocks_override": 18}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +73,7 @@ def on_gpu(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> An
     return run
 
 
-def check(found: dict[str, Any], stock: dict[str, Any], words: int = VOCABULARY // 3) -> None:
+def check(found: dict[str, Any], stock: dict[str, Any], words: int = 4) -> None:
     """The text is the other's, and says something; rows came from the hot cache and the host."""
     assert all(len(set(tokens)) > words for (tokens,) in tokens_of(stock)[0])
     assert tokens_of(found) == tokens_of(stock)
@@ -66,15 +84,15 @@ def check(found: dict[str, Any], stock: dict[str, Any], words: int = VOCABULARY 
 
 def test_text_is_that_of_stock(model: str, tmp_path: Path, on_gpu: Any) -> None:
     """Prompts in chunks, with their context from the host; steps of one token and of several."""
-    engine = {**ENGINE, "model": model}
+    stock = run_engines(tmp_path, {"stock": spec_of([FIRST], model=model, **ENGINE)})["stock"]
     settings = {**GATE, **HOT, "k_bits": 4}
-    stock = run_engines(tmp_path, {"stock": spec_of([SHORT], **engine)})["stock"]
+    engine = {**FEW_PAGES, "model": model}
     runs = on_gpu({
-        "plain": spec_of([SHORT], settings, **engine),
-        "drafts": spec_of([SHORT], settings, speculative_config=NGRAM_GPU, **engine),
+        "plain": spec_of([FIRST], settings, **engine),
+        "drafts": spec_of([FIRST], settings, speculative_config=NGRAM_GPU, **engine),
     })  # fmt: skip
     for found in runs["plain"], runs["drafts"]:
-        check(found, stock, 4)
+        check(found, stock)
         assert found["async_scheduling"]
     check_drafts(runs["drafts"])
 
@@ -85,10 +103,9 @@ def test_text_is_that_of_stock(model: str, tmp_path: Path, on_gpu: Any) -> None:
 def test_prefix_hits_and_preemption(
     k_bits: int, drafts: dict[str, Any] | None, model: str, tmp_path: Path, on_gpu: Any
 ) -> None:
-    engine = {**ENGINE, "model": model}
-    stock = run_engines(tmp_path, {"stock": spec_of(BATCHES, **engine)})["stock"]
-    settings = {**GATE, **HOT, "k_bits": k_bits}
-    found = on_gpu({"": spec_of(BATCHES, settings, speculative_config=drafts, **engine)})[""]
+    stock = run_engines(tmp_path, {"stock": spec_of(BATCHES, model=model, **ENGINE)})["stock"]
+    engine = {**FEW_PAGES, "model": model, "speculative_config": drafts}
+    found = on_gpu({"": spec_of(BATCHES, {**GATE, **HOT, "k_bits": k_bits}, **engine)})[""]
     check(found, stock)
     assert max(row["cached_tokens"] for row in found["batches"][1]) > 0
     assert found["vllm_metrics"]["vllm:num_preemptions"] > 0
@@ -100,11 +117,10 @@ def test_drafts_of_a_model(name: str, model: str, tmp_path: Path, on_gpu: Any) -
     drafts = {"draft": (model, smaller_model(model, tmp_path)), **heads_of(model, tmp_path)}
     served, speculation = drafts[name]
     engine = {**ENGINE, "model": served}
-    stock = run_engines(tmp_path, {"stock": spec_of(BATCHES[:1], **engine)})["stock"]
+    stock = run_engines(tmp_path, {"stock": spec_of([FIRST], **engine)})["stock"]
     settings = {**GATE, **HOT, "k_bits": 4}
-    spec = spec_of(BATCHES[:1], settings, speculative_config=speculation, **engine)
-    found = on_gpu({"": spec})[""]
-    check(found, stock, MTP_WORDS if name == "mtp" else VOCABULARY // 3)
+    found = on_gpu({"": spec_of([FIRST], settings, speculative_config=speculation, **engine)})[""]
+    check(found, stock, MTP_WORDS if name == "mtp" else 4)
     check_drafts(found)
 
 
@@ -118,11 +134,11 @@ def test_a_selection_is_that_of_the_cpu(
     kind: dict[str, Any], drafts: dict[str, Any] | None, model: str, tmp_path: Path, on_gpu: Any
 ) -> None:
     settings = {**SELECTION, **kind}
-    engine = {**ENGINE, "model": model}
-    theirs = run_engines(tmp_path, {"cpu": spec_of([SHORT], settings, **engine)})["cpu"]
-    spec = spec_of([SHORT], {**settings, **HOT}, speculative_config=drafts, **engine)
-    found = on_gpu({"": spec})[""]
-    check(found, theirs, 4)
+    engine = {**ENGINE, "model": model, "speculative_config": drafts}
+    cpu = {**engine, "speculative_config": drafts and NGRAM}
+    theirs = run_engines(tmp_path, {"cpu": spec_of([FIRST], settings, **cpu)})["cpu"]
+    found = on_gpu({"": spec_of([FIRST], {**settings, **HOT}, **engine)})[""]
+    check(found, theirs)
     for figures in (run["kcache_metrics"] for run in (theirs, found)):
         assert figures["dropped_mass"][0][1] < figures["selected_lists"] / 2
 
@@ -133,17 +149,28 @@ def test_beside_window_layers(model_type: str, tmp_path: Path, on_gpu: Any) -> N
     """Soft caps of Gemma 2 and learned sinks of gpt-oss among them."""
     specs = window_specs(tmp_path, model_type, [{**GATE, **HOT, "k_bits": 4}])
     specs["4"]["engine"]["speculative_config"] = NGRAM_GPU
-    for spec in specs.values():
-        spec["batches"] = spec["batches"][:2]
-    plain = run_engines(tmp_path, {"plain": specs.pop("plain")})["plain"]
-    found = on_gpu(specs)["4"]
-    check(found, plain, 2)
-    check_drafts(found)
+    check_in_two_pools(specs, tmp_path, on_gpu)
 
 
 @pytest.mark.full
 def test_beside_states(tmp_path: Path, on_gpu: Any) -> None:
     engines = StateEngines(tmp_path)
-    plain = engines.run_stock()
-    spec = engines.spec({**GATE, **HOT, "k_bits": 4}, speculative_config=NGRAM_GPU)
-    check_in_two_pools(on_gpu({"": spec}, "run_beside_states")[""], plain)
+    drafts = {"speculative_config": NGRAM_GPU}
+    specs = {
+        "plain": engines.stock_spec(),
+        "4": engines.spec({**GATE, **HOT, "k_bits": 4}, **drafts),
+    }
+    check_in_two_pools(specs, tmp_path, on_gpu, "run_beside_states")
+
+
+def check_in_two_pools(
+    specs: dict[str, dict[str, Any]], folder: Path, on_gpu: Any, call: str = "run"
+) -> None:
+    """Of two engines, stock vLLM and one with drafts: equal texts, the second with prefix hits."""
+    for spec in specs.values():
+        spec["batches"] = BATCHES[:2]
+    plain = run_engines(folder, {"plain": specs["plain"]})["plain"]
+    found = on_gpu({"4": specs["4"]}, call)["4"]
+    check(found, plain, 2)
+    check_drafts(found)
+    assert max(row["cached_tokens"] for row in found["batches"][1]) > 0

@@ -18,6 +18,9 @@ def _interpret_kernels() -> None:
     from triton.backends import backends
     from triton.runtime.interpreter import InterpreterBuilder
 
+    from tests.kernels.interpreter import patch_once_a_launch
+
+    patch_once_a_launch()
     backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 

@@ -68,10 +68,13 @@ class StateEngines:
         few = {"num_gpu_blocks_override": STATES}
         return spec_of(batches(), settings, **{**ENGINE, "model": self._model, **few, **engine})
 
+    def stock_spec(self) -> dict[str, Any]:
+        """Stock vLLM without drafts."""
+        return spec_of(batches(), **{**ENGINE, "model": self._model, **UNCACHED})
+
     def run_stock(self) -> dict[str, Any]:
-        """What stock vLLM says, without drafts."""
-        spec = spec_of(batches(), **{**ENGINE, "model": self._model, **UNCACHED})
-        return run_engines(self.folder, {"stock": spec})["stock"]
+        """What stock vLLM says."""
+        return run_engines(self.folder, {"stock": self.stock_spec()})["stock"]
 
     def run(self, name: str, specs: dict[str, dict[str, Any]]) -> Runs:
         folder = self.folder / name

@@ -160,10 +160,11 @@ class WindowPool:
         free = max(0, blocks - self.step_blocks)
         return 1 + max(free * self.request_pages // self.request_blocks, self.longest_pages)
 
-    def requests(self, pages: int, request_pages: int) -> float:
-        """Requests of so many pages that fit in so many, and in the blocks that go with them."""
-        blocks = self.blocks_for(pages) - self.step_blocks
-        return min((pages - 1) / request_pages, blocks / self.request_blocks)
+    def requests(self, pages: int, request_pages: int, blocks: int | None = None) -> float:
+        """Requests of so many pages that fit in so many, and in so many blocks, or those that go
+        with the pages."""
+        free = (self.blocks_for(pages) if blocks is None else blocks) - self.step_blocks
+        return min((pages - 1) / request_pages, free / self.request_blocks)
 
     def _blocks(self, free: int) -> int:
         most = self.max_requests * self.request_blocks

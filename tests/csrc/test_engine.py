@@ -48,7 +48,7 @@ def small(batch: dict[str, Any], prompts: int, most: int, new: int) -> dict[str,
 # Emulated kernels take a thousand times as long. Still prompts come in chunks, and a crowd is too
 # large for the pages.
 FIRST, CROWD = work()
-FIRST, CROWD = small(FIRST, 3, 260, 12), small(CROWD, 5, 100, 24)
+FIRST, CROWD = small(FIRST, 3, 260, 12), small(CROWD, 5, 90, 24)
 BATCHES = [FIRST, hits_of(FIRST), CROWD]
 FEW_PAGES = {**ENGINE, "num_gpu_blocks_override": 18}
 

@@ -97,6 +97,22 @@ def test_full_layers_are_one_group_with_its_own_pool(vllm_config: Any) -> None:
     assert not config.needs_kv_cache_zeroing
 
 
+@pytest.mark.parametrize("few_blocks", [False, True])
+def test_vllm_knows_how_many_requests_fit(vllm_config: Any, few_blocks: bool) -> None:
+    """To its log and its metrics: those of the longest that both pools hold."""
+    from vllm.v1.core.kv_cache_utils import (
+        generate_scheduler_kv_cache_config,
+        get_kv_cache_capacity,
+    )
+
+    config = planned(vllm_config, room(11))
+    fits = 11 * PAGES / MOST_PAGES
+    if few_blocks:
+        config.num_blocks, fits = STEP_BLOCKS + 4 * REQUEST_BLOCKS, 4.0
+    for each in config, generate_scheduler_kv_cache_config([config]):
+        assert get_kv_cache_capacity(vllm_config, each) == (int(fits * LENGTH), fits)
+
+
 def test_warming_up_stays_within_both_pools(
     vllm_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

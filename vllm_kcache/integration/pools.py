@@ -24,6 +24,7 @@ from typing import Any
 
 from vllm.platforms.interface import Platform
 from vllm.utils.math_utils import round_up
+from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.hisparse.block_pool import SharedEventQueueBlockPool
@@ -93,6 +94,15 @@ _USAGE_RECORD = PatchRecord(
     until=_UNTIL,
 )
 
+_CONCURRENCY_RECORD = PatchRecord(
+    target=f"{kv_cache_utils.__name__}.get_max_concurrency_for_kv_cache_config",
+    why="vLLM says at start, and in its metrics, how much fits. It gives each request the window "
+    "blocks of a whole step's prompts, for which this pool has room once.",
+    how="It is what fits in both pools as they are made, which our own lines of the log say, too.",
+    upstream=_UPSTREAM,
+    until=_UNTIL,
+)
+
 _ALIGN_RECORD = PatchRecord(
     target="vllm.platforms.interface.Platform._align_hybrid_block_size",
     why="It makes pages of K as large as the states of other layers: thousands of tokens.",
@@ -158,6 +168,8 @@ def install() -> None:
     wrap(planning, "get_kv_cache_groups", _with_own_group, _GROUPS_RECORD)
     wrap(planning, "get_kv_cache_config_from_groups", _with_own_pool, _CONFIG_RECORD)
     wrap(BlockPool, "get_usage", _of_the_fuller, _USAGE_RECORD)
+    name = "get_max_concurrency_for_kv_cache_config"
+    wrap(kv_cache_utils, name, _in_both_pools, _CONCURRENCY_RECORD)
     wrap(Platform, "_align_hybrid_block_size", _unless_apart, _ALIGN_RECORD)
     with contextlib.suppress(ImportError):
         from vllm.v1.core.kv_cache_config_builder import KVCacheConfigBuilder
@@ -373,6 +385,17 @@ def _of_the_fuller(original: Callable) -> Callable:
         return original(self) if second is None else max(original(self), original(second))
 
     return get_usage
+
+
+def _in_both_pools(original: Callable) -> Callable:
+    def get_max_concurrency_for_kv_cache_config(vllm_config: Any, kv_cache_config: Any) -> float:
+        pages = own_pool_pages(kv_cache_config)
+        if pages is None:
+            return original(vllm_config, kv_cache_config)
+        window = _window_pool(vllm_config, kv_cache_config.kv_cache_groups)
+        return window.requests(pages, window.longest_pages, kv_cache_config.num_blocks)
+
+    return get_max_concurrency_for_kv_cache_config
 
 
 def _with_pages(spec: Any, pages: int) -> Any:

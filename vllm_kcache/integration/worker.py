@@ -152,8 +152,8 @@ class SplitCacheWorker:
         if window is not None:
             blocks = window.blocks_for(pages)
             logger.info(
-                "KCache: K and V of window layers %.2f GiB on the device: %d blocks, of %.1f "
-                "requests.",
+                "KCache: layers with a window or a state %.2f GiB on the device: %d blocks, of "
+                "%.1f requests.",
                 blocks * window.block_bytes / GIB,
                 blocks,
                 (blocks - window.step_blocks) / window.request_blocks,

@@ -133,7 +133,11 @@ def test_split_rows_of_an_h200(
     assert plan.kcache_16.step_ms == pytest.approx(measured_ms, rel=WITHIN)
 
 
-QUERY_AND_KV_HEADS = {"llama-3-8b": (32, 8), "llama-2-7b": (32, 32), "qwen-3-32b": (64, 8)}
+# Query heads, KV heads, head size.
+HEADS = {
+    "llama-3-8b": (32, 8, 128), "llama-2-7b": (32, 32, 128), "qwen-3-32b": (64, 8, 128),
+    "gemma-3-27b": (32, 16, 128), "gpt-oss-20b": (64, 8, 64), "qwen3.5-27b": (24, 4, 256),
+}  # fmt: skip
 
 
 def score_rows() -> list[Any]:
@@ -147,8 +151,8 @@ def test_rows_of_scoring_codes(row: dict[str, Any]) -> None:
     """The step scores codes as fast as the kernel did by itself."""
     name, load = row["shape"].split(",")[0].split()
     requests, length = (int(text) for text in load.removesuffix("K").split("x"))
-    heads, kv_heads = QUERY_AND_KV_HEADS[name]
-    cache = CacheShape(1, heads, kv_heads, 128, 16, 8, torch.bfloat16, k_bits=4)
+    heads, kv_heads, head_size = HEADS[name]
+    cache = CacheShape(1, heads, kv_heads, head_size, 16, 8, torch.bfloat16, k_bits=4)
     read = requests * length * 1024 * kv_heads * cache.k_token_bytes
     assert read / row["ms"]["p50"] / 1e6 == pytest.approx(row["gb_per_s"], rel=0.001)
     seconds = score_seconds(cache, H200, read)

@@ -82,6 +82,12 @@ PROBLEMS = (
     Problem("llama-3-8b 26x32K", 26, 32768, 8, 4),
     Problem("llama-2-7b 1x16K", 1, 16384, 32, 1),
 )
+# Those of models with other layers beside: other groups of query heads, other heads.
+SPLIT_LAYERS = (
+    Problem("gemma-3-27b 26x32K", 26, 32768, 16, 2),
+    Problem("gpt-oss-20b 96x32K", 96, 32768, 8, 8, 64),
+    Problem("qwen3.5-27b 26x32K", 26, 32768, 4, 6, 256),
+)
 
 
 @dataclass

@@ -20,7 +20,15 @@ from dataclasses import replace
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.ops.common import DTYPE, PAGE_TOKENS, Problem, Report, arguments, time_calls
+from benchmarks.ops.common import (
+    DTYPE,
+    PAGE_TOKENS,
+    SPLIT_LAYERS,
+    Problem,
+    Report,
+    arguments,
+    time_calls,
+)
 from benchmarks.ops.score_codes import TOKENS, CodedBatch, coded_shape
 from vllm_kcache.cache.layer_view import LayerView
 from vllm_kcache.kernels.decode import decode_step
@@ -37,6 +45,7 @@ PROBLEMS = (
     Problem("llama-3-8b 26x32K", 26, 32768, 8, 4),
     Problem("llama-3-8b 53x32K", 53, 32768, 8, 4),
     Problem("llama-2-7b 1x16K", 1, 16384, 32, 1),
+    *SPLIT_LAYERS,
 )
 SPECULATED = PROBLEMS[2:4]
 LIST_BLOCKS = 49  # of a list: what the default selects in the replay

@@ -17,6 +17,7 @@ from benchmarks.ops.common import (
     DTYPE,
     LAYERS,
     PAGE_TOKENS,
+    SPLIT_LAYERS,
     Problem,
     Report,
     Timing,
@@ -39,6 +40,7 @@ PROBLEMS = (
     Problem("llama-3-8b 26x4K", 26, 4096, 8, 4),
     Problem("llama-2-7b 14x16K", 14, 16384, 32, 1),
     Problem("qwen-3-32b 26x32K", 26, 32768, 8, 8),
+    *SPLIT_LAYERS,
 )
 SPECULATED = PROBLEMS[1:3]
 # Queries of the tokens of a request are one and some noise, so that their lists are much alike.

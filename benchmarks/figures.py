@@ -112,8 +112,12 @@ def series_of(row: Row) -> str:
     return ", ".join(parts)
 
 
-def decode_runs(rows: list[Row], preset: bool) -> list[Row]:
-    """Runs of whole engines, of the paper's preset or of none; an engine's last commit counts."""
+def decode_runs(rows: list[Row], preset: bool, full: bool = False) -> list[Row]:
+    """Runs of whole engines, of the paper's preset or of none; an engine's last commit counts.
+
+    Args:
+        full: Only those of as many requests as fit, or are let in.
+    """
     runs: list[Row] = []
     for row in rows:
         # Label "short" is of make bench-gpu: one repeat; "grid" has a figure of its own. With
@@ -135,6 +139,7 @@ def decode_runs(rows: list[Row], preset: bool) -> list[Row]:
                 "is_capped": run["requests"] < fit,
                 "tokens_per_second": run["tokens_per_second"],
             })  # fmt: skip
+    runs = [run for run in runs if run["is_full"] or not full]
     names = ("model", "gpu", "series", "context")
     newest = {key: group[-1]["commit"] for key, group in grouped(runs, *names).items()}
     last = {}
@@ -149,8 +154,7 @@ def throughput_panels(runs: list[Row], against: str) -> dict[str, Curves]:
     panels: dict[str, Curves] = {}
     by_context = against == "context"
     names = ("model", "gpu") if by_context else ("model", "gpu", "context")
-    chosen = [run for run in runs if run["is_full"] or not by_context]
-    for (model, gpu, *context), group in sorted(grouped(chosen, *names).items()):
+    for (model, gpu, *context), group in sorted(grouped(runs, *names).items()):
         capped = max((run["requests"] for run in group if run["is_capped"]), default=0)
         most = f", at most {capped}" if capped else ""
         fit = f"as many requests as fit{most}"
@@ -167,7 +171,8 @@ def throughput_panels(runs: list[Row], against: str) -> dict[str, Curves]:
 
 def draw_throughput(against: str, label: str, preset: bool = False) -> Any:
     """Panels side by side, the crossing of kcache over stock bf16 marked."""
-    panels = throughput_panels(decode_runs(load(RESULTS / "decode.jsonl"), preset), against)
+    runs = decode_runs(load(RESULTS / "decode.jsonl"), preset, full=against == "context")
+    panels = throughput_panels(runs, against)
     order = sorted({name for curves in panels.values() for name in curves}, reverse=True)
     figure, axes = grid(len(panels))
     for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):

@@ -71,17 +71,18 @@ def test_throughput_panels() -> None:
     rows += [decode_row("stock", 8192, 10, 0, 1.0, tensor_parallel_size=2)]
     rows += [decode_row("stock", 8192, 10, 0, 1.0, quantization="fp8")]
     rows += [decode_row("stock", 8192, 10, 0, 1.0, gpu="another")]
-    runs = decode_runs(rows, preset=False)
-    assert throughput_panels(runs, "context") == {
+    # Newer, and of fewer requests: says nothing of as many as fit.
+    rows += [decode_row("stock", 16384, 2, 2, 1.0, commit="new")]
+    assert throughput_panels(decode_runs(rows, preset=False, full=True), "context") == {
         "llama, as many requests as fit\nGPU, commit abc": {
             "stock bf16": [(4096, 1000, 0), (16384, 400, 0)],
             OURS: [(4096, 900, 0), (16384, 500, 0)],
         }
     }
     capped = [*rows, decode_row("kcache", 8192, 20, 0, 700, requests_that_fit=40)]
-    (title,) = throughput_panels(decode_runs(capped, preset=False), "context")
+    (title,) = throughput_panels(decode_runs(capped, preset=False, full=True), "context")
     assert title.startswith("llama, as many requests as fit, at most 20\n")
-    by_requests = throughput_panels(runs, "requests")
+    by_requests = throughput_panels(decode_runs(rows[:-1], preset=False), "requests")
     assert len(by_requests) == 2
     curves = by_requests["llama, 4096 tokens of context\nGPU, commit abc"]
     assert curves["stock bf16"] == [(1, 100, 0), (10, 1000, 0)]

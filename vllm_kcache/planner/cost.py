@@ -72,7 +72,8 @@ HARDWARE = {
     ),
 }  # fmt: skip
 
-# The share of the fetch that a step notices although it runs beside scoring.
+# The share of the fetch that a step notices although it runs beside scoring: of exact K. Scores of
+# codes are there so soon that nothing is fetched before the last.
 FETCH_NOTICED = 0.2
 # Scoring from codes (benchmarks/results/score_codes.jsonl): a kernel's start, which of exact K is
 # in split_layer_seconds, and then the speed of other kernels that read; by the query heads of a KV
@@ -196,8 +197,9 @@ def split_step(
 ) -> StepCost:
     """A decode step of the split cache; arguments as for `stock_step`.
 
-    A layer scores all K, or its codes, while rows of the lists already scored are fetched; it takes
-    the longer of the two, then attends: to K in its pages and V in rows, or to rows alone.
+    A layer scores all K while rows of the lists already scored are fetched, and takes the longer of
+    the two, or it scores all codes and fetches then; and attends: to K in its pages and V in rows,
+    or to rows alone.
     """
     stock = stock_step(shape, hardware, engine, requests, context)
     cache = work.cache
@@ -209,7 +211,7 @@ def split_step(
     rows = cache.num_layers * lists * min(work.selected_tokens, context) / cache.block_tokens
     fetched_bytes = rows * cache.row.bytes * (1 - work.hit_rate)
     fetch = fetched_bytes / (hardware.pcie_bytes_per_s * interpolate(LINK_SHARE, cache.row.bytes))
-    noticed = max(FETCH_NOTICED * fetch, fetch - score)
+    noticed = fetch if cache.k_bits == 4 else max(FETCH_NOTICED * fetch, fetch - score)
     attended_bytes = rows * cache.row.bytes
     if not cache.row.has_keys:
         attended_bytes += rows * cache.block_score_bytes
